@@ -1,0 +1,92 @@
+"""The tree of errors, and how a message reads: what happened, where, how to fix it.
+
+    BuilderError            anything this package refuses or cannot do
+    +-- ConfigError         the pipeline, an option or the command line is wrong: edit and run again
+    +-- ShardError          a source shard cannot be used: the other shards go on
+    +-- SchemaError         columns or types do not fit together
+    +-- StageError          a stage cannot start, or broke its contract
+    +-- ConflictError       the state on disk is not what this work was planned for: plan again
+    +-- TransientError      the same call may succeed later; the only class that is retried
+
+The class says what the caller may do; the words say the rest. Owns no state and imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+#: The distribution's name: what `pip install` takes. The import package and the command are `builder`.
+DISTRIBUTION = "hybrid-shard-builder"
+
+
+class BuilderError(Exception):
+    """An error with a place and a fix.
+
+    Args:
+        what: one sentence, values in quotes.
+        where: names and values from general to particular, printed one a line.
+        fix: a command to run or a line to change.
+    """
+
+    def __init__(self, what: str, *, where: dict[str, Any] | None = None, fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = dict(where or {})
+        self.fix = fix
+
+    def __str__(self) -> str:
+        lines = [self.what, *(f"  {name}: {value}" for name, value in self.where.items())]
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.what, self.where, self.fix)
+
+
+def _rebuild(kind: type[BuilderError], what: str, where: dict[str, Any], fix: str) -> BuilderError:
+    return kind(what, where=where, fix=fix)
+
+
+class ConfigError(BuilderError):
+    """The pipeline, an option or the command line is wrong."""
+
+
+class ShardError(BuilderError):
+    """A source shard cannot be used."""
+
+
+class SchemaError(BuilderError):
+    """Columns or types do not fit together."""
+
+
+class StageError(BuilderError):
+    """A stage cannot start, or broke its contract."""
+
+
+class ConflictError(BuilderError):
+    """The state on disk is not what this work was planned for."""
+
+
+class TransientError(BuilderError):
+    """The same call may succeed later."""
+
+
+@contextmanager
+def where(**context: Any) -> Iterator[None]:
+    """Adds what the caller knows to any BuilderError that passes, in front of what it already says."""
+    try:
+        yield
+    except BuilderError as error:
+        error.where = {**context, **error.where}
+        raise
+
+
+def missing_extra(package: str, extra: str, needed_by: str) -> StageError:
+    """The error for an optional package that is not installed."""
+    return StageError(
+        f"package '{package}' is not installed, which {needed_by} needs",
+        fix=f"pip install '{DISTRIBUTION}[{extra}]'",
+    )
