@@ -1,3 +1,25 @@
-"""Image-text tar shards in, hybrid shards out."""
+"""Image-text tar shards in, hybrid shards out: one table, stages that add columns, a writer that splices."""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["Dataset", "Resources", "Strict", "__version__", "open_dataset", "output"]
+
+if TYPE_CHECKING:
+    from builder.config import Strict
+    from builder.dataset import Dataset, open_dataset
+    from builder.schema import output
+    from builder.stage import Resources
+
+_WHERE = {
+    "Dataset": "dataset", "open_dataset": "dataset", "Strict": "config", "output": "schema", "Resources": "stage",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the public names when they are first used: `builder --help` needs none of what they import."""
+    import importlib
+
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"builder.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'builder' has no attribute '{name}'")

@@ -1,0 +1,101 @@
+"""The Python API: a dataset root as an object, with the words of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder import table
+from builder.errors import ConfigError
+from builder.layout import Layout
+from builder.members import MemberReader
+from builder.query import Samples, Sql
+from builder.schema import arrow_schema
+
+if TYPE_CHECKING:
+    import polars
+
+
+class Dataset:
+    """A dataset root, for reading. Open it with `builder.open_dataset`."""
+
+    def __init__(self, root: Path) -> None:
+        self._layout = Layout(root)
+
+    @property
+    def root(self) -> Path:
+        return self._layout.root
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Every column's name and meaning."""
+        return {column.name: column.meaning for column in table.load_schema(self._layout)[1]}
+
+    def sql(self, query: str, **params: Any) -> polars.DataFrame:
+        """Answers one SELECT over the table `samples`.
+
+        Args:
+            query: the SQL; `$name` stands for a parameter.
+            params: the values of its parameters.
+
+        Raises:
+            ConfigError: not one SELECT, a parameter missing or unused, or what DuckDB says of it.
+        """
+        _, columns = table.load_schema(self._layout)
+        with Samples(self._layout, columns, self._layout.partitions()) as samples:
+            answer: polars.DataFrame = samples.select(Sql(query, "sql()"), params).pl()
+            return answer
+
+    def samples(self) -> polars.LazyFrame:
+        """The whole table as a lazy frame; columns that an older partition lacks are null."""
+        import polars
+
+        _, columns = table.load_schema(self._layout)
+        paths = [self._layout.partition(shard) for shard in self._layout.partitions()]
+        if not paths:
+            raise ConfigError("the table has no samples yet", where={"root": self.root}, fix="builder ingest")
+        empty = polars.from_arrow(arrow_schema(columns).empty_table())
+        assert isinstance(empty, polars.DataFrame)
+        return polars.scan_parquet(
+            paths, schema=empty.schema, missing_columns="insert", extra_columns="ignore", glob=False
+        )
+
+    def read_member(
+        self, member: str, *, uid: str | None = None, shard: str | None = None, row: int | None = None
+    ) -> bytes | None:
+        """The bytes of one member of one sample: `image`, `json`, `txt`, any other extension, or `edit`.
+
+        Args:
+            member: `image` is the source's jpg, png or webp, `edit` the generated image.
+            uid: the sample, where its uid is unique; else give shard and row.
+
+        Returns:
+            The bytes, or None if the sample has no such member.
+
+        Raises:
+            ConfigError: no such sample, or more than one.
+        """
+        if uid is not None:
+            found = self.sql("select shard, row from samples where uid = $uid", uid=uid).rows()
+            if len(found) != 1:
+                places = ", ".join(f"{shard} row {row}" for shard, row in found[:5]) or "none"
+                raise ConfigError(
+                    f"uid '{uid}' names {len(found)} samples", where={"found": places}, fix="give shard= and row="
+                )
+            shard, row = found[0]
+        if shard is None or row is None:
+            raise ConfigError("read_member needs uid=, or shard= and row=", fix="for example: uid='0a1b...'")
+        with MemberReader(self._layout, shard, [member]) as reader:
+            return reader.read(row, member)
+
+
+def open_dataset(root: str | Path) -> Dataset:
+    """Opens a dataset root for reading.
+
+    Raises:
+        ConfigError: there is no table in that folder.
+    """
+    path = Path(root)
+    if not (path / "schema").is_dir():
+        raise ConfigError(f"there is no table in '{path}'", fix="name the folder of dataset.root, after builder ingest")
+    return Dataset(path)

@@ -1,0 +1,202 @@
+"""Runs tasks 0..n-1 as processes of this machine.
+
+Owns worker processes: one per device in turn, replaced when they die, stopped when asked. Knows nothing of data: a
+worker prints one json a line, `{"done": rows, "failed": rows}`, and its exit code says how it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Exit codes of a task: done, done with failed rows, stopped when asked; any other did not finish.
+DONE, DONE_WITH_FAILURES, STOPPED = 0, 3, 130
+#: Deaths of one task's process after which it is given up. A row that kills the process is found by halving its batch,
+#: which costs two deaths a halving.
+MAX_DEATHS = 40
+#: Deaths without any halving between them, after which a task is given up: the process dies before its first batch.
+MAX_IDLE_DEATHS = 3
+#: Set for a worker whose standard input ends when its parent dies.
+PARENT_PIPE = "BUILDER_PARENT_PIPE"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a task ended: its number, its last exit code (negative: the signal), how often its process died."""
+
+    number: int
+    code: int
+    deaths: int
+
+
+@dataclass
+class _Worker:
+    number: int
+    slot: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def run(
+    command: Callable[[int], Sequence[str]],
+    tasks: int,
+    log: Callable[[int], Path],
+    *,
+    workers: int,
+    devices: Sequence[str] = ("cpu",),
+    in_hand: Callable[[int], Path] | None = None,
+    on_progress: Callable[[int, int, int], None] = lambda task, done, failed: None,
+) -> list[Ended]:
+    """Runs every task and returns how each ended.
+
+    Args:
+        command: the command line of a task.
+        log: where its standard error goes.
+        in_hand: the file that changes whenever a task begins a batch: a death is idle if it did not.
+        on_progress: called with task, rows done, rows failed.
+
+    Raises:
+        KeyboardInterrupt: asked to stop; every worker has committed what it had and ended.
+    """
+    return _Pool(command, log, workers, devices, in_hand, on_progress).run(tasks)
+
+
+class _Pool:
+    def __init__(
+        self,
+        command: Callable[[int], Sequence[str]],
+        log: Callable[[int], Path],
+        workers: int,
+        devices: Sequence[str],
+        in_hand: Callable[[int], Path] | None,
+        on_progress: Callable[[int, int, int], None],
+    ) -> None:
+        self._command, self._log, self._workers = command, log, workers
+        self._devices, self._in_hand, self._on_progress = list(devices), in_hand, on_progress
+        self._events: queue.Queue[tuple[_Worker, bytes | None]] = queue.Queue()
+        self._running: dict[int, _Worker] = {}
+        self._deaths: dict[int, int] = {}
+        self._idle: dict[int, int] = {}
+        self._last: dict[int, str] = {}
+
+    def run(self, tasks: int) -> list[Ended]:
+        waiting = list(range(tasks))
+        ended: list[Ended] = []
+        try:
+            while waiting or self._running:
+                while waiting and len(self._running) < self._workers:
+                    self._start(waiting.pop(0))
+                worker, line = self._events.get()
+                if line is not None:
+                    self._report(worker, line)
+                    continue
+                code = worker.process.wait()
+                del self._running[worker.slot]
+                if self._again(worker.number, code):
+                    waiting.insert(0, worker.number)
+                else:
+                    ended.append(Ended(worker.number, code, self._deaths.get(worker.number, 0)))
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        except BaseException:
+            self._kill()
+            raise
+        return sorted(ended, key=lambda end: end.number)
+
+    def _start(self, number: int) -> None:
+        slot = next(i for i in range(self._workers) if i not in self._running)
+        path = self._log(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            **os.environ,
+            PARENT_PIPE: "1",
+            "BUILDER_DEVICE": self._devices[slot % len(self._devices)],
+        }
+        with path.open("ab") as log:
+            process = subprocess.Popen(
+                list(self._command(number)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which asks its workers to stop
+            )
+        worker = _Worker(number, slot, process, path)
+        self._running[slot] = worker
+        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+
+    def _listen(self, worker: _Worker) -> None:
+        assert worker.process.stdout is not None
+        for line in worker.process.stdout:
+            self._events.put((worker, line))
+        self._events.put((worker, None))
+
+    def _report(self, worker: _Worker, line: bytes) -> None:
+        try:
+            report = json.loads(line)
+            done, failed = int(report["done"]), int(report["failed"])
+        except (ValueError, KeyError, TypeError):
+            with worker.log.open("ab") as log:  # something that a stage printed
+                log.write(line)
+            return
+        self._on_progress(worker.number, done, failed)
+
+    def _again(self, number: int, code: int) -> bool:
+        """Whether a task whose process ended so is tried again: after a death that found out something."""
+        if code >= 0:
+            return False
+        self._deaths[number] = self._deaths.get(number, 0) + 1
+        now = self._read_in_hand(number)
+        self._idle[number] = 0 if now != self._last.get(number, "") else self._idle.get(number, 0) + 1
+        self._last[number] = now
+        return self._deaths[number] < MAX_DEATHS and self._idle[number] < MAX_IDLE_DEATHS
+
+    def _read_in_hand(self, number: int) -> str:
+        if self._in_hand is None:
+            return ""
+        try:
+            return self._in_hand(number).read_text("utf-8")
+        except FileNotFoundError:
+            return ""
+
+    def _stop(self) -> None:
+        for worker in self._running.values():
+            worker.process.send_signal(signal.SIGTERM)
+        try:
+            for worker in self._running.values():
+                worker.process.wait()
+        except KeyboardInterrupt:
+            self._kill()
+
+    def _kill(self) -> None:
+        for worker in self._running.values():
+            worker.process.kill()
+            worker.process.wait()
+
+
+def task_command(run_folder: Path, number: int) -> list[str]:
+    """The command line of one task."""
+    return [sys.executable, "-m", "builder", "task", str(run_folder), str(number)]
+
+
+def die_with_parent() -> None:
+    """In a worker: ends the process as soon as the parent that holds its standard input is gone."""
+    if os.environ.get(PARENT_PIPE) != "1":
+        return
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

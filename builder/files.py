@@ -1,0 +1,217 @@
+"""Atomic and create-only writes, exact reads at offsets, copies of byte ranges.
+
+Owns how bytes reach a disk so that a kill leaves either the old file or the new one. Knows nothing of tars or tables.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from builder.errors import ConfigError, ShardError, TransientError
+
+T = TypeVar("T")
+#: One reused buffer for copies. Buffers of 256 KB to 1 MB copy fastest; 8 MB is several times slower.
+COPY_BUFFER = 512 * 1024
+#: Temp files begin with a dot and end so, and never in `.parquet` or `.tar`: no glob of a reader catches them.
+TEMP_SUFFIX = ".tmp"
+#: What the kernel answers where a file system has no hard links (vfat, exfat, some FUSE and SMB mounts).
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+
+def temp_path(path: Path) -> Path:
+    """A unique temp name in the folder of `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMP_SUFFIX}")
+
+
+def is_temp(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(TEMP_SUFFIX)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Makes the bytes of a closed file durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, write: bytes | Callable[[Path], object], *, durable: bool = True) -> None:
+    """Writes a file whole or not at all: a temp name, fsync, rename, fsync of the folder.
+
+    Args:
+        path: the name it gets; what was there before is replaced.
+        write: the bytes, or a function that writes the file it is given.
+        durable: False leaves out both fsyncs, for files that can be made again.
+    """
+    temp = _written(path, write, durable)
+    try:
+        temp.replace(path)
+    except OSError:
+        temp.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:
+    """Writes a file that must not exist yet, durably; returns False if the name was taken, and leaves that file alone.
+
+    A link fails if the name exists, on local disks and on NFS. After an error the same inode under both names means
+    that the link was made and only its answer was lost.
+    """
+    temp = _written(path, write, durable=True)
+    try:
+        try:
+            os.link(temp, path)
+        except FileExistsError:
+            return _same_inode(temp, path)
+        except OSError:
+            if not _same_inode(temp, path):
+                raise
+        sync_folder(path.parent)
+        return True
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _written(path: Path, write: bytes | Callable[[Path], object], durable: bool) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = temp_path(path)
+    try:
+        if callable(write):
+            write(temp)
+        else:
+            temp.write_bytes(write)
+        if durable:
+            sync_file(temp)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+    return temp
+
+
+def _same_inode(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samestat(one.stat(), other.stat())
+    except FileNotFoundError:
+        return False
+
+
+def check_links(folder: Path) -> None:
+    """Tries one hard link in a folder, which commits depend on.
+
+    Raises:
+        ConfigError: the file system has no hard links; it is named with what to do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = temp_path(folder / "link-probe")
+    linked = temp_path(folder / "link-probe")
+    probe.touch()
+    try:
+        os.link(probe, linked)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise ConfigError(
+            f"the file system of '{folder}' has no hard links, which every commit needs",
+            where={"file system": file_system(folder), "answer": os.strerror(error.errno or 0)},
+            fix="set dataset.root to a folder on a local disk, NFS, Lustre or GPFS",
+        ) from error
+    finally:
+        probe.unlink(missing_ok=True)
+        linked.unlink(missing_ok=True)
+
+
+def file_system(folder: Path) -> str:
+    """The type and mount point of the file system that holds a folder, as in /proc/mounts; 'unknown' elsewhere."""
+    best = ("", "unknown")
+    try:
+        mounts = Path("/proc/mounts").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return "unknown"
+    place = str(folder.resolve())
+    for line in mounts:
+        _, point, kind = line.split(" ")[:3]
+        inside = place == point or place.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best[0]):
+            best = (point, f"{kind} at {point}")
+    return best[1]
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """Reads exactly `size` bytes at an offset.
+
+    Raises:
+        ShardError: the file ends before.
+    """
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            raise ShardError(f"the file ends at byte {offset + len(data)}, inside a range that goes to {offset + size}")
+        data += more
+    return data
+
+
+def copy_range(source: int, target: int, start: int, end: int, buffer: memoryview) -> None:
+    """Copies the bytes [start, end) of one descriptor to the current position of another.
+
+    Raises:
+        ShardError: the source ends before `end`.
+    """
+    while start < end:
+        count = os.preadv(source, [buffer[: min(len(buffer), end - start)]], start)
+        if count == 0:
+            raise ShardError(f"the file ends at byte {start}, inside a range that goes to {end}")
+        write_all(target, buffer[:count])
+        start += count
+
+
+def write_all(target: int, data: bytes | memoryview) -> None:
+    """Writes all of `data`, however little the kernel takes at a time."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]
+
+
+def new_buffer() -> memoryview:
+    """A buffer for `copy_range`."""
+    return memoryview(bytearray(COPY_BUFFER))
+
+
+def gone(error: OSError) -> bool:
+    """Whether an error says that a file was replaced or swept since it was listed: the caller lists anew."""
+    return error.errno in (errno.ENOENT, errno.ESTALE)
+
+
+def retry_listing(read: Callable[[], T], attempts: int = 20) -> T:
+    """Runs `read`, which lists and then opens files, again whenever a listed file is gone.
+
+    Raises:
+        TransientError: the files changed faster than they could be read, `attempts` times in a row.
+    """
+    for _ in range(attempts):
+        try:
+            return read()
+        except OSError as error:
+            if not gone(error):
+                raise
+            last = error
+    raise TransientError(
+        f"a file was replaced {attempts} times while it was being opened", where={"file": last.filename}
+    )

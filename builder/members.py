@@ -1,0 +1,96 @@
+"""Bytes of samples at the offsets that the table has: members of the source, and generated images.
+
+Owns how `(shard, row, member)` becomes bytes. Knows nothing of stages and runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from builder import files, table
+from builder.edits import EditsReader
+from builder.errors import ShardError, where
+from builder.layout import Layout
+from builder.schema import IMAGE_EXTENSIONS
+
+#: Name under which the generated image of a row is read.
+EDIT = "edit"
+
+
+def place_of(members: Sequence[dict[str, Any]], member: str) -> dict[str, Any] | None:
+    """Where a member lies: `image` is the first of jpg, jpeg, png, webp; else the extension."""
+    by_extension = {place["ext"].lower(): place for place in members}
+    wanted = IMAGE_EXTENSIONS if member == "image" else (member,)
+    return next((by_extension[extension] for extension in wanted if extension in by_extension), None)
+
+
+@contextlib.contextmanager
+def opened(source: table.SourceShard) -> Iterator[int]:
+    """A source shard, open for reading at offsets.
+
+    Raises:
+        ShardError: it is gone, cannot be read, or has another size than when it was ingested.
+    """
+    fix = "put it back, or ingest it as it is now: builder ingest"
+    try:
+        descriptor = os.open(source.path, os.O_RDONLY)
+    except OSError as error:
+        raise ShardError(
+            f"the source shard cannot be read: {error.strerror}", where={"file": source.path}, fix=fix
+        ) from error
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != source.size:
+            raise ShardError(
+                "the source shard changed since it was ingested",
+                where={"file": source.path, "bytes": f"expected {source.size}, found {size}"},
+                fix=fix,
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class MemberReader:
+    """Reads members of one shard's rows.
+
+    Args:
+        members: the names that will be asked for: `image`, an extension, or `edit`; only what these need is opened.
+    """
+
+    def __init__(self, layout: Layout, shard: str, members: Sequence[str]) -> None:
+        self._shard = shard
+        self._stack = contextlib.ExitStack()
+        self._edits = self._stack.enter_context(EditsReader(layout.root))
+        self._columns: dict[str, list[Any]] = {}
+        self._source = -1
+        from_source = any(member != EDIT for member in members)
+        columns = ["source_members"] * from_source
+        columns += ["image_path", "image_offset", "image_size"] * (EDIT in members)
+        if columns:
+            places, state = table.read_partition(layout, shard, columns)
+            self._columns = {name: places[name].to_pylist() for name in places.column_names}
+            if from_source:
+                self._source = self._stack.enter_context(opened(state.source))
+
+    def read(self, row: int, member: str) -> bytes | None:
+        """The bytes of one member of one row, None if the sample has no such member.
+
+        Raises:
+            ShardError: the bytes are not there.
+        """
+        with where(shard=self._shard, row=row):
+            if member == EDIT:
+                path, offset, size = (self._columns[f"image_{name}"][row] for name in ("path", "offset", "size"))
+                return None if path is None else self._edits.read(path, offset, size)
+            place = place_of(self._columns["source_members"][row], member)
+            return None if place is None else files.read_at(self._source, place["data"], place["size"])
+
+    def __enter__(self) -> MemberReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()

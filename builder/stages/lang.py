@@ -1,0 +1,59 @@
+"""The language of every caption."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pyarrow as pa
+from pydantic import Field
+
+from builder.config import Strict
+from builder.models.language import LanguageModel
+from builder.schema import output
+from builder.stage import Resources
+
+#: ISO 639-2's code for a language that could not be told.
+UNDETERMINED = "und"
+
+
+class LangOptions(Strict):
+    """Options of `[stages.lang]`."""
+
+    #: Score below which a language is not told: `und`.
+    threshold: float = Field(default=0.5, ge=0, le=1)
+
+
+class Lang:
+    """Adds `lang` and `lang_score`."""
+
+    name: ClassVar[str] = "lang"
+    version: ClassVar[str] = "1"
+    Options = LangOptions
+    inputs: ClassVar[pa.Schema] = pa.schema([("text", pa.string())])
+    members: ClassVar[tuple[str, ...]] = ()
+    outputs: ClassVar[pa.Schema] = pa.schema(
+        [
+            output("lang", pa.string(), "ISO 639-1 code of the caption's language; und below the threshold"),
+            output("lang_score", pa.float64(), "the model's score of its best language, 0..1"),
+        ]
+    )
+    resources: ClassVar[Resources] = Resources(cpus=1, memory_gb=0.5, batch_rows=1024)
+
+    def __init__(self, options: LangOptions) -> None:
+        self.options = options
+        self._model: LanguageModel | None = None
+
+    def setup(self, device: str) -> None:
+        self._model = LanguageModel()
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        assert self._model is not None
+        codes, scores = [], []
+        for text in batch.column("text").to_pylist():
+            code, score = self._model.detect(text or "")
+            codes.append(code if score >= self.options.threshold else UNDETERMINED)
+            scores.append(score)
+        return pa.RecordBatch.from_pydict({"lang": codes, "lang_score": scores}, schema=self.outputs)
+
+    def close(self) -> None:
+        self._model = None

@@ -1,0 +1,542 @@
+"""The table on disk: commit column files, fold them into partitions, heal, realign, sweep.
+
+Owns the rules by which rows reach `columns/`, `samples/` and `schema/`. No lock, no lease, no clock: a generation is
+created once or not at all, and the partition is a pure function of the newest generations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from builder import files, schema
+from builder.errors import ConflictError, where
+from builder.layout import Layout, generation_of, names
+from builder.schema import SOURCE, Column
+
+#: Generations of a column file that a sweep keeps: readers may still hold the listing before the newest.
+KEPT_GENERATIONS = 2
+_ROWS, _SOURCE, _SWEPT, _FOLDED, _SCHEMA = (
+    b"builder." + name for name in (b"rows", b"source", b"swept", b"folded", b"schema")
+)
+
+
+@dataclass(frozen=True)
+class SourceShard:
+    """Where a shard's bytes lie and what they were when it was read.
+
+    Attributes:
+        path: absolute path of the tar.
+        size: its bytes.
+        mtime_ns: its time of modification.
+        reading: hash of ingest's version and the json fields it carried.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    reading: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """One column file, read."""
+
+    table: pa.Table
+    rows: str
+    swept: tuple[str, ...] = ()
+    source: SourceShard | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """What a partition says it was folded from."""
+
+    generations: dict[str, int]
+    schema_generation: int
+    rows: str
+    source: SourceShard
+
+
+@dataclass
+class Committed:
+    """What became of the rows of one commit.
+
+    Attributes:
+        rows: rows that the table took.
+        dropped: rows that another run or another copy of the task had answered since the freeze.
+        kept: failures that did not replace an `ok` answer.
+    """
+
+    rows: int = 0
+    dropped: int = 0
+    kept: list[int] = field(default_factory=list)
+
+
+class Swept(ConflictError):
+    """A sweep has named this attempt: it commits nothing and starts again under a new name."""
+
+
+# --- schema ---
+
+
+def load_schema(layout: Layout) -> tuple[int, tuple[Column, ...]]:
+    """The newest generation of the root's columns; (0, ()) for a new root."""
+
+    def read() -> tuple[int, tuple[Column, ...]]:
+        generation = max((found[1] for name in names(layout.schema) if (found := generation_of(name))), default=0)
+        if generation == 0:
+            return 0, ()
+        data = json.loads(layout.schema_file(generation).read_text("utf-8"))
+        return generation, tuple(Column.from_json(item) for item in data["columns"])
+
+    return files.retry_listing(read)
+
+
+def change_schema(layout: Layout, change: Callable[[tuple[Column, ...]], tuple[Column, ...]]) -> tuple[Column, ...]:
+    """Commits a new generation of the root's columns, unless `change` leaves them as they are."""
+    while True:
+        generation, have = load_schema(layout)
+        changed = change(have)
+        if changed == have:
+            return have
+        text = json.dumps({"columns": schema.describe(changed)}, indent=1)
+        if files.create_only(layout.schema_file(generation + 1), text.encode()):
+            return changed
+
+
+def extend_schema(layout: Layout, columns: tuple[Column, ...]) -> tuple[Column, ...]:
+    """Adds a stage's columns to the root before the stage runs. Raises SchemaError as `schema.merge` does."""
+    return change_schema(layout, partial(_merged, new=columns))
+
+
+def _merged(have: tuple[Column, ...], new: tuple[Column, ...]) -> tuple[Column, ...]:
+    return schema.merge(have, new)
+
+
+# --- column files ---
+
+
+def listing(layout: Layout, shard: str, *, fresh: bool = False) -> dict[str, list[int]]:
+    """Generations of every stage of a shard, ascending: the whole state of the shard.
+
+    Args:
+        fresh: makes and removes a file in the folder first, which renews a cached listing on NFS.
+    """
+    folder = layout.column_folder(shard)
+    if fresh and folder.is_dir():
+        probe = files.temp_path(folder / "listing")
+        probe.touch()
+        probe.unlink()
+    found: dict[str, list[int]] = {}
+    for name in names(folder):
+        if parsed := generation_of(name):
+            found.setdefault(parsed[0], []).append(parsed[1])
+    return {stage: sorted(generations) for stage, generations in found.items()}
+
+
+def newest(layout: Layout, shard: str, *, fresh: bool = False) -> dict[str, int]:
+    """The newest generation of every stage of a shard."""
+    return {stage: generations[-1] for stage, generations in listing(layout, shard, fresh=fresh).items()}
+
+
+def read_column_file(path: Path, columns: Sequence[str] | None = None) -> Content:
+    with pq.ParquetFile(path) as file:
+        table = file.read(columns=list(columns) if columns is not None else None)
+        return _content(table.replace_schema_metadata(None), file.schema_arrow.metadata or {})
+
+
+def _content(table: pa.Table, metadata: dict[bytes, bytes]) -> Content:
+    source = metadata.get(_SOURCE)
+    return Content(
+        table=table,
+        rows=metadata[_ROWS].decode(),
+        swept=tuple(json.loads(metadata.get(_SWEPT, b"[]"))),
+        source=SourceShard(**json.loads(source)) if source else None,
+    )
+
+
+def _read_rows(path: Path) -> str:
+    return str((pq.read_schema(path).metadata or {})[_ROWS], "ascii")
+
+
+def write_parquet(table: pa.Table, metadata: dict[bytes, bytes], path: Path) -> None:
+    """One row group, zstd 1, a dictionary only where values repeat: smallest and fastest of those measured."""
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        path,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=schema.dictionary_columns(table.column_names) or False,
+        row_group_size=max(table.num_rows, 1),
+    )
+
+
+def _commit_file(layout: Layout, shard: str, stage: str, generation: int, content: Content) -> bool:
+    metadata = {_ROWS: content.rows.encode()}
+    if content.swept:
+        metadata[_SWEPT] = json.dumps(content.swept).encode()
+    if content.source:
+        metadata[_SOURCE] = json.dumps(vars(content.source)).encode()
+    path = layout.column_file(shard, stage, generation)
+    return files.create_only(path, partial(write_parquet, content.table, metadata))
+
+
+def rows_hash(keys: Sequence[str], sizes: Sequence[Sequence[int]]) -> str:
+    """Identity of a shard's rows: 128-bit hash over keys and member sizes in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, members in zip(keys, sizes, strict=True):
+        digest.update(f"{key}\0{','.join(map(str, members))}\n".encode())
+    return digest.hexdigest()
+
+
+def commit_source(layout: Layout, shard: str, table: pa.Table, rows: str, source: SourceShard) -> int:
+    """Commits what ingest read of a shard; returns the generation."""
+    while True:
+        generation = newest(layout, shard).get(SOURCE, 0) + 1
+        if _commit_file(layout, shard, SOURCE, generation, Content(table, rows, source=source)):
+            return generation
+
+
+def read_source(layout: Layout, shard: str, columns: Sequence[str] | None = None) -> Content | None:
+    """The newest column file of ingest, or None for a shard that is not in the table."""
+
+    def read() -> Content | None:
+        generation = newest(layout, shard).get(SOURCE)
+        return None if generation is None else read_column_file(layout.column_file(shard, SOURCE, generation), columns)
+
+    return files.retry_listing(read)
+
+
+def commit(
+    layout: Layout,
+    shard: str,
+    stage: str,
+    columns: tuple[Column, ...],
+    done: pa.Table,
+    previous: Sequence[str | None],
+    *,
+    rows: str,
+    attempt: str,
+) -> Committed:
+    """Sets the rows that a task has done, where nobody has answered them since the freeze, and creates a generation.
+
+    Args:
+        columns: the stage's columns, status columns included.
+        done: the rows: `row` and every column of `columns`.
+        previous: `<stage>_run` of each row as it was at the freeze.
+        rows: identity of the shard's rows that the work set follows.
+        attempt: name of this attempt, compared with those that a sweep has named.
+
+    Raises:
+        ConflictError: the shard was ingested again with other rows.
+        Swept: a sweep has named this attempt.
+    """
+    made: Committed | None = None
+    with where(stage=stage, shard=shard):
+        while True:
+            generation, base = files.retry_listing(partial(_base, layout, shard, stage, columns, rows))
+            if attempt in base.swept:
+                raise Swept(f"attempt '{attempt}' was swept: it starts again", fix="nothing to do")
+            result, table = _applied(stage, base.table, done, previous)
+            if result.rows == 0:
+                return made or result
+            if not _commit_file(layout, shard, stage, generation + 1, Content(table, rows, base.swept)):
+                continue
+            made = result
+            if newest(layout, shard, fresh=True).get(stage, 0) == generation + 1:
+                return result
+
+
+def _base(layout: Layout, shard: str, stage: str, columns: tuple[Column, ...], rows: str) -> tuple[int, Content]:
+    """The newest answers of a stage, aligned with the shard's rows, and their generation (0: none yet)."""
+    found = listing(layout, shard, fresh=True)
+    source = read_column_file(layout.column_file(shard, SOURCE, found[SOURCE][-1]), ["key", "source_members"])
+    if source.rows != rows:
+        raise ConflictError(
+            "the shard was ingested again with other rows since this work was planned",
+            where={"rows": f"expected {rows}, found {source.rows}"},
+            fix="run the same command again: it plans the work anew",
+        )
+    generation = found.get(stage, [0])[-1]
+    nothing = pa.table({column.name: pa.nulls(source.table.num_rows, column.type) for column in columns})
+    if generation == 0:
+        return 0, Content(nothing, rows)
+    content = _aligned(layout, shard, stage, found, source)
+    table = content.table
+    for column in columns:
+        if column.name not in table.column_names:
+            table = table.append_column(column.name, nothing[column.name])
+    return generation, Content(table, rows, content.swept)
+
+
+def _applied(stage: str, base: pa.Table, done: pa.Table, previous: Sequence[str | None]) -> tuple[Committed, pa.Table]:
+    """Puts `done` into `base` where the run is still the previous one and no failure replaces an answer."""
+    at = done["row"].to_numpy()
+    runs = base[f"{stage}_run"].take(pa.array(at)).to_pylist()
+    status = base[f"{stage}_status"].take(pa.array(at)).to_pylist()
+    failed = pc.equal(done[f"{stage}_status"], "failed").to_pylist()
+    take: list[int] = []
+    result = Committed()
+    for i, (run, expected, old, fails) in enumerate(zip(runs, previous, status, failed, strict=True)):
+        if run != expected:
+            result.dropped += 1
+        elif fails and old == "ok":
+            result.kept.append(int(at[i]))
+        else:
+            take.append(i)
+    result.rows = len(take)
+    if not take:
+        return result, base
+    chosen = done.take(pa.array(take))
+    indices = np.arange(base.num_rows)
+    indices[at[take]] = base.num_rows + np.arange(len(take))
+    merged = {}
+    for name in base.column_names:
+        new = chosen[name] if name in chosen.column_names else pa.nulls(len(take), base[name].type)
+        both = pa.concat_arrays([_one(base[name]), _one(pc.cast(new, base[name].type))])
+        merged[name] = both.take(pa.array(indices))
+    return result, pa.table(merged)
+
+
+def _one(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _aligned(layout: Layout, shard: str, stage: str, found: dict[str, list[int]], source: Content) -> Content:
+    """A stage's newest column file, its rows those of `source`: moved by key and member sizes if they are others."""
+    content = read_column_file(layout.column_file(shard, stage, found[stage][-1]))
+    if content.rows == source.rows:
+        return content
+    for generation in reversed(found[SOURCE]):
+        path = layout.column_file(shard, SOURCE, generation)
+        if _read_rows(path) == content.rows:
+            old = read_column_file(path, ["key", "source_members"])
+            moved = content.table.take(_moves(_identities(old.table), _identities(source.table)))
+            return Content(moved, source.rows, content.swept)
+    count = source.table.num_rows
+    empty = pa.table({field.name: pa.nulls(count, field.type) for field in content.table.schema})
+    return Content(empty, source.rows, content.swept)
+
+
+def _identities(source: pa.Table) -> list[tuple[str, tuple[int, ...]]]:
+    sizes = [tuple(member["size"] for member in members) for members in source["source_members"].to_pylist()]
+    return list(zip(source["key"].to_pylist(), sizes, strict=True))
+
+
+def _moves(old: list[Any], new: list[Any]) -> pa.Array:
+    """For each new row the old row with the same identity, null where there is none; repeats match in order."""
+    places: dict[Any, list[int]] = {}
+    for row, identity in enumerate(old):
+        places.setdefault(identity, []).append(row)
+    for rows in places.values():
+        rows.reverse()
+    return pa.array([places[identity].pop() if places.get(identity) else None for identity in new], pa.int64())
+
+
+# --- fold and heal ---
+
+
+def fold(layout: Layout, shard: str) -> None:
+    """Rebuilds a shard's partition from its newest column files and the root's columns."""
+    while True:
+        folded = files.retry_listing(partial(_fold_once, layout, shard))
+        generation, _ = load_schema(layout)
+        if (newest(layout, shard, fresh=True), generation) == folded:
+            return
+
+
+def _fold_once(layout: Layout, shard: str) -> tuple[dict[str, int], int]:
+    generation, columns = load_schema(layout)
+    found = listing(layout, shard)
+    state = {stage: generations[-1] for stage, generations in found.items()}
+    source = read_column_file(layout.column_file(shard, SOURCE, state[SOURCE]))
+    stages = {SOURCE: source.table}
+    for stage in state:
+        if stage != SOURCE:
+            stages[stage] = _aligned(layout, shard, stage, found, source).table
+    table = pa.table(
+        {column.name: _column(stages.get(column.stage), column, source.table.num_rows) for column in columns}
+    )
+    metadata = {
+        _FOLDED: json.dumps(state).encode(),
+        _SCHEMA: str(generation).encode(),
+        _ROWS: source.rows.encode(),
+        _SOURCE: json.dumps(vars(source.source)).encode(),
+    }
+    files.write_atomic(layout.partition(shard), partial(write_parquet, table, metadata))
+    return state, generation
+
+
+def _column(stage: pa.Table | None, column: Column, count: int) -> Any:
+    if stage is None or column.name not in stage.column_names:
+        return pa.nulls(count, column.type)
+    return stage[column.name].cast(column.type)
+
+
+def partition_state(layout: Layout, shard: str) -> State | None:
+    """What a partition was folded from, or None if there is none. Reads one footer."""
+    try:
+        metadata = pq.read_metadata(layout.partition(shard)).metadata
+    except FileNotFoundError:
+        return None
+    return State(
+        generations=json.loads(metadata[_FOLDED]),
+        schema_generation=int(metadata[_SCHEMA]),
+        rows=metadata[_ROWS].decode(),
+        source=SourceShard(**json.loads(metadata[_SOURCE])),
+    )
+
+
+def is_behind(layout: Layout, shard: str) -> bool:
+    """Whether a partition differs from the newest generations of its shard."""
+    state = partition_state(layout, shard)
+    return state is None or state.generations != newest(layout, shard)
+
+
+def heal(layout: Layout, shards: Iterable[str]) -> int:
+    """Folds the partitions that are behind; returns how many were."""
+    healed = 0
+    for shard in shards:
+        if SOURCE in (found := newest(layout, shard)):
+            state = partition_state(layout, shard)
+            if state is None or state.generations != found:
+                with where(shard=shard):
+                    fold(layout, shard)
+                healed += 1
+    return healed
+
+
+def read_partition(layout: Layout, shard: str, columns: Sequence[str]) -> tuple[pa.Table, State]:
+    """Columns of one partition in tar order, and what it was folded from; both out of one open file."""
+
+    def read() -> tuple[pa.Table, State]:
+        with pq.ParquetFile(layout.partition(shard)) as file:
+            have = set(file.schema_arrow.names)
+            table = file.read(columns=[name for name in columns if name in have]).replace_schema_metadata(None)
+            metadata = file.metadata.metadata
+        state = State(
+            json.loads(metadata[_FOLDED]), int(metadata[_SCHEMA]), metadata[_ROWS].decode(),
+            SourceShard(**json.loads(metadata[_SOURCE])),
+        )  # fmt: skip
+        return table, state
+
+    return files.retry_listing(read)
+
+
+# --- sweep ---
+
+
+@dataclass
+class Sweep:
+    """What a sweep deletes, and its bytes."""
+
+    paths: list[Path] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, path: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.size += path.stat().st_size
+            self.paths.append(path)
+
+
+def sweep_shard(layout: Layout, shard: str, pointers: dict[str, list[str]], sweep: Sweep, *, dry_run: bool) -> set[str]:
+    """Deletes what nothing needs of one shard: old generations, temp files, edits tars that nothing points to.
+
+    An unreferenced edits tar may belong to an attempt that is only paused: a generation that names the attempt as
+    swept is committed first, and only what is still unreferenced after it is deleted.
+
+    Args:
+        pointers: for each stage its columns that name edits tars.
+
+    Returns:
+        The runs that rows of this shard point to.
+    """
+    doomed = _unreferenced(layout, shard, pointers)
+    if doomed and not dry_run:
+        for stage in pointers:
+            _fence(layout, shard, stage, sorted({attempt_of(path) for path in doomed}))
+        doomed = [path for path in _unreferenced(layout, shard, pointers) if path in doomed]
+    found = listing(layout, shard)
+    needed = _needed_rows(layout, shard, found)
+    for stage, generations in found.items():
+        for generation in generations[:-KEPT_GENERATIONS]:
+            path = layout.column_file(shard, stage, generation)
+            if stage != SOURCE or _read_rows(path) not in needed:
+                doomed.append(path)
+    doomed += _temps(layout.column_folder(shard)) + _temps(layout.edits / shard)
+    for path in doomed:
+        sweep.add(path)
+        if not dry_run:
+            path.unlink(missing_ok=True)
+    runs: set[str] = set()
+    for stage, generations in found.items():
+        column = f"{stage}_run"
+        content = read_column_file(layout.column_file(shard, stage, generations[-1]), [column])
+        runs.update(run for run in content.table[column].unique().to_pylist() if run)
+    return runs
+
+
+def attempt_of(edits_tar: Path) -> str:
+    """The attempt that wrote an edits tar: its name less the number of the checkpoint."""
+    return edits_tar.name[: -len(".tar")].rpartition("-")[0]
+
+
+def _temps(folder: Path) -> list[Path]:
+    return [path for path in folder.glob(".*") if files.is_temp(path)] if folder.is_dir() else []
+
+
+def _unreferenced(layout: Layout, shard: str, pointers: dict[str, list[str]]) -> list[Path]:
+    named: set[str] = set()
+    for stage, columns in pointers.items():
+        for generation in listing(layout, shard, fresh=True).get(stage, [])[-KEPT_GENERATIONS:]:
+            content = read_column_file(layout.column_file(shard, stage, generation), columns)
+            for column in content.table.columns:
+                named.update(path for path in column.unique().to_pylist() if path)
+    folder = layout.edits / shard
+    tars = [folder / name for name in names(folder) if name.endswith(".tar")]
+    return [path for path in tars if str(path.relative_to(layout.root)) not in named]
+
+
+def _fence(layout: Layout, shard: str, stage: str, attempts: list[str]) -> None:
+    """Commits a generation that names attempts as swept."""
+    while True:
+        found = listing(layout, shard, fresh=True)
+        generation = found.get(stage, [0])[-1]
+        if generation == 0:
+            source = read_source(layout, shard, ["row"])
+            assert source is not None
+            empty = pa.table({f"{stage}_run": pa.nulls(source.table.num_rows, pa.string()),
+                              f"{stage}_status": pa.nulls(source.table.num_rows, pa.string())})  # fmt: skip
+            content = Content(empty, source.rows)
+        else:
+            content = read_column_file(layout.column_file(shard, stage, generation))
+        swept = tuple(dict.fromkeys([*content.swept, *attempts]))
+        if swept == content.swept:
+            return
+        if _commit_file(
+            layout, shard, stage, generation + 1, Content(content.table, content.rows, swept, content.source)
+        ):
+            return
+
+
+def _needed_rows(layout: Layout, shard: str, found: dict[str, list[int]]) -> set[str]:
+    """Identities of rows that a kept column file still follows: their source generation realigns it."""
+    kept = [
+        layout.column_file(shard, stage, generation)
+        for stage, generations in found.items()
+        if stage != SOURCE
+        for generation in generations[-KEPT_GENERATIONS:]
+    ]
+    return {_read_rows(path) for path in kept}

@@ -1,0 +1,504 @@
+"""One task: read rows ahead, ask the stage, commit checkpoints.
+
+Owns status, retries, checkpoints and edits tars of a run's rows. A task is a run directory and a number; it keeps one
+stage instance for all its shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from builder import files, schema, table
+from builder.edits import EditsTar
+from builder.errors import BuilderError, ConflictError, ShardError, StageError, TransientError
+from builder.layout import Layout, RunFiles
+from builder.members import MemberReader
+from builder.schema import Column
+from builder.stage import Stage, check_result, columns_of
+from builder.table import Swept
+from builder.workset import Slice, read_slice, read_task
+
+#: Rows of a task after which the share of failures is judged.
+JUDGED_AFTER = 100
+#: Tries of a row whose stage raises TransientError, and the pause before the second, in seconds.
+TRANSIENT_TRIES, TRANSIENT_PAUSE_S = 3, 0.5
+#: An error text in the table is cut at this length.
+MAX_ERROR = 500
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What `run.json` says about execution."""
+
+    checkpoint_rows: int
+    checkpoint_seconds: float
+    max_failed: float
+    batch_rows: int
+
+
+@dataclass
+class Result:
+    """What a task did.
+
+    Attributes:
+        rows: rows that were processed.
+        ok: of these, rows with a new answer in the table.
+        failed: rows that failed and stand so in the table.
+        kept: rows that failed where an older answer stays.
+        dropped: rows that another run or copy had answered meanwhile.
+        left: shards that were ingested again meanwhile, or whose bytes cannot be read, with the reason.
+        stopped: whether it was asked to stop before its end.
+    """
+
+    rows: int = 0
+    ok: int = 0
+    failed: int = 0
+    kept: int = 0
+    dropped: int = 0
+    left: dict[str, str] = field(default_factory=dict)
+    stopped: bool = False
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_stage_task(
+    layout: Layout,
+    run: RunFiles,
+    number: int,
+    stage: Stage,
+    settings: TaskSettings,
+    *,
+    device: str = "cpu",
+    progress: Progress = lambda done, failed: None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Does one task of a stage's run to its end, or until `stopping` says so; commits what is done either way.
+
+    Raises:
+        StageError: the stage cannot start, broke its contract, or more than `max_failed` of the rows failed.
+    """
+    started = time.monotonic()
+    task = _Task(layout, run, number, stage, settings, progress, stopping)
+    slices = read_task(run, number)
+    stage.setup(device)
+    try:
+        for part in slices:
+            if stopping():
+                break
+            try:
+                task.do_shard(part)
+            except (ConflictError, ShardError) as error:
+                task.result.left[part.shard] = str(error)
+    finally:
+        stage.close()
+    task.result.stopped = stopping()
+    task.result.seconds = time.monotonic() - started
+    run.in_hand(number).unlink(missing_ok=True)
+    return task.result
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why one row has no answer."""
+
+    error: str
+
+
+@dataclass
+class _Pending:
+    """Rows that are answered and not committed."""
+
+    rows: list[int] = field(default_factory=list)
+    answers: list[pa.RecordBatch | _Failure] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
+
+
+class _Task:
+    def __init__(
+        self,
+        layout: Layout,
+        run: RunFiles,
+        number: int,
+        stage: Stage,
+        settings: TaskSettings,
+        progress: Progress,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._layout, self._run, self._number, self._stage = layout, run, number, stage
+        self._settings, self._progress, self._stopping = settings, progress, stopping
+        self._kind = type(stage)
+        self._columns = columns_of(self._kind)
+        self._generated = [output.name for output in self._kind.outputs if output.type == schema.GENERATED]
+        self._deaths = Deaths(run.in_hand(number))
+        self._done = self._failed = 0
+        self.result = Result()
+
+    def do_shard(self, part: Slice) -> None:
+        """Does the rows of one shard; starts again under a new name if a sweep has named the attempt."""
+        table.heal(self._layout, [part.shard])
+        while True:
+            try:
+                with _Shard(self, part) as shard:
+                    shard.run()
+                break
+            except Swept:
+                continue
+        table.heal(self._layout, [part.shard])
+
+    def new_attempt(self) -> str:
+        return f"{self._run.folder.name}-{secrets.token_hex(3)}"
+
+    def count(self, rows: int, failed: int) -> None:
+        self._done += rows
+        self._failed += failed
+        self._progress(self._done, self._failed)
+
+    def too_many_failed(self) -> bool:
+        return self._done >= JUDGED_AFTER and self._failed > self._settings.max_failed * self._done
+
+
+class _Shard:
+    """The rows of one shard in one attempt."""
+
+    def __init__(self, task: _Task, part: Slice) -> None:
+        self._task, self._part = task, part
+        self._stage, self._name = task._stage, task._kind.name
+        self._attempt = task.new_attempt()
+        self._checkpoints = 0
+        self._pending = _Pending()
+        self._edits: EditsTar | None = None
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._abandon_edits()
+
+    def run(self) -> None:
+        work = self._todo()
+        if work.num_rows == 0:
+            return
+        reader = Reader(self._task._layout, self._part.shard, self._stage)
+        with reader, ThreadPoolExecutor(1, "reader") as pool:
+            for rows, batch in _read_ahead(pool, reader, work, self._groups(work), self._task._kind.inputs):
+                self._do_batch(rows, batch)
+                if self._due():
+                    self._checkpoint(work)
+                if self._task._stopping():
+                    break
+        self._checkpoint(work)
+
+    def _todo(self) -> pa.Table:
+        """The rows of the work set that nobody has answered since the freeze, `row` their place in the shard."""
+        work = read_slice(self._task._run, self._part)
+        have, state = table.read_partition(self._task._layout, self._part.shard, [f"{self._name}_run"])
+        if state.rows != self._part.rows:
+            raise ConflictError(
+                "the shard was ingested again with other rows since this work was planned",
+                where={"rows": f"expected {self._part.rows}, found {state.rows}"},
+                fix="run the same command again: it plans the work anew",
+            )
+        runs = have.column(0).take(work["row"]).to_pylist() if have.num_columns else [None] * work.num_rows
+        same = [now == then for now, then in zip(runs, work["previous_run"].to_pylist(), strict=True)]
+        self._task.result.dropped += same.count(False)
+        return work.filter(pa.array(same))
+
+    def _groups(self, work: pa.Table) -> list[list[int]]:
+        """Positions in `work`, batch by batch; rows in which the process died stand in batches of their own."""
+        size = self._task._settings.batch_rows
+        rows = work["row"].to_pylist()
+        alone = [set(group) for group in self._task._deaths.groups(self._part.shard)]
+        special = set().union(*alone) if alone else set()
+        normal = [i for i, row in enumerate(rows) if row not in special]
+        groups = [normal[i : i + size] for i in range(0, len(normal), size)]
+        own = [[i for i, row in enumerate(rows) if row in group] for group in alone]
+        return groups + [group for group in own if group]
+
+    def _do_batch(self, rows: list[int], batch: pa.RecordBatch | _Failure) -> None:
+        if isinstance(batch, _Failure):
+            answers: list[tuple[int, pa.RecordBatch | _Failure]] = [(0, batch)]
+        elif self._task._deaths.begin(self._part.shard, rows):
+            answers = [(0, _Failure("ProcessDied: the process died twice in this row"))]
+        else:
+            answers = list(answer(self._stage, batch))
+        failed = 0
+        for first, result in answers:
+            count = 1 if isinstance(result, _Failure) else result.num_rows
+            failed += isinstance(result, _Failure)
+            self._pending.rows += rows[first : first + count]
+            self._pending.answers.append(
+                result if isinstance(result, _Failure) else self._with_edits(result, rows[first:])
+            )
+        self._task.result.rows += len(rows)
+        self._task.count(len(rows), failed)
+        if self._task.too_many_failed():
+            self._stop_for_failures()
+
+    def _with_edits(self, result: pa.RecordBatch, rows: list[int]) -> pa.RecordBatch:
+        """Moves generated bytes to the edits tar and puts pointers in their place."""
+        if not self._task._generated:
+            return result
+        columns = dict(zip(result.schema.names, result.columns, strict=True))
+        for name in self._task._generated:
+            extension = (self._task._kind.outputs.field(name).metadata or {}).get(b"extension", b"bin").decode()
+            pointers: list[list[Any]] = [[], [], [], []]
+            for row, data in zip(rows, columns.pop(name), strict=False):
+                place = self._place(f"{row:08d}.{extension}", data.as_py())
+                for column, value in zip(pointers, place, strict=True):
+                    column.append(value)
+            for pointer, values in zip(schema.pointer_columns(self._name, name), pointers, strict=True):
+                columns[pointer.name] = pa.array(values, pointer.type)
+        return pa.RecordBatch.from_pydict(columns)
+
+    def _place(self, name: str, data: bytes | None) -> tuple[Any, ...]:
+        if data is None:
+            return (None, None, None, None)
+        if self._edits is None:
+            self._edits = EditsTar(self._task._layout, self._part.shard, self._attempt, self._checkpoints)
+        pointer = self._edits.add(name, data)
+        return pointer.path, pointer.offset, pointer.size, hashlib.sha256(data).hexdigest()
+
+    def _due(self) -> bool:
+        settings = self._task._settings
+        age = time.monotonic() - self._pending.since
+        return len(self._pending.rows) >= settings.checkpoint_rows or age >= settings.checkpoint_seconds
+
+    def _checkpoint(self, work: pa.Table, *, failures: bool = True) -> None:
+        """Commits the pending rows: first the edits tar whole and durable, then the rows that point into it."""
+        pending, self._pending = self._pending, _Pending()
+        if not failures:
+            keep = [isinstance(answer, pa.RecordBatch) for answer in pending.answers]
+            pending = _without_failures(pending, keep)
+        if not pending.rows:
+            return
+        if self._edits is not None:
+            self._edits.close()
+            self._edits = None
+            self._checkpoints += 1
+        place = {row: i for i, row in enumerate(work["row"].to_pylist())}
+        chosen = work.take(pa.array([place[row] for row in pending.rows]))
+        done = _answers(pending, chosen, self._task._columns, self._task._run.folder.name, self._name)
+        committed = table.commit(
+            self._task._layout,
+            self._part.shard,
+            self._name,
+            self._task._columns,
+            done,
+            chosen["previous_run"].to_pylist(),
+            rows=self._part.rows,
+            attempt=self._attempt,
+        )
+        self._count(done, committed)
+
+    def _count(self, done: pa.Table, committed: table.Committed) -> None:
+        result = self._task.result
+        failed = done[f"{self._name}_status"].to_pylist().count("failed")
+        failed_in_table = min(failed - len(committed.kept), committed.rows)
+        result.dropped += committed.dropped
+        result.kept += len(committed.kept)
+        result.failed += failed_in_table
+        result.ok += committed.rows - failed_in_table
+        if committed.kept:
+            errors = dict(zip(done["row"].to_pylist(), done[f"{self._name}_error"].to_pylist(), strict=True))
+            path = self._task._run.failures(self._task._number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as log:
+                for row in committed.kept:
+                    log.write(json.dumps({"shard": self._part.shard, "row": row, "error": errors[row]}) + "\n")
+
+    def _stop_for_failures(self) -> None:
+        errors = [answer.error for answer in self._pending.answers if isinstance(answer, _Failure)]
+        self._checkpoint(read_slice(self._task._run, self._part), failures=False)
+        done, failed, limit = self._task._done, self._task._failed, self._task._settings.max_failed
+        raise StageError(
+            f"stage '{self._name}' failed on {failed} of {done} rows, more than max_failed = {limit}",
+            where={"shard": self._part.shard, "last error": errors[-1] if errors else "see the table"},
+            fix="mend the cause and run again (no row of the last checkpoint was marked failed), "
+            f"or raise max_failed in [stages.{self._name}.run]",
+        )
+
+    def _abandon_edits(self) -> None:
+        if self._edits is not None:
+            self._edits.__exit__(None, None, None)
+            self._edits = None
+
+
+def _without_failures(pending: _Pending, keep: list[bool]) -> _Pending:
+    kept = _Pending()
+    at = 0
+    for answer_, ok in zip(pending.answers, keep, strict=True):
+        count = answer_.num_rows if isinstance(answer_, pa.RecordBatch) else 1
+        if ok:
+            kept.rows += pending.rows[at : at + count]
+            kept.answers.append(answer_)
+        at += count
+    return kept
+
+
+def _answers(pending: _Pending, work: pa.Table, columns: tuple[Column, ...], run: str, stage: str) -> pa.Table:
+    """The rows of a commit: the stage's columns and its four status columns."""
+    parts = []
+    own = [column for column in columns if column.name not in {c.name for c in schema.status_columns(stage)}]
+    for answer_ in pending.answers:
+        if isinstance(answer_, _Failure):
+            part = {column.name: pa.nulls(1, column.type) for column in own}
+            part |= {f"{stage}_status": pa.array(["failed"]), f"{stage}_error": pa.array([answer_.error])}
+        else:
+            part = {column.name: answer_.column(column.name) for column in own}
+            count = answer_.num_rows
+            part |= {f"{stage}_status": pa.array(["ok"] * count), f"{stage}_error": pa.nulls(count, pa.string())}
+        parts.append(pa.table(part))
+    done = pa.concat_tables(parts)
+    done = done.append_column(f"{stage}_run", pa.array([run] * len(pending.rows)))
+    done = done.append_column(f"{stage}_inputs", work["inputs"])
+    return done.append_column("row", pa.array(pending.rows, pa.int64()))
+
+
+# --- asking the stage ---
+
+
+def answer(stage: Stage, batch: pa.RecordBatch, first: int = 0) -> Iterator[tuple[int, pa.RecordBatch | _Failure]]:
+    """Answers of a batch in order, with the position of their first row; a batch that raises is halved.
+
+    Raises:
+        StageError: the stage broke its contract.
+    """
+    try:
+        result = _patiently(stage, batch)
+    except Exception as error:
+        if batch.num_rows == 1:
+            yield first, _Failure(error_text(error))
+            return
+        middle = batch.num_rows // 2
+        yield from answer(stage, batch.slice(0, middle), first)
+        yield from answer(stage, batch.slice(middle), first + middle)
+        return
+    yield first, check_result(type(stage), batch, result)
+
+
+def _patiently(stage: Stage, batch: pa.RecordBatch) -> pa.RecordBatch:
+    for attempt in range(1, TRANSIENT_TRIES):
+        try:
+            return stage.process(batch)
+        except TransientError:
+            time.sleep(TRANSIENT_PAUSE_S * attempt)
+    return stage.process(batch)
+
+
+def error_text(error: Exception) -> str:
+    """`class: message` on one line of printable text."""
+    message = error.what if isinstance(error, BuilderError) else str(error)
+    clean = "".join(char if char.isprintable() else " " for char in message)
+    return f"{type(error).__name__}: {' '.join(clean.split())}"[:MAX_ERROR]
+
+
+class Deaths:
+    """The batch in hand, on disk, so that the next process knows in which rows the last one died.
+
+    A batch in which the process died twice is halved; a single row in which it died twice has failed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._groups: list[dict[str, Any]] = []
+        self._in_hand: dict[str, Any] | None = None
+        if path.exists():
+            data = json.loads(path.read_text("utf-8"))
+            self._groups, last = data["groups"], data["in_hand"]
+            if last:
+                self._died(last)
+
+    def _died(self, last: dict[str, Any]) -> None:
+        self._groups = [
+            group for group in self._groups if group["rows"] != last["rows"] or group["shard"] != last["shard"]
+        ]
+        last["deaths"] += 1
+        rows = last["rows"]
+        if last["deaths"] < 2 or len(rows) == 1:
+            self._groups.append(last)
+            return
+        middle = len(rows) // 2
+        self._groups += [{**last, "rows": half, "deaths": 0} for half in (rows[:middle], rows[middle:])]
+
+    def groups(self, shard: str) -> list[list[int]]:
+        """Rows of a shard that go into batches of their own."""
+        return [group["rows"] for group in self._groups if group["shard"] == shard]
+
+    def begin(self, shard: str, rows: list[int]) -> bool:
+        """Notes the batch that is processed now; returns True if it is one row that kills the process."""
+        known = next((g for g in self._groups if g["shard"] == shard and g["rows"] == rows), None)
+        deaths = known["deaths"] if known else 0
+        if deaths >= 2:
+            return True
+        self._in_hand = {"shard": shard, "rows": rows, "deaths": deaths}
+        text = json.dumps({"groups": self._groups, "in_hand": self._in_hand})
+        files.write_atomic(self._path, text.encode(), durable=False)
+        return False
+
+
+# --- reading rows ---
+
+
+def _read_ahead(
+    pool: ThreadPoolExecutor, reader: Reader, work: pa.Table, groups: Sequence[list[int]], inputs: pa.Schema
+) -> Iterator[tuple[list[int], pa.RecordBatch | _Failure]]:
+    """Batches in order, the next one read while this one is processed; rows whose bytes cannot be read come alone."""
+    following: Future[list[tuple[list[int], pa.RecordBatch | _Failure]]] | None = None
+    for group in [*groups, None]:
+        ready = following
+        following = pool.submit(reader.batches, work.take(pa.array(group)), inputs) if group is not None else None
+        if ready is not None:
+            yield from ready.result()
+
+
+class Reader:
+    """Makes batches: the rows of a work set with the bytes that the stage needs."""
+
+    def __init__(self, layout: Layout, shard: str, stage: Stage) -> None:
+        self._names = stage.members
+        self._needs: Callable[[pa.RecordBatch], list[bool]] | None = getattr(stage, "needs_bytes", None)
+        self._members = MemberReader(layout, shard, stage.members)
+
+    def batches(self, work: pa.Table, inputs: pa.Schema) -> list[tuple[list[int], pa.RecordBatch | _Failure]]:
+        """One batch of rows with their bytes; each row whose bytes cannot be read as a failure of its own."""
+        rows = work["row"].to_pylist()
+        chosen = work.select(["shard", "row", "uid", *inputs.names]).combine_chunks()
+        needed = self._needs(chosen.to_batches()[0]) if self._needs else [True] * len(rows)
+        good: list[int] = []
+        found: dict[str, list[bytes | None]] = {name: [] for name in self._names}
+        failures: list[tuple[list[int], pa.RecordBatch | _Failure]] = []
+        for i, row in enumerate(rows):
+            try:
+                data = [self._members.read(row, name) if needed[i] else None for name in self._names]
+            except BuilderError as error:
+                failures.append(([row], _Failure(error_text(error))))
+                continue
+            good.append(i)
+            for name, value in zip(self._names, data, strict=True):
+                found[name].append(value)
+        if not good:
+            return failures
+        batch = chosen.take(pa.array(good)).combine_chunks().to_batches()[0]
+        for name, values in found.items():
+            batch = batch.append_column(name, pa.array(values, pa.large_binary()))
+        return [([rows[i] for i in good], batch), *failures]
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._members.__exit__(None, None, None)

@@ -1,0 +1,9 @@
+-- purpose:    which samples are looked at for faces
+-- reads:      source_face_bboxes, source_width, source_height
+-- returns:    shard, row, uid, boxes, width, height
+-- parameters: none
+select shard, row, uid,
+       source_face_bboxes as boxes,
+       source_width as width,
+       source_height as height
+from samples
