@@ -1,0 +1,219 @@
+"""What the tests share: tiny real tars, a dataset of two of them, and the command line as a process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from builder import pipeline as pipelines
+from builder import table
+from builder.pipeline import Pipeline
+from builder.sources import shards as tar_shards
+
+STAGES = Path(__file__).parent / "stages.py"
+#: mtime of the test tars' members; the fraction makes tarfile write a pax header for each, as webdataset's writer does.
+PAX_MTIME, USTAR_MTIME = 1_700_000_000.5, 1_700_000_000
+
+
+@lru_cache
+def picture(seed: int = 0, *, extension: str = "jpg", width: int = 48, height: int = 32) -> bytes:
+    """A small picture without a face."""
+    noise = np.random.default_rng(seed).integers(0, 255, (height // 4, width // 4, 3), np.uint8)
+    out = io.BytesIO()
+    image = Image.fromarray(noise).resize((width, height))
+    image.save(out, {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension])
+    return out.getvalue()
+
+
+@dataclass
+class Sample:
+    """One sample of a test shard; None leaves a member or a json field out."""
+
+    key: str
+    caption: str | None = "a man with a hat is standing in the street"
+    image: bytes | None = field(default_factory=picture)
+    extension: str = "jpg"
+    fields: dict[str, Any] = field(default_factory=dict)
+    txt: bytes | None = None
+    json: bytes | None = None
+
+    def members(self) -> list[tuple[str, bytes]]:
+        found: list[tuple[str, bytes]] = []
+        if self.image is not None:
+            found.append((f"{self.key}.{self.extension}", self.image))
+        found.append((f"{self.key}.json", self.json if self.json is not None else self.body()))
+        text = self.txt if self.txt is not None else (self.caption or "").encode()
+        return [*found, (f"{self.key}.txt", text)]
+
+    def body(self) -> bytes:
+        fields = {
+            "uid": self.key.split("/")[-1].split("-")[0], "caption": self.caption, "url": "https://example.org/a.jpg",
+            "key": "000000001", "status": "success", "error_message": None, "width": 48, "height": 32,
+            "original_width": 480, "original_height": 320, "exif": '{"a": 1}', "sha256": "0" * 64,
+        }  # fmt: skip
+        return json.dumps({**fields, **self.fields}, indent=4).encode()
+
+
+def samples(count: int, *, start: int = 0, boxes: bool = True) -> list[Sample]:
+    """Samples with English captions and, with `boxes`, one face each but for every third."""
+    made = []
+    for i in range(start, start + count):
+        faces = [[0.1, 0.1, 0.5, 0.9]] if i % 3 else []
+        caption = f"a man with a hat is standing in the street number {i}"
+        key = f"{i:032x}-0"
+        made.append(Sample(key, caption, picture(i), fields={"face_bboxes": faces} if boxes else {}))
+    return made
+
+
+def write_tar(
+    path: Path,
+    members: Iterable[tuple[str, bytes]],
+    *,
+    form: int = tarfile.PAX_FORMAT,
+    mtime: float = PAX_MTIME,
+) -> Path:
+    """Writes a tar of members in this order, mode 0444, owner bigdata, as the field's writers do."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode, info.uname, info.gname = len(data), 0o444, "bigdata", "bigdata"
+            info.mtime = mtime  # type: ignore[assignment]
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def make_shard(path: Path, made: Sequence[Sample], **options: Any) -> Path:
+    """Writes a shard of samples."""
+    return write_tar(path, [member for sample in made for member in sample.members()], **options)
+
+
+def read_tar(path: Path) -> dict[str, bytes]:
+    """Every regular member's bytes, by Python's tarfile."""
+    with tarfile.open(path) as archive:
+        return {info.name: archive.extractfile(info).read() for info in archive if info.isreg()}  # type: ignore[union-attr]
+
+
+PIPELINE = """\
+[dataset]
+name = "test"
+shards = "{folder}/source/*.tar"
+root = "{folder}/out"
+fields = ["url", "original_width"]
+
+[run]
+workers = {workers}
+checkpoint_rows = {checkpoint_rows}
+
+{stages}
+"""
+STANDARD_STAGES = """\
+[stages.faces]
+source = "auto"
+
+[stages.lang]
+
+[stages.prompts]
+
+[stages.prompts.params]
+min_faces = 1
+lang = "en"
+
+[stages.generate]
+width = 64
+height = 64
+"""
+
+
+@dataclass
+class Workspace:
+    """A folder with source shards and a pipeline file."""
+
+    folder: Path
+    file: Path
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "out"
+
+    def load(self, *sets: str) -> Pipeline:
+        return pipelines.load(self.file, sets)
+
+    def run(self, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+        """`builder ARGUMENTS --pipeline FILE` as a process."""
+        result = builder(*arguments, "--pipeline", str(self.file), **options)
+        if check:
+            assert result.returncode == 0, (
+                f"builder {arguments}: exit {result.returncode}\n{result.stdout}{result.stderr}"
+            )
+        return result
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """Rows of a question."""
+        return pipelines.answer(self.load(), pipelines.Sql(sql, "test"), {})[1]
+
+
+def builder(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`builder ARGUMENTS` as a process."""
+    command = [sys.executable, "-m", "builder", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, stdin=subprocess.DEVNULL, **options)
+
+
+def ingest_here(pipeline: Pipeline) -> None:
+    """Ingests every shard in this process."""
+    table.extend_schema(pipeline.layout, pipeline.reading.columns)
+    for path in tar_shards.find(pipeline.config.patterns).paths.values():
+        tar_shards.ingest_shard(pipeline.layout, path, pipeline.reading, "ingest-run")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Callable[..., Workspace]:
+    """Makes a folder with shards and a pipeline; shards by name, each a list of samples."""
+
+    def make(
+        shards: dict[str, Sequence[Sample]] | None = None,
+        *,
+        stages: str = STANDARD_STAGES,
+        workers: int = 1,
+        checkpoint_rows: int = 2048,
+        **options: Any,
+    ) -> Workspace:
+        if shards is None:
+            shards = {"00000000": samples(8), "00000001": samples(8, start=8)}
+        for name, made in shards.items():
+            make_shard(tmp_path / "source" / f"{name}.tar", made, **options)
+        file = tmp_path / "pipeline.toml"
+        text = PIPELINE.format(folder=tmp_path, stages=stages, workers=workers, checkpoint_rows=checkpoint_rows)
+        file.write_text(text, "utf-8")
+        return Workspace(tmp_path, file)
+
+    return make
+
+
+@pytest.fixture
+def dataset(workspace: Callable[..., Workspace]) -> Workspace:
+    """Two shards of eight samples, ingested."""
+    made = workspace()
+    ingest_here(made.load())
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal's width and colours do not decide what a test reads."""
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    os.environ.pop("PYTHONWARNINGS", None)

@@ -1,0 +1,114 @@
+"""Stages for the tests: one that adds a column, one that fails on some rows, ones that break or die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+
+from builder import Resources, Strict, output
+
+
+class Options(Strict):
+    """Options of the test stages."""
+
+    #: A file that gets one line `uid` for every row that `process` sees.
+    log: str = ""
+    #: Keys on which the stage fails or dies.
+    bad: list[str] = []
+    #: Put before every answer.
+    word: str = "seen"
+    #: Seconds a batch takes.
+    pause_s: float = 0.0
+
+
+class Base:
+    """Adds `note`: the word and the caption."""
+
+    name: ClassVar[str] = "note"
+    version: ClassVar[str] = "1"
+    Options = Options
+    inputs: ClassVar[pa.Schema] = pa.schema([("key", pa.string()), ("text", pa.string())])
+    members: ClassVar[tuple[str, ...]] = ()
+    outputs: ClassVar[pa.Schema] = pa.schema([output("note", pa.string(), "the word and the caption")])
+    resources: ClassVar[Resources] = Resources(batch_rows=4)
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def setup(self, device: str) -> None:
+        """Holds nothing."""
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        if self.options.log:
+            with Path(self.options.log).open("a") as log:
+                log.write("".join(f"{uid}\n" for uid in batch.column("uid").to_pylist()))
+        if self.options.pause_s:
+            time.sleep(self.options.pause_s)
+        self.check(batch)
+        notes = [f"{self.options.word}: {text}" for text in batch.column("text").to_pylist()]
+        return pa.RecordBatch.from_pydict({"note": notes}, schema=self.outputs)
+
+    def check(self, batch: pa.RecordBatch) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+class Note(Base):
+    """The stage that works."""
+
+
+class Fails(Base):
+    """Raises for the bad keys."""
+
+    def check(self, batch: pa.RecordBatch) -> None:
+        for key in batch.column("key").to_pylist():
+            if key in self.options.bad:
+                raise ValueError(f"cannot note {key}")
+
+
+class Dies(Base):
+    """Its process is killed in the bad keys, as by a fault in native code."""
+
+    def check(self, batch: pa.RecordBatch) -> None:
+        if set(batch.column("key").to_pylist()) & set(self.options.bad):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Short(Base):
+    """Breaks its contract: returns one row too few."""
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        return super().process(batch).slice(1)
+
+
+class Other(Base):
+    """A second stage beside the first, with columns of its own."""
+
+    name: ClassVar[str] = "other"
+    outputs: ClassVar[pa.Schema] = pa.schema([output("remark", pa.string(), "the word and the caption")])
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        result = super().process(batch)
+        return pa.RecordBatch.from_arrays(result.columns, schema=self.outputs)
+
+
+class Rival(Base):
+    """Wants a column that another stage has."""
+
+    name: ClassVar[str] = "rival"
+
+
+class NoModel(Base):
+    """Cannot start."""
+
+    def setup(self, device: str) -> None:
+        from builder.errors import StageError
+
+        raise StageError("there is no model in '/models/none'", fix="name a folder that has one")
