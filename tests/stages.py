@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pyarrow as pa
+from pydantic import Field
 
 from builder import Resources, Strict, output
 
@@ -19,7 +20,7 @@ class Options(Strict):
     #: A file that gets one line `uid` for every row that `process` sees.
     log: str = ""
     #: Keys on which the stage fails or dies.
-    bad: list[str] = []
+    bad: list[str] = Field(default_factory=list)
     #: Put before every answer.
     word: str = "seen"
     #: Seconds a batch takes.
