@@ -26,7 +26,7 @@ docs: $(STAMP)-dev             ## write docs/cli.md and docs/columns.md anew
 	$(BIN)/python docs/generate.py
 
 $(STAMP)-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -e '.[$*]'
 	@touch $@
 
 $(BIN)/python:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -122,11 +124,12 @@ def _show(counts: dict[str, Any], proof: Proof, seconds: dict[str, float]) -> No
 
 def _next(folder: Path, pipeline: Pipeline, uid: str, sheet: Path) -> None:
     file = pipeline.config.path
+    command = "builder" if shutil.which("builder") else sys.argv[0]
     print(
         f"""
 Try next:
-  builder sql "select lang, count(*) from samples where face_count > 0 group by 1" --pipeline {file}
-  builder show {uid} --pipeline {file}
+  {command} sql "select lang, count(*) from samples where face_count > 0 group by 1" --pipeline {file}
+  {command} show {uid} --pipeline {file}
   tar tvf {folder}/shards/00000000.tar | head       # hybrid shards, beside {folder}/source
 Look at {sheet}: originals beside new images."""
     )

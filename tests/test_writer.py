@@ -1,0 +1,268 @@
+"""The writer: what an edited sample is, what is refused, what is up to date."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Callable
+
+import pyarrow.parquet as pq
+import pytest
+
+from builder import pipeline as pipelines
+from builder import writer
+from builder.errors import ConfigError
+from builder.progress import Talk
+from builder.writer import Edit, edited_json
+from conftest import Sample, Workspace, picture, read_tar, samples, write_tar
+
+MADE = {
+    "image_width": 64, "image_height": 48, "image_sha256": "f" * 64, "image_seed": 7, "image_model": "sketch",
+    "image_prompt": "a new man", "stage": "generate", "version": "1", "options": "0011223344556677",
+}  # fmt: skip
+
+
+def test_edited_json_of_a_new_image_is_this_text() -> None:
+    old = {
+        "uid": "ab", "face_bboxes": [[0, 0, 1, 1]], "caption": "ein Mann", "url": "https://example.org/ä.jpg",
+        "key": "1", "width": 512, "height": 384, "original_width": 1024, "original_height": 768, "exif": "{}", "sha256": "0",
+    }  # fmt: skip
+    edit = Edit(0, image=("edits/a/r.tar", 512, 100), caption="a new man", made=MADE)
+    assert json.loads(edited_json(json.dumps(old).encode(), edit)) == {
+        "uid": "ab",
+        "caption": "a new man",
+        "url": "",
+        "key": "1",
+        "width": 64,
+        "height": 48,
+        "original_width": 64,
+        "original_height": 48,
+        "exif": "",
+        "sha256": "f" * 64,
+        "original_caption": "ein Mann",
+        "provenance": {
+            "replaced": {
+                "caption": "ein Mann",
+                "width": 512,
+                "height": 384,
+                "original_width": 1024,
+                "original_height": 768,
+                "sha256": "0",
+                "url": "https://example.org/ä.jpg",
+                "exif": "{}",
+                "face_bboxes": [[0, 0, 1, 1]],
+            },
+            "model": "sketch",
+            "seed": 7,
+            "prompt": "a new man",
+            "stage": "generate",
+            "version": "1",
+            "options": "0011223344556677",
+        },
+    }
+
+
+def test_edited_json_keeps_the_first_caption_and_the_provenance_before() -> None:
+    old = {"caption": "second", "original_caption": "first", "provenance": {"model": "older"}}
+    new = json.loads(edited_json(json.dumps(old).encode(), Edit(0, caption="third")))
+    assert new == {
+        "caption": "third",
+        "original_caption": "first",
+        "provenance": {"replaced": {"caption": "second"}, "before": {"model": "older"}},
+    }
+
+
+def test_edited_json_is_ascii_with_indent_4_and_reads_a_byte_order_mark() -> None:
+    text = edited_json(b'\xef\xbb\xbf{"caption": "x"}', Edit(0, caption="é"))
+    assert text.startswith(b'{\n    "caption": "\\u00e9",\n')
+
+
+def test_a_sample_without_json_and_txt_gets_both(workspace: Callable[..., Workspace]) -> None:
+    made = workspace({"b": []})
+    key = "a" * 32
+    write_tar(made.folder / "source/b.tar", [(f"{key}.png", picture(1, extension="png")), ("z.jpg", picture(2))])
+    made.run("ingest")
+    sql = made.folder / "prompts.sql"
+    sql.write_text(f"select shard, row, uid, 'a man in a hat' as text from samples where key = '{key}'")
+    sets = ("--set", f"stages.prompts.sql={sql}", "--set", "stages.prompts.params={}")
+    for stage in ("prompts", "generate"):
+        made.run("stage", stage, *sets)
+    made.run("write", *sets)
+    made.run("verify", *sets)
+    hybrid = read_tar(made.root / "shards/b.tar")
+    assert list(hybrid) == [f"{key}.jpg", f"{key}.json", f"{key}.txt", "z.jpg"]
+    fields = json.loads(hybrid[f"{key}.json"])
+    assert fields["caption"] == hybrid[f"{key}.txt"].decode() == "A photo of a man in a hat, natural light"
+    assert fields["original_caption"] is None
+    assert hybrid["z.jpg"] == picture(2)
+
+
+def test_members_of_no_sample_between_those_of_an_edited_one_stay(workspace: Callable[..., Workspace]) -> None:
+    made = workspace({"b": []})
+    sample = samples(2)[1]
+    (jpg, txt, body) = (dict(sample.members())[f"{sample.key}.{e}"] for e in ("jpg", "txt", "json"))
+    members = [
+        ("README", b"first"), (f"{sample.key}.txt", txt), ("notes", b"between"), (f"{sample.key}.jpg", jpg),
+        (f"{sample.key}.cls", b"7"), (f"{sample.key}.json", body), ("LICENSE", b"last"),
+    ]  # fmt: skip
+    write_tar(made.folder / "source/b.tar", members)
+    made.run("run")
+    made.run("verify")
+    source, hybrid = read_tar(made.folder / "source/b.tar"), read_tar(made.root / "shards/b.tar")
+    assert sorted(hybrid) == sorted(source)
+    assert [name for name in source if source[name] != hybrid[name]] == [
+        f"{sample.key}.txt", f"{sample.key}.jpg", f"{sample.key}.json",
+    ]  # fmt: skip
+
+
+def test_other_pictures_of_an_edited_sample_go(workspace: Callable[..., Workspace]) -> None:
+    sample = samples(2)[1]
+    made = workspace({"b": []})
+    png = (f"{sample.key}.png", picture(4, extension="png"))
+    write_tar(made.folder / "source/b.tar", [*sample.members(), png])
+    made.run("run")
+    made.run("verify")
+    assert list(read_tar(made.root / "shards/b.tar")) == [f"{sample.key}.{e}" for e in ("jpg", "json", "txt")]
+
+
+def test_manifest_names_every_member_and_what_made_it(workspace: Callable[..., Workspace]) -> None:
+    made = workspace({"a": samples(2)})
+    made.run("run")
+    rows = pq.read_table(made.root / "shards/manifest/a.parquet").to_pylist()
+    assert [(row["row"], row["member"][-4:], row["origin"], row["sha256"] is None) for row in rows] == [
+        (0, ".jpg", "source", True),
+        (0, "json", "source", True),
+        (0, ".txt", "source", True),
+        (1, ".jpg", "edited", False),
+        (1, "json", "edited", False),
+        (1, ".txt", "edited", False),
+    ]
+
+
+def test_only_shards_that_changed_are_written_again(workspace: Callable[..., Workspace]) -> None:
+    made = workspace()
+    made.run("run")
+    before = {path.name: path.stat().st_mtime_ns for path in (made.root / "shards").glob("*.tar")}
+    sets = ("--set", "stages.prompts.style=A painting of {caption}")
+    made.run("stage", "prompts", "--redo", "--where", "shard = '00000001'", *sets)
+    made.run("stage", "generate", "--stale", *sets)
+    assert "write: 1 shards" in made.run("write", *sets).stderr
+    after = {path.name: path.stat().st_mtime_ns for path in (made.root / "shards").glob("*.tar")}
+    assert after["00000000.tar"] == before["00000000.tar"]
+    assert after["00000001.tar"] != before["00000001.tar"]
+
+
+def test_a_lost_or_cut_output_is_written_again(workspace: Callable[..., Workspace]) -> None:
+    made = workspace()
+    made.run("run")
+    wanted = (made.root / "shards/00000000.tar").read_bytes()
+    for spoil in (lambda p: p.unlink(), lambda p: os.truncate(p, 512)):
+        spoil(made.root / "shards/00000000.tar")
+        assert "write: 1 shards" in made.run("write").stderr
+        assert (made.root / "shards/00000000.tar").read_bytes() == wanted
+
+
+def plan_error(made: Workspace, sql: str) -> str:
+    made.folder.joinpath("w.sql").write_text(sql)
+    pipeline = made.load(f"write.select={made.folder}/w.sql")
+    with pytest.raises(ConfigError) as caught:
+        pipelines.plan_write(pipeline)
+    return str(caught.value).replace(str(made.folder), "FOLDER")
+
+
+def test_write_sql_with_an_unknown_column(dataset: Workspace) -> None:
+    assert plan_error(dataset, "select shard, row, uid, 1 as rating from samples") == (
+        "write SQL returned a column 'rating', which the writer does not know\n"
+        "  file: FOLDER/w.sql\n"
+        "  returned: shard, row, uid, rating\n"
+        "  fix: to set a json field write: rating as set_rating"
+    )
+
+
+def test_write_sql_with_an_image_without_its_prompt(dataset: Workspace) -> None:
+    assert plan_error(dataset, "select shard, row, uid, image_path, image_offset, image_size from samples") == (
+        "write SQL returned 'image_path' without 'image_prompt'\n"
+        "  file: FOLDER/w.sql\n"
+        "  returned: shard, row, uid, image_path, image_offset, image_size\n"
+        "  fix: image and caption belong together; select all of: image_path, image_offset, image_size, image_prompt, "
+        "prompt, image_width, image_height, image_sha256"
+    )
+
+
+def test_write_sql_with_a_row_twice(dataset: Workspace) -> None:
+    sql = "select shard, row, uid, 'x' as caption from samples, range(2) where row = 3 and shard = '00000000'"
+    assert plan_error(dataset, sql) == (
+        "write SQL returns row 3 of shard '00000000' more than once\n"
+        "  file: FOLDER/w.sql\n"
+        "  fix: each sample once: select distinct on (shard, row), or aggregate the join that repeats it"
+    )
+
+
+def test_a_run_that_is_gone_is_named(workspace: Callable[..., Workspace]) -> None:
+    made = workspace()
+    made.run("run")
+    run = made.rows("select any_value(generate_run) from samples")[0][0]
+    (made.root / "runs" / run / "run.json").unlink()
+    with pytest.raises(ConfigError) as caught:
+        pipelines.write(made.load(), Talk(quiet=True))
+    assert str(caught.value) == (
+        f"run '{run}' is gone, which says how images were made\n"
+        f"  file: {made.root}/runs/{run}/run.json\n"
+        "  fix: make them again: builder stage generate --redo"
+    )
+
+
+def test_output_where_the_source_lies(workspace: Callable[..., Workspace]) -> None:
+    made = workspace()
+    source = made.folder / "shards"
+    (made.folder / "source").rename(source)
+    sets = (f"dataset.shards={source}/*.tar", f"dataset.root={made.folder}")
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    for verb in (pipelines.ingest, pipelines.write):
+        with pytest.raises(ConfigError) as caught:
+            verb(made.load(*sets), Talk(quiet=True))
+        assert str(caught.value) == (
+            "hybrid shards would be written where the source lies\n"
+            f"  source: {source}/00000000.tar\n"
+            f"  output: {source}\n"
+            "  fix: set dataset.root to another folder: hybrid shards go to its shards/"
+        )
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+
+
+def test_a_source_that_vanished_is_refused_and_the_others_are_written(workspace: Callable[..., Workspace]) -> None:
+    made = workspace()
+    made.run("ingest")
+    plan = pipelines.plan_write(made.load())
+    assert [part.shard for part in plan.todo] == ["00000000", "00000001"]
+    [first, _] = list(pipelines.write_plans(made.load(), ["00000000", "00000001"]))
+    (made.folder / "source/00000000.tar").unlink()
+    with pytest.raises(writer.ShardError) as caught:
+        writer.write_shard(made.load().layout, first)
+    assert str(caught.value) == (
+        "the source shard cannot be read: No such file or directory\n"
+        "  shard: 00000000\n"
+        f"  file: {made.folder}/source/00000000.tar\n"
+        "  fix: put it back, or ingest it as it is now: builder ingest"
+    )
+    assert not (made.root / "shards/00000000.tar").exists()
+
+
+def test_png_replaced_by_jpg_with_a_long_name(workspace: Callable[..., Workspace]) -> None:
+    long_key = "folder/" * 15 + "f" * 32
+    face = {"face_bboxes": [[0, 0, 1, 1]]}
+    made = workspace(
+        {
+            "a": [
+                Sample(
+                    long_key, "a man with a hat is standing in the street", picture(1, extension="webp"), "webp", face
+                )
+            ]
+        },
+        form=tarfile.GNU_FORMAT,
+        mtime=1_700_000_000,
+    )
+    made.run("run")
+    made.run("verify")
+    assert list(read_tar(made.root / "shards/a.tar")) == [f"{long_key}.{e}" for e in ("jpg", "json", "txt")]
