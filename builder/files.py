@@ -58,7 +58,7 @@ def write_atomic(path: Path, write: bytes | Callable[[Path], object], *, durable
         write: the bytes, or a function that writes the file it is given.
         durable: False leaves out both fsyncs, for files that can be made again.
     """
-    temp = _written(path, write, durable)
+    temp = write_temp(path, write, durable=durable)
     try:
         temp.replace(path)
     except OSError:
@@ -74,7 +74,7 @@ def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:
     A link fails if the name exists, on local disks and on NFS. After an error the same inode under both names means
     that the link was made and only its answer was lost.
     """
-    temp = _written(path, write, durable=True)
+    temp = write_temp(path, write)
     try:
         try:
             os.link(temp, path)
@@ -89,7 +89,8 @@ def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:
         temp.unlink(missing_ok=True)
 
 
-def _written(path: Path, write: bytes | Callable[[Path], object], durable: bool) -> Path:
+def write_temp(path: Path, write: bytes | Callable[[Path], object], *, durable: bool = True) -> Path:
+    """Writes a whole file under a temp name beside `path`, made if need be; the caller gives it its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = temp_path(path)
     try:

@@ -32,7 +32,7 @@ from builder.query import Samples, Sql, read_sql
 from builder.runs import Outcome
 from builder.schema import SOURCE, Column
 from builder.sources import shards as tar_shards
-from builder.stage import Stage, columns_of, find, options_hash, pointers_of
+from builder.stage import Stage, columns_of, find, options_hash, pointers_of, with_built_in
 from builder.workset import Choice, Counts, Slice, Work
 
 #: A run of another host is taken for alive so long, in seconds: its process cannot be asked.
@@ -73,6 +73,10 @@ class Pipeline:
     def columns(self) -> tuple[Column, ...]:
         """The root's columns with those that the pipeline will add: these read as typed nulls until then."""
         return schema.merge(table.load_schema(self.layout)[1], self.own_columns)
+
+    def known_columns(self) -> tuple[Column, ...]:
+        """`columns`, and those of the stages that come with builder: questions and write SQL may name them all."""
+        return with_built_in(self.columns())
 
 
 def load(path: Path, sets: Sequence[str] = ()) -> Pipeline:
@@ -180,15 +184,20 @@ def _few(things: Sequence[object], count: int = 3) -> str:
 # --- stages ---
 
 
-def work_of(pipeline: Pipeline, name: str, choice: Choice, shards: Sequence[str]) -> Work:
-    """The work of one stage over certain shards."""
+def use_of(pipeline: Pipeline, name: str) -> StageUse:
+    """A stage of the pipeline by its name."""
     if name not in pipeline.stages:
         raise ConfigError(
             f"the pipeline has no stage '{name}'",
             where={"file": pipeline.config.path, "stages": ", ".join(pipeline.stages) or "none"},
             fix=f"name one of these, or add [stages.{name}]",
         )
-    use = pipeline.stages[name]
+    return pipeline.stages[name]
+
+
+def work_of(pipeline: Pipeline, name: str, choice: Choice, shards: Sequence[str]) -> Work:
+    """The work of one stage over certain shards."""
+    use = use_of(pipeline, name)
     signature = options_hash(use.kind, use.options)
     return Work(use.kind, use.sql, use.table.params, choice, shards, pipeline.columns(), signature)
 
@@ -205,12 +214,11 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     Raises:
         BuilderError: bad SQL, a stage that cannot start, a task that did not finish.
     """
-    layout = pipeline.layout
+    layout, use = pipeline.layout, use_of(pipeline, name)
     shards = shards_of(pipeline)
     if not shards:
         raise ConfigError("the table has no samples yet", where={"root": layout.root}, fix="builder ingest, then this")
     work = work_of(pipeline, name, choice, shards)
-    use = pipeline.stages[name]
     table.extend_schema(layout, columns_of(use.kind))
     table.heal(layout, shards)
     counts = workset.count(layout, work)
@@ -321,7 +329,7 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None) -> WritePlan:
 def write_plans(pipeline: Pipeline, shards: Sequence[str]) -> Iterator[writer.ShardPlan]:
     """The plan of every hybrid shard, in order."""
     write = pipeline.config.write
-    return writer.plans(pipeline.layout, pipeline.columns(), shards, read_sql(write.select), write.params)
+    return writer.plans(pipeline.layout, pipeline.known_columns(), shards, read_sql(write.select), write.params)
 
 
 def write(pipeline: Pipeline, talk: Talk) -> Outcome:
@@ -358,7 +366,7 @@ def write(pipeline: Pipeline, talk: Talk) -> Outcome:
         run,
         "write",
         sql=read_sql(pipeline.config.write.select).origin,
-        image_stage=writer.image_stage(pipeline.columns()),
+        image_stage=writer.image_stage(pipeline.known_columns()),
         pipeline=pipeline.config.path,
         set=pipeline.config.sets,
     )
@@ -531,7 +539,7 @@ def behind(layout: Layout) -> int:
 
 def all_samples(pipeline: Pipeline) -> Samples:
     """The whole table of the root, for questions."""
-    return Samples(pipeline.layout, pipeline.columns(), pipeline.layout.partitions())
+    return Samples(pipeline.layout, pipeline.known_columns(), pipeline.layout.partitions())
 
 
 def answer(pipeline: Pipeline, sql: Sql, params: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:

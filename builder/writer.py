@@ -301,23 +301,38 @@ def check_apart(layout: Layout, sources: Sequence[Path]) -> None:
 def write_shard(layout: Layout, plan: ShardPlan) -> Written:
     """Writes one hybrid shard: a temp name, complete, renamed; stats after it, the manifest last.
 
+    The old manifest goes first: a kill in between leaves a shard without one, which is written again, never a shard
+    beside a manifest that describes another. Of two live copies the one that finds the other's tar starts again.
+
     Raises:
         ShardError: the source or an edits tar cannot be read; the old output stays.
     """
-    with where(shard=plan.shard), opened(plan.source) as source, EditsReader(layout.root) as edits:
+    with where(shard=plan.shard):
+        while True:
+            written, manifest, temp = _spliced(layout, plan)
+            layout.manifest(plan.shard).unlink(missing_ok=True)
+            inode = temp.stat().st_ino
+            temp.replace(layout.hybrid(plan.shard))
+            files.sync_folder(layout.shards)
+            stats = {"count": written.rows, "successes": written.rows - written.dropped, "edited": written.edited}
+            files.write_atomic(layout.stats(plan.shard), json.dumps(stats).encode())
+            info = json.dumps({**vars(written), "source_size": plan.source.size}).encode()
+            describe = partial(table.write_parquet, manifest, {_DIGEST: plan.digest.encode(), _INFO: info})
+            files.write_atomic(layout.manifest(plan.shard), describe)
+            if layout.hybrid(plan.shard).stat().st_ino == inode:
+                return written
+
+
+def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Table, Path]:
+    """Makes a hybrid shard under a temp name, durably; returns what it holds, its manifest and that name."""
+    with opened(plan.source) as source, EditsReader(layout.root) as edits:
         places, state = table.read_partition(layout, plan.shard, ["key", "source_members", "source_status"])
         if state.source != plan.source:
             raise ShardError("the shard was ingested again while it was written", fix="run the same command again")
-        splicer = _Splicer(source, edits, plan, places)
         check_apart(layout, [Path(plan.source.path)])
-        written = splicer.written
-        files.write_atomic(layout.hybrid(plan.shard), splicer.write)
-    stats = {"count": written.rows, "successes": written.rows - written.dropped, "edited": written.edited}
-    files.write_atomic(layout.stats(plan.shard), json.dumps(stats).encode())
-    info = json.dumps({**vars(written), "source_size": plan.source.size}).encode()
-    write = partial(table.write_parquet, splicer.manifest(), {_DIGEST: plan.digest.encode(), _INFO: info})
-    files.write_atomic(layout.manifest(plan.shard), write)
-    return written
+        splicer = _Splicer(source, edits, plan, places)
+        temp = files.write_temp(layout.hybrid(plan.shard), splicer.write)
+        return splicer.written, splicer.manifest(), temp
 
 
 def write_sizes(layout: Layout) -> None:
