@@ -6,15 +6,18 @@ Heavy modules are imported inside the commands, so that `--help` starts at once.
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from builder import __version__
-from builder.errors import BuilderError, ConfigError, SchemaError
+from builder.errors import BuilderError, ConfigError, SchemaError, StageError
 from builder.progress import Talk, plain
 
 if TYPE_CHECKING:
@@ -26,30 +29,46 @@ _EXIT_CODES = (
     "Exit codes: 0 done; 1 it did not finish; 2 usage or a bad pipeline file; 3 done, but this command's own work left "
     "failed rows or refused shards; 130 interrupted."
 )
-#: Cells of a printed table are cut at this length.
-_CELL = 100
+#: A cell of a printed table, and a value of a shown sample, are cut at so many characters.
+_CELL, _VALUE = 100, 1000
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Group(click.Group):
-    """Commands in the order of their work, and errors of the package as messages."""
+    """Commands in the order of their work, and errors as messages, or as one JSON value where `--json` is given."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
 
-    def invoke(self, context: click.Context) -> Any:
+    def main(self, args: Sequence[str] | None = None, *_: Any, **options: Any) -> Any:
+        arguments = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in arguments
         try:
-            return super().invoke(context)
+            sys.exit(super().main(arguments, prog_name="builder", standalone_mode=False))
+        except click.UsageError as error:
+            if not as_json:
+                error.show()
+                sys.exit(EXIT_USAGE)
+            fix = f"{error.ctx.command_path} --help" if error.ctx else "builder --help"
+            _fail(ConfigError(error.format_message(), fix=fix), as_json)
         except BuilderError as error:
-            _fail(context, error)
-        except KeyboardInterrupt:
-            click.echo("\nstopped: everything committed is kept; run the same command again to go on", err=True)
+            _fail(error, as_json)
+        except OSError as error:
+            place = {"file": error.filename} if error.filename else {}
+            what = error.strerror or str(error)
+            _fail(StageError(what, where=place, fix="mend that and run the same command again"), as_json)
+        except (click.Abort, KeyboardInterrupt):
+            fix = "everything committed is kept: run the same command again to go on"
+            if as_json:
+                click.echo(json.dumps({"error": {"class": "Interrupted", "what": "stopped", "where": {}, "fix": fix}}))
+            else:
+                click.echo(f"\nstopped: {fix}", err=True)
             sys.exit(EXIT_INTERRUPTED)
 
 
-def _fail(context: click.Context, error: BuilderError) -> NoReturn:
-    if "--json" in sys.argv:
+def _fail(error: BuilderError, as_json: bool) -> NoReturn:
+    if as_json:
         place = {name: str(value) for name, value in error.where.items()}
         told = {"class": type(error).__name__, "what": error.what, "where": place, "fix": error.fix}
         click.echo(json.dumps({"error": told}))
@@ -92,6 +111,15 @@ def _load(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> Pipel
     return pipelines.load(find_pipeline(scale, pipeline), sets)
 
 
+def _again(command: str, scale: str | None, pipeline: str | None, sets: Sequence[str]) -> str:
+    """A command line for the same pipeline."""
+    words = ["builder", *command.split()]
+    words += ["--pipeline", pipeline] if pipeline else ["--scale", scale] if scale else []
+    for item in sets:
+        words += ["--set", item]
+    return shlex.join(words)
+
+
 @click.group(
     cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -112,9 +140,11 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 def init(folder: Path) -> None:
-    """Copy the SQL and the pipelines into FOLDER for editing.
+    """Copy the SQL and the pipelines for editing.
+
+    They go to FOLDER/sql and FOLDER/pipelines; files that are there already are kept.
 
     \b
     Example:
@@ -127,11 +157,14 @@ def init(folder: Path) -> None:
         for source in sorted(layout.installed(kind).iterdir()):
             target = folder / kind / source.name
             if target.exists():
-                click.echo(f"kept     {target}", err=True)
+                click.echo(f"kept     {plain(str(target))}", err=True)
                 continue
             write_atomic(target, source.read_bytes(), durable=False)
-            click.echo(f"written  {target}", err=True)
-    click.echo(f"next: cd {folder}, set dataset.shards in pipelines/small.toml, builder plan", err=True)
+            click.echo(f"written  {plain(str(target))}", err=True)
+    click.echo(
+        f"next: cd {plain(str(folder))}, set dataset.shards and dataset.root in pipelines/small.toml, builder plan",
+        err=True,
+    )
 
 
 @main.command()
@@ -149,15 +182,16 @@ def ingest(scale: str | None, pipeline: str | None, sets: Sequence[str], redo: b
     talk = Talk()
     outcome = pipelines.ingest(_load(scale, pipeline, sets), talk, redo=redo)
     _tell("ingest", outcome, talk)
+    _tell_failed({"ingest": outcome}, talk, scale, pipeline, sets)
     sys.exit(_exit_code([outcome]))
 
 
 @main.command()
-@click.argument("name")
+@click.argument("name", required=False)
 @_pipeline_options
 @_choice_options
 def stage(
-    name: str,
+    name: str | None,
     scale: str | None,
     pipeline: str | None,
     sets: Sequence[str],
@@ -166,7 +200,9 @@ def stage(
     stale: bool,
     where: str | None,
 ) -> None:
-    """Run one stage over the rows that have no answer yet.
+    """Run one stage over the rows without an answer.
+
+    NAME is the stage's name in the pipeline: [stages.NAME].
 
     \b
     Examples:
@@ -178,16 +214,26 @@ def stage(
     from builder.workset import Choice
 
     talk = Talk()
+    loaded = _load(scale, pipeline, sets)
+    if name is None:
+        raise ConfigError(
+            "builder stage needs the name of a stage",
+            where={"file": loaded.config.path, "stages": ", ".join(loaded.stages) or "none"},
+            fix=_again(f"stage {next(iter(loaded.stages), 'NAME')}", scale, pipeline, sets),
+        )
     choice = Choice(retry=retry, redo=redo, stale=stale, where=where)
-    outcome = pipelines.run_stage(_load(scale, pipeline, sets), name, choice, talk)
+    outcome = pipelines.run_stage(loaded, name, choice, talk)
     _tell(name, outcome, talk)
+    _tell_failed({name: outcome}, talk, scale, pipeline, sets)
     sys.exit(_exit_code([outcome]))
 
 
 @main.command()
 @_pipeline_options
 def run(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
-    """Ingest, run every stage, write. Run it again to go on after a stop.
+    """Ingest, run every stage, write.
+
+    What is done is not done again: run it again to go on after a stop.
 
     \b
     Example:
@@ -197,11 +243,14 @@ def run(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
 
     talk = Talk()
     loaded = _load(scale, pipeline, sets)
-    outcomes = []
+    outcomes = {}
     for name, outcome in pipelines.run(loaded, talk):
         _tell(name, outcome, talk)
-        outcomes.append(outcome)
-    sys.exit(_exit_code(outcomes))
+        outcomes[name] = outcome
+    _tell_failed(outcomes, talk, scale, pipeline, sets)
+    if outcomes["write"].counts:
+        talk.say(f"hybrid shards: {loaded.layout.shards}; proof: {_again('verify', scale, pipeline, sets)}")
+    sys.exit(_exit_code(outcomes.values()))
 
 
 @main.command()
@@ -237,6 +286,8 @@ def plan(
 ) -> None:
     """Show what there is to do; start nothing.
 
+    Counts of the stages and of write are for the shards that the table has already.
+
     \b
     Example:
       builder plan --scale large --stale
@@ -244,63 +295,71 @@ def plan(
     from builder import pipeline as pipelines
     from builder.workset import Choice
 
+    loaded = _load(scale, pipeline, sets)
     choice = Choice(retry=retry, redo=redo, stale=stale, where=where)
-    found = pipelines.plan(_load(scale, pipeline, sets), choice)
-    ingest_plan, write_plan = found.ingest, found.write
-    value = {
-        "ingest": {
-            "shards": len(ingest_plan.found.paths),
-            "todo": len(ingest_plan.todo),
-            "missing": [str(path) for path in ingest_plan.missing],
-            "vanished": ingest_plan.vanished,
-        },
-        "stages": {name: vars(counts) for name, counts in found.stages.items()},
-        "write": {
-            "shards": write_plan.shards,
-            "todo": len(write_plan.todo),
-            "edited": write_plan.edited,
-            "dropped": write_plan.dropped,
-            "stale": write_plan.stale,
-            "refused": write_plan.refused,
-            "bytes_needed": write_plan.needed,
-            "bytes_free": write_plan.free,
-        },
-    }
+    found = pipelines.plan(loaded, choice)
+    shards, write_plan = found.ingest, found.write
     if as_json:
+        value = {
+            "ingest": {
+                "shards": len(shards.found.paths),
+                "todo": len(shards.todo),
+                "missing": [str(path) for path in shards.missing],
+                "vanished": shards.vanished,
+            },
+            "stages": {name: vars(counts) for name, counts in found.stages.items()},
+            "write": {
+                "shards": write_plan.shards,
+                "todo": len(write_plan.todo),
+                "edited": write_plan.edited,
+                "dropped": write_plan.dropped,
+                "stale": write_plan.stale,
+                "refused": write_plan.refused,
+                "bytes_needed": write_plan.needed,
+                "bytes_free": write_plan.free,
+            },
+        }
         click.echo(json.dumps(value))
         return
-    print_table(
-        ("ingest", "shards", "to read", "missing", "vanished"),
-        [
-            (
-                "",
-                len(ingest_plan.found.paths),
-                len(ingest_plan.todo),
-                len(ingest_plan.missing),
-                len(ingest_plan.vanished),
-            )
-        ],
+    print_facts(
+        "ingest",
+        [("shards that the pipeline names", len(shards.found.paths)), ("new or changed, to read", len(shards.todo))],
+        [("named and not there", len(shards.missing)), ("in the table, not named any more", len(shards.vanished))],
     )
+    click.echo()
     print_table(
-        ("stage", "covered", "ok", "failed", "to do", "shards", "answered, not covered"),
+        ("stage", "covered", "ok", "failed", "to do", "in shards", "ok, not covered now"),
         [(name, c.covered, c.ok, c.failed, c.todo, c.shards, c.outside) for name, c in found.stages.items()],
     )
-    print_table(
-        ("write", "shards", "to write", "edited", "dropped", "image older than prompt", "bytes needed", "bytes free"),
-        [("", write_plan.shards, len(write_plan.todo), write_plan.edited, write_plan.dropped, write_plan.stale,
-          f"{write_plan.needed:,}", f"{write_plan.free:,}")],
-    )  # fmt: skip
+    click.echo()
+    print_facts(
+        "write",
+        [
+            ("hybrid shards", write_plan.shards),
+            ("not up to date, to write", len(write_plan.todo)),
+            ("samples edited", write_plan.edited),
+            ("samples dropped", write_plan.dropped),
+            ("bytes needed", write_plan.needed),
+            ("bytes free", write_plan.free),
+        ],
+        [
+            ("image older than its prompt, left as in the source", write_plan.stale),
+            ("chosen but bad in the source, left as they are", write_plan.refused),
+        ],
+    )
     if write_plan.needed > write_plan.free:
         click.echo("too little free disk for write: free some space, or set dataset.root to another disk", err=True)
-    if ingest_plan.todo:
-        click.echo("counts of stages and write are for the shards that the table has already", err=True)
+    todo = shards.todo or write_plan.todo or any(counts.todo for counts in found.stages.values())
+    click.echo(f"next: {_again('run', scale, pipeline, sets)}" if todo else "nothing to do", err=True)
 
 
 @main.command()
 @_pipeline_options
 @_json_option
 def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json: bool) -> None:
-    """Show what the table holds: rows, answers and failures of every stage.
+    """Show what the table holds, and why rows failed.
+
+    Partitions that are behind their column files are brought up to date first.
 
     \b
     Example:
@@ -313,14 +372,17 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
         click.echo(json.dumps(value))
         return
     click.echo(
-        f"root {value['root']}: {value['shards']} shards, {value['rows']} rows, {value['hybrid_shards']} hybrid "
-        f"shards, {value['runs']} runs"
+        f"{plain(value['root'])}: {value['rows']:,} rows of {value['shards']:,} shards, "
+        f"{value['hybrid_shards']:,} hybrid shards, {value['runs']:,} runs\n"
     )
     stages = value["stages"].items()
     print_table(("stage", "ok", "failed", "not tried"), [(n, s["ok"], s["failed"], s["not_tried"]) for n, s in stages])
     errors = [(n, e["class"], e["rows"], e["example"]) for n, s in stages for e in s["errors"]]
     if errors:
+        click.echo()
         print_table(("stage", "failed with", "rows", "for example"), errors)
+    if not value["shards"]:
+        click.echo(f"the table is empty; next: {_again('ingest', scale, pipeline, sets)}", err=True)
 
 
 @main.command()
@@ -338,12 +400,16 @@ def sql(
     as_csv: bool,
     params: Sequence[str],
 ) -> None:
-    """Answer a SELECT over the table `samples`; QUESTION is the SQL or a file of it.
+    """Answer a SELECT over the table `samples`.
+
+    QUESTION is the SQL, or a file of it that ends in .sql. Columns are in docs/columns.md, or: describe samples. Long
+    values are cut in the printed table; --json and --csv give all of them.
 
     \b
     Examples:
       builder sql "select lang, count(*) from samples where face_count > 0 group by 1"
       builder sql sql/stats.sql --scale small
+      builder sql "select uid, caption from samples where lang = \\$lang" --param lang=fr --csv
     """
     from builder import pipeline as pipelines
     from builder.query import Sql, read_sql
@@ -352,18 +418,24 @@ def sql(
     text = read_sql(question) if question.endswith(".sql") else Sql(question, "the command line")
     names, rows = pipelines.answer(loaded, text, _params(params))
     if as_json:
-        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in rows], default=str))
+        click.echo(json.dumps([dict(zip(names, map(_as_json, row), strict=True)) for row in rows]))
         return
     if as_csv:
         import csv
 
-        out = csv.writer(sys.stdout)
+        out = csv.writer(sys.stdout, lineterminator="\n")
+        is_shown = sys.stdout.isatty()
         out.writerow(names)
-        out.writerows(rows)
+        for row in rows:
+            values = [value if value is None or isinstance(value, int | float) else _text(value) for value in row]
+            out.writerow([plain(v) if is_shown and isinstance(v, str) else v for v in values])
         return
     print_table(names, rows)
+    if not rows:
+        click.echo("no rows", err=True)
     if late := pipelines.behind(loaded.layout):
-        click.echo(f"{late} partitions are behind their column files: builder status brings them up to date", err=True)
+        brought = f"{_again('status', scale, pipeline, sets)} brings them up to date"
+        click.echo(f"{late} partitions are behind their column files: {brought}", err=True)
 
 
 def _params(items: Sequence[str]) -> dict[str, Any]:
@@ -389,7 +461,9 @@ def _params(items: Sequence[str]) -> dict[str, Any]:
 def show(
     uid: str, scale: str | None, pipeline: str | None, sets: Sequence[str], as_json: bool, save: Path | None
 ) -> None:
-    """Show everything about one sample; UID is its uid, or SHARD:ROW.
+    """Show everything about one sample.
+
+    UID is its uid, or SHARD:ROW. Columns without a value are left out; --json has them all.
 
     \b
     Example:
@@ -399,32 +473,35 @@ def show(
 
     loaded = _load(scale, pipeline, sets)
     rows = pipelines.show(loaded, uid)
-    if save is not None:
-        for path in pipelines.save_images(loaded, rows, save):
-            click.echo(f"written {path}", err=True)
+    saved = pipelines.save_images(loaded, rows, save) if save is not None else []
     if as_json:
-        click.echo(json.dumps(rows, default=str))
+        click.echo(json.dumps([_as_json(row) for row in rows]))
         return
+    columns: dict[str, list[str]] = {}
+    for column in loaded.columns():
+        columns.setdefault(column.stage, []).append(column.name)
     for row in rows:
-        click.echo(f"uid {plain(str(row['uid']))}: shard {plain(str(row['shard']))} row {row['row']}")
-        print_table(("column", "value"), [(name, _shown(value)) for name, value in row.items()], limit=1000)
+        _show_sample(row, columns)
+    for path in saved:
+        click.echo(f"written {plain(str(path))}", err=True)
 
 
-def _shown(value: Any) -> str:
-    return (
-        "null"
-        if value is None
-        else json.dumps(value, default=str, ensure_ascii=False)
-        if isinstance(value, list)
-        else str(value)
-    )
+def _show_sample(row: dict[str, Any], columns: dict[str, list[str]]) -> None:
+    click.echo(f"sample {plain(str(row['uid']))}: shard {plain(str(row['shard']))} row {row['row']}")
+    for stage, names in columns.items():
+        click.echo(f"\n{stage}: {row[f'{stage}_status'] or 'not tried'}")
+        for name in names:
+            if row[name] is not None and name != f"{stage}_status":
+                click.echo(f"  {name:<20} {plain(_cut(_text(row[name]), _VALUE))}".rstrip())
 
 
 @main.command()
 @_pipeline_options
 @_json_option
 def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json: bool) -> None:
-    """Prove that exactly the selected samples of the hybrid shards differ from the source.
+    """Prove the hybrid shards against their sources.
+
+    Exactly the selected samples differ; every other byte is the source's.
 
     \b
     Example:
@@ -437,7 +514,7 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     if as_json:
         click.echo(json.dumps(vars(proof)))
     else:
-        print_table(("verify", ""), summary(proof))
+        print_facts("verify", summary(proof))
         for problem in proof.problems:
             click.echo(f"wrong: {plain(problem)}", err=True)
     sys.exit(EXIT_FAILED_ROWS if proof.problems else EXIT_DONE)
@@ -447,7 +524,10 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
 @_pipeline_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
 def gc(scale: str | None, pipeline: str | None, sets: Sequence[str], dry_run: bool) -> None:
-    """Delete what nothing needs: old generations, dead temp files, unreferenced edits tars and runs.
+    """Delete what nothing needs any more.
+
+    Old generations of column files, temp files of dead processes, edits tars and runs that no row points to. Nothing
+    else ever deletes.
 
     \b
     Example:
@@ -457,7 +537,7 @@ def gc(scale: str | None, pipeline: str | None, sets: Sequence[str], dry_run: bo
 
     sweep = pipelines.gc(_load(scale, pipeline, sets), Talk(), dry_run=dry_run)
     for path in sweep.paths:
-        click.echo(path)
+        click.echo(plain(str(path)))
     click.echo(
         f"{'would delete' if dry_run else 'deleted'} {len(sweep.paths)} files and folders, {sweep.size:,} bytes",
         err=True,
@@ -467,7 +547,9 @@ def gc(scale: str | None, pipeline: str | None, sets: Sequence[str], dry_run: bo
 @main.command()
 @_pipeline_options
 def fold(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
-    """Bring every partition up to date with its column files and the root's columns.
+    """Bring every partition up to date for other tools.
+
+    Afterwards each has all of the root's columns, and what its newest column files hold.
 
     \b
     Example:
@@ -483,7 +565,10 @@ def fold(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
 @click.argument("column")
 @_pipeline_options
 def drop(column: str, scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
-    """Take an output of a stage out of the table.
+    """Take a stage's column out of the table.
+
+    COLUMN is an output of a stage. Its column files keep it: a pipeline that still has the stage brings it back with
+    its next run.
 
     \b
     Example:
@@ -491,17 +576,32 @@ def drop(column: str, scale: str | None, pipeline: str | None, sets: Sequence[st
     """
     from builder import pipeline as pipelines
 
-    pipelines.drop(_load(scale, pipeline, sets), column)
-    click.echo(f"column '{column}' is dropped; builder fold takes it out of the partitions", err=True)
+    loaded = _load(scale, pipeline, sets)
+    pipelines.drop(loaded, column)
+    click.echo(
+        f"column '{column}' is dropped; {_again('fold', scale, pipeline, sets)} takes it out of the partitions",
+        err=True,
+    )
+    owner = next((name for name, use in loaded.stages.items() if column in _outputs(use.kind)), None)
+    if owner is not None:
+        click.echo(f"stage '{owner}' of this pipeline has it: its next run brings it back", err=True)
+
+
+def _outputs(kind: Any) -> list[str]:
+    from builder.stage import columns_of
+
+    return [column.name for column in columns_of(kind)]
 
 
 @main.command()
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="The demo's folder."
 )
-@click.option("--workers", type=int, default=2, show_default=True, help="Worker processes.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
 def demo(out: Path, workers: int) -> None:
-    """Do the whole way on 200 samples of real photos, and leave everything to look at.
+    """Do the whole way on 200 real photos.
+
+    Makes two small shards, runs everything over them, proves the result, and leaves all of it to look at.
 
     \b
     Example:
@@ -522,6 +622,9 @@ def task(run_folder: Path, number: int) -> None:
     sys.exit(run_task(run_folder, number))
 
 
+# --- what people read ---
+
+
 def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
     """One line on what a command did, and one a refused shard."""
     if outcome.counts:
@@ -535,23 +638,79 @@ def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
 _WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered by another run or left out"}
 
 
+def _tell_failed(
+    outcomes: dict[str, Outcome], talk: Talk, scale: str | None, pipeline: str | None, sets: Sequence[str]
+) -> None:
+    """Where to look after rows have failed, and how to try them again."""
+    for name, outcome in outcomes.items():
+        if outcome["failed"]:
+            talk.say(f"{outcome['failed']} rows of {name} failed\n  why: {_again('status', scale, pipeline, sets)}")
+            if name != "ingest":
+                retry = _again(f"stage {name} --retry failed", scale, pipeline, sets)
+                talk.say(f"  to try them again: {retry}")
+
+
 def _exit_code(outcomes: Iterable[Outcome]) -> int:
     return EXIT_DONE if all(outcome.is_clean for outcome in outcomes) else EXIT_FAILED_ROWS
 
 
-def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]], limit: int = _CELL) -> None:
-    """A table on stdout: as wide as its values, nothing in it that a terminal would obey."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table on stdout: as wide as its values, nothing in it that a terminal would obey, no blanks at line ends."""
+    from rich.cells import cell_len
 
-    rows = [list(row) for row in rows]
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for i, name in enumerate(names):
-        is_number = bool(rows) and all(isinstance(row[i], int | float) for row in rows)
-        shown.add_column(Text(plain(name)), justify="right" if is_number else "left", no_wrap=True)
-    for row in rows:
-        cells = ["null" if cell is None else plain(str(cell)) for cell in row]
-        shown.add_row(*(Text(cell if len(cell) <= limit else cell[: limit - 3] + "...") for cell in cells))
-    Console(width=4000 if rows else 200, soft_wrap=True, highlight=False, file=sys.stdout).print(shown)
+    values = [list(row) for row in rows]
+    numbers = [bool(values) and all(_is_number(row[i]) for row in values) for i in range(len(names))]
+    lines = [[plain(_cut(_text(cell), _CELL)) for cell in row] for row in [list(names), *values]]
+    widths = [max(cell_len(line[i]) for line in lines) for i in range(len(names))]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        cells = []
+        for cell, width, is_number in zip(line, widths, numbers, strict=True):
+            blanks = " " * (width - cell_len(cell))
+            cells.append(blanks + cell if is_number else cell + blanks)
+        click.echo("  ".join(cells).rstrip())
+
+
+def print_facts(title: str, facts: Sequence[tuple[str, Any]], if_any: Sequence[tuple[str, int]] = ()) -> None:
+    """Names and values on stdout, one a line; those of `if_any` only if they are not 0."""
+    facts = [*facts, *((name, value) for name, value in if_any if value)]
+    width = max(len(name) for name, _ in facts)
+    click.echo(title)
+    for name, value in facts:
+        click.echo(f"  {name:<{width}}  {f'{value:,}' if isinstance(value, int) else plain(str(value))}")
+
+
+def _is_number(cell: Any) -> bool:
+    return isinstance(cell, int | float | Decimal) and not isinstance(cell, bool)
+
+
+def _text(value: Any) -> str:
+    """A value of the table as people read it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, list | dict):
+        return json.dumps(_as_json(value), ensure_ascii=False)
+    return str(value)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _as_json(value: Any) -> Any:
+    """A value of the table as json can hold it: what json has no word for becomes null, bytes hex, else text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Decimal):
+        return float(value)
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(name): _as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return value.hex() if isinstance(value, bytes) else str(value)

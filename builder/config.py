@@ -7,11 +7,13 @@ the stage checks them with `check` and the same `Problems`.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,9 +33,11 @@ class Strict(BaseModel):
 
 
 class FieldSpec(Strict):
-    """A json field with a type of its own."""
+    """A json field with a type of its own: an entry `{name = ..., type = ...}` of `dataset.fields`."""
 
+    #: The field's name in the json.
     name: str
+    #: string, bool, int32, int64, float64, list<TYPE>, struct<name: TYPE, ...> and so on.
     type: str
 
 
@@ -68,7 +72,7 @@ class Run(Strict):
     #: Rows a batch; the stage's own number if absent.
     batch_rows: int | None = Field(default=None, ge=1)
     #: Devices, one a worker in turn.
-    devices: list[str] = ["cpu"]
+    devices: list[str] = Field(default=["cpu"], min_length=1)
 
 
 class StageTable(BaseModel):
@@ -82,6 +86,7 @@ class StageTable(BaseModel):
     sql: str | None = None
     #: Values of the $names in the work SQL.
     params: dict[str, Param] = {}
+    #: Keys of `[run]` that differ for this stage.
     run: dict[str, Any] = {}
 
     @property
@@ -98,40 +103,50 @@ class Write(Strict):
     params: dict[str, Param] = {}
 
 
-class _Sections(Strict):
-    dataset: Dataset
-    run: Run = Run()
-    stages: dict[str, StageTable] = {}
-    write: Write = Write()
+#: A key inside a pipeline: names of sections and keys, and positions in lists.
+Keys = tuple[str | int, ...]
 
 
 @dataclass
 class Problems:
-    """What is wrong with one pipeline file, collected so that all of it is told at once."""
+    """What is wrong with one pipeline file, collected so that all of it is told at once.
+
+    Attributes:
+        sets: overrides, whose keys have no line in the file.
+    """
 
     path: str
     text: str = ""
-    found: list[tuple[int, str]] = field(default_factory=list)
+    sets: tuple[str, ...] = ()
+    found: list[tuple[int, str, str]] = field(default_factory=list)
 
-    def add(self, keys: tuple[str, ...], message: str) -> None:
-        self.found.append((line_of(self.text, keys), message))
+    def add(self, keys: Keys, message: str) -> None:
+        """Notes one problem; the message's second line says how to fix it."""
+        line = line_of(self.text, tuple(key for key in keys if isinstance(key, str)))
+        place = f"{self.path}:{line}" if line else self.path
+        for item in self.sets:
+            name = item.partition("=")[0].strip().split(".")
+            shared = min(len(name), len(keys)) if line == 0 else len(name)
+            if name[:shared] == [str(key) for key in keys[:shared]]:
+                line, place = 0, f"--set {item}"
+        self.found.append((line, place, message))
 
     def raise_any(self) -> None:
         """Raises ConfigError if there is any problem."""
         if not self.found:
             return
-        ordered = sorted(self.found)
-        lines = {f"{self.path}:{line}" if line else self.path: "" for line, _ in ordered}
+        ordered = sorted(dict.fromkeys(self.found))
         if len(ordered) == 1:
-            message, _, fix = ordered[0][1].partition("\n")
-            raise ConfigError(message, where={"file": next(iter(lines))}, fix=fix or "edit that line")
-        text = [f"{len(ordered)} problems in the pipeline"]
-        for line, message in ordered:
+            _, place, message = ordered[0]
             what, _, fix = message.partition("\n")
-            text.append(f"  {self.path}:{line}: {what}" if line else f"  {self.path}: {what}")
+            raise ConfigError(what, where={"file": place}, fix=fix or "edit that line")
+        text = [f"{len(ordered)} problems in the pipeline"]
+        for _, place, message in ordered:
+            what, _, fix = message.partition("\n")
+            text.append(f"  {place}: {what}")
             if fix:
-                text.append(f"    {fix}")
-        raise ConfigError("\n".join(text), fix="edit those lines")
+                text.append(f"    fix: {fix}")
+        raise ConfigError("\n".join(text), fix="mend these and run the same command again")
 
 
 @dataclass(frozen=True)
@@ -161,38 +176,75 @@ class Config:
 
 
 def load(path: Path, sets: tuple[str, ...] = ()) -> Config:
-    """Reads a pipeline file; problems of form are kept in `Config.problems`, for the stages' own to join them.
+    """Reads a pipeline file.
+
+    What is wrong with its form is kept in `Config.problems`, for the stages' own to join them: the caller raises them
+    all, and uses nothing of the config before.
 
     Args:
         sets: overrides `dotted.key=value`, the value as TOML or else as text.
 
     Raises:
-        ConfigError: no such file, no TOML, or a section without which nothing else can be checked.
+        ConfigError: no such file, or no TOML.
     """
+    text = _read(path)
     try:
-        text = path.read_text("utf-8")
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _no_toml(path, error) from None
+    for item in sets:
+        _set(data, item)
+    problems = Problems(str(path), text, sets)
+    valid = ("dataset", "run", "stages", "write")
+    for name in data:
+        if name not in valid:
+            problems.add((name,), f"unknown section [{name}]\n{_hint(name, valid)}")
+    if "dataset" not in data:
+        problems.add(
+            ("dataset",), 'missing section [dataset]\nadd it, with shards = "data/*.tar" and root = "out/mine"'
+        )
+    dataset = _section(Dataset, data, ("dataset",), problems, shards=[], root="")
+    run = _section(Run, data, ("run",), problems)
+    if run.executor not in EXECUTORS:
+        problems.add(("run", "executor"), _no_executor(run.executor))
+    stages = _table(data, ("stages",), problems)
+    tables = {name: _section(StageTable, stages, ("stages", name), problems) for name in stages}
+    return Config(str(path), dataset, run, tables, _section(Write, data, ("write",), problems), problems, sets)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
     except FileNotFoundError:
         raise ConfigError(
             f"no pipeline file '{path}'", fix="name one that exists, or start with: builder init DIR"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"the pipeline cannot be read: {error.strerror}", where={"file": path}, fix="name a file that can be read"
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             "the pipeline is not UTF-8 text", where={"file": path, "byte": error.start}, fix="save it as UTF-8"
         ) from None
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the pipeline is not TOML: {error}", where={"file": path}, fix="edit that line") from None
-    for item in sets:
-        _set(data, item)
-    problems = Problems(str(path), text)
-    sections = check(_Sections, data, (), problems)
-    if sections is None:
-        problems.raise_any()
-        raise AssertionError("a model was refused without a problem")
-    if sections.run.executor not in EXECUTORS:
-        problems.add(("run", "executor"), _no_executor(sections.run.executor))
-    return Config(str(path), sections.dataset, sections.run, sections.stages, sections.write, problems, sets)
+
+
+def _no_toml(path: Path, error: tomllib.TOMLDecodeError) -> ConfigError:
+    what, _, place = str(error).removesuffix(")").partition(" (at ")
+    line = re.match(r"line (\d+), column (\d+)$", place)
+    where = {"file": f"{path}:{line[1]}", "column": line[2]} if line else {"file": path, "at": place}
+    return ConfigError(f"the pipeline is not TOML: {what[0].lower()}{what[1:]}", where=where, fix="edit that line")
+
+
+def _table(data: dict[str, Any], keys: Keys, problems: Problems) -> dict[str, Any]:
+    """The section at the last of `keys`; empty if there is none."""
+    value = data.get(str(keys[-1]), {})
+    if isinstance(value, dict):
+        return value
+    name, place = _named(keys)
+    section = ".".join(map(str, keys))
+    problems.add(keys, f"'{name}'{place} is {value!r}, not a section\nwrite [{section}]")
+    return {}
 
 
 def find_pipeline(scale: str | None, pipeline: str | None) -> Path:
@@ -212,11 +264,12 @@ def find_pipeline(scale: str | None, pipeline: str | None) -> Path:
 
 def run_of(config: Config, stage: str) -> Run:
     """`[run]` with what `[stages.<name>.run]` overrides."""
-    table = config.stages[stage].run
-    merged = check(Run, {**config.run.model_dump(), **table}, ("stages", stage, "run"), config.problems)
-    if merged is not None and merged.executor not in EXECUTORS:
-        config.problems.add(("stages", stage, "run", "executor"), _no_executor(merged.executor))
-    return merged or config.run
+    own = config.stages[stage].run
+    keys = ("stages", stage, "run")
+    merged = _section(Run, {"run": {**config.run.model_dump(), **own}}, keys, config.problems)
+    if "executor" in own and merged.executor not in EXECUTORS:
+        config.problems.add((*keys, "executor"), _no_executor(merged.executor))
+    return merged
 
 
 def _no_executor(name: str) -> str:
@@ -240,42 +293,138 @@ def fields_of(dataset: Dataset, problems: Problems) -> dict[str, Any]:
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def check(model: type[Model], data: dict[str, Any], keys: tuple[str, ...], problems: Problems) -> Model | None:
-    """Fills a strict model; what does not fit is added to the problems, unknown keys with a suggestion."""
+def check(model: type[Model], data: dict[str, Any], keys: Keys, problems: Problems) -> Model | None:
+    """Fills a strict model; what does not fit is added to the problems, unknown keys with a suggestion.
+
+    Args:
+        keys: where `data` stands in the pipeline.
+    """
+    filled, errors = _filled(model, data)
+    for location, items in errors.items():
+        problems.add(keys + location, _problem(model, keys, location, items))
+    return filled
+
+
+def _section(model: type[Model], data: dict[str, Any], keys: Keys, problems: Problems, **stand_ins: Any) -> Model:
+    """The section at the last of `keys`; what does not fit is left out after it was told, so that others are checked.
+
+    Args:
+        stand_ins: values of required keys that are missing or do not fit.
+    """
+    table = _table(data, keys, problems)
+    is_given = str(keys[-1]) in data
+    filled = check(model, table, keys, problems) if is_given else None
+    if filled is not None:
+        return filled
+    bad = {location[0] for location in _filled(model, table)[1]}
+    return model.model_validate({**stand_ins, **{name: value for name, value in table.items() if name not in bad}})
+
+
+def _filled(model: type[Model], data: dict[str, Any]) -> tuple[Model | None, dict[Keys, list[Any]]]:
+    """The model, or what does not fit by its key; of a union's branches those that came furthest into the value."""
     try:
-        return model.model_validate(data)
+        return model.model_validate(data), {}
     except pydantic.ValidationError as error:
+        found: dict[Keys, list[Any]] = {}
         for item in error.errors():
-            location = tuple(str(part) for part in item["loc"])
-            problems.add(keys + location, _problem(model, keys + location, location, item))
-        return None
+            found.setdefault(_location(data, item), []).append(item)
+    furthest = {
+        keys: items
+        for keys, items in found.items()
+        if not any(other != keys and other[: len(keys)] == keys for other in found)
+    }
+    return None, furthest
 
 
-def _problem(model: type[BaseModel], keys: tuple[str, ...], location: tuple[str, ...], item: Any) -> str:
-    section = ".".join(keys[:-1])
-    place = f" in [{section}]" if section else ""
-    name = keys[-1]
-    if item["type"] == "extra_forbidden":
-        valid = _valid_keys(model, location[:-1])
-        near = difflib.get_close_matches(name, valid, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(sorted(valid))}"
-        return f"unknown key '{name}'{place}\n{hint}"
-    if item["type"] == "missing":
-        return f"missing key '{name}'{place}\nadd it"
-    message = item["msg"]
-    context = item.get("ctx") or {}
-    if item["type"] == "literal_error":
-        return f"'{name}'{place} is {item['input']!r}\nvalid: {context['expected']}"
-    return f"'{name}'{place} is {item['input']!r}: {message[0].lower()}{message[1:]}\nchange its value"
+def _location(data: Any, item: Any) -> Keys:
+    """Where in `data` an error is, without the names of a union's branches that pydantic puts between."""
+    *parts, last = item["loc"]
+    location: list[str | int] = []
+    for part in (*parts, last):
+        is_there = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
+        if is_there:
+            data = data[part]
+        if is_there or (item["type"] == "missing" and part is last):
+            location.append(part)
+    return tuple(location)
 
 
-def _valid_keys(model: type[BaseModel], location: tuple[str, ...]) -> list[str]:
-    current: Any = model
-    for part in location:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)) or part not in current.model_fields:
-            return []
-        current = current.model_fields[part].annotation
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+#: What a required key may look like.
+_EXAMPLES = {
+    "shards": 'shards = "data/*.tar"',
+    "root": 'root = "out/mine"',
+    "name": 'name = "license"',
+    "type": 'type = "string"',
+}
+
+
+def _problem(model: type[BaseModel], keys: Keys, location: Keys, items: list[Any]) -> str:
+    """One problem as text: what it is, and on a second line how to fix it."""
+    name, place = _named(keys + location)
+    kind, value = items[0]["type"], items[0]["input"]
+    if kind == "missing":
+        return f"missing key '{name}'{place}\nadd it, for example: {_EXAMPLES.get(name, name + ' = ...')}"
+    if kind == "extra_forbidden":
+        return f"unknown key '{name}'{place}\n{_hint(name, _valid_keys(model, keys, location))}"
+    shown = f"'{name}'{place} is {value!r}"
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']*)'", items[0]["ctx"]["expected"])
+        return f"{shown}\n{_hint(str(value), valid)}"
+    if kind in ("model_type", "dict_type"):
+        return f"{shown}, not a section\nwrite [{'.'.join(map(str, keys + location))}]"
+    wanted = list(dict.fromkeys(_told(item["msg"]) for item in items))
+    text = " or ".join(wanted).replace(" or should be ", " or ")
+    return f"{shown}: it {text}\n{_example(model, location, kind, value)}"
+
+
+def _told(message: str) -> str:
+    """What pydantic says of a value, as the end of a sentence about it."""
+    message = re.sub("a valid dictionary or instance of FieldSpec", "{name = ..., type = ...}", message)
+    should = re.match(r"(?:Input|List|String|Value) (should .*?)(?: after validation.*)?$", message)
+    return should[1] if should else f"is refused: {message.removeprefix('Value error, ')}"
+
+
+def _hint(name: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, valid, 1)
+    return f"did you mean '{near[0]}'?" if near else f"valid: {', '.join(sorted(valid))}"
+
+
+def _named(keys: Keys) -> tuple[str, str]:
+    """A key as `name` or `name[2]`, and ` in [section]`."""
+    at = len(keys) - 1
+    while isinstance(keys[at], int) and at > 0:
+        at -= 1
+    name = str(keys[at]) + "".join(f"[{key}]" for key in keys[at + 1 :])
+    section = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys[:at]).lstrip(".")
+    return name, f" in [{section}]" if section else ""
+
+
+def _example(model: type[BaseModel], location: Keys, kind: str, value: Any) -> str:
+    if kind == "string_type" and isinstance(value, int | float):
+        return f'write it in quotes: "{value}"'
+    info = model.model_fields.get(str(location[0])) if len(location) == 1 else None
+    default = None if info is None or info.is_required() else info.get_default(call_default_factory=True)
+    if isinstance(default, bool | int | float | str | list):
+        return f"for example: {location[0]} = {json.dumps(default)}"
+    return "change its value"
+
+
+def _valid_keys(model: type[BaseModel], keys: Keys, location: Keys) -> list[str]:
+    current: type[BaseModel] | None = model
+    for part in location[:-1]:
+        if current is not None and isinstance(part, str):
+            info = current.model_fields.get(part)
+            current = _model_in(info.annotation) if info else None
+    names = list(current.model_fields) if current else []
+    is_stage = len(keys) == 2 and keys[0] == "stages" and len(location) == 1
+    return names + list(StageTable.model_fields) if is_stage else names
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that an annotation names, also inside a list or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
 
 
 def _set(data: dict[str, Any], item: str) -> None:
@@ -307,6 +456,7 @@ def line_of(text: str, keys: tuple[str, ...]) -> int:
             here = section + tuple(part.strip("\"'") for part in pair[1].split("."))
         else:
             continue
-        if keys[: len(here)] == here and len(here) > depth:
-            best, depth = number, len(here)
+        shared = min(len(here), len(keys))
+        if here[:shared] == keys[:shared] and shared > depth:
+            best, depth = number, shared
     return best

@@ -9,8 +9,9 @@ from builder import table
 from builder.errors import ConfigError
 from builder.layout import Layout
 from builder.members import MemberReader
-from builder.query import Samples, Sql
+from builder.query import DuckError, Samples, Sql, guarded
 from builder.schema import arrow_schema
+from builder.stage import with_built_in
 
 if TYPE_CHECKING:
     import polars
@@ -22,6 +23,9 @@ class Dataset:
     def __init__(self, root: Path) -> None:
         self._layout = Layout(root)
 
+    def __repr__(self) -> str:
+        return f"builder.open_dataset({str(self.root)!r})"
+
     @property
     def root(self) -> Path:
         return self._layout.root
@@ -31,8 +35,8 @@ class Dataset:
         """Every column's name and meaning."""
         return {column.name: column.meaning for column in table.load_schema(self._layout)[1]}
 
-    def sql(self, query: str, **params: Any) -> polars.DataFrame:
-        """Answers one SELECT over the table `samples`.
+    def sql(self, query: str, /, **params: Any) -> polars.DataFrame:
+        """Answers one SELECT over the table `samples`, as `builder sql` does.
 
         Args:
             query: the SQL; `$name` stands for a parameter.
@@ -41,13 +45,22 @@ class Dataset:
         Raises:
             ConfigError: not one SELECT, a parameter missing or unused, or what DuckDB says of it.
         """
-        _, columns = table.load_schema(self._layout)
+        columns = with_built_in(table.load_schema(self._layout)[1])
+        text = Sql(query, "sql()")
         with Samples(self._layout, columns, self._layout.partitions()) as samples:
-            answer: polars.DataFrame = samples.select(Sql(query, "sql()"), params).pl()
+            relation = samples.select(text, params)
+            try:
+                answer: polars.DataFrame = relation.pl()
+            except DuckError as error:
+                raise guarded(text, error) from error
             return answer
 
     def samples(self) -> polars.LazyFrame:
-        """The whole table as a lazy frame; columns that an older partition lacks are null."""
+        """The whole table as a lazy frame, shard by shard in tar order; columns that a partition lacks are null.
+
+        Raises:
+            ConfigError: the table has no samples yet.
+        """
         import polars
 
         _, columns = table.load_schema(self._layout)
@@ -74,17 +87,25 @@ class Dataset:
 
         Raises:
             ConfigError: no such sample, or more than one.
+            ShardError: the source shard or the edits tar is gone or has changed.
         """
         if uid is not None:
-            found = self.sql("select shard, row from samples where uid = $uid", uid=uid).rows()
-            if len(found) != 1:
-                places = ", ".join(f"{shard} row {row}" for shard, row in found[:5]) or "none"
-                raise ConfigError(
-                    f"uid '{uid}' names {len(found)} samples", where={"found": places}, fix="give shard= and row="
-                )
-            shard, row = found[0]
-        if shard is None or row is None:
+            found = self.sql("select shard, row from samples where uid = $uid order by all", uid=uid).rows()
+            name = f"uid '{uid}'"
+        elif shard is not None and row is not None:
+            query = "select shard, row from samples where shard = $shard and row = $row"
+            found = self.sql(query, shard=shard, row=row).rows()
+            name = f"shard '{shard}' row {row}"
+        else:
             raise ConfigError("read_member needs uid=, or shard= and row=", fix="for example: uid='0a1b...'")
+        if len(found) != 1:
+            places = ", ".join(f"{shard} row {row}" for shard, row in found[:5]) or "none"
+            raise ConfigError(
+                f"{name} names {len(found)} samples",
+                where={"root": self.root, "found": places},
+                fix="give shard= and row=" if found else "name one that sql('select uid, shard, row from samples') has",
+            )
+        [(shard, row)] = found
         with MemberReader(self._layout, shard, [member]) as reader:
             return reader.read(row, member)
 

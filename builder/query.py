@@ -5,6 +5,9 @@ Owns every DuckDB connection of the package. Knows nothing of stages and runs.
 
 from __future__ import annotations
 
+import os
+import re
+import secrets
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,7 +46,7 @@ def read_sql(name: str) -> Sql:
     """SQL out of a file: `./sql/` first, then as installed.
 
     Raises:
-        ConfigError: no such file; the places looked at are listed.
+        ConfigError: no such file, with the places looked at, or no text.
     """
     relative = name.removeprefix("sql/")
     path, looked = (Path(name), [Path(name)]) if Path(name).is_file() else places.find("sql", relative)
@@ -53,7 +56,12 @@ def read_sql(name: str) -> Sql:
             where={"looked at": ", ".join(str(place) for place in looked)},
             fix=f"write it, or copy the ones that come with builder: builder init DIR (then DIR/sql/{relative})",
         )
-    return Sql(path.read_text("utf-8"), str(path))
+    try:
+        return Sql(path.read_text("utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            "the SQL is not UTF-8 text", where={"file": path, "byte": error.start}, fix="save it as UTF-8"
+        ) from None
 
 
 class Samples:
@@ -67,11 +75,18 @@ class Samples:
     def __init__(self, layout: Layout, columns: Sequence[Column], shards: Iterable[str]) -> None:
         paths = [str(layout.partition(shard)) for shard in shards]
         self._connection = duckdb.connect()
+        try:
+            self._open(columns, paths)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _open(self, columns: Sequence[Column], paths: Sequence[str]) -> None:
         run = self._connection.execute
         run("set autoinstall_known_extensions = false")
         run("set autoload_known_extensions = false")
         run("set preserve_insertion_order = false")
-        run(f"set temp_directory = {_quoted(tempfile.gettempdir() + '/builder-spill')}")
+        run(f"set temp_directory = {_quoted(_spill_folder())}")
         run(_view(columns, paths))
         run(f"set allowed_paths = [{', '.join(_quoted(path) for path in paths)}]")
         run("set enable_external_access = false")
@@ -98,10 +113,11 @@ class Samples:
             ConfigError: not one SELECT, wrong parameters, or what DuckDB says of it.
         """
         text = checked(sql, params or {})
+        before, after = around.split("{}")
         try:
-            return self._connection.sql(around.format(f"(\n{text}\n)"), params=params or None)
+            return self._connection.sql(f"{before}(\n{text}\n){after}", params=params or None)
         except duckdb.Error as error:
-            raise _refused(sql, error) from error
+            raise _refused(sql, error, before.count("\n") + 1) from error
 
     def rows(
         self, sql: Sql, params: dict[str, Any] | None = None, *, around: str = "select * from {}"
@@ -111,7 +127,7 @@ class Samples:
         try:
             return relation.fetchall()
         except duckdb.Error as error:
-            raise _refused(sql, error) from error
+            raise guarded(sql, error) from error
 
     def fixed(self, statement: str) -> list[tuple[Any, ...]]:
         """All rows of a statement of the package's own."""
@@ -120,20 +136,19 @@ class Samples:
 
 def guarded(sql: Sql, error: duckdb.Error) -> BuilderError:
     """What DuckDB says while an answer is being read, with the file."""
-    return _refused(sql, error)
+    return _refused(sql, error, 1)
 
 
 def checked(sql: Sql, params: dict[str, Any]) -> str:
-    """The text without its final semicolon, if it is exactly one SELECT with exactly these parameters."""
-    text = sql.text.strip().rstrip(";").rstrip()
+    """The text with blanks for its semicolons, if it is exactly one SELECT with exactly these parameters."""
     try:
-        statements = duckdb.extract_statements(text)
+        statements = duckdb.extract_statements(sql.text)
     except duckdb.Error as error:
         raise _refused(sql, error) from error
-    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT or _FORBIDDEN in text.lower():
-        kinds = ", ".join(statement.type.name for statement in statements) or "nothing"
+    kinds = ", ".join(statement.type.name for statement in statements) or "nothing"
+    if kinds != "SELECT" or _FORBIDDEN in sql.text.lower():
         raise ConfigError(
-            f"SQL must be exactly one SELECT, and this is: {kinds}",
+            f"SQL must be exactly one SELECT, and this is: {_FORBIDDEN if kinds == 'SELECT' else kinds}",
             where={"file": sql.origin},
             fix="write one query that begins with select or with",
         )
@@ -142,22 +157,40 @@ def checked(sql: Sql, params: dict[str, Any]) -> str:
         raise ConfigError(
             f"SQL uses ${missing[0]}, which has no value",
             where={"file": sql.origin, "values given": ", ".join(sorted(params)) or "none"},
-            fix=f"add it to the params of the pipeline: {missing[0]} = ...",
+            fix=f"add {missing[0]} = ... to the params of the pipeline; with builder sql: --param {missing[0]}=...",
         )
     if unused := sorted(set(params) - wanted):
         raise ConfigError(
             f"parameter '{unused[0]}' is given, but the SQL does not use ${unused[0]}",
             where={"file": sql.origin, "names in the SQL": ", ".join(f"${name}" for name in sorted(wanted)) or "none"},
-            fix="remove it from the params of the pipeline, or use it",
+            fix="leave it out, or use it in the SQL",
         )
-    return text
+    return _without_semicolons(sql.text)
 
 
-def _refused(sql: Sql, error: duckdb.Error) -> ConfigError:
-    return ConfigError(f"DuckDB refuses the SQL: {str(error).strip()}", where={"file": sql.origin}, fix="edit that SQL")
+def _without_semicolons(text: str) -> str:
+    """One statement as a subquery can hold it: only what the tokenizer takes for a semicolon is one."""
+    raw = bytearray(text, "utf-8")
+    for offset, _ in duckdb.tokenize(text):
+        if raw[offset] == ord(";"):
+            raw[offset] = ord(" ")
+    return raw.decode("utf-8")
 
 
-def _view(columns: Sequence[Column], paths: list[str]) -> str:
+def _refused(sql: Sql, error: duckdb.Error, shift: int = 0) -> ConfigError:
+    """DuckDB's own words, its line numbers counted from the first line of the user's text."""
+    text = re.sub(r"LINE (\d+):", lambda match: f"LINE {int(match[1]) - shift}:", str(error).strip())
+    first, *more = [line for line in text.splitlines() if line.strip()]
+    what = "\n".join([f"DuckDB refuses the SQL: {first}", *(f"  {line}" for line in more)])
+    return ConfigError(what, where={"file": sql.origin}, fix="edit that SQL")
+
+
+def _spill_folder() -> str:
+    """A name that no other connection and no other user has; DuckDB makes the folder when it spills, and removes it."""
+    return f"{tempfile.gettempdir()}/builder-spill-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _view(columns: Sequence[Column], paths: Sequence[str]) -> str:
     if not paths:
         nulls = ", ".join(f'null::{schema.duckdb_type(column.type)} as "{column.name}"' for column in columns)
         return f"create view samples as select {nulls} where false"

@@ -5,11 +5,14 @@ Owns the contract between the engine and a stage. Knows no stage and no table.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import json
+import re
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +22,15 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from builder import schema
-from builder.errors import StageError
+from builder.errors import SchemaError, StageError
 
 ENTRY_POINTS = "builder.stages"
 #: Binary columns that a stage may ask for: a member of the source sample, or the generated image.
 MEMBERS = ("image", "json", "txt", "edit")
+#: Columns of every batch.
+_ALWAYS_GIVEN = ("shard", "row", "uid")
+#: Names of stages and columns: plain enough for SQL without quotes, for TOML without quotes, and for files.
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -82,19 +89,26 @@ def find(name: str, python: str | None = None) -> type[Stage]:
     """The class of a stage: `python` as `file.py:Class`, or the entry point of that name.
 
     Raises:
-        StageError: there is no such stage, file or class, or the class breaks the contract.
+        StageError: there is no such stage, file or class, it cannot be loaded, or it breaks the contract.
     """
     if python is not None:
         kind = _from_file(name, python)
     else:
         points = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
         if name not in points:
+            near = difflib.get_close_matches(name, points, 1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
             raise StageError(
                 f"there is no stage '{name}'",
-                where={"stages": ", ".join(sorted(points))},
-                fix=f'use one of these, or name your own: [stages.{name}] python = "my_stage.py:MyStage"',
+                fix=f"{hint}stages: {', '.join(sorted(points))}; or name your own in [stages.{name}]: "
+                'python = "my_stage.py:MyStage"',
             )
-        kind = points[name].load()
+        try:
+            kind = points[name].load()
+        except (ImportError, AttributeError) as error:
+            raise StageError(
+                f"stage '{name}' cannot be loaded: {error}", fix=f"install again what brings {points[name].value}"
+            ) from error
     _check_class(kind, name)
     found: type[Stage] = kind
     return found
@@ -105,20 +119,37 @@ def _from_file(name: str, python: str) -> Any:
     if not colon or not Path(path).is_file():
         raise StageError(
             f"stage '{name}': no file '{path or python}'",
-            where={"python": python},
             fix='write it as python = "my_stage.py:MyStage", the path from the working directory',
         )
     spec = importlib.util.spec_from_file_location(f"builder_stage_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise StageError(f"stage '{name}': '{path}' is no Python file", fix="name a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        place = f"'{path}', line {line}" if line else f"'{path}'"
+        raise StageError(
+            f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="mend that line"
+        ) from error
     if not hasattr(module, attribute):
-        raise StageError(f"stage '{name}': '{path}' has no '{attribute}'", fix="name a class of that file")
+        classes = [
+            key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == spec.name
+        ]
+        raise StageError(
+            f"stage '{name}': '{path}' has no '{attribute}'", fix=f"its classes: {', '.join(classes) or 'none'}"
+        )
     return getattr(module, attribute)
 
 
 def _check_class(kind: Any, name: str) -> None:
+    if not _NAME.fullmatch(name) or name == schema.SOURCE:
+        raise StageError(
+            f"'{name}' cannot be the name of a stage",
+            fix="use lower-case letters, digits and _, a letter first; 'source' is ingest's",
+        )
     wanted = {
         "name": str, "version": str, "inputs": pa.Schema, "members": tuple, "outputs": pa.Schema,
         "resources": Resources,
@@ -127,8 +158,13 @@ def _check_class(kind: Any, name: str) -> None:
         value = getattr(kind, attribute, None)
         if not isinstance(value, expected):
             raise StageError(
-                f"stage '{name}': attribute '{attribute}' is {type(value).__name__}, not {expected.__name__}",
+                f"stage '{name}': attribute '{attribute}' is {_kind_of(value)}, not {expected.__name__}",
                 fix=f"set {attribute} on the class, as builder.stage.Stage shows",
+            )
+    for method in ("setup", "process", "close"):
+        if not callable(getattr(kind, method, None)):
+            raise StageError(
+                f"stage '{name}' has no method '{method}'", fix=f"write def {method}, as builder.stage.Stage shows"
             )
     if not (isinstance(getattr(kind, "Options", None), type) and issubclass(kind.Options, BaseModel)):
         raise StageError(f"stage '{name}': Options is no pydantic model", fix="class Options(builder.Strict): ...")
@@ -139,9 +175,43 @@ def _check_class(kind: Any, name: str) -> None:
     unknown = [member for member in kind.members if member not in MEMBERS]
     if unknown:
         raise StageError(f"stage '{name}' asks for member '{unknown[0]}'", fix=f"valid: {', '.join(MEMBERS)}")
-    for output in kind.outputs:
-        if output.type != schema.GENERATED:
-            schema.type_text(output.type)
+    _check_names(kind, name)
+
+
+def _check_names(kind: Any, name: str) -> None:
+    """Inputs and outputs: plain names, each once, of types that the table can hold."""
+    given = [*_ALWAYS_GIVEN, *kind.members, *kind.inputs.names]
+    own = [column.name for column in schema.output_columns(name, kind.outputs)]
+    for names, what in ((given, "is given"), (own, "returns")):
+        double = next((column for i, column in enumerate(names) if column in names[:i]), None)
+        if double is not None:
+            raise StageError(f"stage '{name}' {what} two columns '{double}'", fix="give each a name of its own")
+    for column in (*kind.inputs.names, *kind.outputs.names):
+        if not _NAME.fullmatch(column):
+            raise StageError(
+                f"stage '{name}': '{column}' cannot be the name of a column",
+                fix="use lower-case letters, digits and _, a letter first",
+            )
+    for field in (*kind.inputs, *kind.outputs):
+        if field.type == schema.GENERATED and field.name in kind.outputs.names:
+            continue
+        try:
+            schema.type_text(field.type)
+        except SchemaError as error:
+            raise StageError(f"stage '{name}', column '{field.name}': {error.what}", fix=error.fix) from None
+
+
+def _kind_of(value: Any) -> str:
+    return "missing" if value is None else type(value).__name__
+
+
+def with_built_in(columns: Iterable[schema.Column]) -> tuple[schema.Column, ...]:
+    """Columns of a root, and those of the stages that come with builder: they read as nulls where no such stage ran."""
+    have = tuple(columns)
+    names = {column.name for column in have}
+    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    own = sorted(point.name for point in points if point.value.startswith("builder.stages."))
+    return (*have, *(column for name in own for column in columns_of(find(name)) if column.name not in names))
 
 
 def columns_of(kind: type[Stage]) -> tuple[schema.Column, ...]:
@@ -205,7 +275,7 @@ def check_result(kind: type[Stage], batch: pa.RecordBatch, result: Any) -> pa.Re
         )
     found = {output.name: output.type for output in result.schema}
     wanted = {output.name: output.type for output in kind.outputs}
-    if found != wanted:
+    if found != wanted or len(result.schema) != len(found):
         raise StageError(
             f"stage '{name}' returned other columns than it declares",
             where={"declared": _listed(wanted), "returned": _listed(found)},

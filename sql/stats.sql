@@ -16,7 +16,7 @@ facts as (
     when length(caption) < 100 then '50 to 99' when length(caption) < 200 then '100 to 199' else '200 or more' end, count(*)
   from samples group by 3
   union all
-  select 5, stage, coalesce(status, 'not tried'), count(*)
+  select 5, 'stage ' || stage, coalesce(status, 'not tried'), count(*)
   from (select unnest(['source', 'faces', 'lang', 'prompts', 'generate']) as stage,
                unnest([source_status, faces_status, lang_status, prompts_status, generate_status]) as status
         from samples) group by 2, 3
