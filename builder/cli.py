@@ -457,7 +457,9 @@ def _params(items: Sequence[str]) -> dict[str, Any]:
 @click.argument("uid")
 @_pipeline_options
 @_json_option
-@click.option("--save", type=click.Path(path_type=Path), help="Also write the sample's image and its new image here.")
+@click.option(
+    "--save", type=click.Path(path_type=Path), metavar="DIR", help="Also write the sample's image and its new image."
+)
 def show(
     uid: str, scale: str | None, pipeline: str | None, sets: Sequence[str], as_json: bool, save: Path | None
 ) -> None:
@@ -595,9 +597,14 @@ def _outputs(kind: Any) -> list[str]:
 
 @main.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="The demo's folder."
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    default=Path("demo"),
+    show_default=True,
+    help="The demo's folder.",
 )
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Worker processes.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", default=2, show_default=True, help="Worker processes.")
 def demo(out: Path, workers: int) -> None:
     """Do the whole way on 200 real photos.
 
@@ -692,6 +699,8 @@ def _text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, bytes):
         return value.hex()
+    if isinstance(value, float):
+        return min(str(value), f"{value:.6g}", key=len)
     if isinstance(value, list | dict):
         return json.dumps(_as_json(value), ensure_ascii=False)
     return str(value)

@@ -37,7 +37,7 @@ class FieldSpec(Strict):
 
     #: The field's name in the json.
     name: str
-    #: string, bool, int32, int64, float64, list<TYPE>, struct<name: TYPE, ...> and so on.
+    #: `string`, `bool`, `int32`, `int64`, `float64`, `list<TYPE>`, `struct<name: TYPE, ...>` and so on.
     type: str
 
 
@@ -46,7 +46,7 @@ class Dataset(Strict):
 
     #: Name of the dataset, for people.
     name: str = "dataset"
-    #: Tar shards: a path or a list of paths, with braces {000..335} and globs.
+    #: Tar shards: a path or a list of paths, with braces `{000..335}` and globs, from the working directory.
     shards: str | list[str]
     #: Folder of the table, the edits and the hybrid shards.
     root: str
@@ -59,7 +59,7 @@ class Dataset(Strict):
 class Run(Strict):
     """How work is executed; `[run]` for all stages, `[stages.<name>.run]` for one."""
 
-    #: Where tasks run: local.
+    #: Where tasks run; this version has `local` only.
     executor: Literal["local", "slurm", "ray"] = "local"
     #: Worker processes.
     workers: int = Field(default=2, ge=1)
@@ -69,7 +69,7 @@ class Run(Strict):
     checkpoint_seconds: float = Field(default=60.0, gt=0)
     #: Share of failed rows past which a task stops, judged after 100 rows.
     max_failed: float = Field(default=0.5, ge=0, le=1)
-    #: Rows a batch; the stage's own number if absent.
+    #: Rows of one batch; the stage's own number if absent.
     batch_rows: int | None = Field(default=None, ge=1)
     #: Devices, one a worker in turn.
     devices: list[str] = Field(default=["cpu"], min_length=1)

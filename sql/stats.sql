@@ -6,7 +6,8 @@ with total as (select count(*) as n from samples),
 facts as (
   select 1 as place, 'rows' as section, 'all' as name, count(*) as rows from samples
   union all
-  select 2, 'faces', coalesce(least(face_count, 5)::varchar || if(face_count >= 5, ' or more', ''), 'unknown'), count(*)
+  select 2, 'faces', case when face_count is null then 'unknown' when face_count >= 5 then '5 or more'
+    else face_count::varchar end, count(*)
   from samples group by 3
   union all
   (select 3, 'language', coalesce(lang, 'not computed'), count(*) from samples group by 3 order by 4 desc limit 20)
