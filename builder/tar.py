@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,15 +27,21 @@ KINDS = {
     ord("5"): "a directory", ord("6"): "a FIFO", ord("S"): "a sparse file",
 }  # fmt: skip
 #: pax records that change neither name nor size nor content of a member. Source: POSIX.1-2001 pax, "Extended Header".
-_TRANSPARENT = re.compile(rb"(?:\d+ (?:mtime|atime|ctime|uid|gid|uname|gname)=[^\n]*\n)+")
+_TRANSPARENT = re.compile(rb"(\d+) (?:mtime|atime|ctime|uid|gid|uname|gname)=[^\n]*\n")
 #: A pax or GNU header body longer than this is refused instead of read into memory.
 MAX_PREFIX = 1 << 20
+#: The largest size that an octal field of a header holds, 8 GiB less one byte; beyond it stands in a pax record.
+_MAX_OCTAL = 0o77777777777
+#: Kinds without content, whatever size their header declares. Source: Python's tarfile and libarchive.
+_NO_CONTENT = frozenset(b"123456")
+_OCTAL = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
+#: First bytes of compressed files: what wrote them, what reads them, their suffix.
 _MAGIC = {
-    b"\x1f\x8b": ("gzip", "gunzip"),
-    b"BZh": ("bzip2", "bunzip2"),
-    b"\xfd7zXZ\x00": ("xz", "unxz"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
-    b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
+    b"\x1f\x8b": ("gzip", "gunzip", ".gz"),
+    b"BZh": ("bzip2", "bunzip2", ".bz2"),
+    b"\xfd7zXZ\x00": ("xz", "unxz", ".xz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd", ".zst"),
+    b"\x04\x22\x4d\x18": ("lz4", "unlz4", ".lz4"),
 }
 
 
@@ -69,6 +76,11 @@ class Index:
         """int64, first byte after each record, padding included."""
         return np.asarray(self.data + padded(self.size))
 
+    @property
+    def has_end_mark(self) -> bool:
+        """Whether zeros close the archive, as they should: a tar cut between two records has none."""
+        return self.file_size - self.end >= BLOCK
+
 
 def padded(size: np.ndarray) -> np.ndarray:
     """Sizes rounded up to whole blocks."""
@@ -82,13 +94,17 @@ def padding(size: int) -> int:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """A member's key and extension: up to the first dot of its base name, folder and `./` kept, as in webdataset.
+    """A member's key and extension: up to the first dot of its base name, folder and `./` kept.
 
-    Returns None for a name that belongs to no sample: no dot, nothing before it, or its `__meta__` names.
+    Exactly webdataset's rule, which gives `a/.b` the key `a/` unless that folder's own name has a dot.
+
+    Returns None for a name that belongs to no sample: no dot, nothing before it, or webdataset's `__meta__` names.
     """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
-    if not stem or not dot or re.match(r"__[^/]*__($|/)", name):
+    if not dot or (name.startswith("__") and re.match(r"__[^/]*__($|/)", name)):
+        return None
+    if not stem and (not slash or "." in folder.rpartition("/")[2]):
         return None
     return folder + slash + stem, extension
 
@@ -106,20 +122,26 @@ def index(path: Path) -> Index:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             _refuse_compressed(view, path)
             try:
-                return _chain(view) or _walk(view)
+                quick = _chain(view)
+                return _walk(view) if quick is None else quick
             except ShardError as error:
                 error.where = {"file": path, **error.where}
                 raise
 
 
 def _refuse_compressed(view: mmap.mmap, path: Path) -> None:
-    head = view[:6]
-    for magic, (name, tool) in _MAGIC.items():
-        if head.startswith(magic):
+    """Raises ShardError for a compressed file; a tar whose first member is named like one is none."""
+    head = view[:BLOCK]
+    for magic, (name, tool, suffix) in _MAGIC.items():
+        if head.startswith(magic) and not _is_header(head):
+            plain = path.with_suffix("") if path.name.endswith(f".tar{suffix}") else path.with_suffix(".tar")
+            packed = path if path != plain else path.with_name(path.name + suffix)
+            rename = f"mv {shlex.quote(str(path))} {shlex.quote(str(packed))} && " if packed != path else ""
             raise ShardError(
                 f"the shard is compressed with {name}: byte offsets into it would mean nothing",
                 where={"file": path},
-                fix=f"{tool} < {path.name} > {path.name.split('.')[0]}.tar, and name that file in dataset.shards",
+                fix=f"{rename}{tool} < {shlex.quote(str(packed))} > {shlex.quote(str(plain))}, "
+                "and name that file in dataset.shards",
             )
 
 
@@ -169,7 +191,7 @@ def _members(
     if prefix[-1] or (prefix[1:] & prefix[:-1]).any():
         return None
     for start, size in zip((offsets[prefix] + BLOCK).tolist(), sizes[prefix].tolist(), strict=True):
-        if not _TRANSPARENT.fullmatch(view[start : start + size]):
+        if not _is_transparent(view[start : start + size]):
             return None
     member = ~prefix
     raw = np.ascontiguousarray(heads[member][:, :100]).view("S100").ravel().tolist()
@@ -194,8 +216,19 @@ def _members(
     )
 
 
+def _is_transparent(body: bytes) -> bool:
+    """Whether a pax header holds only records that change nothing, each as long as it says."""
+    one = _TRANSPARENT.fullmatch(body)
+    if one is not None:
+        return int(one[1]) == len(body)
+    at = 0
+    while (one := _TRANSPARENT.match(body, at)) is not None and int(one[1]) == one.end() - at:
+        at = one.end()
+    return 0 < at == len(body)
+
+
 def _octal(text: np.ndarray) -> np.ndarray | None:
-    """Octal numbers out of uint8 (n, w): spaces, digits, then spaces or NULs; None if any is written otherwise."""
+    """Octal numbers out of uint8 (n, w): spaces, digits, then spaces or NULs; None if one is written otherwise."""
     digits = text - ord("0")
     is_digit = digits < 8
     fill = (text == 32) | (text == 0)
@@ -209,7 +242,7 @@ def _octal(text: np.ndarray) -> np.ndarray | None:
         if (now & ended).any():
             return None
         started |= now
-        ended |= started & ~now
+        ended |= (started & ~now) | (text[:, column] == 0)
         value = np.where(now, value * 8 + digits[:, column], value)
     return value
 
@@ -242,13 +275,13 @@ class _Pending:
     pax: dict[bytes, bytes] = field(default_factory=dict)
 
 
-def _walk(view: mmap.mmap) -> Index:
+def _walk(view: mmap.mmap, at: int = 0) -> Index:
+    """Indexes the records from byte `at`, which begins one, header by header."""
     names: list[str] = []
     rows: list[tuple[int, int, int, int]] = []
     bad: set[int] = set()
     common: dict[bytes, bytes] = {}
     pending = _Pending()
-    at = 0
     while at + BLOCK <= len(view):
         block = view[at : at + BLOCK]
         if block.count(0) == BLOCK:
@@ -258,22 +291,24 @@ def _walk(view: mmap.mmap) -> Index:
         at += BLOCK
         if kind in b"xXgLK":
             body = _prefix_body(view, at, size)
-            at += size + padding(size)
             if kind == ord("g"):
-                common.update(_pax(body, start))
+                common.update(_pax(body, at - BLOCK))
+                _refuse_common_size(common, at - BLOCK)
+                at += size + padding(size)
                 continue
             pending.start = start
             if kind == ord("L"):
                 pending.name = body.split(b"\0")[0]
             elif kind != ord("K"):
-                pending.pax.update(_pax(body, start))
+                pending.pax.update(_pax(body, at - BLOCK))
+            at += size + padding(size)
             continue
         pax = {**common, **pending.pax}
-        name = pax.get(b"path") or pending.name or _ustar_name(block)
+        name = pax.get(b"GNU.sparse.name") or pax.get(b"path") or pending.name or _ustar_name(block)
         if b"size" in pax:
             size = _pax_size(pax[b"size"], start)
-        if kind in b"123456":
-            size = 0  # links and devices have no content whatever their header says; as GNU tar
+        if kind in _NO_CONTENT:
+            size = 0
         if kind == ord("S"):
             at = _skip_sparse_maps(view, block, at)
         if any(key.startswith(b"GNU.sparse.") for key in pax):
@@ -313,7 +348,8 @@ def _check_end(view: mmap.mmap, at: int, pending: _Pending) -> None:
             where={"offset": pending.start},
             fix="download or make it again",
         )
-    if at > len(view) or (at < len(view) < at + BLOCK and _first_data(view, at) is not None):
+    inside = at < len(view) < at + BLOCK and (at == 0 or _first_data(view, at) is not None)
+    if at > len(view) or inside:
         raise ShardError(
             f"the shard is truncated: it ends at byte {len(view)}, inside a block",
             where={"offset": min(at, len(view)) // BLOCK * BLOCK},
@@ -330,51 +366,89 @@ def _check_end(view: mmap.mmap, at: int, pending: _Pending) -> None:
 
 def _checked(block: bytes, at: int) -> tuple[int, int]:
     """Size and type byte of a header whose checksum is right."""
-    unsigned = sum(block) - sum(block[148:156]) + 8 * 32
-    signed = unsigned - 256 * sum(1 for byte in block[:148] + block[156:] if byte > 127)
-    try:
-        written = _number(block[148:156])
-        size = _number(block[124:136])
-    except ValueError:
-        written, size = -1, -1
-    if written not in (unsigned, signed) or size < 0:
+    if not _is_header(block):
         raise ShardError(
             f"no tar header at byte {at}: its checksum is wrong",
             where={"offset": at},
             fix="the shard is damaged or no tar: download or make it again",
         )
-    return size, block[156]
+    try:
+        return _number(block[124:136]), block[156]
+    except ValueError:
+        raise ShardError(
+            f"the tar header at byte {at} declares a size that is no number",
+            where={"offset": at},
+            fix="make the shard again",
+        ) from None
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether a block's checksum is right: of unsigned bytes as POSIX.1-1988 says, or of signed ones as old tars."""
+    try:
+        written = _number(block[148:156])
+    except ValueError:
+        return False
+    unsigned = sum(block) - sum(block[148:156]) + 8 * ord(" ")
+    if written == unsigned:
+        return len(block) == BLOCK
+    return written == unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
 
 
 def _number(raw: bytes) -> int:
-    """An octal number, or base-256 where the first byte's high bit is set. Source: GNU tar manual."""
-    if raw[0] & 0x80:
+    """An octal number, or base-256 where the first byte's high bit is set. Source: GNU tar manual.
+
+    Raises:
+        ValueError: it is neither, or negative.
+    """
+    if raw[:1] >= b"\x80":
+        if raw[0] == 0xFF:
+            raise ValueError("a negative number")
         return int.from_bytes(bytes([raw[0] & 0x7F]) + raw[1:], "big")
-    return int(raw.split(b"\0")[0].strip() or b"0", 8)
+    octal = _OCTAL.fullmatch(raw)
+    if octal is None:
+        raise ValueError("not octal")
+    return int(octal[1] or b"0", 8)
 
 
 def _prefix_body(view: mmap.mmap, at: int, size: int) -> bytes:
-    if size > MAX_PREFIX or at + size > len(view):
+    if size > MAX_PREFIX:
         raise ShardError(
-            f"a header prefix declares {size} bytes; {max(len(view) - at, 0)} are left, the limit is {MAX_PREFIX}",
+            f"a header that describes the next one declares {size} bytes, the limit is {MAX_PREFIX}",
             where={"offset": at - BLOCK},
             fix="the shard is damaged: download or make it again",
+        )
+    if at + size > len(view):
+        raise ShardError(
+            f"the shard is truncated: a header that describes the next one ends at byte {at + size}, "
+            f"the file at {len(view)}",
+            where={"offset": at - BLOCK},
+            fix="download or make it again",
         )
     return view[at : at + size]
 
 
 def _pax(body: bytes, at: int) -> dict[bytes, bytes]:
-    """The records `<length> <key>=<value>\\n` of a pax header."""
+    """The records `<length> <key>=<value>\\n` of a pax header that begins at byte `at`."""
     records: dict[bytes, bytes] = {}
-    while body.strip(b"\0"):
-        digits, _, rest = body.partition(b" ")
-        length = int(digits) if digits.isdigit() else 0
-        key, equals, value = rest[: max(length - len(digits) - 1, 0)].partition(b"=")
-        if not equals or length > len(body) or not value.endswith(b"\n"):
+    body = body.rstrip(b"\0")
+    start = 0
+    while start < len(body):
+        space = body.find(b" ", start, start + 8)
+        digits = body[start:space] if space > 0 else b""
+        stop = start + int(digits) if digits.isdigit() else start
+        equals = body.find(b"=", space, stop)
+        if equals < 0 or stop > len(body) or body[stop - 1 : stop] != b"\n":
             raise ShardError("a pax header is damaged", where={"offset": at}, fix="download or make the shard again")
-        records[key] = value[:-1]
-        body = body[length:]
+        records[body[space + 1 : equals]] = body[equals + 1 : stop - 1]
+        start = stop
     return records
+
+
+def _refuse_common_size(common: dict[bytes, bytes], at: int) -> None:
+    if b"size" in common:
+        raise ShardError(
+            "a global pax header declares one size for all members", where={"offset": at}, fix="make the shard again"
+        )
 
 
 def _pax_size(value: bytes, at: int) -> int:
@@ -415,26 +489,12 @@ def _text(name: bytes) -> str:
 # --- making records ---
 
 
-def make_record_head(
-    name: str,
-    size: int,
-    *,
-    mode: int = 0o444,
-    mtime: int = 0,
-    uname: str = "",
-    gname: str = "",
-    uid: int = 0,
-    gid: int = 0,
-) -> bytes:
-    """Prefix and header of a regular member: ustar, with a pax `path` only where the name exceeds 100 bytes."""
+def make_record_head(name: str, size: int) -> bytes:
+    """Prefix and header of a regular member: ustar, with pax records only where the name or the size needs them."""
     head = bytearray(BLOCK)
-    head[100:108] = b"%07o\0" % mode
-    head[108:116] = b"%07o\0" % uid
-    head[116:124] = b"%07o\0" % gid
-    head[136:148] = b"%011o\0" % mtime
-    head[257:265] = b"ustar\x0000"
-    head[265 : 265 + len(uname)] = uname.encode()
-    head[297 : 297 + len(gname)] = gname.encode()
+    head[100:108] = b"%07o\0" % 0o444
+    head[108:116] = head[116:124] = b"%07o\0" % 0
+    head[136:148] = b"%011o\0" % 0
     return _finished(head, name.encode(), size, {})
 
 
@@ -446,7 +506,7 @@ def remake_record_head(old: bytes, name: str, size: int) -> bytes:
     """
     pax: dict[bytes, bytes] = {}
     at = 0
-    while old[at + 156] in b"xXLK":
+    while old[at + 156] in b"xXgLK":
         size_of = _number(old[at + 124 : at + 136])
         if old[at + 156] in b"xX":
             pax.update(_pax(old[at + BLOCK : at + BLOCK + size_of], at))
@@ -456,27 +516,28 @@ def remake_record_head(old: bytes, name: str, size: int) -> bytes:
 
 
 def _finished(head: bytearray, name: bytes, size: int, pax: dict[bytes, bytes]) -> bytes:
+    """The header as ustar, whatever it was: the fields up to the time and the owner's names stay."""
     if len(name) > 100:
         pax = {**pax, b"path": name}
+    if size > _MAX_OCTAL:
+        pax = {**pax, b"size": b"%d" % size}
+    head[157:257] = bytes(100)
+    head[257:265] = b"ustar\x0000"
+    head[345:512] = bytes(167)
     body = b"".join(_pax_record(key, value) for key, value in pax.items())
-    if head[257:263] == b"ustar\0":
-        head[345:500] = bytes(155)
     prefix = b""
     if body:
-        extended = bytearray(head)
-        extended[156] = ord("x")
-        _set_name_and_size(extended, b"PaxHeaders/" + name[-80:].replace(b"/", b"_"), len(body))
-        prefix = bytes(extended) + body + bytes(padding(len(body)))
-    head[156] = ord("0")
-    head[157:257] = bytes(100)
-    _set_name_and_size(head, name[:100], size)
+        _set(head, b"PaxHeaders/" + name[-80:].replace(b"/", b"_"), len(body), b"x")
+        prefix = bytes(head) + body + bytes(padding(len(body)))
+    _set(head, name[:100], size if size <= _MAX_OCTAL else 0, b"0")
     return prefix + bytes(head)
 
 
-def _set_name_and_size(head: bytearray, name: bytes, size: int) -> None:
+def _set(head: bytearray, name: bytes, size: int, kind: bytes) -> None:
     head[0:100] = name.ljust(100, b"\0")
     head[124:136] = b"%011o\0" % size
     head[148:156] = b" " * 8
+    head[156:157] = kind
     head[148:156] = b"%06o\0 " % sum(head)
 
 
@@ -495,12 +556,6 @@ def end_of_archive(length: int) -> bytes:
 
 
 def end_of_records(descriptor: int, start: int, size: int) -> int:
-    """First byte after the last record, walking from the end of any record; `start` if only zeros follow it."""
-    at = start
-    while at + BLOCK <= size:
-        block = os.pread(descriptor, BLOCK, at)
-        if block.count(0) == BLOCK:
-            break
-        length, kind = _checked(block, at)
-        at += BLOCK + (0 if kind in b"123456" else length + padding(length))
-    return at
+    """First byte after the last record of a file of `size` bytes, walking from the end of any record."""
+    with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as view:
+        return _walk(view, start).end

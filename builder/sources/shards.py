@@ -5,14 +5,16 @@ Owns what a sample of a WebDataset shard means: its key, uid, caption, boxes and
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import itertools
 import json
 import math
 import mmap
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ class Found:
 
     Attributes:
         paths: by shard name, in the order of the patterns, sorted within each.
-        missing: paths that a pattern without wildcards names and that do not exist.
+        missing: paths that a pattern names and that do not exist; a wildcard that matches nothing stands for itself.
     """
 
     paths: dict[str, Path]
@@ -62,22 +64,50 @@ def find(patterns: Sequence[str]) -> Found:
         ConfigError: nothing matches, or two files would be one shard.
     """
     paths: dict[str, Path] = {}
-    missing: list[Path] = []
+    missing: dict[str, None] = {}
+    folders = _Folders()
     for pattern in patterns:
         for name in expand_braces(pattern):
-            if glob.has_magic(name):
-                matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207
-            else:
-                matches = [Path(name)]
-                if not matches[0].is_file():
-                    missing.append(matches[0])
-                    continue
-            for path in matches:
-                if path.is_file():
-                    _add(paths, path)
+            matches = folders.matches(name)
+            if not matches:
+                missing[name] = None
+            for match in matches:
+                _add(paths, Path(match))
     if not paths:
         raise ConfigError("no shard matches dataset.shards", where=_looked_at(patterns), fix=_near(patterns))
-    return Found(paths, missing)
+    return Found(paths, [Path(name) for name in missing])
+
+
+class _Folders:
+    """Which files exist: each folder is listed once, since 43,000 questions for one name each take seconds."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, set[str]] = {}
+
+    def matches(self, name: str) -> list[str]:
+        """The file of that very name, or the files that it matches as a glob, sorted."""
+        if self._is_file(name):
+            return [name]
+        if not glob.has_magic(name):
+            return []
+        return [match for match in sorted(glob.glob(name, recursive=True)) if self._is_file(match)]  # noqa: PTH207
+
+    def _is_file(self, name: str) -> bool:
+        folder, slash, base = name.rpartition("/")
+        if folder + slash not in self._files:
+            self._files[folder + slash] = _files_in(folder + slash or ".")
+        return base in self._files[folder + slash]
+
+
+def _files_in(folder: str) -> set[str]:
+    """Names of files in a folder, links to files too; none if it cannot be listed."""
+    found = set()
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if entry.is_file():
+                    found.add(entry.name)
+    return found
 
 
 def _add(paths: dict[str, Path], path: Path) -> None:
@@ -92,7 +122,8 @@ def _add(paths: dict[str, Path], path: Path) -> None:
 
 
 def _looked_at(patterns: Sequence[str]) -> dict[str, Any]:
-    folders = sorted({str(Path(name).parent) for pattern in patterns for name in expand_braces(pattern)})
+    names = {name.rpartition("/")[0] or "." for pattern in patterns for name in expand_braces(pattern)}
+    folders = sorted(str(Path(name)) for name in names)
     return {
         "pattern": ", ".join(patterns),
         "folder": ", ".join(
@@ -111,22 +142,33 @@ def _near(patterns: Sequence[str]) -> str:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """`{000..335}` and `{a,b}`, as a shell and webdataset do; numbers keep their zeros."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        yield pattern
-        return
-    inner = match[1]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+    """`{000..335}`, `{0..8..2}`, `{a..c}` and `{a,b}`, as a shell and webdataset do; numbers keep their zeros."""
+    for match in re.finditer(r"\{([^{}]*)\}", pattern):
+        choices = _choices(match[1])
+        if choices is not None:
+            for choice in choices:
+                yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+            return
+    yield pattern
+
+
+def _choices(inner: str) -> Iterable[str] | None:
+    """What stands between two braces, expanded; None if a shell leaves it alone."""
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)(?:\.\.([1-9]\d*))?", inner)
     if numbers:
-        first, last = numbers.groups()
-        choices: Iterator[str] = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
-    elif "," in inner:
-        choices = iter(inner.split(","))
-    else:
-        choices = iter([f"[{{]{inner}[}}]"])
-    for choice in choices:
-        yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+        texts = numbers[1], numbers[2]
+        is_padded = any(len(text) > 1 and text[0] == "0" for text in texts)
+        width = max(map(len, texts)) if is_padded else 0
+        return (f"{i:0{width}d}" for i in _between(int(numbers[1]), int(numbers[2]), int(numbers[3] or 1)))
+    letters = re.fullmatch(r"([a-z])\.\.([a-z])|([A-Z])\.\.([A-Z])", inner)
+    if letters:
+        first, last = (text for text in letters.groups() if text)
+        return map(chr, _between(ord(first), ord(last), 1))
+    return inner.split(",") if "," in inner else None
+
+
+def _between(first: int, last: int, step: int) -> range:
+    return range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
 
 
 # --- what is in the table ---
@@ -212,6 +254,10 @@ class _Sample:
     def fail(self, kind: str, message: str) -> None:
         self.problem = self.problem or f"{kind}: {message}"
 
+    def note(self, message: str) -> None:
+        if message not in self.notes:
+            self.notes.append(message)
+
 
 def read_shard(path: Path, shard: str, reading: Reading, run: str) -> tuple[pa.Table, str]:
     """The rows of one shard in tar order and their identity.
@@ -252,7 +298,8 @@ def _group(index: tar.Index) -> list[_Sample]:
             else:
                 by_key[key] = current
         if extension.lower() in current.extensions:
-            current.fail("DuplicateMember", f"two members '{name}'")
+            at = int(index.header[i])
+            current.fail("DuplicateMember", f"a second member with extension '{extension.lower()}' at byte {at}")
         if kind not in tar.REGULAR:
             current.fail("LinkMember", f"member '{name}' is {tar.KINDS[kind]}, not a file")
         if i in index.bad_names:
@@ -262,6 +309,11 @@ def _group(index: tar.Index) -> list[_Sample]:
     for sample in samples:
         if not any(extension in IMAGE_EXTENSIONS for extension in sample.extensions):
             sample.fail("MissingImage", f"no jpg, jpeg, png or webp among: {', '.join(sample.extensions)}")
+        for extension in ("json", "txt"):
+            if extension not in sample.extensions:
+                sample.note(f"no {extension}")
+    if samples and not index.has_end_mark:
+        samples[-1].note("the shard has no end mark: it may have been cut behind this sample")
     return samples
 
 
@@ -269,6 +321,7 @@ def _table(
     view: mmap.mmap, index: tar.Index, samples: list[_Sample], shard: str, reading: Reading, run: str
 ) -> pa.Table:
     data, size, header = index.data.tolist(), index.size.tolist(), index.header.tolist()
+    kind_of = index.kind.tolist()
     columns: dict[str, list[Any]] = {column.name: [] for column in reading.columns}
     fields = list(zip(reading.fields.items(), schema.field_columns(reading.fields), strict=True))
     spans = []
@@ -276,6 +329,7 @@ def _table(
         body = {
             extension: (data[member], size[member])
             for extension, member in zip(sample.extensions, sample.members, strict=True)
+            if kind_of[member] in tar.REGULAR
         }
         values = _json(view, body, sample)
         columns["uid"].append(_uid(values, sample, shard))
@@ -288,7 +342,7 @@ def _table(
         for side in ("width", "height"):
             columns[f"source_{side}"].append(_fitting(side, values.get(side), pa.int32(), sample))
         for (name, kind), column in fields:
-            if name in ("width", "height"):
+            if name in ("width", "height") and kind == pa.int32():
                 columns[column.name].append(columns[f"source_{name}"][-1])
                 continue
             columns[column.name].append(_fitting(name, values.get(name), kind, sample))
@@ -323,7 +377,7 @@ def _json(view: mmap.mmap, body: dict[str, tuple[int, int]], sample: _Sample) ->
         return {}
     if raw.startswith(_BOM):
         raw = raw[len(_BOM) :]
-        sample.notes.append("json begins with a byte order mark")
+        sample.note("json begins with a byte order mark")
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -343,8 +397,10 @@ def _lenient(raw: bytes, sample: _Sample) -> Any:
         sample.fail("BadJson", f"the json is not UTF-8 at byte {error.start}")
     except json.JSONDecodeError as error:
         sample.fail("BadJson", f"{error.msg} at line {error.lineno} column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        sample.fail("BadJson", str(error) or type(error).__name__)
+    except RecursionError:
+        sample.fail("BadJson", "the json is nested too deep")
+    except ValueError as error:  # an integer of thousands of digits
+        sample.fail("BadJson", str(error))
     return None
 
 
@@ -353,9 +409,9 @@ def _uid(values: dict[str, Any], sample: _Sample, shard: str) -> str:
     if isinstance(uid, str) and uid:
         if text := _storable(uid):
             return text
-        sample.notes.append("uid: text that is not Unicode")
+        sample.note("uid: text that is not Unicode")
     elif uid is not None and uid != "":
-        sample.notes.append(f"uid: expected text, found {_TYPE_NAMES[type(uid)]}")
+        sample.note(f"uid: expected text, found {_TYPE_NAMES[type(uid)]}")
     head = _HEX32.match(sample.key.rpartition("/")[2])
     return head[0] if head else hashlib.sha256(f"{shard}/{sample.key}".encode()).hexdigest()[:32]
 
@@ -380,9 +436,9 @@ def _captions(
         try:
             from_txt = raw.removeprefix(_BOM).decode("utf-8").removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
-            sample.notes.append(f"txt: not UTF-8 at byte {error.start}")
+            sample.note(f"txt: not UTF-8 at byte {error.start}")
     elif "txt" in body:
-        sample.notes.append(f"txt: {body['txt'][1]} bytes, the limit is {MAX_TEXT}")
+        sample.note(f"txt: {body['txt'][1]} bytes, the limit is {MAX_TEXT}")
     if from_json is None or from_txt is None:
         return (from_txt if from_json is None else from_json), None
     return from_json, from_json.strip() != from_txt.strip()
@@ -393,11 +449,11 @@ def _boxes(value: Any, sample: _Sample, name: str) -> list[list[float]] | None:
     if value is None:
         return None
     if not isinstance(value, list):
-        sample.notes.append(f"{name}: expected a list, found {_TYPE_NAMES[type(value)]}")
+        sample.note(f"{name}: expected a list, found {_TYPE_NAMES[type(value)]}")
         return None
     for number, box in enumerate(value):
         if fault := _box_fault(box):
-            sample.notes.append(f"{name}: box {number} {fault}")
+            sample.note(f"{name}: box {number} {fault}")
             return None
     return [[float(edge) for edge in box] for box in value]
 
@@ -407,7 +463,7 @@ def _box_fault(box: Any) -> str:
         return "is not a list of four numbers"
     if not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in box):
         return "is not a list of four numbers"
-    if not all(math.isfinite(edge) for edge in box):
+    if not all(isinstance(edge, int) or math.isfinite(edge) for edge in box):
         return "holds a value that is not finite"
     if not all(0 <= edge <= 1 for edge in box):
         return "lies outside 0..1"
@@ -424,11 +480,11 @@ def _fitting(name: str, value: Any, kind: pa.DataType, sample: _Sample) -> Any:
         if isinstance(value, str):
             if _storable(value) is not None:
                 return value
-            sample.notes.append(f"{name}: text that is not Unicode")
+            sample.note(f"{name}: text that is not Unicode")
             return None
-        if name not in schema.FIELD_TYPES and name != "caption":
-            return json.dumps(value)
-        sample.notes.append(f"{name}: expected text, found {_TYPE_NAMES[type(value)]}")
+        if name not in schema.FIELD_TYPES and name != "caption" and (text := _dumped(value)) is not None:
+            return text
+        sample.note(f"{name}: expected text, found {_TYPE_NAMES[type(value)]}")
         return None
     try:
         if isinstance(value, bool) != pa.types.is_boolean(kind) and pa.types.is_primitive(kind):
@@ -439,7 +495,7 @@ def _fitting(name: str, value: Any, kind: pa.DataType, sample: _Sample) -> Any:
             value = int(value)
         return _converted(value, kind)
     except (ValueError, TypeError, OverflowError, pa.ArrowException):
-        sample.notes.append(f"{name}: expected {schema.type_text(kind)}, found {_shown(value)}")
+        sample.note(f"{name}: expected {schema.type_text(kind)}, found {_shown(value)}")
         return None
 
 
@@ -451,8 +507,16 @@ def _converted(value: Any, kind: pa.DataType) -> Any:
     return pa.scalar(value, kind).as_py()
 
 
+def _dumped(value: Any) -> str | None:
+    """A json value as text, None if it is nested too deep for that."""
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        return None
+
+
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    text = _dumped(value) or _TYPE_NAMES[type(value)]
     return text if len(text) <= 40 else text[:37] + "..."
 
 
