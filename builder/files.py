@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -19,17 +22,53 @@ T = TypeVar("T")
 COPY_BUFFER = 512 * 1024
 #: Temp files begin with a dot and end so, and never in `.parquet` or `.tar`: no glob of a reader catches them.
 TEMP_SUFFIX = ".tmp"
+#: A temp name says whose it is: `.NAME@HOST-PID-8 hex.tmp`.
+_TEMP = re.compile(r"\..*@(?P<host>[^@]+)-(?P<pid>\d+)-[0-9a-f]{8}" + re.escape(TEMP_SUFFIX))
+#: A temp file of another host is left alone for so long after its last write, in seconds: its process cannot be asked.
+_ALIVE_ELSEWHERE_S = 48 * 3600
 #: What the kernel answers where a file system has no hard links (vfat, exfat, some FUSE and SMB mounts).
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 def temp_path(path: Path) -> Path:
-    """A unique temp name in the folder of `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMP_SUFFIX}")
+    """A unique temp name in the folder of `path`; the name is cut, so that a long one still fits."""
+    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name[:40]}@{owner}{TEMP_SUFFIX}")
 
 
-def is_temp(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(TEMP_SUFFIX)
+def process_lives(host: str, pid: int) -> bool | None:
+    """Whether a process lives; None for one of another host, which cannot be asked."""
+    if host != socket.gethostname():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def is_dead_temp(path: Path) -> bool:
+    """Whether a file is a temp file whose process is gone."""
+    owner = _TEMP.fullmatch(path.name)
+    if owner is None:
+        return False
+    lives = process_lives(owner["host"], int(owner["pid"]))
+    if lives is not None:
+        return not lives
+    try:
+        return time.time() - path.stat().st_mtime > _ALIVE_ELSEWHERE_S
+    except FileNotFoundError:
+        return False
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, and makes their names durable."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -79,7 +118,8 @@ def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:
         try:
             os.link(temp, path)
         except FileExistsError:
-            return _same_inode(temp, path)
+            if not _same_inode(temp, path):
+                return False
         except OSError:
             if not _same_inode(temp, path):
                 raise
@@ -91,7 +131,7 @@ def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:
 
 def write_temp(path: Path, write: bytes | Callable[[Path], object], *, durable: bool = True) -> Path:
     """Writes a whole file under a temp name beside `path`, made if need be; the caller gives it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temp = temp_path(path)
     try:
         if callable(write):
@@ -203,16 +243,21 @@ def gone(error: OSError) -> bool:
 def retry_listing(read: Callable[[], T], attempts: int = 20) -> T:
     """Runs `read`, which lists and then opens files, again whenever a listed file is gone.
 
+    The pauses between the attempts, 1 ms to 1 s, outlast a listing that NFS has cached.
+
     Raises:
         TransientError: the files changed faster than they could be read, `attempts` times in a row.
     """
-    for _ in range(attempts):
+    for attempt in range(attempts):
         try:
             return read()
         except OSError as error:
             if not gone(error):
                 raise
             last = error
+        time.sleep(min(0.001 * 2**attempt, 1.0))
     raise TransientError(
-        f"a file was replaced {attempts} times while it was being opened", where={"file": last.filename}
+        f"a file was gone {attempts} times when it was to be opened",
+        where={"last error": last},
+        fix="run the same command again",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,10 +92,16 @@ class Swept(ConflictError):
 # --- schema ---
 
 
-def load_schema(layout: Layout) -> tuple[int, tuple[Column, ...]]:
-    """The newest generation of the root's columns; (0, ()) for a new root."""
+def load_schema(layout: Layout, *, fresh: bool = False) -> tuple[int, tuple[Column, ...]]:
+    """The newest generation of the root's columns; (0, ()) for a new root.
+
+    Args:
+        fresh: renews a cached listing first.
+    """
 
     def read() -> tuple[int, tuple[Column, ...]]:
+        if fresh:
+            _renew(layout.schema)
         generation = max((found[1] for name in names(layout.schema) if (found := generation_of(name))), default=0)
         if generation == 0:
             return 0, ()
@@ -107,7 +114,7 @@ def load_schema(layout: Layout) -> tuple[int, tuple[Column, ...]]:
 def change_schema(layout: Layout, change: Callable[[tuple[Column, ...]], tuple[Column, ...]]) -> tuple[Column, ...]:
     """Commits a new generation of the root's columns, unless `change` leaves them as they are."""
     while True:
-        generation, have = load_schema(layout)
+        generation, have = load_schema(layout, fresh=True)
         changed = change(have)
         if changed == have:
             return have
@@ -132,18 +139,24 @@ def listing(layout: Layout, shard: str, *, fresh: bool = False) -> dict[str, lis
     """Generations of every stage of a shard, ascending: the whole state of the shard.
 
     Args:
-        fresh: makes and removes a file in the folder first, which renews a cached listing on NFS.
+        fresh: renews a cached listing first.
     """
     folder = layout.column_folder(shard)
-    if fresh and folder.is_dir():
-        probe = files.temp_path(folder / "listing")
-        probe.touch()
-        probe.unlink()
+    if fresh:
+        _renew(folder)
     found: dict[str, list[int]] = {}
     for name in names(folder):
         if parsed := generation_of(name):
             found.setdefault(parsed[0], []).append(parsed[1])
     return {stage: sorted(generations) for stage, generations in found.items()}
+
+
+def _renew(folder: Path) -> None:
+    """Makes and removes a file in a folder, which renews a listing of it that NFS has cached."""
+    if folder.is_dir():
+        probe = files.temp_path(folder / "listing")
+        probe.touch()
+        probe.unlink(missing_ok=True)
 
 
 def newest(layout: Layout, shard: str, *, fresh: bool = False) -> dict[str, int]:
@@ -202,9 +215,13 @@ def rows_hash(keys: Sequence[str], sizes: Sequence[Sequence[int]]) -> str:
 
 
 def commit_source(layout: Layout, shard: str, table: pa.Table, rows: str, source: SourceShard) -> int:
-    """Commits what ingest read of a shard; returns the generation."""
+    """Commits what ingest read of a shard; returns the generation.
+
+    It merges nothing, so a higher generation that appears beside it is as if it had come later; ingest compares the
+    newest one with the disk whenever it is asked to.
+    """
     while True:
-        generation = newest(layout, shard).get(SOURCE, 0) + 1
+        generation = newest(layout, shard, fresh=True).get(SOURCE, 0) + 1
         if _commit_file(layout, shard, SOURCE, generation, Content(table, rows, source=source)):
             return generation
 
@@ -270,15 +287,17 @@ def _base(layout: Layout, shard: str, stage: str, columns: tuple[Column, ...], r
             fix="run the same command again: it plans the work anew",
         )
     generation = found.get(stage, [0])[-1]
-    nothing = pa.table({column.name: pa.nulls(source.table.num_rows, column.type) for column in columns})
-    if generation == 0:
-        return 0, Content(nothing, rows)
-    content = _aligned(layout, shard, stage, found, source)
-    table = content.table
-    for column in columns:
-        if column.name not in table.column_names:
-            table = table.append_column(column.name, nothing[column.name])
-    return generation, Content(table, rows, content.swept)
+    content = _aligned(layout, shard, stage, found, source) if generation else Content(pa.table({}), rows)
+    merged = {name: content.table[name] for name in content.table.column_names}
+    merged |= {column.name: _values(content.table, column, source.table.num_rows) for column in columns}
+    return generation, Content(pa.table(merged), rows, content.swept)
+
+
+def _values(stage: pa.Table, column: Column, count: int) -> Any:
+    """A column out of a stage's column file; null where the file is older than the column or than its type."""
+    if column.name in stage.column_names and stage[column.name].type == column.type:
+        return stage[column.name]
+    return pa.nulls(count, column.type)
 
 
 def _applied(stage: str, base: pa.Table, done: pa.Table, previous: Sequence[str | None]) -> tuple[Committed, pa.Table]:
@@ -305,13 +324,13 @@ def _applied(stage: str, base: pa.Table, done: pa.Table, previous: Sequence[str 
     merged = {}
     for name in base.column_names:
         new = chosen[name] if name in chosen.column_names else pa.nulls(len(take), base[name].type)
-        both = pa.concat_arrays([_one(base[name]), _one(pc.cast(new, base[name].type))])
+        both = pa.chunked_array([*_chunks(base[name]), *_chunks(new)], base[name].type)
         merged[name] = both.take(pa.array(indices))
     return result, pa.table(merged)
 
 
-def _one(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+def _chunks(column: pa.ChunkedArray | pa.Array) -> list[pa.Array]:
+    return list(column.chunks) if isinstance(column, pa.ChunkedArray) else [column]
 
 
 def _aligned(layout: Layout, shard: str, stage: str, found: dict[str, list[int]], source: Content) -> Content:
@@ -352,23 +371,21 @@ def fold(layout: Layout, shard: str) -> None:
     """Rebuilds a shard's partition from its newest column files and the root's columns."""
     while True:
         folded = files.retry_listing(partial(_fold_once, layout, shard))
-        generation, _ = load_schema(layout)
-        if (newest(layout, shard, fresh=True), generation) == folded:
+        if (newest(layout, shard, fresh=True), load_schema(layout, fresh=True)[0]) == folded:
             return
 
 
 def _fold_once(layout: Layout, shard: str) -> tuple[dict[str, int], int]:
     generation, columns = load_schema(layout)
-    found = listing(layout, shard)
+    found = listing(layout, shard, fresh=True)
     state = {stage: generations[-1] for stage, generations in found.items()}
     source = read_column_file(layout.column_file(shard, SOURCE, state[SOURCE]))
     stages = {SOURCE: source.table}
     for stage in state:
         if stage != SOURCE:
             stages[stage] = _aligned(layout, shard, stage, found, source).table
-    table = pa.table(
-        {column.name: _column(stages.get(column.stage), column, source.table.num_rows) for column in columns}
-    )
+    count, none = source.table.num_rows, pa.table({})
+    table = pa.table({column.name: _values(stages.get(column.stage, none), column, count) for column in columns})
     metadata = {
         _FOLDED: json.dumps(state).encode(),
         _SCHEMA: str(generation).encode(),
@@ -379,18 +396,24 @@ def _fold_once(layout: Layout, shard: str) -> tuple[dict[str, int], int]:
     return state, generation
 
 
-def _column(stage: pa.Table | None, column: Column, count: int) -> Any:
-    if stage is None or column.name not in stage.column_names:
-        return pa.nulls(count, column.type)
-    return stage[column.name].cast(column.type)
-
-
 def partition_state(layout: Layout, shard: str) -> State | None:
     """What a partition was folded from, or None if there is none. Reads one footer."""
-    try:
-        metadata = pq.read_metadata(layout.partition(shard)).metadata
-    except FileNotFoundError:
-        return None
+    footer = _footer(layout, shard)
+    return None if footer is None else _state(footer)
+
+
+def _footer(layout: Layout, shard: str) -> pq.FileMetaData | None:
+    def read() -> pq.FileMetaData | None:
+        try:
+            return pq.read_metadata(layout.partition(shard))
+        except FileNotFoundError:
+            return None
+
+    return files.retry_listing(read)
+
+
+def _state(footer: pq.FileMetaData) -> State:
+    metadata = footer.metadata
     return State(
         generations=json.loads(metadata[_FOLDED]),
         schema_generation=int(metadata[_SCHEMA]),
@@ -400,21 +423,36 @@ def partition_state(layout: Layout, shard: str) -> State | None:
 
 
 def is_behind(layout: Layout, shard: str) -> bool:
-    """Whether a partition differs from the newest generations of its shard."""
-    state = partition_state(layout, shard)
-    return state is None or state.generations != newest(layout, shard)
+    """Whether a partition lacks answers that its shard's column files have."""
+    return _is_behind(layout, shard, newest(layout, shard), load_schema(layout))
+
+
+def _is_behind(layout: Layout, shard: str, found: dict[str, int], root: tuple[int, tuple[Column, ...]]) -> bool:
+    """Whether a partition differs from the newest generations, or was folded before the root knew a column of theirs.
+
+    Columns of stages that have no answers for the shard do not count: queries read them as nulls.
+    """
+    footer = _footer(layout, shard)
+    if footer is None or (state := _state(footer)).generations != found:
+        return True
+    generation, columns = root
+    if state.schema_generation == generation:
+        return False
+    have = footer.schema.to_arrow_schema()
+    types = dict(zip(have.names, have.types, strict=True))
+    return any(column.stage in found and types.get(column.name) != column.type for column in columns)
 
 
 def heal(layout: Layout, shards: Iterable[str]) -> int:
     """Folds the partitions that are behind; returns how many were."""
+    root = load_schema(layout)
     healed = 0
     for shard in shards:
-        if SOURCE in (found := newest(layout, shard)):
-            state = partition_state(layout, shard)
-            if state is None or state.generations != found:
-                with where(shard=shard):
-                    fold(layout, shard)
-                healed += 1
+        found = newest(layout, shard)
+        if SOURCE in found and _is_behind(layout, shard, found, root):
+            with where(shard=shard):
+                fold(layout, shard)
+            healed += 1
     return healed
 
 
@@ -425,12 +463,7 @@ def read_partition(layout: Layout, shard: str, columns: Sequence[str]) -> tuple[
         with pq.ParquetFile(layout.partition(shard)) as file:
             have = set(file.schema_arrow.names)
             table = file.read(columns=[name for name in columns if name in have]).replace_schema_metadata(None)
-            metadata = file.metadata.metadata
-        state = State(
-            json.loads(metadata[_FOLDED]), int(metadata[_SCHEMA]), metadata[_ROWS].decode(),
-            SourceShard(**json.loads(metadata[_SOURCE])),
-        )  # fmt: skip
-        return table, state
+            return table, _state(file.metadata)
 
     return files.retry_listing(read)
 
@@ -451,41 +484,41 @@ class Sweep:
             self.paths.append(path)
 
 
-def sweep_shard(layout: Layout, shard: str, pointers: dict[str, list[str]], sweep: Sweep, *, dry_run: bool) -> set[str]:
-    """Deletes what nothing needs of one shard: old generations, temp files, edits tars that nothing points to.
+def sweep_shard(layout: Layout, shard: str, stages: Iterable[str], sweep: Sweep, *, dry_run: bool) -> set[str]:
+    """Deletes what nothing needs of one shard: old generations, edits tars that nothing points to.
 
     An unreferenced edits tar may belong to an attempt that is only paused: a generation that names the attempt as
     swept is committed first, and only what is still unreferenced after it is deleted.
 
     Args:
-        pointers: for each stage its columns that name edits tars.
+        stages: those that write edits tars.
 
     Returns:
         The runs that rows of this shard point to.
     """
-    doomed = _unreferenced(layout, shard, pointers)
+    doomed, pointing = files.retry_listing(partial(_unreferenced, layout, shard))
     if doomed and not dry_run:
-        for stage in pointers:
-            _fence(layout, shard, stage, sorted({attempt_of(path) for path in doomed}))
-        doomed = [path for path in _unreferenced(layout, shard, pointers) if path in doomed]
-    found = listing(layout, shard)
-    needed = _needed_rows(layout, shard, found)
-    for stage, generations in found.items():
-        for generation in generations[:-KEPT_GENERATIONS]:
-            path = layout.column_file(shard, stage, generation)
-            if stage != SOURCE or _read_rows(path) not in needed:
-                doomed.append(path)
-    doomed += _temps(layout.column_folder(shard)) + _temps(layout.edits / shard)
-    for path in doomed:
+        attempts = sorted({attempt_of(path) for path in doomed})
+        for stage in sorted({*stages, *pointing}):
+            _fence(layout, shard, stage, attempts)
+        still, _ = files.retry_listing(partial(_unreferenced, layout, shard))
+        doomed = [path for path in still if path in doomed]
+    old, runs = files.retry_listing(partial(_superseded, layout, shard))
+    for path in [*doomed, *old]:
         sweep.add(path)
         if not dry_run:
             path.unlink(missing_ok=True)
-    runs: set[str] = set()
-    for stage, generations in found.items():
-        column = f"{stage}_run"
-        content = read_column_file(layout.column_file(shard, stage, generations[-1]), [column])
-        runs.update(run for run in content.table[column].unique().to_pylist() if run)
     return runs
+
+
+def sweep_temps(layout: Layout, sweep: Sweep, *, dry_run: bool) -> None:
+    """Deletes the temp files of dead processes, wherever they lie in the root."""
+    for folder, _, inside in os.walk(layout.root):
+        for path in sorted(Path(folder, name) for name in inside):
+            if files.is_dead_temp(path):
+                sweep.add(path)
+                if not dry_run:
+                    path.unlink(missing_ok=True)
 
 
 def attempt_of(edits_tar: Path) -> str:
@@ -493,42 +526,79 @@ def attempt_of(edits_tar: Path) -> str:
     return edits_tar.name[: -len(".tar")].rpartition("-")[0]
 
 
-def _temps(folder: Path) -> list[Path]:
-    return [path for path in folder.glob(".*") if files.is_temp(path)] if folder.is_dir() else []
+def _unreferenced(layout: Layout, shard: str) -> tuple[list[Path], set[str]]:
+    """Edits tars of a shard that no kept generation points to, and the stages that point to any.
 
-
-def _unreferenced(layout: Layout, shard: str, pointers: dict[str, list[str]]) -> list[Path]:
+    The column files say themselves which of their columns are pointers: a column that was dropped from the root may
+    come back.
+    """
     named: set[str] = set()
-    for stage, columns in pointers.items():
-        for generation in listing(layout, shard, fresh=True).get(stage, [])[-KEPT_GENERATIONS:]:
-            content = read_column_file(layout.column_file(shard, stage, generation), columns)
-            for column in content.table.columns:
-                named.update(path for path in column.unique().to_pylist() if path)
+    stages: set[str] = set()
+    for stage, generations in listing(layout, shard, fresh=True).items():
+        for generation in generations[-KEPT_GENERATIONS:]:
+            path = layout.column_file(shard, stage, generation)
+            for column in read_column_file(path, _pointers(pq.read_schema(path))).table.columns:
+                stages.add(stage)
+                named.update(column.unique().to_pylist())
     folder = layout.edits / shard
     tars = [folder / name for name in names(folder) if name.endswith(".tar")]
-    return [path for path in tars if str(path.relative_to(layout.root)) not in named]
+    return [path for path in tars if str(path.relative_to(layout.root)) not in named], stages
+
+
+def _pointers(columns: pa.Schema) -> list[str]:
+    """The columns that name edits tars: text, with offset and size beside them."""
+    found = []
+    for column in columns:
+        base = column.name.removesuffix("_path")
+        if (
+            base != column.name
+            and column.type == pa.string()
+            and {f"{base}_offset", f"{base}_size"} <= {*columns.names}
+        ):
+            found.append(column.name)
+    return found
 
 
 def _fence(layout: Layout, shard: str, stage: str, attempts: list[str]) -> None:
-    """Commits a generation that names attempts as swept."""
+    """Commits a generation that names attempts as swept; returns when the newest one does."""
     while True:
-        found = listing(layout, shard, fresh=True)
-        generation = found.get(stage, [0])[-1]
-        if generation == 0:
-            source = read_source(layout, shard, ["row"])
-            assert source is not None
-            empty = pa.table({f"{stage}_run": pa.nulls(source.table.num_rows, pa.string()),
-                              f"{stage}_status": pa.nulls(source.table.num_rows, pa.string())})  # fmt: skip
-            content = Content(empty, source.rows)
-        else:
-            content = read_column_file(layout.column_file(shard, stage, generation))
+        generation, content = files.retry_listing(partial(_newest_content, layout, shard, stage))
         swept = tuple(dict.fromkeys([*content.swept, *attempts]))
         if swept == content.swept:
             return
-        if _commit_file(
-            layout, shard, stage, generation + 1, Content(content.table, content.rows, swept, content.source)
-        ):
-            return
+        _commit_file(layout, shard, stage, generation + 1, Content(content.table, content.rows, swept))
+
+
+def _newest_content(layout: Layout, shard: str, stage: str) -> tuple[int, Content]:
+    """The newest column file of a stage and its generation; before the first one, no answer for any row and 0."""
+    found = newest(layout, shard, fresh=True)
+    if stage in found:
+        return found[stage], read_column_file(layout.column_file(shard, stage, found[stage]))
+    source = read_column_file(layout.column_file(shard, SOURCE, found[SOURCE]), ["row"])
+    count = source.table.num_rows
+    empty = {column.name: pa.nulls(count, column.type) for column in schema.status_columns(stage)}
+    return 0, Content(pa.table(empty), source.rows)
+
+
+def _superseded(layout: Layout, shard: str) -> tuple[list[Path], set[str]]:
+    """Column files that nothing needs, and the runs that the newest ones point to."""
+    found = listing(layout, shard)
+    old = [
+        layout.column_file(shard, stage, generation)
+        for stage, generations in found.items()
+        for generation in generations[:-KEPT_GENERATIONS]
+        if stage != SOURCE
+    ]
+    if superseded := found.get(SOURCE, [])[:-KEPT_GENERATIONS]:
+        needed = _needed_rows(layout, shard, found)
+        paths = [layout.column_file(shard, SOURCE, generation) for generation in superseded]
+        old += [path for path in paths if _read_rows(path) not in needed]
+    runs: set[str] = set()
+    for stage, generations in found.items():
+        column = f"{stage}_run"
+        content = read_column_file(layout.column_file(shard, stage, generations[-1]), [column])
+        runs.update(run for run in content.table[column].unique().to_pylist() if run)
+    return old, runs
 
 
 def _needed_rows(layout: Layout, shard: str, found: dict[str, list[int]]) -> set[str]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,14 +52,14 @@ class TaskSettings:
 
 @dataclass
 class Result:
-    """What a task did.
+    """What a task did, read off the table: what an earlier process or a copy of the task did counts too.
 
     Attributes:
-        rows: rows that were processed.
-        ok: of these, rows with a new answer in the table.
+        rows: rows that were tried: ok, failed and kept.
+        ok: rows to which this run gave an answer.
         failed: rows that failed and stand so in the table.
         kept: rows that failed where an older answer stays.
-        dropped: rows that another run or copy had answered meanwhile.
+        dropped: rows that another run answered meanwhile.
         left: shards that were ingested again meanwhile, or whose bytes cannot be read, with the reason.
         stopped: whether it was asked to stop before its end.
     """
@@ -105,9 +107,9 @@ def run_stage_task(
                 task.result.left[part.shard] = str(error)
     finally:
         stage.close()
+        run.in_hand(number).unlink(missing_ok=True)
     task.result.stopped = stopping()
     task.result.seconds = time.monotonic() - started
-    run.in_hand(number).unlink(missing_ok=True)
     return task.result
 
 
@@ -144,13 +146,13 @@ class _Task:
         self._columns = columns_of(self._kind)
         self._generated = [output.name for output in self._kind.outputs if output.type == schema.GENERATED]
         self._deaths = Deaths(run.in_hand(number))
-        self._done = self._failed = 0
+        self._done = self._failed = self._behind = 0
         self.result = Result()
 
     def do_shard(self, part: Slice) -> None:
         """Does the rows of one shard; starts again under a new name if a sweep has named the attempt."""
-        table.heal(self._layout, [part.shard])
         while True:
+            table.heal(self._layout, [part.shard])
             try:
                 with _Shard(self, part) as shard:
                     shard.run()
@@ -158,6 +160,39 @@ class _Task:
             except Swept:
                 continue
         table.heal(self._layout, [part.shard])
+        self._tally(part)
+
+    def _tally(self, part: Slice) -> None:
+        """Adds what the table says of a shard's rows now to the result."""
+        work, runs, statuses = self.look(part)
+        previous = work["previous_run"].to_pylist()
+        own = [status for now, status in zip(runs, statuses, strict=True) if now == self._run.folder.name]
+        changed = sum(now != then for now, then in zip(runs, previous, strict=True))
+        self.result.ok += own.count("ok")
+        self.result.failed += own.count("failed")
+        self.result.dropped += changed - len(own)
+        self.result.rows = self.result.ok + self.result.failed + self.result.kept
+        self._behind += part.count
+
+    def look(self, part: Slice) -> tuple[pa.Table, list[str | None], list[str | None]]:
+        """The work set's rows of a shard, with the run and the status that the table has for each of them now.
+
+        Raises:
+            ConflictError: the shard was ingested again with other rows.
+        """
+        work = read_slice(self._run, part)
+        names = [f"{self._kind.name}_run", f"{self._kind.name}_status"]
+        have, state = table.read_partition(self._layout, part.shard, names)
+        if state.rows != part.rows:
+            raise ConflictError(
+                "the shard was ingested again with other rows since this work was planned",
+                where={"rows": f"expected {part.rows}, found {state.rows}"},
+                fix="run the same command again: it plans the work anew",
+            )
+        nothing = pa.nulls(have.num_rows, pa.string())
+        columns = [have[name] if name in have.column_names else nothing for name in names]
+        runs, statuses = (column.take(work["row"]).to_pylist() for column in columns)
+        return work, runs, statuses
 
     def new_attempt(self) -> str:
         return f"{self._run.folder.name}-{secrets.token_hex(3)}"
@@ -165,7 +200,10 @@ class _Task:
     def count(self, rows: int, failed: int) -> None:
         self._done += rows
         self._failed += failed
-        self._progress(self._done, self._failed)
+
+    def show(self, in_shard: int) -> None:
+        """Says how far the task is: the shards behind it, and rows of the one in hand."""
+        self._progress(self._behind + in_shard, self._failed)
 
     def too_many_failed(self) -> bool:
         return self._done >= JUDGED_AFTER and self._failed > self._settings.max_failed * self._done
@@ -178,7 +216,8 @@ class _Shard:
         self._task, self._part = task, part
         self._stage, self._name = task._stage, task._kind.name
         self._attempt = task.new_attempt()
-        self._checkpoints = 0
+        self._checkpoints = self._seen = 0
+        self._work = pa.table({})
         self._pending = _Pending()
         self._edits: EditsTar | None = None
 
@@ -189,33 +228,26 @@ class _Shard:
         self._abandon_edits()
 
     def run(self) -> None:
-        work = self._todo()
+        """Asks the stage about every row that is left, and commits checkpoints."""
+        self._work = work = self._todo()
         if work.num_rows == 0:
             return
         reader = Reader(self._task._layout, self._part.shard, self._stage)
         with reader, ThreadPoolExecutor(1, "reader") as pool:
             for rows, batch in _read_ahead(pool, reader, work, self._groups(work), self._task._kind.inputs):
-                self._do_batch(rows, batch)
-                if self._due():
-                    self._checkpoint(work)
                 if self._task._stopping():
                     break
-        self._checkpoint(work)
+                self._do_batch(rows, batch)
+                if self._due():
+                    self._checkpoint()
+        self._checkpoint()
 
     def _todo(self) -> pa.Table:
         """The rows of the work set that nobody has answered since the freeze, `row` their place in the shard."""
-        work = read_slice(self._task._run, self._part)
-        have, state = table.read_partition(self._task._layout, self._part.shard, [f"{self._name}_run"])
-        if state.rows != self._part.rows:
-            raise ConflictError(
-                "the shard was ingested again with other rows since this work was planned",
-                where={"rows": f"expected {self._part.rows}, found {state.rows}"},
-                fix="run the same command again: it plans the work anew",
-            )
-        runs = have.column(0).take(work["row"]).to_pylist() if have.num_columns else [None] * work.num_rows
+        work, runs, _ = self._task.look(self._part)
         same = [now == then for now, then in zip(runs, work["previous_run"].to_pylist(), strict=True)]
-        self._task.result.dropped += same.count(False)
-        return work.filter(pa.array(same))
+        self._seen = same.count(False)
+        return work.filter(pa.array(same, pa.bool_()))
 
     def _groups(self, work: pa.Table) -> list[list[int]]:
         """Positions in `work`, batch by batch; rows in which the process died stand in batches of their own."""
@@ -229,9 +261,12 @@ class _Shard:
         return groups + [group for group in own if group]
 
     def _do_batch(self, rows: list[int], batch: pa.RecordBatch | _Failure) -> None:
+        deaths = self._task._deaths
+        if deaths.of(self._part.shard, rows):
+            self._checkpoint()  # what is answered is safe if the process dies here again
         if isinstance(batch, _Failure):
             answers: list[tuple[int, pa.RecordBatch | _Failure]] = [(0, batch)]
-        elif self._task._deaths.begin(self._part.shard, rows):
+        elif deaths.begin(self._part.shard, rows):
             answers = [(0, _Failure("ProcessDied: the process died twice in this row"))]
         else:
             answers = list(answer(self._stage, batch))
@@ -243,8 +278,9 @@ class _Shard:
             self._pending.answers.append(
                 result if isinstance(result, _Failure) else self._with_edits(result, rows[first:])
             )
-        self._task.result.rows += len(rows)
+        self._seen += len(rows)
         self._task.count(len(rows), failed)
+        self._task.show(self._seen)
         if self._task.too_many_failed():
             self._stop_for_failures()
 
@@ -277,20 +313,19 @@ class _Shard:
         age = time.monotonic() - self._pending.since
         return len(self._pending.rows) >= settings.checkpoint_rows or age >= settings.checkpoint_seconds
 
-    def _checkpoint(self, work: pa.Table, *, failures: bool = True) -> None:
+    def _checkpoint(self, *, failures: bool = True) -> None:
         """Commits the pending rows: first the edits tar whole and durable, then the rows that point into it."""
         pending, self._pending = self._pending, _Pending()
         if not failures:
-            keep = [isinstance(answer, pa.RecordBatch) for answer in pending.answers]
-            pending = _without_failures(pending, keep)
+            pending = _without_failures(pending)
         if not pending.rows:
             return
         if self._edits is not None:
             self._edits.close()
             self._edits = None
             self._checkpoints += 1
-        place = {row: i for i, row in enumerate(work["row"].to_pylist())}
-        chosen = work.take(pa.array([place[row] for row in pending.rows]))
+        place = {row: i for i, row in enumerate(self._work["row"].to_pylist())}
+        chosen = self._work.take(pa.array([place[row] for row in pending.rows]))
         done = _answers(pending, chosen, self._task._columns, self._task._run.folder.name, self._name)
         committed = table.commit(
             self._task._layout,
@@ -302,27 +337,23 @@ class _Shard:
             rows=self._part.rows,
             attempt=self._attempt,
         )
-        self._count(done, committed)
+        self._keep(done, committed.kept)
 
-    def _count(self, done: pa.Table, committed: table.Committed) -> None:
-        result = self._task.result
-        failed = done[f"{self._name}_status"].to_pylist().count("failed")
-        failed_in_table = min(failed - len(committed.kept), committed.rows)
-        result.dropped += committed.dropped
-        result.kept += len(committed.kept)
-        result.failed += failed_in_table
-        result.ok += committed.rows - failed_in_table
-        if committed.kept:
-            errors = dict(zip(done["row"].to_pylist(), done[f"{self._name}_error"].to_pylist(), strict=True))
-            path = self._task._run.failures(self._task._number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as log:
-                for row in committed.kept:
-                    log.write(json.dumps({"shard": self._part.shard, "row": row, "error": errors[row]}) + "\n")
+    def _keep(self, done: pa.Table, kept: list[int]) -> None:
+        """Writes failures that did not replace an answer to the run's log."""
+        if not kept:
+            return
+        self._task.result.kept += len(kept)
+        errors = dict(zip(done["row"].to_pylist(), done[f"{self._name}_error"].to_pylist(), strict=True))
+        path = self._task._run.failures(self._task._number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as log:
+            for row in kept:
+                log.write(json.dumps({"shard": self._part.shard, "row": row, "error": errors[row]}) + "\n")
 
     def _stop_for_failures(self) -> None:
         errors = [answer.error for answer in self._pending.answers if isinstance(answer, _Failure)]
-        self._checkpoint(read_slice(self._task._run, self._part), failures=False)
+        self._checkpoint(failures=False)
         done, failed, limit = self._task._done, self._task._failed, self._task._settings.max_failed
         raise StageError(
             f"stage '{self._name}' failed on {failed} of {done} rows, more than max_failed = {limit}",
@@ -337,12 +368,12 @@ class _Shard:
             self._edits = None
 
 
-def _without_failures(pending: _Pending, keep: list[bool]) -> _Pending:
+def _without_failures(pending: _Pending) -> _Pending:
     kept = _Pending()
     at = 0
-    for answer_, ok in zip(pending.answers, keep, strict=True):
-        count = answer_.num_rows if isinstance(answer_, pa.RecordBatch) else 1
-        if ok:
+    for answer_ in pending.answers:
+        count = 1 if isinstance(answer_, _Failure) else answer_.num_rows
+        if not isinstance(answer_, _Failure):
             kept.rows += pending.rows[at : at + count]
             kept.answers.append(answer_)
         at += count
@@ -409,43 +440,52 @@ def error_text(error: Exception) -> str:
 class Deaths:
     """The batch in hand, on disk, so that the next process knows in which rows the last one died.
 
-    A batch in which the process died twice is halved; a single row in which it died twice has failed.
+    A batch in which the process died twice is halved; a single row in which it died twice has failed. A batch in the
+    hand of a process that lives is a copy's of the task, and no death.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._groups: list[dict[str, Any]] = []
-        self._in_hand: dict[str, Any] | None = None
-        if path.exists():
+        try:
             data = json.loads(path.read_text("utf-8"))
-            self._groups, last = data["groups"], data["in_hand"]
-            if last:
-                self._died(last)
+        except FileNotFoundError:
+            return
+        self._groups = data["groups"]
+        if not files.process_lives(data["host"], data["pid"]):
+            self._died(data["in_hand"])
 
     def _died(self, last: dict[str, Any]) -> None:
+        shard, rows, deaths = last["shard"], last["rows"], last["deaths"] + 1
         self._groups = [
-            group for group in self._groups if group["rows"] != last["rows"] or group["shard"] != last["shard"]
+            {**group, "rows": [row for row in group["rows"] if group["shard"] != shard or row not in rows]}
+            for group in self._groups
         ]
-        last["deaths"] += 1
-        rows = last["rows"]
-        if last["deaths"] < 2 or len(rows) == 1:
-            self._groups.append(last)
-            return
-        middle = len(rows) // 2
-        self._groups += [{**last, "rows": half, "deaths": 0} for half in (rows[:middle], rows[middle:])]
+        if deaths < 2 or len(rows) == 1:
+            self._groups.append({"shard": shard, "rows": rows, "deaths": deaths})
+        else:
+            middle = len(rows) // 2
+            self._groups += [{"shard": shard, "rows": half, "deaths": 0} for half in (rows[:middle], rows[middle:])]
+        self._groups = [group for group in self._groups if group["rows"]]
 
     def groups(self, shard: str) -> list[list[int]]:
         """Rows of a shard that go into batches of their own."""
         return [group["rows"] for group in self._groups if group["shard"] == shard]
 
+    def of(self, shard: str, rows: list[int]) -> dict[str, Any] | None:
+        """What is known of a batch: the group that it belongs to, with its deaths."""
+        wanted = set(rows)
+        return next((g for g in self._groups if g["shard"] == shard and wanted <= set(g["rows"])), None)
+
     def begin(self, shard: str, rows: list[int]) -> bool:
         """Notes the batch that is processed now; returns True if it is one row that kills the process."""
-        known = next((g for g in self._groups if g["shard"] == shard and g["rows"] == rows), None)
+        known = self.of(shard, rows)
         deaths = known["deaths"] if known else 0
         if deaths >= 2:
             return True
-        self._in_hand = {"shard": shard, "rows": rows, "deaths": deaths}
-        text = json.dumps({"groups": self._groups, "in_hand": self._in_hand})
+        in_hand = {"shard": shard, "rows": rows, "deaths": deaths}
+        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        text = json.dumps({"groups": self._groups, "in_hand": in_hand, **owner})
         files.write_atomic(self._path, text.encode(), durable=False)
         return False
 

@@ -24,6 +24,8 @@ DONE, DONE_WITH_FAILURES, STOPPED = 0, 3, 130
 MAX_DEATHS = 40
 #: Deaths without any halving between them, after which a task is given up: the process dies before its first batch.
 MAX_IDLE_DEATHS = 3
+#: Seconds in which the last lines of a worker that ended are awaited.
+_LAST_WORDS_S = 1.0
 #: Set for a worker whose standard input ends when its parent dies.
 PARENT_PIPE = "BUILDER_PARENT_PIPE"
 
@@ -133,12 +135,19 @@ class _Pool:
             )
         worker = _Worker(number, slot, process, path)
         self._running[slot] = worker
-        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        listener = threading.Thread(target=self._listen, args=(worker,), daemon=True)
+        listener.start()
+        threading.Thread(target=self._wait, args=(worker, listener), daemon=True).start()
 
     def _listen(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
         for line in worker.process.stdout:
             self._events.put((worker, line))
+
+    def _wait(self, worker: _Worker, listener: threading.Thread) -> None:
+        """Tells when a worker ended; a process that its stage left behind may hold its output open for ever."""
+        worker.process.wait()
+        listener.join(_LAST_WORDS_S)
         self._events.put((worker, None))
 
     def _report(self, worker: _Worker, line: bytes) -> None:
