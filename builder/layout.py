@@ -78,7 +78,11 @@ class Layout:
 
     def shard_names(self) -> list[str]:
         """Every shard of the table, sorted: those that ingest has committed a column file of."""
-        return names(self.columns)
+        folded = set(self.partitions())
+        return [shard for shard in names(self.columns) if shard in folded or self._has_source(shard)]
+
+    def _has_source(self, shard: str) -> bool:
+        return any(name.startswith("source.g") for name in names(self.column_folder(shard)))
 
     def partitions(self) -> list[str]:
         """Every shard that has a partition, sorted."""

@@ -463,6 +463,7 @@ def gc(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> table.Sweep:
     sweep = table.Sweep()
     pointers = pointers_of(table.load_schema(layout)[1])
     alive: set[str] = set()
+    idle = [name for name in names(layout.runs) if not _is_running(layout.run(name))]  # these commit no more rows
     shards = layout.shard_names()
     with talk.bar("gc", len(shards), "shards") as bar:
         for done, shard in enumerate(shards, 1):
@@ -470,8 +471,9 @@ def gc(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> table.Sweep:
             if not dry_run:
                 table.heal(layout, [shard])
             bar.update(done)
-    for name in names(layout.runs):
-        if name not in alive and not _is_running(layout.run(name)):
+    table.sweep_temps(layout, sweep, dry_run=dry_run)
+    for name in idle:
+        if name not in alive:
             sweep.add(layout.run(name))
             if not dry_run:
                 shutil.rmtree(layout.run(name), ignore_errors=True)

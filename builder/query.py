@@ -85,7 +85,7 @@ class Samples:
         run = self._connection.execute
         run("set autoinstall_known_extensions = false")
         run("set autoload_known_extensions = false")
-        run("set preserve_insertion_order = false")
+        run("set preserve_insertion_order = true")  # so that LIMIT alone takes the same rows every time
         run(f"set temp_directory = {_quoted(_spill_folder())}")
         run(_view(columns, paths))
         run(f"set allowed_paths = [{', '.join(_quoted(path) for path in paths)}]")
