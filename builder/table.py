@@ -457,12 +457,17 @@ def heal(layout: Layout, shards: Iterable[str]) -> int:
 
 
 def read_partition(layout: Layout, shard: str, columns: Sequence[str]) -> tuple[pa.Table, State]:
-    """Columns of one partition in tar order, and what it was folded from; both out of one open file."""
+    """Columns of one partition in tar order, and what it was folded from; both out of one open file.
+
+    A column that the partition lacks reads as nulls.
+    """
 
     def read() -> tuple[pa.Table, State]:
         with pq.ParquetFile(layout.partition(shard)) as file:
             have = set(file.schema_arrow.names)
-            table = file.read(columns=[name for name in columns if name in have]).replace_schema_metadata(None)
+            found = file.read(columns=[name for name in columns if name in have])
+            nothing = pa.nulls(file.metadata.num_rows)
+            table = pa.table({name: found[name] if name in have else nothing for name in columns})
             return table, _state(file.metadata)
 
     return files.retry_listing(read)

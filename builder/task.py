@@ -189,9 +189,7 @@ class _Task:
                 where={"rows": f"expected {part.rows}, found {state.rows}"},
                 fix="run the same command again: it plans the work anew",
             )
-        nothing = pa.nulls(have.num_rows, pa.string())
-        columns = [have[name] if name in have.column_names else nothing for name in names]
-        runs, statuses = (column.take(work["row"]).to_pylist() for column in columns)
+        runs, statuses = (have[name].take(work["row"]).to_pylist() for name in names)
         return work, runs, statuses
 
     def new_attempt(self) -> str:
