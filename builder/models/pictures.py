@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 #: Pictures with more pixels are refused before they are decoded: a decompression bomb of a few KB fills the memory.
 MAX_PIXELS = 100_000_000
@@ -29,5 +29,7 @@ def decode(data: bytes) -> np.ndarray:
                 return np.asarray(image.convert("RGB"))
     except ValueError:
         raise
+    except UnidentifiedImageError:  # its own text holds an address in memory, which differs in every run
+        raise ValueError("the picture does not decode: no image format begins so") from None
     except (Image.DecompressionBombError, OSError, SyntaxError, EOFError, IndexError, TypeError) as error:
         raise ValueError(f"the picture does not decode: {error}") from error
