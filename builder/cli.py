@@ -113,7 +113,7 @@ def _load(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> Pipel
 
 def _again(command: str, scale: str | None, pipeline: str | None, sets: Sequence[str]) -> str:
     """A command line for the same pipeline."""
-    words = ["builder", *command.split()]
+    words = ["builder", *shlex.split(command)]
     words += ["--pipeline", pipeline] if pipeline else ["--scale", scale] if scale else []
     for item in sets:
         words += ["--set", item]
@@ -349,8 +349,15 @@ def plan(
     )
     if write_plan.needed > write_plan.free:
         click.echo("too little free disk for write: free some space, or set dataset.root to another disk", err=True)
-    todo = shards.todo or write_plan.todo or any(counts.todo for counts in found.stages.values())
-    click.echo(f"next: {_again('run', scale, pipeline, sets)}" if todo else "nothing to do", err=True)
+    first = next((name for name, counts in found.stages.items() if counts.todo), None)
+    if first is not None and choice != Choice():
+        words = f"stage {first}" + " --redo" * redo + " --stale" * stale + (f" --retry {retry}" if retry else "")
+        words += f" --where {shlex.quote(where)}" if where else ""
+        click.echo(f"next: {_again(words, scale, pipeline, sets)}", err=True)
+    elif first is not None or shards.todo or write_plan.todo:
+        click.echo(f"next: {_again('run', scale, pipeline, sets)}", err=True)
+    else:
+        click.echo("nothing to do", err=True)
 
 
 @main.command()
