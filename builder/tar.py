@@ -190,8 +190,12 @@ def _members(
     prefix = kinds == ord("x")
     if prefix[-1] or (prefix[1:] & prefix[:-1]).any():
         return None
-    for start, size in zip((offsets[prefix] + BLOCK).tolist(), sizes[prefix].tolist(), strict=True):
-        if not _is_transparent(view[start : start + size]):
+    lengths = sizes[prefix].tolist()
+    length_first = {length: b"%d " % length for length in set(lengths)}
+    for start, length in zip((offsets[prefix] + BLOCK).tolist(), lengths, strict=True):
+        body = view[start : start + length]
+        is_one = body.startswith(length_first[length]) and _TRANSPARENT.fullmatch(body)  # nearly always: one time
+        if not is_one and not _is_transparent(body):
             return None
     member = ~prefix
     raw = np.ascontiguousarray(heads[member][:, :100]).view("S100").ravel().tolist()
@@ -218,9 +222,6 @@ def _members(
 
 def _is_transparent(body: bytes) -> bool:
     """Whether a pax header holds only records that change nothing, each as long as it says."""
-    one = _TRANSPARENT.fullmatch(body)
-    if one is not None:
-        return int(one[1]) == len(body)
     at = 0
     while (one := _TRANSPARENT.match(body, at)) is not None and int(one[1]) == one.end() - at:
         at = one.end()

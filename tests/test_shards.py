@@ -328,6 +328,12 @@ def test_boxes_have_three_states(tmp_path: Path, fields: dict[str, Any], expecte
     assert (row["source_face_bboxes"], row["source_notes"]) == (expected, None)
 
 
+def test_box_with_a_number_beyond_all_floats(tmp_path: Path) -> None:
+    row = read_one(tmp_path, {"face_bboxes": [[0, 0, 10**400, 1]], "width": math.nan})
+    assert row["source_face_bboxes"] is None
+    assert row["source_notes"] == "face_bboxes: box 0 lies outside 0..1; width: expected int32, found NaN"
+
+
 def test_boxes_of_another_name(tmp_path: Path) -> None:
     sample = Sample("k", json=b'{"faces": [[0, 0, 1, 1]], "face_bboxes": []}')
     (row,) = read(make_shard(tmp_path / "s.tar", [sample]), boxes="faces")

@@ -288,7 +288,8 @@ def test_tar_inside_an_image_is_not_looked_into(tmp_path: Path) -> None:
 
 
 def test_name_like_a_compressed_file_is_no_compression(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", [("BZh91AY.jpg", b"picture")])
+    path = write_tar(tmp_path / "a.tar", [("BZh91AY.jpg", b"picture")], form=tarfile.USTAR_FORMAT, mtime=USTAR_MTIME)
+    assert path.read_bytes()[:3] == b"BZh"
     assert tar.index(path).names == ["BZh91AY.jpg"]
 
 
