@@ -1,5 +1,6 @@
 -- purpose:    statistics of the dataset: one line a fact
--- reads:      every stage's status, face_count, lang, caption, image_prompt, prompt
+-- reads:      source_status, faces_status, lang_status, prompts_status, generate_status, face_count, lang, caption,
+--             image_path, image_prompt, prompt
 -- returns:    section, name, rows, share
 -- parameters: none
 with total as (select count(*) as n from samples),

@@ -1,0 +1,101 @@
+"""The pipelines that come with builder: complete, and alike but for sizes, places and backends."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder import layout
+from builder import pipeline as pipelines
+from builder.errors import ConfigError
+from builder.sources.shards import expand_braces
+
+FOLDER = layout.installed("pipelines")
+SCALES = ("small", "large")
+#: Keys in which the scales may differ: sizes, places, backends.
+MAY_DIFFER = (
+    r"dataset\.(name|shards|root)|run\.(executor|workers|devices|checkpoint_rows|checkpoint_seconds)"
+    r"|stages\.\w+\.(backend|detector|run\..+)"
+)
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key with its section, and its value."""
+    found: dict[str, Any] = {}
+    for name, value in data.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def keys(scale: str) -> dict[str, Any]:
+    return flat(tomllib.loads((FOLDER / f"{scale}.toml").read_text("utf-8")))
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Keys that only one has, or that differ without leave."""
+    apart = set(one) ^ set(other) | {name for name in set(one) & set(other) if one[name] != other[name]}
+    return sorted(name for name in apart if not re.fullmatch(MAY_DIFFER, name))
+
+
+def test_every_pipeline_is_of_a_known_scale() -> None:
+    assert sorted(path.stem for path in FOLDER.glob("*.toml")) == sorted(SCALES)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_it_loads(scale: str) -> None:
+    pipeline = pipelines.load(FOLDER / f"{scale}.toml")
+    assert pipeline.config.dataset.name == scale
+    assert list(pipeline.stages) == ["faces", "lang", "prompts", "generate"]
+    assert all(use.sql.text for use in pipeline.stages.values())
+    assert pipeline.config.write.select == "sql/write.sql"
+
+
+@pytest.mark.parametrize(("scale", "count"), [("small", 336), ("large", 43_028)])
+def test_it_names_the_shards_of_its_scale(scale: str, count: int) -> None:
+    names = list(expand_braces(keys(scale)["dataset.shards"]))
+    assert (len(names), Path(names[0]).name, Path(names[-1]).name) == (count, "00000000.tar", f"{count - 1:08d}.tar")
+
+
+def test_scales_differ_in_sizes_places_and_backends_only() -> None:
+    assert differing(keys("small"), keys("large")) == []
+
+
+def test_another_difference_would_be_told() -> None:
+    small = keys("small")
+    assert differing(small, {**small, "run.workers": 99, "stages.generate.backend": "x"}) == []
+    other = {**small, "stages.faces.min_score": 0.5, "stages.lang.new": 1}
+    assert differing(small, other) == ["stages.faces.min_score", "stages.lang.new"]
+
+
+def test_they_say_the_same_in_the_same_places() -> None:
+    """Comments too: one file is read beside the other."""
+    texts = [(FOLDER / f"{scale}.toml").read_text("utf-8").splitlines() for scale in SCALES]
+    assert len(texts[0]) == len(texts[1])
+    heads = [[re.split(r"\s*[=#]", line)[0].strip() for line in text if line[:1] not in ("#", "")] for text in texts]
+    assert heads[0] == heads[1]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_keys_in_comments_are_keys_with_their_defaults(scale: str, tmp_path: Path) -> None:
+    text = (FOLDER / f"{scale}.toml").read_text("utf-8")
+    shown = re.sub(r"^# (?=\w+ = )", "", text, flags=re.M)
+    assert shown != text
+    path = tmp_path / "shown.toml"
+    path.write_text(shown, "utf-8")
+    one, other = pipelines.load(FOLDER / f"{scale}.toml"), pipelines.load(path)
+    assert (one.config.dataset, one.config.run, one.reading) == (other.config.dataset, other.config.run, other.reading)
+
+
+def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text((FOLDER / "small.toml").read_text("utf-8").replace("min_score", "min_scor"), "utf-8")
+    line = path.read_text("utf-8").splitlines().index(next(x for x in path.read_text().splitlines() if "min_scor" in x))
+    with pytest.raises(ConfigError) as caught:
+        pipelines.load(path)
+    assert str(caught.value) == (
+        f"unknown key 'min_scor' in [stages.faces]\n  file: {path}:{line + 1}\n  fix: did you mean 'min_score'?"
+    )

@@ -1,0 +1,319 @@
+"""SQL: what comes with builder does what its header says, and no SQL of a pipeline can do more than read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from builder import layout, schema
+from builder import pipeline as pipelines
+from builder.errors import ConfigError
+from builder.query import Sql, checked, read_sql
+from builder.stage import columns_of, find
+from conftest import Workspace, ingest_here, samples
+
+FOLDER = layout.installed("sql")
+FILES = sorted(path.name for path in FOLDER.glob("*.sql"))
+STAGES = ("faces", "lang", "prompts", "generate")
+KEYS = ["shard", "row", "uid"]
+PARAMS = {"min_faces": 1, "lang": "en"}
+
+
+def header(name: str) -> dict[str, list[str]]:
+    """The parts of a file's header as lists of names."""
+    lines = []
+    for line in (FOLDER / name).read_text("utf-8").splitlines():
+        if not line.startswith("-- "):
+            break
+        lines.append(line[3:])
+    parts: dict[str, list[str]] = {}
+    for line in lines:
+        if match := re.match(r"(purpose|reads|returns|parameters):\s+(.*)", line):
+            part = match[1]
+            parts[part] = []
+            line = match[2]
+        parts[part] += [word.strip() for word in line.split(",") if word.strip()]
+    return parts
+
+
+def body(name: str) -> str:
+    """The SQL without comments."""
+    return re.sub(r"--.*", "", (FOLDER / name).read_text("utf-8"))
+
+
+def params_of(name: str) -> dict[str, Any]:
+    wanted = duckdb.extract_statements((FOLDER / name).read_text("utf-8"))[0].named_parameters
+    return {key: PARAMS[key] for key in wanted}
+
+
+def test_there_is_a_file_for_every_stage_the_writer_and_the_statistics() -> None:
+    assert sorted(f"{stage}.sql" for stage in (*STAGES, "write", "stats")) == FILES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_header_is_whole(name: str) -> None:
+    assert list(header(name)) == ["purpose", "reads", "returns", "parameters"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_reads_what_its_header_says(name: str) -> None:
+    columns = {column.name for stage in STAGES for column in columns_of(find(stage))}
+    columns |= {column.name for column in (*schema.IDENTITY, *schema.status_columns("source"))}
+    words = set(re.findall(r"\w+", re.sub(r"'[^']*'", "", re.sub(r"\bas \w+", "", body(name)))))
+    assert sorted(set(header(name)["reads"])) == sorted((words & columns) - set(KEYS))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_takes_the_parameters_that_its_header_says(name: str) -> None:
+    said = [] if header(name)["parameters"] == ["none"] else header(name)["parameters"]
+    assert sorted(said) == sorted(f"${key}" for key in params_of(name))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_runs_and_returns_what_its_header_says(name: str, dataset: Workspace) -> None:
+    """On a table that no stage has worked on: columns of later stages read as nulls."""
+    names, rows = pipelines.answer(dataset.load(), read_sql(name), params_of(name))
+    assert names == header(name)["returns"]
+    covered = {"faces.sql": 16, "lang.sql": 16, "prompts.sql": 0, "generate.sql": 0, "write.sql": 0}
+    if name in covered:
+        assert len(rows) == covered[name]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_work_sql_returns_the_inputs_of_its_stage(stage: str) -> None:
+    assert header(f"{stage}.sql")["returns"] == [*KEYS, *find(stage).inputs.names]
+
+
+def test_statistics_of_a_fresh_and_of_a_finished_dataset(workspace: Callable[..., Workspace]) -> None:
+    made = workspace({"a": samples(4)})
+    ingest_here(made.load())
+    fresh = pipelines.answer(made.load(), read_sql("stats.sql"), {})[1]
+    assert fresh == [
+        ("rows", "all", 4, 1.0),
+        ("faces", "unknown", 4, 1.0),
+        ("language", "not computed", 4, 1.0),
+        ("caption length", "50 to 99", 4, 1.0),
+        ("stage faces", "not tried", 4, 1.0),
+        ("stage generate", "not tried", 4, 1.0),
+        ("stage lang", "not tried", 4, 1.0),
+        ("stage prompts", "not tried", 4, 1.0),
+        ("stage source", "ok", 4, 1.0),
+        ("edited", "image ready", 0, 0.0),
+    ]
+    made.run("run")
+    done = pipelines.answer(made.load(), read_sql("stats.sql"), {})[1]
+    assert done == [
+        ("rows", "all", 4, 1.0),
+        ("faces", "0", 2, 0.5),
+        ("faces", "1", 2, 0.5),
+        ("language", "en", 4, 1.0),
+        ("caption length", "50 to 99", 4, 1.0),
+        ("stage faces", "ok", 4, 1.0),
+        ("stage generate", "not tried", 2, 0.5),
+        ("stage generate", "ok", 2, 0.5),
+        ("stage lang", "ok", 4, 1.0),
+        ("stage prompts", "not tried", 2, 0.5),
+        ("stage prompts", "ok", 2, 0.5),
+        ("stage source", "ok", 4, 1.0),
+        ("edited", "image ready", 2, 0.5),
+    ]
+
+
+def test_statistics_of_many_faces_and_of_no_rows(workspace: Callable[..., Workspace]) -> None:
+    many = samples(1)
+    many[0].fields["face_bboxes"] = [[0.1, 0.1, 0.5, 0.9]] * 7
+    made = workspace({"a": many}, stages="[stages.faces]\n")
+    _, rows = pipelines.answer(made.load(), read_sql("stats.sql"), {})
+    assert rows == [("rows", "all", 0, None), ("edited", "image ready", 0, None)]
+    made.run("run")
+    assert ("faces", "5 or more", 1, 1.0) in pipelines.answer(made.load(), read_sql("stats.sql"), {})[1]
+
+
+# --- pipelines without some of the built-in stages ---
+
+
+def test_a_pipeline_without_stages_writes_its_source(workspace: Callable[..., Workspace]) -> None:
+    made = workspace({"a": samples(2)}, stages="")
+    made.run("run")
+    assert (made.root / "shards/a.tar").read_bytes() == (made.folder / "source/a.tar").read_bytes()
+    assert made.rows("select face_count, lang, prompt, image_path, generate_status from samples limit 1") == [
+        (None,) * 5
+    ]
+
+
+def test_work_sql_names_no_column_that_nobody_will_compute(workspace: Callable[..., Workspace]) -> None:
+    made = workspace({"a": samples(2)}, stages="[stages.prompts.params]\nmin_faces = 1\nlang = 'en'\n")
+    ingest_here(made.load())
+    done = made.run("stage", "prompts", check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == (
+        'error: DuckDB refuses the SQL: Binder Error: Referenced column "face_count" not found in FROM clause!'
+    )
+    assert done.stderr.splitlines()[-1] == "  fix: edit that SQL"
+
+
+# --- files ---
+
+
+def test_sql_is_looked_up_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_sql("sql/lang.sql").origin == str(FOLDER / "lang.sql")
+    Path("sql").mkdir()
+    Path("sql/lang.sql").write_bytes(b"\xef\xbb\xbfselect 1")
+    assert read_sql("sql/lang.sql") == read_sql("lang.sql") == Sql("select 1", "sql/lang.sql")
+    Path("lang.sql").write_text("select 2")
+    assert read_sql("lang.sql") == Sql("select 2", "lang.sql")
+
+
+def test_no_such_sql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        read_sql("sql/mine.sql")
+    assert str(caught.value) == (
+        f"no SQL file 'sql/mine.sql'\n  looked at: sql/mine.sql, {FOLDER / 'mine.sql'}\n"
+        "  fix: write it, or copy the ones that come with builder: builder init DIR (then DIR/sql/mine.sql)"
+    )
+
+
+def test_sql_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "bad.sql"
+    path.write_bytes(b"select '\xe9'")
+    with pytest.raises(ConfigError) as caught:
+        read_sql(str(path))
+    assert str(caught.value) == f"the SQL is not UTF-8 text\n  file: {path}\n  byte: 8\n  fix: save it as UTF-8"
+
+
+# --- one SELECT ---
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "select 1 as a, ';' as b",
+        "select 1 as a, ';' as b;",
+        "select 1 as a, ';' as b ; ;",
+        "select 1 as a, ';' as b; -- so; it is",
+        "-- first; this\nselect 1 as a, /* ; */ ';' as b -- last\n;\n/* the; end */",
+        "with x as (select 1 as a) select a, ';' as b from x;--",
+        "select 1 as a, $$;$$ as b;",
+        "values (1, ';');",
+    ],
+)
+def test_one_select_with_semicolons_and_comments(text: str, dataset: Workspace) -> None:
+    assert pipelines.answer(dataset.load(), Sql(text, "here"), {})[1] == [(1, ";")]
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("", "nothing"),
+        ("-- only a comment", "nothing"),
+        ("select 1; select 2", "SELECT, SELECT"),
+        ("select 1; drop view samples", "SELECT, DROP"),
+        ("copy samples to 'x.csv'", "COPY"),
+        ("attach 'x.db'", "ATTACH"),
+        ("set enable_external_access = true", "SET"),
+        ("create table x as select 1", "CREATE"),
+        ("install httpfs", "LOAD"),
+        ("select * from json_execute_serialized_sql('{}')", "json_execute_serialized_sql"),
+        ("select * from \"JSON_execute_serialized_sql\"('{}')", "json_execute_serialized_sql"),
+    ],
+)
+def test_anything_but_one_select_is_refused(text: str, kinds: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        checked(Sql(text, "here"), {})
+    assert str(caught.value) == (
+        f"SQL must be exactly one SELECT, and this is: {kinds}\n  file: here\n"
+        "  fix: write one query that begins with select or with"
+    )
+
+
+def test_parameters_are_all_given_and_all_used() -> None:
+    sql = Sql("select $a, $b", "here")
+    checked(sql, {"a": 1, "b": 2})
+    with pytest.raises(ConfigError) as caught:
+        checked(sql, {"a": 1})
+    assert str(caught.value) == (
+        "SQL uses $b, which has no value\n  file: here\n  values given: a\n"
+        "  fix: add b = ... to the params of the pipeline; with builder sql: --param b=..."
+    )
+    with pytest.raises(ConfigError) as caught:
+        checked(sql, {"a": 1, "b": 2, "c": 3})
+    assert str(caught.value) == (
+        "parameter 'c' is given, but the SQL does not use $c\n  file: here\n  names in the SQL: $a, $b\n"
+        "  fix: leave it out, or use it in the SQL"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "\nselec 1",
+            'DuckDB refuses the SQL: Parser Error: syntax error at or near "selec"\n  LINE 2: selec 1\n'
+            "          ^^^^^\n  file: here\n  fix: edit that SQL",
+        ),
+        (
+            "select no_such_function(1)\nfrom samples",
+            "DuckDB refuses the SQL: Catalog Error: Scalar Function with name no_such_function does not exist!",
+        ),
+        (
+            "select uid,\n       cast(caption as integer)\nfrom samples",
+            "DuckDB refuses the SQL: Conversion Error: Could not convert string 'a man with a hat is standing in the "
+            "street number 0' to INT32 when casting from source column caption",
+        ),
+    ],
+)
+def test_what_duckdb_says_with_the_lines_of_the_text(text: str, message: str, dataset: Workspace) -> None:
+    with pytest.raises(ConfigError) as caught:
+        pipelines.answer(dataset.load(), Sql(text, "here"), {})
+    told = str(caught.value)
+    assert told.startswith(message)
+    assert told.endswith("\n  file: here\n  fix: edit that SQL")
+    lines = [line for line in told.splitlines() if line.startswith("  LINE ")]
+    assert [text.splitlines()[int(re.findall(r"\d+", line)[0]) - 1] in line for line in lines] in ([], [True])
+    assert "\n\n" not in told
+
+
+# --- the leash ---
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "with x as (copy (select 1) to '{target}' (use_tmp_file false)) select * from x",
+        "select 1) to '{target}'; copy (select 1",
+        "select * from (copy samples to '{target}')",
+        "from query('copy samples to ''{target}''')",
+    ],
+)
+def test_sql_cannot_write(text: str, dataset: Workspace) -> None:
+    partition = dataset.root / "samples/00000000.parquet"
+    before = partition.read_bytes()
+    for target in (partition, dataset.folder / "new.csv"):
+        with pytest.raises(ConfigError):
+            pipelines.answer(dataset.load(), Sql(text.format(target=target), "here"), {})
+    assert partition.read_bytes() == before
+    assert not (dataset.folder / "new.csv").exists()
+
+
+@pytest.mark.parametrize("reader", ["read_text", "read_csv", "read_blob", "glob", "read_json_auto", "parquet_metadata"])
+def test_sql_cannot_read_other_files(reader: str, dataset: Workspace) -> None:
+    other = dataset.folder / "pipeline.toml"
+    with pytest.raises(ConfigError) as caught:
+        pipelines.answer(dataset.load(), Sql(f"select * from {reader}('{other}')", "here"), {})
+    assert "file system operations are disabled by configuration" in str(caught.value)
+    known = f"select count(*) from read_parquet('{dataset.root / 'samples/00000000.parquet'}')"
+    assert pipelines.answer(dataset.load(), Sql(known, "here"), {})[1] == [(8,)]
+
+
+def test_two_questions_at_once_spill_apart(dataset: Workspace) -> None:
+    with pipelines.all_samples(dataset.load()) as one, pipelines.all_samples(dataset.load()) as other:
+        folders = [s.fixed("select current_setting('temp_directory')")[0][0] for s in (one, other)]
+    assert folders[0] != folders[1]
+    assert not any(Path(folder).exists() for folder in folders)
