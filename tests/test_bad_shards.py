@@ -24,6 +24,7 @@ from builder import pipeline as pipelines
 from builder.cli import main
 from builder.errors import ConfigError, TransientError
 from builder.progress import Talk
+from builder.workset import Choice
 from conftest import (
     PIPELINE,
     STANDARD_STAGES,
@@ -159,9 +160,9 @@ CASES = [
     Case([("case.jpg", JPG), ("case.JPG", JPG), ("case.json", body()), ("case.txt", b"text")],
          error="DuplicateMember: a second member with extension 'jpg' at byte {case.JPG}"),
     Case([("soft.json", body()), link("soft.jpg", tarfile.SYMTYPE, "good-0.jpg"), ("soft.txt", b"text")],
-         error="LinkMember: member 'soft.jpg' is a symbolic link, not a file"),
+         error="LinkMember: member 'soft.jpg' is a symbolic link, not a plain file"),
     Case([link("hard.jpg", tarfile.LNKTYPE, "good-0.jpg"), ("hard.json", body()), ("hard.txt", b"text")],
-         error="LinkMember: member 'hard.jpg' is a hard link, not a file"),
+         error="LinkMember: member 'hard.jpg' is a hard link, not a plain file"),
     Case([("caf\udce9.jpg", JPG), ("caf\udce9.json", body()), ("caf\udce9.txt", b"text")],
          error="BadName: member 'caf\\xe9.jpg' has a name that is not UTF-8"),
     # a picture that no stage can read is the source's all the same
@@ -397,7 +398,7 @@ def test_all_shards_bad(workspace: Callable[..., Workspace]) -> None:
 
 def test_shard_that_went_bad_keeps_the_rows_it_had(workspace: Callable[..., Workspace]) -> None:
     made = workspace({"a": samples(2), "b": samples(2, start=2)}, stages="")
-    made.run("run")
+    ingest_here(made.load())
     path = made.folder / "source/a.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[:5000])
@@ -457,7 +458,8 @@ def test_vanished_and_missing_shards_are_told_and_left_alone(workspace: Callable
 def test_shard_in_another_order_keeps_its_answers_by_key_and_sizes(workspace: Callable[..., Workspace]) -> None:
     old = samples(4)
     made = workspace({"a": old}, stages='[stages.faces]\nsource = "json"')
-    made.run("run")
+    ingest_here(made.load())
+    pipelines.run_stage(made.load(), "faces", Choice(), Talk())
     answers = dict(made.rows("select key, faces_run from samples"))
     assert len(answers) == 4
     assert None not in answers.values()

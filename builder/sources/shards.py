@@ -301,7 +301,7 @@ def _group(index: tar.Index) -> list[_Sample]:
             at = int(index.header[i])
             current.fail("DuplicateMember", f"a second member with extension '{extension.lower()}' at byte {at}")
         if kind not in tar.REGULAR:
-            current.fail("LinkMember", f"member '{name}' is {tar.KINDS[kind]}, not a file")
+            current.fail("LinkMember", f"member '{name}' is {tar.KINDS[kind]}, not a plain file")
         if i in index.bad_names:
             current.fail("BadName", f"member '{name}' has a name that is not UTF-8")
         current.members.append(i)
