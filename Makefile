@@ -10,13 +10,13 @@ demo: $(STAMP)-demo            ## the whole way on 200 real photos, into ./demo
 	$(BIN)/builder demo --out demo
 
 test: $(STAMP)-test            ## all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)-dev            ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: $(STAMP)-dev           ## format the code
 	$(BIN)/ruff format .

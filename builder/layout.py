@@ -149,7 +149,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def installed(kind: str) -> Path:
-    """The folder of `sql`, `pipelines` or `slurm` as installed: in a wheel inside the package, else beside it."""
+    """The folder of `sql` or `pipelines` as installed: in a wheel inside the package, else beside it."""
     inside = _PACKAGE / kind
     return inside if inside.is_dir() else _PACKAGE.parent / kind
 

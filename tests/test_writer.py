@@ -26,7 +26,8 @@ MADE = {
 def test_edited_json_of_a_new_image_is_this_text() -> None:
     old = {
         "uid": "ab", "face_bboxes": [[0, 0, 1, 1]], "caption": "ein Mann", "url": "https://example.org/ä.jpg",
-        "key": "1", "width": 512, "height": 384, "original_width": 1024, "original_height": 768, "exif": "{}", "sha256": "0",
+        "key": "1", "width": 512, "height": 384, "original_width": 1024, "original_height": 768, "exif": "{}",
+        "sha256": "0",
     }  # fmt: skip
     edit = Edit(0, image=("edits/a/r.tar", 512, 100), caption="a new man", made=MADE)
     assert json.loads(edited_json(json.dumps(old).encode(), edit)) == {
