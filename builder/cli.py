@@ -59,7 +59,7 @@ class _Group(click.Group):
             what = error.strerror or str(error)
             _fail(StageError(what, where=place, fix="mend that and run the same command again"), as_json)
         except (click.Abort, KeyboardInterrupt):
-            fix = "everything committed is kept: run the same command again to go on"
+            fix = "everything committed is kept; run the same command again to go on"
             if as_json:
                 click.echo(json.dumps({"error": {"class": "Interrupted", "what": "stopped", "where": {}, "fix": fix}}))
             else:
@@ -343,7 +343,7 @@ def plan(
             ("bytes free", write_plan.free),
         ],
         [
-            ("image older than its prompt, left as in the source", write_plan.stale),
+            ("of these, image older than its prompt", write_plan.stale),
             ("chosen but bad in the source, left as they are", write_plan.refused),
         ],
     )
@@ -658,7 +658,7 @@ def _tell_failed(
     """Where to look after rows have failed, and how to try them again."""
     for name, outcome in outcomes.items():
         if outcome["failed"]:
-            talk.say(f"{outcome['failed']} rows of {name} failed\n  why: {_again('status', scale, pipeline, sets)}")
+            talk.say(f"{name}: {outcome['failed']} failed\n  why: {_again('status', scale, pipeline, sets)}")
             if name != "ingest":
                 retry = _again(f"stage {name} --retry failed", scale, pipeline, sets)
                 talk.say(f"  to try them again: {retry}")
@@ -673,7 +673,8 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     from rich.cells import cell_len
 
     values = [list(row) for row in rows]
-    numbers = [bool(values) and all(_is_number(row[i]) for row in values) for i in range(len(names))]
+    filled = [[row[i] for row in values if row[i] is not None] for i in range(len(names))]
+    numbers = [bool(cells) and all(map(_is_number, cells)) for cells in filled]
     lines = [[plain(_cut(_text(cell), _CELL)) for cell in row] for row in [list(names), *values]]
     widths = [max(cell_len(line[i]) for line in lines) for i in range(len(names))]
     lines.insert(1, ["-" * width for width in widths])
