@@ -272,7 +272,7 @@ class WritePlan:
     Attributes:
         todo: shards that are not up to date, with their rows of the write SQL.
         edited: samples that will differ, over all shards; dropped ones apart.
-        stale: samples whose image is older than their prompt: they stay as in the source.
+        stale: edited samples whose image is older than their prompt: they keep the caption it was made from.
         refused: samples that the SQL returns and that are never edited, since their source is bad.
         needed: bytes that writing takes.
     """
@@ -347,8 +347,8 @@ def write(pipeline: Pipeline, talk: Talk) -> Outcome:
         plan = plan_write(pipeline, freeze=frozen)
         if plan.stale:
             talk.say(
-                f"write: {plan.stale} images are older than their prompts: those samples stay as in the source "
-                "(draw them again: builder stage generate --stale)"
+                f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were made "
+                "from (draw them again: builder stage generate --stale)"
             )
         if not plan.todo:
             talk.say(f"write: nothing to do ({plan.shards} hybrid shards up to date)")

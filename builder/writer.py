@@ -68,7 +68,7 @@ class ShardPlan:
     """What the table says of one hybrid shard.
 
     Attributes:
-        stale: samples whose image is older than their prompt; they stay as in the source.
+        stale: edited samples whose image is older than their prompt: image and caption stay the pair they were made as.
         refused: samples that the SQL returns and that are never edited, since their source is bad.
         frozen: the rows of the write SQL that it was made from.
     """
@@ -202,9 +202,9 @@ def plan_shard(
         seen.add(row["row"])
         if row["source_status"] != "ok":
             plan.refused += 1
-        elif not row.get("dropped") and row.get("image_path") is not None and row["image_prompt"] != row["prompt"]:
-            plan.stale += 1
-        elif (edit := _edit(layout, row, stage)) is not None:
+            continue
+        if (edit := _edit(layout, row, stage)) is not None:
+            plan.stale += edit.image is not None and row["image_prompt"] != row["prompt"]
             plan.edits[edit.row] = edit
             digest.update(json.dumps(_decisive(edit), sort_keys=True, default=str).encode())
     plan.digest = digest.hexdigest()

@@ -94,17 +94,24 @@ def test_nothing_edited_is_the_source(workspace: Callable[..., Workspace]) -> No
     assert digests(made.root / "shards") == digests(made.folder / "source")
 
 
-def test_redone_prompts_without_new_images_leave_every_sample_as_in_the_source(
-    workspace: Callable[..., Workspace],
-) -> None:
+def test_redone_prompts_without_new_images_change_no_byte(workspace: Callable[..., Workspace]) -> None:
     made = workspace()
     made.run("run")
+    before = digests(made.root / "shards")
     other = ("--set", "stages.prompts.style=A painting of {caption}")
     made.run("stage", "prompts", "--redo", *other)
-    talk = made.run("write", *other).stderr
-    assert "10 images are older than their prompts: those samples stay as in the source" in talk
-    assert digests(made.root / "shards") == digests(made.folder / "source")
+    assert made.run("write", *other).stderr.splitlines() == [
+        "write: 10 images are older than their prompts: those samples keep the caption they were made from "
+        "(draw them again: builder stage generate --stale)",
+        "write: nothing to do (2 hybrid shards up to date)",
+    ]
+    assert digests(made.root / "shards") == before
+    plan = json.loads(made.run("plan", "--json", *other).stdout)["write"]
+    assert (plan["edited"], plan["stale"], plan["todo"]) == (10, 10, 0)
     made.run("verify", *other)
+    shutil.rmtree(made.root / "shards")
+    made.run("write", *other)
+    assert digests(made.root / "shards") == before
 
 
 def test_stale_images_are_drawn_again_and_no_other(workspace: Callable[..., Workspace]) -> None:
