@@ -431,11 +431,9 @@ def sql(
         import csv
 
         out = csv.writer(sys.stdout, lineterminator="\n")
-        is_shown = sys.stdout.isatty()
-        out.writerow(names)
-        for row in rows:
-            values = [value if value is None or isinstance(value, int | float) else _text(value) for value in row]
-            out.writerow([plain(v) if is_shown and isinstance(v, str) else v for v in values])
+        shown = plain if sys.stdout.isatty() else str
+        out.writerow(map(shown, names))
+        out.writerows([v if v is None or _is_number(v) else shown(_text(v)) for v in row] for row in rows)
         return
     print_table(names, rows)
     if not rows:

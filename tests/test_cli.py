@@ -444,11 +444,12 @@ def test_sql_as_a_table(ask: Callable[..., Done]) -> None:
 
 def test_sql_as_csv(ask: Callable[..., Done]) -> None:
     sql = (
-        "select row, null as x, 'a, \"b\"\nc' as text, [1, 2] as list from samples where shard = $shard and row < 2"
+        "select row, null as x, 'a, \"b\"\nc' as text, [1, 2] as list, row > 0 as flag from samples"
+        " where shard = $shard and row < 2"
         " order by 1"
     )
     assert ask("sql", sql, "--csv", "--param", 'shard="00000001"') == Done(
-        0, 'row,x,text,list\n0,,"a, ""b""\nc","[1, 2]"\n1,,"a, ""b""\nc","[1, 2]"\n', ""
+        0, 'row,x,text,list,flag\n0,,"a, ""b""\nc","[1, 2]",false\n1,,"a, ""b""\nc","[1, 2]",true\n', ""
     )
 
 
