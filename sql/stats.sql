@@ -23,7 +23,10 @@ facts as (
                unnest([source_status, faces_status, lang_status, prompts_status, generate_status]) as status
         from samples) group by 2, 3
   union all
-  select 6, 'edited', 'image ready', count(*) from samples where image_path is not null and image_prompt = prompt
+  select 6, 'edited', 'new image', count(*) from samples where image_path is not null
+  union all
+  select 7, 'edited', 'of these, older than its prompt', count(*)
+  from samples where image_path is not null and image_prompt <> prompt
 )
 select section, name, rows, round(rows / nullif(n, 0), 4) as share
 from facts, total

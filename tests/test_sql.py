@@ -103,7 +103,8 @@ def test_statistics_of_a_fresh_and_of_a_finished_dataset(workspace: Callable[...
         ("stage lang", "not tried", 4, 1.0),
         ("stage prompts", "not tried", 4, 1.0),
         ("stage source", "ok", 4, 1.0),
-        ("edited", "image ready", 0, 0.0),
+        ("edited", "new image", 0, 0.0),
+        ("edited", "of these, older than its prompt", 0, 0.0),
     ]
     made.run("run")
     done = pipelines.answer(made.load(), read_sql("stats.sql"), {})[1]
@@ -120,7 +121,8 @@ def test_statistics_of_a_fresh_and_of_a_finished_dataset(workspace: Callable[...
         ("stage prompts", "not tried", 2, 0.5),
         ("stage prompts", "ok", 2, 0.5),
         ("stage source", "ok", 4, 1.0),
-        ("edited", "image ready", 2, 0.5),
+        ("edited", "new image", 2, 0.5),
+        ("edited", "of these, older than its prompt", 0, 0.0),
     ]
 
 
@@ -129,7 +131,11 @@ def test_statistics_of_many_faces_and_of_no_rows(workspace: Callable[..., Worksp
     many[0].fields["face_bboxes"] = [[0.1, 0.1, 0.5, 0.9]] * 7
     made = workspace({"a": many}, stages="[stages.faces]\n")
     _, rows = pipelines.answer(made.load(), read_sql("stats.sql"), {})
-    assert rows == [("rows", "all", 0, None), ("edited", "image ready", 0, None)]
+    assert rows == [
+        ("rows", "all", 0, None),
+        ("edited", "new image", 0, None),
+        ("edited", "of these, older than its prompt", 0, None),
+    ]
     made.run("run")
     assert ("faces", "5 or more", 1, 1.0) in pipelines.answer(made.load(), read_sql("stats.sql"), {})[1]
 
