@@ -113,7 +113,7 @@ class Samples:
             ConfigError: not one SELECT, wrong parameters, or what DuckDB says of it.
         """
         text = checked(sql, params or {})
-        before, after = around.split("{}")
+        before, _, after = around.partition("{}")
         try:
             return self._connection.sql(f"{before}(\n{text}\n){after}", params=params or None)
         except duckdb.Error as error:

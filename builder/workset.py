@@ -268,13 +268,17 @@ def _selected(work: Work, table: str = "") -> str:
 def _narrowed(work: Work) -> str:
     if not work.choice.where:
         return "samples"
-    text = f"select * from samples where (\n{work.choice.where}\n)"
-    query.checked(Sql(text, "--where"), {})
-    return f"({text})"
+    return f"({_where(work.choice.where).text})"
+
+
+def _where(condition: str) -> Sql:
+    return Sql(f"select * from samples where (\n{condition}\n)", "--where")
 
 
 def _check_columns(samples: Samples, work: Work) -> None:
-    """Refuses SQL that does not return exactly what the stage needs."""
+    """Refuses SQL that does not return exactly what the stage needs, and a condition that is none."""
+    if work.choice.where:
+        samples.select(_where(work.choice.where))
     returned = samples.select(work.sql, work.params).columns
     wanted = [*_KEYS, *(field.name for field in work.kind.inputs)]
     place = {"file": work.sql.origin, "returned": ", ".join(returned)}

@@ -1,0 +1,83 @@
+"""Runs made by hand: a work set frozen and cut as `builder stage` does it, its tasks started by the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from builder import pipeline as pipelines
+from builder import runs, schema, table, workset
+from builder.layout import Layout, RunFiles
+from builder.pipeline import Pipeline
+from builder.query import Sql
+from builder.stage import Stage, columns_of, options_hash
+from builder.task import Result, TaskSettings, run_stage_task
+from builder.workset import Choice, Work
+from conftest import STAGES
+
+#: Work SQL of the stages of tests/stages.py.
+SQL = "select shard, row, uid, key, caption as text from samples"
+
+
+def section(kind: str, sql: str = "note.sql", *, name: str = "note", **options: Any) -> str:
+    """`[stages.<name>]` for a stage of tests/stages.py; options are TOML values as text."""
+    lines = [f"[stages.{name}]", f'python = "{STAGES}:{kind}"', f'sql = "{sql}"']
+    return "\n".join([*lines, *(f"{key} = {value}" for key, value in options.items())]) + "\n"
+
+
+def work_of(layout: Layout, stage: Stage, choice: Choice = Choice(), sql: str = SQL, **params: Any) -> Work:  # noqa: B008
+    """The work of a stage over the whole table."""
+    kind = type(stage)
+    columns = schema.merge(table.load_schema(layout)[1], columns_of(kind))
+    signature = options_hash(kind, stage.options)  # type: ignore[attr-defined]
+    return Work(kind, Sql(sql, "work.sql"), params, choice, layout.shard_names(), columns, signature)
+
+
+def plan(layout: Layout, stage: Stage, choice: Choice = Choice(), sql: str = SQL, **params: Any) -> RunFiles:  # noqa: B008
+    """Freezes the work of a stage as one task; returns its run."""
+    table.extend_schema(layout, columns_of(type(stage)))
+    table.heal(layout, layout.shard_names())
+    run = runs.new_run(layout, type(stage).name)
+    slices = workset.freeze(layout, run, work_of(layout, stage, choice, sql, **params))
+    workset.write_tasks(run, workset.cut(slices, 1))
+    return run
+
+
+def do(
+    layout: Layout,
+    run: RunFiles,
+    stage: Stage,
+    *,
+    checkpoint_rows: int = 1000,
+    checkpoint_seconds: float = 1000,
+    max_failed: float = 1,
+    batch_rows: int = 4,
+    **options: Any,
+) -> Result:
+    """Does task 0 of a run in this process."""
+    settings = TaskSettings(checkpoint_rows, checkpoint_seconds, max_failed, batch_rows)
+    return run_stage_task(layout, run, 0, stage, settings, **options)
+
+
+def described(pipeline: Pipeline, name: str, choice: Choice, tasks: int) -> RunFiles:
+    """A run as `builder stage NAME` leaves it before it starts its tasks: `builder task RUN 0` does one."""
+    layout, use = pipeline.layout, pipeline.stages[name]
+    shards = pipelines.shards_of(pipeline)
+    work = pipelines.work_of(pipeline, name, choice, shards)
+    table.extend_schema(layout, columns_of(use.kind))
+    table.heal(layout, shards)
+    run = runs.new_run(layout, name)
+    workset.write_tasks(run, workset.cut(workset.freeze(layout, run, work), tasks))
+    pipelines._describe_stage(pipeline, run, use, work)
+    return run
+
+
+def rows_of(frozen: pa.Table) -> list[tuple[str, int]]:
+    """Shard and row of a work set."""
+    return list(zip(frozen["shard"].to_pylist(), frozen["row"].to_pylist(), strict=True))
+
+
+Count = Callable[[], int]
+Rows = Sequence[tuple[Any, ...]]

@@ -1,0 +1,594 @@
+"""One task: bad rows are found, broken stages are stopped, checkpoints commit, nothing that is done is done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pytest
+from planned import SQL, do, plan, section
+
+from builder import Strict, files, output, schema, table, task
+from builder.errors import StageError, TransientError
+from builder.layout import Layout, RunFiles
+from builder.task import Deaths, Result, error_text
+from builder.workset import Choice
+from conftest import Workspace, ingest_here, make_shard, samples
+from stages import Base, Fails, Note, Options, Short
+
+Make = Callable[..., Workspace]
+
+
+def key(number: int) -> str:
+    """The key of sample `number` of `conftest.samples`."""
+    return f"{number:032x}-0"
+
+
+def uid(number: int) -> str:
+    return f"{number:032x}"
+
+
+def read(layout: Layout, *names: str) -> list[tuple[Any, ...]]:
+    """Columns of all partitions after a heal, rows in order."""
+    table.heal(layout, layout.shard_names())
+    found = []
+    for shard in layout.shard_names():
+        partition, _ = table.read_partition(layout, shard, names)
+        found += list(zip(*(partition[name].to_pylist() for name in names), strict=True))
+    return found
+
+
+def notes(layout: Layout) -> list[str | None]:
+    return [note for (note,) in read(layout, "note")]
+
+
+def caption(number: int) -> str:
+    return f"a man with a hat is standing in the street number {number}"
+
+
+@pytest.fixture
+def layout(dataset: Workspace) -> Layout:
+    """Two ingested shards of eight samples."""
+    return dataset.load().layout
+
+
+class Counting(Base):
+    """Keeps the uids of every batch that it sees."""
+
+    def __init__(self, options: Options = Options()) -> None:  # noqa: B008
+        super().__init__(options)
+        self.seen: list[list[str]] = []
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        self.seen.append([int(uid, 16) for uid in batch.column("uid").to_pylist()])
+        return super().process(batch)
+
+
+# --- bad rows ---
+
+
+def test_halving_finds_exactly_the_bad_rows(layout: Layout) -> None:
+    stage = Fails(Options(bad=[key(2), key(7), key(12)]))
+    result = do(layout, plan(layout, stage), stage)
+    assert (result.rows, result.ok, result.failed, result.kept, result.dropped) == (16, 13, 3, 0, 0)
+    found = read(layout, "note_status", "note_error", "note")
+    for number, row in enumerate(found):
+        if number in (2, 7, 12):
+            assert row == ("failed", f"ValueError: cannot note {key(number)}", None)
+        else:
+            assert row == ("ok", None, f"seen: {caption(number)}")
+
+
+def test_a_batch_is_halved_and_not_done_row_by_row(layout: Layout) -> None:
+    class CountingFails(Counting):
+        def check(self, batch: pa.RecordBatch) -> None:
+            if key(5) in batch.column("key").to_pylist():
+                raise ValueError("no")
+
+    stage = CountingFails()
+    do(layout, plan(layout, stage), stage, batch_rows=8)
+    assert stage.seen == [
+        [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5], [4], [5], [6, 7], [8, 9, 10, 11, 12, 13, 14, 15],
+    ]  # fmt: skip
+
+
+def test_an_error_is_one_line_of_printable_text() -> None:
+    assert error_text(ValueError("a\n\tb  \x1b[31mc")) == "ValueError: a b [31mc"
+    assert error_text(StageError("what", where={"shard": "a"}, fix="do")) == "StageError: what"
+    assert error_text(KeyError("x" * 1000)) == ("KeyError: '" + "x" * 1000)[: task.MAX_ERROR]
+
+
+def test_a_failing_redo_keeps_the_answers_and_tells_the_log(layout: Layout) -> None:
+    do(layout, plan(layout, Note(Options())), Note(Options()))
+    stage = Fails(Options(word="again", bad=[key(3), key(9)]))
+    run = plan(layout, stage, Choice(redo=True))
+    result = do(layout, run, stage)
+    assert (result.rows, result.ok, result.failed, result.kept) == (16, 14, 0, 2)
+    assert notes(layout) == [f"{'seen' if i in (3, 9) else 'again'}: {caption(i)}" for i in range(16)]
+    assert {status for (status,) in read(layout, "note_status")} == {"ok"}
+    assert [json.loads(line) for line in run.failures(0).read_text().splitlines()] == [
+        {"shard": "00000000", "row": 3, "error": f"ValueError: cannot note {key(3)}"},
+        {"shard": "00000001", "row": 1, "error": f"ValueError: cannot note {key(9)}"},
+    ]
+
+
+# --- broken stages ---
+
+
+class Wide(Base):
+    """Breaks its contract: another column."""
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        return pa.RecordBatch.from_pydict({"note": ["x"] * batch.num_rows, "more": [1] * batch.num_rows})
+
+
+class Silent(Base):
+    """Breaks its contract: forgets to return."""
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            Short,
+            "stage 'note' returned 3 rows for a batch of 4\n"
+            "  fix: return one row for each row of the batch, in the same order",
+        ),
+        (
+            Wide,
+            "stage 'note' returned other columns than it declares\n"
+            "  declared: note string\n"
+            "  returned: note string, more int64\n"
+            "  fix: return pa.RecordBatch.from_pydict({...}, schema=self.outputs)",
+        ),
+        (
+            Silent,
+            "stage 'note' returned NoneType, not a RecordBatch: did you forget the return statement?\n"
+            "  fix: return pa.RecordBatch.from_pydict({...}, schema=self.outputs)",
+        ),
+    ],
+)
+def test_a_broken_contract_stops_and_marks_no_row(layout: Layout, kind: type[Base], message: str) -> None:
+    stage = kind(Options())
+    run = plan(layout, stage)
+    with pytest.raises(StageError) as broken:
+        do(layout, run, stage)
+    assert str(broken.value) == message
+    assert read(layout, "note_status", "note_run") == [(None, None)] * 16
+
+
+def test_a_stage_that_cannot_start_marks_no_row(workspace: Make) -> None:
+    made = workspace(stages=section("NoModel"))
+    (made.folder / "note.sql").write_text(SQL)
+    ingest_here(made.load())
+    done = made.run("stage", "note", check=False, cwd=made.folder)
+    assert done.returncode == 1
+    [run] = (made.root / "runs").iterdir()
+    assert done.stderr.splitlines()[1:] == [
+        "error: there is no model in '/models/none'",
+        f"  log: {run}/logs/00000.log",
+        "  fix: name a folder that has one",
+    ]
+    assert made.rows("select distinct note_status, note_run from samples") == [(None, None)]
+    assert "there is no model in '/models/none'" in (run / "logs/00000.log").read_text()
+
+
+@pytest.fixture
+def many(workspace: Make) -> Layout:
+    """Two ingested shards of 80 samples."""
+    made = workspace({"00000000": samples(80), "00000001": samples(80, start=80)})
+    ingest_here(made.load())
+    return made.load().layout
+
+
+def test_past_max_failed_a_task_stops_and_leaves_its_failures_null(many: Layout) -> None:
+    bad = [key(number) for number in range(160) if number % 10 < 7]
+    stage = Fails(Options(bad=bad))
+    run = plan(many, stage)
+    with pytest.raises(StageError) as stopped:
+        do(many, run, stage, max_failed=0.5, checkpoint_rows=80, batch_rows=10)
+    assert str(stopped.value) == (
+        "stage 'note' failed on 70 of 100 rows, more than max_failed = 0.5\n"
+        "  shard: 00000001\n"
+        f"  last error: ValueError: cannot note {key(96)}\n"
+        "  fix: mend the cause and run again (no row of the last checkpoint was marked failed), or raise max_failed in "
+        "[stages.note.run]"
+    )
+    statuses = [status for (status,) in read(many, "note_status")]
+    assert statuses[:80] == (["failed"] * 7 + ["ok"] * 3) * 8  # a checkpoint before there was enough to judge
+    assert statuses[80:100] == ([None] * 7 + ["ok"] * 3) * 2  # answers stay, failures are left null
+    assert statuses[100:] == [None] * 60
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(0.7, 160), (0.5, 99)])
+def test_at_max_failed_or_before_100_rows_a_task_goes_on(many: Layout, limit: float, rows: int) -> None:
+    bad = [key(number) for number in range(160) if number % 10 < 7]
+    stage = Fails(Options(bad=bad))
+    run = plan(many, stage, sql=f"{SQL} order by shard, row limit {rows}")
+    result = do(many, run, stage, max_failed=limit, batch_rows=10)
+    assert (result.rows, result.failed) == (rows, sum(number % 10 < 7 for number in range(rows)))
+
+
+class Busy(Base):
+    """Raises TransientError the first times that it sees a bad key, as often as `word` says."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.left = int(options.word)
+
+    def check(self, batch: pa.RecordBatch) -> None:
+        if set(batch.column("key").to_pylist()) & set(self.options.bad) and self.left:
+            self.left -= 1
+            raise TransientError("the endpoint is busy")
+
+
+@pytest.mark.parametrize(("times", "failed"), [(2, 0), (1000, 1)])
+def test_a_transient_error_is_tried_again(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, times: int, failed: int
+) -> None:
+    monkeypatch.setattr(task, "TRANSIENT_PAUSE_S", 0.001)
+    stage = Busy(Options(word=str(times), bad=[key(2)]))
+    result = do(layout, plan(layout, stage), stage)
+    assert (result.ok, result.failed) == (16 - failed, failed)
+    expected = ("failed", "TransientError: the endpoint is busy") if failed else ("ok", None)
+    assert read(layout, "note_status", "note_error")[2] == expected
+
+
+# --- processes that die ---
+
+
+def test_a_row_whose_process_dies_fails_alone(workspace: Make) -> None:
+    made = workspace(
+        stages=section("Dies", bad=f'["{key(5)}"]', log='"seen.log"') + "\n[stages.note.run]\nbatch_rows = 2\n"
+    )
+    (made.folder / "note.sql").write_text(SQL)
+    ingest_here(made.load())
+    done = made.run("stage", "note", check=False, cwd=made.folder)
+    assert done.returncode == 3, done.stderr
+    assert "note: 16 rows, 15 ok, 1 failed in" in done.stderr
+    assert made.rows("select row, note_error from samples where note_status = 'failed'") == [
+        (5, "ProcessDied: the process died twice in this row")
+    ]
+    assert made.rows("select count(*) from samples where note_status = 'ok'") == [(15,)]
+    seen = (made.folder / "seen.log").read_text().split()
+    assert seen.count(uid(5)) == 4  # twice in the batch of two, twice alone
+    assert seen.count(uid(4)) == 3  # twice in the batch of two, once alone
+    assert {number: seen.count(uid(number)) for number in range(8, 16)} == dict.fromkeys(range(8, 16), 1)
+
+
+def died(path: Path, shard: str, rows: list[int]) -> Deaths:
+    """What the next process knows after one that died in a batch."""
+    pid = subprocess.Popen([sys.executable, "-c", ""])
+    pid.wait()
+    Deaths(path).begin(shard, rows)
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "pid": pid.pid}))
+    return Deaths(path)
+
+
+def test_deaths_are_halved_down_to_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "batch.json"
+    assert Deaths(path).groups("a") == []
+    assert died(path, "a", [1, 2, 3, 4]).groups("a") == [[1, 2, 3, 4]]
+    assert died(path, "a", [1, 2, 3, 4]).groups("a") == [[1, 2], [3, 4]]
+    assert died(path, "a", [3, 4]).groups("a") == [[1, 2], [3, 4]]
+    known = died(path, "a", [3, 4])
+    assert known.groups("a") == [[1, 2], [3], [4]]
+    assert known.groups("b") == []
+    assert known.begin("a", [3]) is False
+    died(path, "a", [4])
+    known = died(path, "a", [4])
+    assert known.begin("a", [4]) is True
+    assert known.begin("b", [4]) is False
+
+
+def test_part_of_a_batch_that_died_carries_its_deaths(tmp_path: Path) -> None:
+    """A copy of the task has committed the other rows: what is left stands in one group, not in two."""
+    path = tmp_path / "batch.json"
+    died(path, "a", [1, 2, 3, 4])
+    assert died(path, "a", [3, 4]).groups("a") == [[1, 2], [3], [4]]
+
+
+def test_a_batch_in_the_hand_of_a_process_that_lives_is_no_death(tmp_path: Path) -> None:
+    Deaths(tmp_path / "batch.json").begin("a", [1])
+    for _ in range(3):
+        assert Deaths(tmp_path / "batch.json").groups("a") == []
+
+
+def test_what_is_answered_is_committed_before_a_batch_that_died(layout: Layout) -> None:
+    stage = Counting()
+    run = plan(layout, stage)
+    died(run.in_hand(0), "00000000", [4, 5])
+    done: list[int] = []
+
+    class Looking(Counting):
+        def check(self, batch: pa.RecordBatch) -> None:
+            if key(4) in batch.column("key").to_pylist():
+                done.extend(number for number, note in enumerate(notes(layout)) if note)
+
+    stage = Looking()
+    do(layout, run, stage)
+    assert stage.seen[:3] == [[0, 1, 2, 3], [6, 7], [4, 5]]
+    assert done == [0, 1, 2, 3, 6, 7]
+    assert not run.in_hand(0).exists()
+
+
+# --- checkpoints ---
+
+
+def generations(layout: Layout, shard: str, stage: str = "note") -> int:
+    return table.newest(layout, shard).get(stage, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "commits"),
+    [
+        ({"checkpoint_rows": 3, "batch_rows": 2}, 2),
+        ({"checkpoint_rows": 1, "batch_rows": 2}, 4),
+        ({"checkpoint_rows": 1000, "batch_rows": 2}, 1),
+        ({"checkpoint_seconds": 0.0, "batch_rows": 2}, 4),
+    ],
+)
+def test_a_checkpoint_commits_every_n_rows_or_t_seconds(layout: Layout, options: dict[str, Any], commits: int) -> None:
+    stage = Note(Options())
+    do(layout, plan(layout, stage), stage, **options)
+    assert [generations(layout, shard) for shard in ("00000000", "00000001")] == [commits, commits]
+    assert notes(layout) == [f"seen: {caption(i)}" for i in range(16)]
+
+
+def test_a_task_done_twice_does_nothing_the_second_time(layout: Layout) -> None:
+    run = plan(layout, Note(Options()))
+    first = do(layout, run, Note(Options()))
+    stage = Counting()
+    second = do(layout, run, stage)
+    assert stage.seen == []
+    assert (second.rows, second.ok, second.dropped) == (first.rows, first.ok, first.dropped) == (16, 16, 0)
+    assert generations(layout, "00000000") == 1
+
+
+def test_rows_of_another_run_are_dropped_and_counted(layout: Layout) -> None:
+    late, now = plan(layout, Note(Options())), plan(layout, Note(Options()), sql=f"{SQL} where row < 3")
+    do(layout, now, Note(Options(word="now")))
+    stage = Counting(Options(word="late"))
+    result = do(layout, late, stage)
+    assert (result.rows, result.ok, result.dropped) == (10, 10, 6)
+    assert stage.seen == [[3, 4, 5, 6], [7], [11, 12, 13, 14], [15]]
+    assert notes(layout) == [f"{'now' if i % 8 < 3 else 'late'}: {caption(i)}" for i in range(16)]
+
+
+def test_progress_counts_rows_that_are_done_already(layout: Layout) -> None:
+    run = plan(layout, Note(Options()))
+    do(layout, plan(layout, Note(Options()), sql=f"{SQL} where row < 3"), Note(Options()))
+    told: list[tuple[int, int]] = []
+    do(layout, run, Fails(Options(bad=[key(9), key(12)])), progress=lambda done, failed: told.append((done, failed)))
+    assert told == [(7, 0), (8, 0), (15, 1), (16, 1)]
+
+
+def test_a_task_that_is_asked_to_stop_commits_what_it_has(layout: Layout) -> None:
+    stage = Counting()
+    run = plan(layout, stage)
+    result = do(layout, run, stage, batch_rows=2, stopping=lambda: len(stage.seen) >= 3)
+    assert (result.stopped, result.rows, result.ok) == (True, 6, 6)
+    assert notes(layout) == [f"seen: {caption(i)}" for i in range(6)] + [None] * 10
+    again = Counting()
+    assert do(layout, run, again).ok == 16
+    assert again.seen == [[6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def test_a_shard_that_was_ingested_again_is_left(dataset: Workspace) -> None:
+    layout = dataset.load().layout
+    run = plan(layout, Note(Options()))
+    make_shard(dataset.folder / "source/00000000.tar", samples(5))
+    ingest_here(dataset.load())
+    result = do(layout, run, Note(Options()))
+    assert list(result.left) == ["00000000"]
+    assert result.left["00000000"].startswith(
+        "the shard was ingested again with other rows since this work was planned\n  rows: expected "
+    )
+    assert (result.rows, result.ok) == (8, 8)
+    assert notes(layout) == [None] * 5 + [f"seen: {caption(i)}" for i in range(8, 16)]
+
+
+class Sized(Base):
+    """Needs the image's bytes of some rows only."""
+
+    members: ClassVar[tuple[str, ...]] = ("image",)
+
+    def needs_bytes(self, batch: pa.RecordBatch) -> list[bool]:
+        return [text != caption(1) for text in batch.column("text").to_pylist()]
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        sizes = [None if data is None else str(len(data)) for data in batch.column("image").to_pylist()]
+        return pa.RecordBatch.from_pydict({"note": sizes}, schema=self.outputs)
+
+
+def test_a_stage_gets_the_bytes_that_it_asks_for(layout: Layout) -> None:
+    stage = Sized(Options())
+    do(layout, plan(layout, stage), stage)
+    sizes = [str(len(sample.image or b"")) for sample in samples(16)]
+    assert notes(layout) == [sizes[0], None, *sizes[2:]]
+
+
+def test_a_shard_whose_bytes_are_gone_is_left(dataset: Workspace) -> None:
+    layout = dataset.load().layout
+    run = plan(layout, Sized(Options()))
+    (dataset.folder / "source/00000001.tar").unlink()
+    result = do(layout, run, Sized(Options()))
+    assert result.left == {
+        "00000001": "the source shard cannot be read: No such file or directory\n"
+        f"  file: {dataset.folder}/source/00000001.tar\n"
+        "  fix: put it back, or ingest it as it is now: builder ingest"
+    }
+    assert (result.rows, result.ok) == (8, 8)
+
+
+# --- generated bytes ---
+
+
+class PaintOptions(Strict):
+    """Options of Paint."""
+
+
+class Paint:
+    """Generates the caption's bytes; nothing for row 1."""
+
+    name: ClassVar[str] = "paint"
+    version: ClassVar[str] = "1"
+    Options = PaintOptions
+    inputs: ClassVar[pa.Schema] = Base.inputs
+    members: ClassVar[tuple[str, ...]] = ()
+    outputs: ClassVar[pa.Schema] = pa.schema([output("image", schema.GENERATED, "a picture", extension="jpg")])
+    resources = Base.resources
+
+    def __init__(self, options: PaintOptions) -> None:
+        self.options = options
+        self.after: Callable[[], object] = lambda: None
+
+    def setup(self, device: str) -> None:
+        """Holds nothing."""
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        self.after()
+        texts = batch.column("text").to_pylist()
+        images = [None if text == caption(1) else text.encode() for text in texts]
+        return pa.RecordBatch.from_pydict({"image": images}, schema=self.outputs)
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+def check_painted(layout: Layout) -> None:
+    for number, (path, offset, size, sha256) in enumerate(
+        read(layout, "image_path", "image_offset", "image_size", "image_sha256")
+    ):
+        if number == 1:
+            assert (path, offset, size, sha256) == (None,) * 4
+            continue
+        tar = (layout.root / path).read_bytes()
+        assert tar[offset : offset + size] == caption(number).encode()
+        with tarfile.open(layout.root / path) as archive:
+            assert f"{number % 8:08d}.jpg" in archive.getnames()
+
+
+def test_generated_bytes_lie_in_one_closed_tar_a_checkpoint(layout: Layout) -> None:
+    stage = Paint(PaintOptions())
+    run = plan(layout, stage)
+    do(layout, run, stage, checkpoint_rows=4, batch_rows=2)
+    check_painted(layout)
+    tars = sorted(path.name for path in (layout.edits / "00000000").iterdir())
+    assert len(tars) == 2
+    attempt = tars[0].removesuffix("-0.tar")
+    assert attempt.startswith(run.folder.name)
+    assert tars == [f"{attempt}-0.tar", f"{attempt}-1.tar"]
+
+
+def test_a_tar_is_complete_before_its_rows_are_committed(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = table.commit
+    looked: list[int] = []
+
+    def looking(*args: Any, **options: Any) -> Any:
+        for path in {path for path in args[4]["image_path"].to_pylist() if path}:
+            with tarfile.open(layout.root / path) as archive:
+                looked.append(len(archive.getnames()))
+        return commit(*args, **options)
+
+    monkeypatch.setattr(table, "commit", looking)
+    stage = Paint(PaintOptions())
+    do(layout, plan(layout, stage), stage, checkpoint_rows=4)
+    assert looked == [3, 4, 4, 4]
+
+
+def test_a_task_that_fails_leaves_no_half_tar(layout: Layout) -> None:
+    stage = Paint(PaintOptions())
+    run = plan(layout, stage)
+    process = stage.process
+    stage.process = lambda batch: process(batch) if batch.column("row")[0].as_py() == 0 else None  # type: ignore[method-assign]
+    with pytest.raises(StageError):
+        do(layout, run, stage)
+    assert list((layout.edits / "00000000").iterdir()) == []
+
+
+@pytest.mark.parametrize("commits", [0, 1])
+def test_a_swept_attempt_starts_again_under_a_new_name(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, commits: int
+) -> None:
+    """A sweep finds a closed tar whose rows are just being committed, the first one or a later one of the attempt."""
+    stage = Paint(PaintOptions())
+    run = plan(layout, stage)
+    real, calls = files.create_only, [0]
+
+    def create_only(path: Path, write: Any) -> bool:
+        if "paint" in path.name:
+            calls[0] += 1
+            if calls[0] == commits + 1:
+                monkeypatch.setattr(files, "create_only", real)
+                sweep = table.Sweep()
+                table.sweep_shard(layout, "00000000", ["paint"], sweep, dry_run=False)
+                assert [path.suffix for path in sweep.paths] == [".tar"]
+        return real(path, write)
+
+    monkeypatch.setattr(files, "create_only", create_only)
+    result = do(layout, run, stage, checkpoint_rows=4)
+    assert (result.rows, result.ok, result.dropped) == (16, 16, 0)
+    check_painted(layout)
+    attempts = {path.name.rpartition("-")[0] for path in (layout.edits / "00000000").iterdir()}
+    assert len(attempts) == commits + 1
+
+
+# --- Ctrl-C ---
+
+
+def test_ctrl_c_keeps_what_is_committed(workspace: Make) -> None:
+    made = workspace(
+        {"00000000": samples(24), "00000001": samples(24, start=24)},
+        stages=section("Note", pause_s=0.2, log='"seen.log"'), workers=2, checkpoint_rows=4,
+    )  # fmt: skip
+    (made.folder / "note.sql").write_text(SQL)
+    pipeline = made.load()
+    ingest_here(pipeline)
+    log = made.folder / "seen.log"
+    command = [sys.executable, "-m", "builder", "stage", "note", "--pipeline", str(made.file)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=made.folder, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while min(generations(pipeline.layout, shard) for shard in ("00000000", "00000001")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert talk.splitlines()[-1] == "stopped: everything committed is kept; run the same command again to go on"
+    before = log.read_text().split()
+    assert len(before) == len(set(before)) < 48
+    answered = made.rows("select uid from samples where note_status = 'ok'")
+    assert {uid for (uid,) in answered} == set(before)  # every row that was looked at is committed
+    made.run("stage", "note", cwd=made.folder)
+    assert sorted(log.read_text().split()) == sorted(uid(number) for number in range(48))
+    assert made.rows("select count(*) from samples where note is not null") == [(48,)]
+
+
+def test_a_result_is_json() -> None:
+    assert json.loads(json.dumps(Result(rows=3, left={"a": "gone"}).to_json())) == {
+        "rows": 3, "ok": 0, "failed": 0, "kept": 0, "dropped": 0, "left": {"a": "gone"}, "stopped": False,
+        "seconds": 0.0,
+    }  # fmt: skip
+
+
+def test_a_run_directory_is_all_that_a_task_needs(dataset: Workspace) -> None:
+    run = RunFiles(plan(dataset.load().layout, Note(Options())).folder)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["tasks", "workset.parquet"]
+    assert json.loads(run.task(0).read_text())["slices"][1] == {
+        "shard": "00000001", "first": 8, "count": 8,
+        "rows": table.partition_state(dataset.load().layout, "00000001").rows,  # type: ignore[union-attr]
+    }  # fmt: skip
