@@ -5,6 +5,7 @@ Heavy modules are imported inside the commands, so that `--help` starts at once.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shlex
@@ -44,6 +45,9 @@ class _Group(click.Group):
     def main(self, args: Sequence[str] | None = None, *_: Any, **options: Any) -> Any:
         arguments = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in arguments
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a caption that the terminal cannot show is no error
         try:
             sys.exit(super().main(arguments, prog_name="builder", standalone_mode=False))
         except click.UsageError as error:
@@ -108,7 +112,13 @@ def _load(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> Pipel
 
     if scale and pipeline:
         raise ConfigError("--scale and --pipeline both name a pipeline", fix="give one of them")
-    return pipelines.load(find_pipeline(scale, pipeline), sets)
+    loaded = pipelines.load(find_pipeline(scale, pipeline), sets)
+    root = loaded.layout.root
+    if root.exists() and not root.is_dir():
+        raise ConfigError(
+            f"dataset.root '{root}' is a file", where={"pipeline": loaded.config.path}, fix="name a folder, new or old"
+        )
+    return loaded
 
 
 def _again(command: str, scale: str | None, pipeline: str | None, sets: Sequence[str]) -> str:
@@ -517,7 +527,14 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     from builder import pipeline as pipelines
     from builder.verify import summary
 
-    proof = pipelines.prove(_load(scale, pipeline, sets), Talk(quiet=as_json))
+    loaded = _load(scale, pipeline, sets)
+    proof = pipelines.prove(loaded, Talk(quiet=as_json))
+    if proof.shards == 0:
+        raise ConfigError(
+            "there is nothing to verify: the table has none of the pipeline's shards",
+            where={"root": loaded.layout.root},
+            fix=_again("run", scale, pipeline, sets),
+        )
     if as_json:
         click.echo(json.dumps(vars(proof)))
     else:

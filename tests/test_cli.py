@@ -350,6 +350,27 @@ def test_exit_130_interrupted_and_gone_on(own: Callable[..., Workspace]) -> None
     assert made.rows("select count(note) from samples") == [(12,)]
 
 
+def test_nothing_to_verify_is_no_proof(workspace: Make) -> None:
+    made = workspace({"a": samples(1)})
+    done = run("verify", "--pipeline", str(made.file))
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[1:] == [
+        "error: there is nothing to verify: the table has none of the pipeline's shards",
+        f"  root: {made.root}",
+        f"  fix: builder run --pipeline {made.file}",
+    ]
+
+
+def test_root_that_is_a_file(ask: Callable[..., Done], dataset: Workspace) -> None:
+    for command in (("status",), ("plan",), ("sql", "select 1")):
+        assert ask(*command, "--set", f"dataset.root={dataset.file}") == Done(
+            2,
+            "",
+            f"error: dataset.root '{dataset.file}' is a file\n  pipeline: {dataset.file}\n"
+            "  fix: name a folder, new or old\n",
+        )
+
+
 # --- what people read ---
 
 
