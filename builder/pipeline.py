@@ -347,8 +347,8 @@ def write(pipeline: Pipeline, talk: Talk) -> Outcome:
         plan = plan_write(pipeline, freeze=frozen)
         if plan.stale:
             talk.say(
-                f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were made "
-                "from (draw them again: builder stage generate --stale)"
+                f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were "
+                "made from (draw them again: builder stage generate --stale)"
             )
         if not plan.todo:
             talk.say(f"write: nothing to do ({plan.shards} hybrid shards up to date)")
