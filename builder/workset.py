@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from builder import files, query, schema
-from builder.errors import ConfigError, ConflictError
+from builder.errors import ConfigError, ConflictError, where
 from builder.layout import Layout, RunFiles
 from builder.query import Samples, Sql
 from builder.schema import Column
@@ -148,7 +148,8 @@ def freeze(layout: Layout, run: RunFiles, work: Work) -> list[Slice]:
             with Samples(layout, work.columns, work.shards) as samples:
                 _check_columns(samples, work)
                 before = {shard: _rows_of(layout, shard) for shard in work.shards}
-                _write(_chunks(samples, work), temp, slices, before)
+                with where(file=work.sql.origin):
+                    _write(_chunks(samples, work), temp, slices, before)
             if all(_rows_of(layout, part.shard) == part.rows for part in slices):
                 files.write_atomic(run.workset, temp.replace)
                 return slices
@@ -284,11 +285,12 @@ def _check_columns(samples: Samples, work: Work) -> None:
     place = {"file": work.sql.origin, "returned": ", ".join(returned)}
     for name in wanted:
         if name not in returned:
-            example = f"select {', '.join(_KEYS)}" + "".join(f", caption as {field.name}" for field in work.kind.inputs)
+            have = {column.name for column in work.columns}
+            given = [name if name in have else f"caption as {name}" for name in wanted]
             raise ConfigError(
                 f"work SQL returned no column '{name}', which stage '{work.kind.name}' needs",
                 where=place,
-                fix=f"add it, for example: {example}",
+                fix=f"add it, for example: select {', '.join(given)}",
             )
     extra = [name for name in returned if name not in wanted]
     if extra:
@@ -297,8 +299,6 @@ def _check_columns(samples: Samples, work: Work) -> None:
             where=place,
             fix=f"return exactly: {', '.join(wanted)}",
         )
-    if len(returned) != len(set(returned)):
-        raise ConfigError("work SQL returned two columns of one name", where=place, fix="give each its own name")
 
 
 def cut(slices: Sequence[Slice], tasks: int) -> list[list[Slice]]:
