@@ -121,8 +121,8 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_help_starts_in_half_a_second() -> None:
-    seconds = []
-    for _ in range(5):
+    seconds: list[float] = []
+    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:
         started = time.monotonic()
         assert builder("--help").returncode == 0
         seconds.append(time.monotonic() - started)
