@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -121,12 +123,16 @@ def test_help_loads_nothing_heavy() -> None:
 
 
 def test_help_starts_in_half_a_second() -> None:
-    seconds: list[float] = []
-    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:
-        started = time.monotonic()
+    """Of the clock on a free machine, the best of five; beside other work, of the processor."""
+    clock, processor = [], []
+    for _ in range(5):
+        started, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
         assert builder("--help").returncode == 0
-        seconds.append(time.monotonic() - started)
-    assert min(seconds) < 0.5
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        clock.append(time.monotonic() - started)
+        processor.append(now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime)
+    assert min(processor) < 0.3
+    assert min(clock) < (0.5 if os.getloadavg()[0] < (os.cpu_count() or 1) else 2.5)
 
 
 def test_ingest_questions_and_writer_do_not_import_torch(workspace: object, tmp_path: Path) -> None:
@@ -136,8 +142,6 @@ def test_ingest_questions_and_writer_do_not_import_torch(workspace: object, tmp_
     fake.parent.mkdir(parents=True)
     fake.write_text(f"open({str(mark)!r}, 'w').close()\nraise ImportError('a fake')\n")
     made: Workspace = workspace()  # type: ignore[operator]
-    import os
-
     path = os.pathsep.join(filter(None, [str(fake.parent.parent), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": path}
     assert subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True).returncode == 1
