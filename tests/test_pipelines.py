@@ -83,11 +83,15 @@ def test_they_say_the_same_in_the_same_places() -> None:
 def test_keys_in_comments_are_keys_with_their_defaults(scale: str, tmp_path: Path) -> None:
     text = (FOLDER / f"{scale}.toml").read_text("utf-8")
     shown = re.sub(r"^# (?=\w+ = )", "", text, flags=re.M)
-    assert shown != text
+    assert "\nbatch_rows = " not in shown  # a stage has its own number
+    assert sum(a != b for a, b in zip(shown.splitlines(), text.splitlines(), strict=True)) == 6
     path = tmp_path / "shown.toml"
     path.write_text(shown, "utf-8")
     one, other = pipelines.load(FOLDER / f"{scale}.toml"), pipelines.load(path)
     assert (one.config.dataset, one.config.run, one.reading) == (other.config.dataset, other.config.run, other.reading)
+    assert {name: use.options for name, use in one.stages.items()} == {
+        n: use.options for n, use in other.stages.items()
+    }
 
 
 def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
