@@ -661,7 +661,7 @@ def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
         counts = ", ".join(f"{outcome[key]} {_WORDS.get(key, key)}" for key in shown if outcome[key])
         talk.say(f"{name}: {counts or 'nothing'} in {outcome.seconds:.1f} s")
     for shard, reason in outcome.refused.items():
-        talk.say(f"refused shard '{plain(shard)}': " + "\n".join(plain(line) for line in reason.splitlines()))
+        talk.say(f"refused shard '{shard}': {reason}")
 
 
 _WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered by another run or left out"}

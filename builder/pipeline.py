@@ -158,11 +158,11 @@ def ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
     table.extend_schema(layout, pipeline.reading.columns)
     settings = pipeline.config.run
     run = runs.new_run(layout, "ingest")
-    dealt = tar_shards.deal(plan.todo, settings.workers)
-    runs.tasks_of(run, dealt)
     runs.describe(
         run, "ingest", reading=pipeline.reading.to_json(), pipeline=pipeline.config.path, set=pipeline.config.sets
     )
+    dealt = tar_shards.deal(plan.todo, settings.workers)
+    runs.tasks_of(run, dealt)
     return runs.execute(run, len(dealt), settings, talk, "ingest", len(plan.todo), "shards")
 
 
@@ -208,6 +208,15 @@ def shards_of(pipeline: Pipeline) -> list[str]:
     return workset.narrow_to(list(found.paths), pipeline.layout.shard_names())
 
 
+def table_shards(pipeline: Pipeline) -> list[str]:
+    """`shards_of`, of which there must be one at least."""
+    shards = shards_of(pipeline)
+    if not shards:
+        root = pipeline.layout.root
+        raise ConfigError("the table has no samples yet", where={"root": root}, fix="builder ingest, then this")
+    return shards
+
+
 def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outcome:
     """Runs one stage over its work set.
 
@@ -215,9 +224,7 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
         BuilderError: bad SQL, a stage that cannot start, a task that did not finish.
     """
     layout, use = pipeline.layout, use_of(pipeline, name)
-    shards = shards_of(pipeline)
-    if not shards:
-        raise ConfigError("the table has no samples yet", where={"root": layout.root}, fix="builder ingest, then this")
+    shards = table_shards(pipeline)
     work = work_of(pipeline, name, choice, shards)
     table.extend_schema(layout, columns_of(use.kind))
     table.heal(layout, shards)
@@ -226,10 +233,10 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
         talk.say(f"{name}: nothing to do ({counts.ok} ok, {counts.failed} failed of {counts.covered} covered)")
         return Outcome()
     run = runs.new_run(layout, name)
+    _describe_stage(pipeline, run, use, work)
     slices = workset.freeze(layout, run, work)
     dealt = workset.cut(slices, use.run.workers)
     workset.write_tasks(run, dealt)
-    _describe_stage(pipeline, run, use, work)
     return runs.execute(run, len(dealt), use.run, talk, name, sum(part.count for part in slices), "rows")
 
 
@@ -341,7 +348,7 @@ def write(pipeline: Pipeline, talk: Talk) -> Outcome:
     layout = pipeline.layout
     found = tar_shards.find(pipeline.config.patterns)
     writer.check_apart(layout, list(found.paths.values()))
-    layout.runs.mkdir(parents=True, exist_ok=True)
+    table_shards(pipeline)
     frozen = files.temp_path(layout.runs / "write.parquet")
     try:
         plan = plan_write(pipeline, freeze=frozen)
@@ -356,20 +363,20 @@ def write(pipeline: Pipeline, talk: Talk) -> Outcome:
             return Outcome()
         check_disk(plan, layout)
         run = runs.new_run(layout, "write")
+        runs.describe(
+            run,
+            "write",
+            sql=read_sql(pipeline.config.write.select).origin,
+            image_stage=writer.image_stage(pipeline.known_columns()),
+            pipeline=pipeline.config.path,
+            set=pipeline.config.sets,
+        )
         if frozen.exists():
             frozen.replace(run.workset)
     finally:
         frozen.unlink(missing_ok=True)
     dealt = _deal(plan.todo, pipeline.config.run.workers)
     workset.write_tasks(run, dealt)
-    runs.describe(
-        run,
-        "write",
-        sql=read_sql(pipeline.config.write.select).origin,
-        image_stage=writer.image_stage(pipeline.known_columns()),
-        pipeline=pipeline.config.path,
-        set=pipeline.config.sets,
-    )
     outcome = runs.execute(run, len(dealt), pipeline.config.run, talk, "write", len(plan.todo), "shards")
     writer.write_sizes(layout)
     return outcome

@@ -29,9 +29,9 @@ class Talk:
         self._quiet = quiet
 
     def say(self, text: str) -> None:
-        """One line for people."""
+        """Lines for people; nothing in them that a terminal would obey."""
         if not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+            print("\n".join(plain(line) for line in text.split("\n")), file=sys.stderr, flush=True)
 
     @contextmanager
     def bar(self, label: str, total: int, unit: str) -> Iterator[Bar]:

@@ -80,7 +80,11 @@ def new_run(layout: Layout, name: str) -> RunFiles:
 
 
 def describe(run: RunFiles, kind: str, **facts: Any) -> None:
-    """Writes `run.json`: everything that a task needs, and what a person wants to know later."""
+    """Writes `run.json`: everything that a task needs, and what a person wants to know later.
+
+    It is the first file of a run: it names the process, so that a sweep can tell a run that was killed while it was
+    planned.
+    """
     data = {
         "kind": kind,
         "run": run.folder.name,

@@ -484,8 +484,10 @@ class Sweep:
     size: int = 0
 
     def add(self, path: Path) -> None:
+        """Adds a file, or a folder with all that is in it."""
         with contextlib.suppress(FileNotFoundError):
-            self.size += path.stat().st_size
+            inside = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
+            self.size += sum(entry.stat().st_size for entry in inside)
             self.paths.append(path)
 
 
