@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -69,15 +68,11 @@ def described(pipeline: Pipeline, name: str, choice: Choice, tasks: int) -> RunF
     table.extend_schema(layout, columns_of(use.kind))
     table.heal(layout, shards)
     run = runs.new_run(layout, name)
-    workset.write_tasks(run, workset.cut(workset.freeze(layout, run, work), tasks))
     pipelines._describe_stage(pipeline, run, use, work)
+    workset.write_tasks(run, workset.cut(workset.freeze(layout, run, work), tasks))
     return run
 
 
 def rows_of(frozen: pa.Table) -> list[tuple[str, int]]:
     """Shard and row of a work set."""
     return list(zip(frozen["shard"].to_pylist(), frozen["row"].to_pylist(), strict=True))
-
-
-Count = Callable[[], int]
-Rows = Sequence[tuple[Any, ...]]

@@ -52,7 +52,7 @@ class Base:
             time.sleep(self.options.pause_s)
         self.check(batch)
         notes = [f"{self.options.word}: {text}" for text in batch.column("text").to_pylist()]
-        return pa.RecordBatch.from_pydict({"note": notes}, schema=self.outputs)
+        return pa.RecordBatch.from_arrays([pa.array(notes, pa.string())], schema=self.outputs)
 
     def check(self, batch: pa.RecordBatch) -> None:
         """Does nothing."""
@@ -94,10 +94,6 @@ class Other(Base):
 
     name: ClassVar[str] = "other"
     outputs: ClassVar[pa.Schema] = pa.schema([output("remark", pa.string(), "the word and the caption")])
-
-    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        result = super().process(batch)
-        return pa.RecordBatch.from_arrays(result.columns, schema=self.outputs)
 
 
 class Rival(Base):
