@@ -9,6 +9,7 @@ import io
 import json
 import math
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
@@ -48,6 +49,8 @@ class _Group(click.Group):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a caption that the terminal cannot show is no error
+        if arguments[:1] != ["task"]:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends is Ctrl-C too
         try:
             sys.exit(super().main(arguments, prog_name="builder", standalone_mode=False))
         except click.UsageError as error:
@@ -58,10 +61,6 @@ class _Group(click.Group):
             _fail(ConfigError(error.format_message(), fix=fix), as_json)
         except BuilderError as error:
             _fail(error, as_json)
-        except OSError as error:
-            place = {"file": error.filename} if error.filename else {}
-            what = error.strerror or str(error)
-            _fail(StageError(what, where=place, fix="mend that and run the same command again"), as_json)
         except (click.Abort, KeyboardInterrupt):
             fix = "everything committed is kept; run the same command again to go on"
             if as_json:
@@ -69,6 +68,16 @@ class _Group(click.Group):
             else:
                 click.echo(f"\nstopped: {fix}", err=True)
             sys.exit(EXIT_INTERRUPTED)
+        except Exception as error:
+            if not isinstance(error, OSError):
+                if as_json:
+                    _fail(
+                        StageError(f"{type(error).__name__}: {error}", fix="run it without --json to see where"), True
+                    )
+                raise
+            place = {"file": error.filename} if error.filename else {}
+            what = error.strerror or str(error)
+            _fail(StageError(what, where=place, fix="mend that and run the same command again"), as_json)
 
 
 def _fail(error: BuilderError, as_json: bool) -> NoReturn:
@@ -658,8 +667,11 @@ def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
     """One line on what a command did, and one a refused shard."""
     if outcome.counts:
         shown = ("shards", "rows", "ok", "failed", "kept", "dropped", "edited")
-        counts = ", ".join(f"{outcome[key]} {_WORDS.get(key, key)}" for key in shown if outcome[key])
+        words = _WORDS if name != "write" else {}
+        counts = ", ".join(f"{outcome[key]} {words.get(key, key)}" for key in shown if outcome[key])
         talk.say(f"{name}: {counts or 'nothing'} in {outcome.seconds:.1f} s")
+    if outcome["kept"]:
+        talk.say(f"  why: cat {outcome.folder}/logs/*.failures.jsonl")
     for shard, reason in outcome.refused.items():
         talk.say(f"refused shard '{shard}': {reason}")
 

@@ -32,7 +32,7 @@ def opened(source: table.SourceShard) -> Iterator[int]:
     """A source shard, open for reading at offsets.
 
     Raises:
-        ShardError: it is gone, cannot be read, or has another size than when it was ingested.
+        ShardError: it is gone, cannot be read, or has another size or time than when it was ingested.
     """
     fix = "put it back, or ingest it as it is now: builder ingest"
     try:
@@ -42,11 +42,15 @@ def opened(source: table.SourceShard) -> Iterator[int]:
             f"the source shard cannot be read: {error.strerror}", where={"file": source.path}, fix=fix
         ) from error
     try:
-        size = os.fstat(descriptor).st_size
-        if size != source.size:
+        stat = os.fstat(descriptor)
+        if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
             raise ShardError(
                 "the source shard changed since it was ingested",
-                where={"file": source.path, "bytes": f"expected {source.size}, found {size}"},
+                where={
+                    "file": source.path,
+                    "bytes": f"expected {source.size}, found {stat.st_size}",
+                    "modified": f"expected {source.mtime_ns}, found {stat.st_mtime_ns} (ns)",
+                },
                 fix=fix,
             )
         yield descriptor

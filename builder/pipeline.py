@@ -30,7 +30,7 @@ from builder.members import MemberReader, place_of
 from builder.progress import Talk
 from builder.query import Samples, Sql, read_sql
 from builder.runs import Outcome
-from builder.schema import SOURCE, Column
+from builder.schema import Column
 from builder.sources import shards as tar_shards
 from builder.stage import Stage, columns_of, find, options_hash, pointers_of, with_built_in
 from builder.workset import Choice, Counts, Slice, Work
@@ -59,7 +59,12 @@ class Pipeline:
 
     config: Config
     stages: dict[str, StageUse]
-    reading: tar_shards.Reading
+    asked: tar_shards.Reading
+
+    @property
+    def reading(self) -> tar_shards.Reading:
+        """What ingest carries: the json fields that the pipeline asks for, and those that the root has."""
+        return self.asked.beside(table.load_schema(self.layout)[1])
 
     @property
     def layout(self) -> Layout:
@@ -68,7 +73,7 @@ class Pipeline:
     @property
     def own_columns(self) -> tuple[Column, ...]:
         """Columns of ingest and of every stage of the pipeline."""
-        return reduce(schema.merge, (columns_of(use.kind) for use in self.stages.values()), self.reading.columns)
+        return reduce(schema.merge, (columns_of(use.kind) for use in self.stages.values()), self.asked.columns)
 
     def columns(self) -> tuple[Column, ...]:
         """The root's columns with those that the pipeline will add: these read as typed nulls until then."""
@@ -136,12 +141,10 @@ class IngestPlan:
 def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
     """Compares the shards on disk with the table."""
     found = tar_shards.find(pipeline.config.patterns)
-    layout = pipeline.layout
+    layout, reading = pipeline.layout, pipeline.reading
     writer.check_apart(layout, list(found.paths.values()))
     todo = [
-        path
-        for shard, path in found.paths.items()
-        if redo or not tar_shards.is_ingested(layout, shard, path, pipeline.reading)
+        path for shard, path in found.paths.items() if redo or not tar_shards.is_ingested(layout, shard, path, reading)
     ]
     return IngestPlan(found, todo, found.missing, tar_shards.vanished(layout, found))
 
@@ -534,9 +537,11 @@ def drop(pipeline: Pipeline, name: str) -> None:
             f"the table has no column '{name}'", where={"root": layout.root}, fix="builder sql 'describe samples'"
         )
     needed = {c.name for stage in {c.stage for c in columns} for c in schema.status_columns(stage)}
-    if column.stage == SOURCE or name in needed:
+    if column in schema.IDENTITY or name in needed:
         raise ConfigError(
-            f"column '{name}' cannot be dropped", where={"stage": column.stage}, fix="drop an output of a stage"
+            f"column '{name}' cannot be dropped",
+            where={"stage": column.stage},
+            fix="drop an output of a stage or a json field",
         )
     table.change_schema(layout, lambda have: tuple(c for c in have if c.name != name))
 

@@ -31,7 +31,7 @@ from builder.progress import Talk
 from builder.query import Sql
 from builder.sources import shards as tar_shards
 from builder.stage import find
-from builder.task import TaskSettings, run_stage_task
+from builder.task import TaskSettings, error_text, run_stage_task
 
 #: Packages whose versions decide answers; those that are installed are recorded.
 _RECORDED = (
@@ -49,11 +49,13 @@ class Outcome:
     Attributes:
         counts: by name: rows, ok, failed, kept, dropped, edited ...
         refused: shards that could not be used, with the reason.
+        folder: the run directory; None where there was nothing to do.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    folder: Path | None = None
 
     def add(self, result: dict[str, Any]) -> None:
         for name, value in result.items():
@@ -154,7 +156,7 @@ def execute(run: RunFiles, tasks: int, settings: Run, talk: Talk, label: str, to
         outcome.add(result)
         if end.code not in (local.DONE, local.DONE_WITH_FAILURES):
             broken.append(_why(run, end, result))
-    outcome.seconds = time.monotonic() - started
+    outcome.seconds, outcome.folder = time.monotonic() - started, run.folder
     if broken:
         first = broken[0]
         if len(broken) > 1:
@@ -226,7 +228,8 @@ def run_task(folder: Path, number: int) -> int:
         if not isinstance(error, BuilderError):
             traceback.print_exc()
             error = StageError(
-                f"{type(error).__name__}: {error}", fix="the log has the traceback; what was committed is kept"
+                error_text(error),
+                fix=f"see the traceback in {run.log(number)}, mend the cause, run the same command again",
             )
         print(error, file=sys.stderr)
         place = {name: str(value) for name, value in error.where.items()}

@@ -6,6 +6,7 @@ Owns what a column is and which ones ingest makes. Knows nothing of files.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,7 +66,7 @@ IDENTITY = (
     Column("source_width", pa.int32(), SOURCE, "the json's width of the stored image, px"),
     Column("source_height", pa.int32(), SOURCE, "the json's height of the stored image, px"),
     Column("source_members", pa.list_(MEMBER), SOURCE, "the sample's tar members: extension, and bytes in the shard"),
-    Column("source_notes", pa.string(), SOURCE, "values of the source that did not fit and read as null"),
+    Column("source_notes", pa.string(), SOURCE, "missing members, and values that did not fit and read as null"),
 )
 
 
@@ -107,6 +108,17 @@ def field_columns(fields: dict[str, pa.DataType]) -> tuple[Column, ...]:
         column = f"json_{name}" if name in taken or name.startswith("source_") else name
         columns.append(Column(column, kind, SOURCE, f"the json's field '{name}'"))
     return tuple(columns)
+
+
+def carried_fields(columns: Iterable[Column]) -> dict[str, pa.DataType]:
+    """The json fields that a root carries, by name: the inverse of `field_columns`."""
+    own = {column.name for column in (*IDENTITY, *status_columns(SOURCE))}
+    found = {}
+    for column in columns:
+        if column.stage == SOURCE and column.name not in own:
+            field = column.name.removeprefix("json_")
+            found[field if field_columns({field: column.type})[0].name == column.name else column.name] = column.type
+    return found
 
 
 def output_columns(stage: str, outputs: pa.Schema) -> tuple[Column, ...]:

@@ -231,7 +231,7 @@ def pointers_of(columns: Iterable[schema.Column]) -> dict[str, list[str]]:
 
 
 def options_hash(kind: type[Stage], options: BaseModel) -> str:
-    """16 hex digits over a stage's name, version and the options that decide its result.
+    """16 hex digits over a stage's name, version, inputs, outputs and the options that decide its result.
 
     An option whose field says `json_schema_extra={"decides": False}` (a timeout, a thread count) is left out.
     """
@@ -240,7 +240,8 @@ def options_hash(kind: type[Stage], options: BaseModel) -> str:
         for name, value in options.model_dump(mode="json").items()
         if (kind.Options.model_fields[name].json_schema_extra or {}).get("decides", True)  # type: ignore[union-attr]
     }
-    text = json.dumps([kind.name, kind.version, deciding], sort_keys=True)
+    columns = [[(field.name, str(field.type)) for field in side] for side in (kind.inputs, kind.outputs)]
+    text = json.dumps([kind.name, kind.version, columns, deciding], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from builder import files, schema
-from builder.errors import ConflictError, where
+from builder.errors import ConflictError, ShardError, where
 from builder.layout import Layout, generation_of, names
 from builder.schema import SOURCE, Column
 
@@ -165,9 +165,21 @@ def newest(layout: Layout, shard: str, *, fresh: bool = False) -> dict[str, int]
 
 
 def read_column_file(path: Path, columns: Sequence[str] | None = None) -> Content:
-    with pq.ParquetFile(path) as file:
-        table = file.read(columns=list(columns) if columns is not None else None)
-        return _content(table.replace_schema_metadata(None), file.schema_arrow.metadata or {})
+    """One column file, or some of its columns.
+
+    Raises:
+        ShardError: it is damaged.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=list(columns) if columns is not None else None)
+            return _content(table.replace_schema_metadata(None), file.schema_arrow.metadata or {})
+    except pa.ArrowInvalid as error:
+        raise ShardError(
+            "a column file is damaged",
+            where={"file": path, "reason": str(error)},
+            fix=f"rm '{path}', then the same command again: the generation before it counts, or its work is done anew",
+        ) from error
 
 
 def _content(table: pa.Table, metadata: dict[bytes, bytes]) -> Content:
@@ -406,8 +418,8 @@ def _footer(layout: Layout, shard: str) -> pq.FileMetaData | None:
     def read() -> pq.FileMetaData | None:
         try:
             return pq.read_metadata(layout.partition(shard))
-        except FileNotFoundError:
-            return None
+        except (FileNotFoundError, pa.ArrowInvalid):
+            return None  # one that cannot be read is folded anew
 
     return files.retry_listing(read)
 

@@ -48,6 +48,14 @@ class Choice:
     stale: bool = False
     where: str | None = None
 
+    def __post_init__(self) -> None:
+        given = [f"--{name}" for name in ("retry", "redo", "stale") if getattr(self, name)]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{' and '.join(given)} say different things",
+                fix="give one: --retry failed rows, --redo all rows, --stale rows whose inputs or options changed",
+            )
+
 
 @dataclass(frozen=True)
 class Slice:

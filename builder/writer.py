@@ -6,8 +6,11 @@ source's bytes and the table's write rows alone.
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +37,15 @@ _POINTER = ("image_path", "image_offset", "image_size")
 _MADE = ("image_width", "image_height", "image_sha256", "image_seed", "image_model", "image_prompt", "prompt")
 _KEYS = ("shard", "row", "uid")
 _OTHER = ("dropped", "caption")
+_TYPES = {
+    "shard": "varchar", "row": "bigint", "uid": "varchar", "dropped": "boolean", "caption": "varchar",
+    "image_path": "varchar", "image_offset": "bigint", "image_size": "bigint", "image_width": "integer",
+    "image_height": "integer", "image_sha256": "varchar", "image_seed": "bigint", "image_model": "varchar",
+    "image_prompt": "varchar", "prompt": "varchar",
+}  # fmt: skip
+#: json fields that the writer alone sets: always, and where there is a new image that they describe.
+_OWNED = {"caption", "original_caption", "provenance"}
+_DESCRIBING = {"width", "height", "original_width", "original_height", "sha256", "face_bboxes"}
 _SET = "set_"
 #: json fields that describe the replaced image: emptied, since the new one has no origin. Source: img2dataset's fields.
 _EMPTIED = ("url", "exif")
@@ -115,11 +127,13 @@ def plans(
     """
     stage = image_stage(columns)
     with Samples(layout, columns, shards) as samples:
-        returned = samples.select(sql, params).columns
-        _check_columns(returned, sql)
+        relation = samples.select(sql, params)
+        returned = relation.columns
+        _check_columns(returned, [str(kind) for kind in relation.types], sql)
+        chosen = ", ".join(f'cast(w."{n}" as {_TYPES[n]}) as "{n}"' if n in _TYPES else f'w."{n}"' for n in returned)
         run = f", s.{stage}_run as image_run" if stage and "image_path" in returned else ""
         around = (
-            f"select w.*, s.source_status as source_status{run} from {{}} w"
+            f"select {chosen}, s.source_status as source_status{run} from {{}} w"
             f" join samples s on w.shard = s.shard and w.row = s.row order by s.shard, s.row"
         )
         try:
@@ -145,7 +159,7 @@ def image_stage(columns: Sequence[Column]) -> str | None:
     return next((stage for stage, names in pointers_of(columns).items() if "image_path" in names), None)
 
 
-def _check_columns(returned: Sequence[str], sql: Sql) -> None:
+def _check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql) -> None:
     place = {"file": sql.origin, "returned": ", ".join(returned)}
     for name in _KEYS:
         if name not in returned:
@@ -157,6 +171,26 @@ def _check_columns(returned: Sequence[str], sql: Sql) -> None:
                 where=place,
                 fix=f"to set a json field write: {name} as {_SET}{name}",
             )
+    owned = _OWNED | (_DESCRIBING if "image_path" in returned else set())
+    for name, kind in zip(returned, types, strict=True):
+        if name.removeprefix(_SET) in owned and name.startswith(_SET):
+            raise ConfigError(
+                f"write SQL returned '{name}', which the writer sets itself",
+                where=place,
+                fix="leave it out" if name != f"{_SET}caption" else "return the new caption as: caption",
+            )
+        if name.startswith(_SET) and ("INTERVAL" in kind or "MAP(" in kind):
+            raise ConfigError(
+                f"write SQL returned '{name}' of type {kind}, which json does not have",
+                where=place,
+                fix=f"cast it, for example: cast({name} as varchar)",
+            )
+    if "image_path" in returned and "caption" in returned:
+        raise ConfigError(
+            "write SQL returned both 'image_path' and 'caption'",
+            where=place,
+            fix="the caption of a new image is its image_prompt: leave caption out",
+        )
     needed = (*_POINTER, "image_prompt", "prompt", "image_width", "image_height", "image_sha256")
     if "image_path" in returned and (missing := [name for name in needed if name not in returned]):
         raise ConfigError(
@@ -190,7 +224,7 @@ def plan_shard(
     """
     places, _ = table.read_partition(layout, shard, ["row"])
     plan = ShardPlan(shard, state.source, places.num_rows, {}, "", frozen=rows)
-    digest = hashlib.sha256(json.dumps([VERSION, state.rows, state.source.size]).encode())
+    digest = hashlib.sha256(json.dumps([VERSION, state.rows, state.source.size, state.source.mtime_ns]).encode())
     seen: set[int] = set()
     for row in rows:
         if row["row"] in seen:
@@ -218,10 +252,20 @@ def _decisive(edit: Edit) -> list[Any]:
 
 
 def _edit(layout: Layout, row: dict[str, Any], stage: str | None) -> Edit | None:
-    fields = {name[len(_SET) :]: value for name, value in row.items() if name.startswith(_SET) and value is not None}
+    fields = {
+        name[len(_SET) :]: _json_value(value, name, row)
+        for name, value in row.items()
+        if name.startswith(_SET) and value is not None
+    }
     if row.get("dropped"):
         return Edit(row["row"], dropped=True)
     if row.get("image_path") is not None:
+        if row["image_prompt"] is None:
+            raise ConfigError(
+                "an image has no image_prompt: its caption cannot be told",
+                where={"shard": row["shard"], "row": row["row"]},
+                fix="leave such rows out of the write SQL: where image_prompt is not null",
+            )
         made = {name: row.get(name) for name in _MADE if name != "prompt"}
         made |= _provenance(layout, stage, row.get("image_run"))
         image = (row["image_path"], row["image_offset"], row["image_size"])
@@ -229,6 +273,31 @@ def _edit(layout: Layout, row: dict[str, Any], stage: str | None) -> Edit | None
     if row.get("caption") is None and not fields:
         return None
     return Edit(row["row"], caption=row.get("caption"), fields=fields)
+
+
+def _json_value(value: Any, name: str, row: dict[str, Any]) -> Any:
+    """A value of SQL as json has it: decimals as numbers, dates and times as ISO text.
+
+    Raises:
+        ConfigError: json has no such value.
+    """
+    if isinstance(value, str | bool | int | None):
+        return value
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, list):
+        return [_json_value(item, name, row) for item in value]
+    if isinstance(value, dict):
+        return {key: _json_value(item, name, row) for key, item in value.items()}
+    raise ConfigError(
+        f"write SQL returned '{name}' = {value!r}, which json does not have",
+        where={"shard": row["shard"], "row": row["row"]},
+        fix=f"return null, a number, text or a list: cast({name} as varchar)",
+    )
 
 
 def _provenance(layout: Layout, stage: str | None, run: str | None) -> dict[str, Any]:
@@ -262,7 +331,7 @@ def is_written(layout: Layout, plan: ShardPlan) -> bool:
     try:
         metadata = pq.read_schema(layout.manifest(plan.shard)).metadata or {}
         size = layout.hybrid(plan.shard).stat().st_size
-    except FileNotFoundError:
+    except (FileNotFoundError, pa.ArrowInvalid):
         return False
     return metadata.get(_DIGEST) == plan.digest.encode() and json.loads(metadata[_INFO])["size"] == size
 
@@ -520,5 +589,14 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
-        value = json.loads(raw)
+        value = _finite(json.loads(raw))
     return dict(value)
+
+
+def _finite(value: Any) -> Any:
+    """A value without NaN and infinities, which Python writes and json does not have: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return {key: _finite(item) for key, item in value.items()} if isinstance(value, dict) else value

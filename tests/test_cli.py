@@ -537,7 +537,7 @@ def test_fold_and_drop(ask: Callable[..., Done], dataset: Workspace) -> None:
     )
     assert ask("fold").err.splitlines()[-1] == "2 partitions folded"
     assert ask("drop", "caption").err == (
-        "error: column 'caption' cannot be dropped\n  stage: source\n  fix: drop an output of a stage\n"
+        "error: column 'caption' cannot be dropped\n  stage: source\n  fix: drop an output of a stage or a json field\n"
     )
     assert ask("drop", "nothing").err == (
         f"error: the table has no column 'nothing'\n  root: {dataset.root}\n  fix: builder sql 'describe samples'\n"

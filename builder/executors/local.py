@@ -194,8 +194,8 @@ class _Pool:
 
 
 def task_command(run_folder: Path, number: int) -> list[str]:
-    """The command line of one task."""
-    return [sys.executable, "-m", "builder", "task", str(run_folder), str(number)]
+    """The command line of one task; `-P`: nothing in the working directory is taken for a module."""
+    return [sys.executable, "-P", "-m", "builder", "task", str(run_folder), str(number)]
 
 
 def die_with_parent() -> None:

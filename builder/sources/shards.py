@@ -192,8 +192,12 @@ class Reading:
 
     @property
     def signature(self) -> str:
-        kinds = {name: schema.type_text(kind) for name, kind in self.fields.items()}
+        kinds = {name: schema.type_text(kind) for name, kind in sorted(self.fields.items())}
         return hashlib.blake2b(json.dumps([VERSION, kinds, self.boxes]).encode(), digest_size=8).hexdigest()
+
+    def beside(self, columns: Iterable[Column]) -> Reading:
+        """This reading with the json fields that a root carries already: none of them leaves by another pipeline."""
+        return Reading({**schema.carried_fields(columns), **self.fields}, self.boxes)
 
     def to_json(self) -> dict[str, Any]:
         return {"fields": {name: schema.type_text(kind) for name, kind in self.fields.items()}, "boxes": self.boxes}
