@@ -145,9 +145,10 @@ print(json.dumps({"done": 7, "failed": 0}), flush=True)
 
 #: A parent: runs two workers that commit when they are asked to stop, as `builder task` does.
 PARENT = """\
-import sys
+import signal, sys
 from pathlib import Path
 from builder.executors import local
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started with it ignored
 folder = Path(sys.argv[1])
 worker = (folder / "worker.py").read_text()
 try:

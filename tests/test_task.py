@@ -240,7 +240,7 @@ def test_a_transient_error_is_tried_again(
 ) -> None:
     monkeypatch.setattr(task, "TRANSIENT_PAUSE_S", 0.001)
     stage = Busy(Options(word=str(times), bad=[key(2)]))
-    result = do(layout, plan(layout, stage), stage)
+    result = do(layout, plan(layout, stage), stage, batch_rows=1)
     assert (result.ok, result.failed) == (16 - failed, failed)
     expected = ("failed", "TransientError: the endpoint is busy") if failed else ("ok", None)
     assert read(layout, "note_status", "note_error")[2] == expected
@@ -356,6 +356,18 @@ def test_a_task_done_twice_does_nothing_the_second_time(layout: Layout) -> None:
     assert stage.seen == []
     assert (second.rows, second.ok, second.dropped) == (first.rows, first.ok, first.dropped) == (16, 16, 0)
     assert generations(layout, "00000000") == 1
+
+
+def test_a_shard_without_rows_to_do_is_healed_first(layout: Layout) -> None:
+    """A kill after the last commit and before the fold leaves a partition that is behind."""
+    run = plan(layout, Note(Options()))
+    before = layout.partition("00000000").read_bytes()
+    do(layout, run, Note(Options()))
+    layout.partition("00000000").write_bytes(before)
+    stage = Counting()
+    do(layout, run, stage)
+    assert stage.seen == []
+    assert not table.is_behind(layout, "00000000")
 
 
 def test_rows_of_another_run_are_dropped_and_counted(layout: Layout) -> None:
@@ -478,6 +490,7 @@ def check_painted(layout: Layout) -> None:
             continue
         tar = (layout.root / path).read_bytes()
         assert tar[offset : offset + size] == caption(number).encode()
+        assert tar.endswith(bytes(1024))
         with tarfile.open(layout.root / path) as archive:
             assert f"{number % 8:08d}.jpg" in archive.getnames()
 
@@ -560,7 +573,10 @@ def test_ctrl_c_keeps_what_is_committed(workspace: Make) -> None:
     ingest_here(pipeline)
     log = made.folder / "seen.log"
     command = [sys.executable, "-m", "builder", "stage", "note", "--pipeline", str(made.file)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=made.folder, start_new_session=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=made.folder, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background have it ignored
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while min(generations(pipeline.layout, shard) for shard in ("00000000", "00000001")) < 2:
         assert time.monotonic() < deadline
