@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +174,20 @@ sys.exit(130)
 
 
 @pytest.fixture
-def parent(tmp_path: Path) -> subprocess.Popen[str]:
-    """A parent in a session of its own, its two workers at work."""
+def parent(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A parent in a session of its own, its two workers at work; none of them outlives the test."""
     (tmp_path / "worker.py").write_text(HEAD + WORKER)
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
-    return process
+    yield process
+    process.kill()
+    process.communicate()
+    for pid in workers(tmp_path):
+        with contextlib.suppress(OSError):
+            if str(tmp_path) in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
 
 
 def workers(folder: Path) -> list[int]:
