@@ -122,7 +122,7 @@ checkpoint_rows = {checkpoint_rows}
 """
 STANDARD_STAGES = """\
 [stages.faces]
-source = "auto"
+source = "json"
 
 [stages.lang]
 

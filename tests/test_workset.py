@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,9 +142,8 @@ def test_values_that_do_not_fit_an_input_are_refused_with_duckdbs_words(layout: 
 
     with pytest.raises(ConfigError) as refused:
         plan(layout, Number(Options()), sql="select shard, row, uid, key as number from samples where uid like '%00'")
-    assert str(refused.value).startswith(
-        f"DuckDB refuses the SQL: Conversion Error: Could not convert string '{0:032x}-0' to INT32"
-    )
+    what = "DuckDB refuses the SQL: Conversion Error: Could not convert string '0{31}[0-9a-f]-0' to INT32"
+    assert re.match(what, str(refused.value))  # which row DuckDB comes to first is its own affair
     assert str(refused.value).endswith("\n  file: work.sql\n  fix: edit that SQL")
 
 
