@@ -46,7 +46,16 @@ def process_lives(host: str, pid: int) -> bool | None:
         return False
     except PermissionError:
         return True
-    return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether a process ended and only waits for its parent to ask how; False where /proc cannot tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("Z", "X")
 
 
 def is_dead_temp(path: Path) -> bool:

@@ -22,7 +22,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from planned import SQL, described, section
 
 from builder import pipeline as pipelines
 from builder import table
@@ -30,6 +29,7 @@ from builder.layout import Layout, RunFiles, names
 from builder.progress import Talk
 from builder.workset import Choice
 from conftest import PIPELINE, Workspace, ingest_here, make_shard, samples
+from planned import SQL, described, section
 
 SHARDS, ROWS = 3, 24
 WORKERS, CHECKPOINT_ROWS, BATCH_ROWS = 2, 4, 2

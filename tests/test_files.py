@@ -198,3 +198,16 @@ def test_other_errors_are_not_retried_and_gone_files_not_for_ever() -> None:
         "  fix: run the same command again"
     )
     assert calls[1:] == [errno.ENOENT] * 3
+
+
+def test_a_process_that_ended_and_was_not_asked_how_is_dead() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    try:
+        deadline = time.monotonic() + 30
+        while files.process_lives(socket.gethostname(), process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, 0)  # its number is still taken
+    finally:
+        process.wait()
+    assert files.process_lives(socket.gethostname(), os.getpid())

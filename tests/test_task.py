@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
-from planned import SQL, do, plan, section
 
 from builder import Strict, files, output, schema, table, task
 from builder.errors import StageError, TransientError
@@ -23,6 +22,7 @@ from builder.layout import Layout, RunFiles
 from builder.task import Deaths, Result, error_text
 from builder.workset import Choice
 from conftest import Workspace, ingest_here, make_shard, samples
+from planned import SQL, do, plan, section
 from stages import Base, Fails, Note, Options, Short
 
 Make = Callable[..., Workspace]

@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from planned import SQL, do, plan, rows_of, section, work_of
 
 from builder import table, workset
 from builder.errors import ConfigError, ConflictError
@@ -21,6 +20,7 @@ from builder.sources.shards import Reading
 from builder.table import SourceShard
 from builder.workset import Choice, Counts, Slice, cut
 from conftest import Workspace, ingest_here, make_shard, samples
+from planned import SQL, do, plan, rows_of, section, work_of
 from stages import Base, Fails, Note, Options
 
 Make = Callable[..., Workspace]
