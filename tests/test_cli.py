@@ -334,14 +334,14 @@ def test_exit_3_refused_shard(workspace: Make) -> None:
     ]
 
 
-def test_exit_130_interrupted_and_gone_on(own: Callable[..., Workspace]) -> None:
+def test_exit_130_stopped_as_a_scheduler_does_and_gone_on(own: Callable[..., Workspace]) -> None:
     made = own("Note", "pause_s = 0.5", checkpoint_rows=4)
     command = [sys.executable, "-m", "builder", "stage", "note", "--pipeline", str(made.file)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list(made.root.glob("columns/a/note.g*.parquet")):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, talk = process.communicate(timeout=60)
     assert process.returncode == 130
     assert talk.splitlines()[-1] == "stopped: everything committed is kept; run the same command again to go on"
