@@ -271,7 +271,7 @@ def test_parameters_are_all_given_and_all_used() -> None:
         (
             "select uid,\n       cast(caption as integer)\nfrom samples",
             "DuckDB refuses the SQL: Conversion Error: Could not convert string 'a man with a hat is standing in the "
-            "street number 0' to INT32 when casting from source column caption",
+            "street number ",  # which row it comes to first is its own affair
         ),
     ],
 )
