@@ -34,6 +34,8 @@ MAX_PREFIX = 1 << 20
 _MAX_OCTAL = 0o77777777777
 #: Kinds without content, whatever size their header declares. Source: Python's tarfile and libarchive.
 _NO_CONTENT = frozenset(b"123456")
+#: pax headers of one length that are compared with one of them at a time; what is left after so many is read one by one.
+_KINDS_OF_BODIES = 8
 _OCTAL = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
 #: First bytes of compressed files: what wrote them, what reads them, their suffix.
 _MAGIC = {
@@ -158,21 +160,20 @@ def _chain(view: mmap.mmap) -> Index | None:
     if count == 0:
         return None
     blocks = np.frombuffer(view, dtype=np.uint8, count=count * BLOCK).reshape(count, BLOCK)
+    magic = np.ndarray((count,), np.uint32, buffer=view, offset=257, strides=(BLOCK,))  # 'usta': one compare a block
     try:
-        return _linked(view, blocks)
+        return _linked(view, blocks, np.flatnonzero(magic == np.frombuffer(b"usta", np.uint32)[0]))
     finally:
-        del blocks
+        del blocks, magic
 
 
-def _linked(view: mmap.mmap, blocks: np.ndarray) -> Index | None:
-    magic = blocks[:, 257:261].copy().view(np.uint32).ravel()  # 'usta': one 32-bit compare a block
-    found = np.flatnonzero(magic == np.frombuffer(b"usta", np.uint32)[0])
+def _linked(view: mmap.mmap, blocks: np.ndarray, found: np.ndarray) -> Index | None:
     if len(found) == 0 or found[0] != 0:
         return None
     heads = blocks[found]
     sizes = _octal(heads[:, 124:136])
     kinds = heads[:, 156]
-    if sizes is None or not np.isin(kinds, (ord("0"), 0, ord("x"))).all() or (heads[:, 345] != 0).any():
+    if sizes is None or not np.isin(kinds, (ord("0"), 0, ord("x"))).all() or heads[:, 345:].any():
         return None
     following = found + 1 + (sizes + BLOCK - 1) // BLOCK
     end = int(following[-1])
@@ -181,30 +182,29 @@ def _linked(view: mmap.mmap, blocks: np.ndarray) -> Index | None:
     sums = _octal(heads[:, 148:156])
     if sums is None or (_checksums(heads) != sums).any():
         return None
-    return _members(view, found * BLOCK, sizes, kinds, heads, end * BLOCK)
+    prefix = kinds == ord("x")
+    if prefix[-1] or (prefix[1:] & prefix[:-1]).any() or not _all_transparent(blocks, found[prefix], sizes[prefix]):
+        return None
+    return _members(heads, found * BLOCK, sizes, kinds, prefix, end * BLOCK, len(view))
 
 
 def _members(
-    view: mmap.mmap, offsets: np.ndarray, sizes: np.ndarray, kinds: np.ndarray, heads: np.ndarray, end: int
+    heads: np.ndarray,
+    offsets: np.ndarray,
+    sizes: np.ndarray,
+    kinds: np.ndarray,
+    prefix: np.ndarray,
+    end: int,
+    file_size: int,
 ) -> Index | None:
-    prefix = kinds == ord("x")
-    if prefix[-1] or (prefix[1:] & prefix[:-1]).any():
-        return None
-    lengths = sizes[prefix].tolist()
-    length_first = {length: b"%d " % length for length in set(lengths)}
-    for start, length in zip((offsets[prefix] + BLOCK).tolist(), lengths, strict=True):
-        body = view[start : start + length]
-        is_one = body.startswith(length_first[length]) and _TRANSPARENT.fullmatch(body)  # nearly always: one time
-        if not is_one and not _is_transparent(body):
-            return None
     member = ~prefix
     raw = np.ascontiguousarray(heads[member][:, :100]).view("S100").ravel().tolist()
-    try:
-        text = b"\n".join(raw).decode("utf-8")
-    except UnicodeDecodeError:
+    joined = b"\n" + b"\n".join(raw) + b"\n"
+    if b"\n\n" in joined or b"/\n" in joined or b"\0" in joined or joined.count(b"\n") != len(raw) + 1:
         return None
-    names = text.split("\n") if raw else []
-    if "\0" in text or len(names) != len(raw) or any(name.endswith("/") or not name for name in names):
+    try:
+        names = joined.decode("utf-8").split("\n")[1:-1]
+    except UnicodeDecodeError:
         return None
     header = offsets[member].astype(np.int64)
     behind_prefix = np.concatenate(([False], prefix[:-1]))[member]
@@ -216,8 +216,42 @@ def _members(
         size=sizes[member].astype(np.int64),
         kind=kinds[member].copy(),
         end=end,
-        file_size=len(view),
+        file_size=file_size,
     )
+
+
+def _all_transparent(blocks: np.ndarray, found: np.ndarray, lengths: np.ndarray) -> bool:
+    """Whether the pax headers at these blocks hold only records that change nothing.
+
+    Bodies that differ from one that was read in their digits alone are as transparent as that one.
+    """
+    for length in np.unique(lengths).tolist():
+        if not 0 < length <= BLOCK:
+            return False
+        bodies = blocks[found[lengths == length] + 1, :length]
+        for _ in range(_KINDS_OF_BODIES):
+            if len(bodies) == 0:
+                break
+            first = bodies[0]
+            if not _is_transparent(first.tobytes()):
+                return False
+            may_differ = _is_digit(first) & ~_record_lengths(first)
+            bodies = bodies[~((bodies == first) | (_is_digit(bodies) & may_differ)).all(axis=1)]
+        if not all(_is_transparent(body.tobytes()) for body in bodies):
+            return False
+    return True
+
+
+def _is_digit(text: np.ndarray) -> np.ndarray:
+    return np.asarray((text - np.uint8(ord("0"))) < 10)
+
+
+def _record_lengths(body: np.ndarray) -> np.ndarray:
+    """Which bytes of a transparent pax header say how long its records are."""
+    counted = np.zeros(len(body), bool)
+    for record in _TRANSPARENT.finditer(body.tobytes()):
+        counted[record.start(1) : record.end(1)] = True
+    return counted
 
 
 def _is_transparent(body: bytes) -> bool:
@@ -230,7 +264,18 @@ def _is_transparent(body: bytes) -> bool:
 
 def _octal(text: np.ndarray) -> np.ndarray | None:
     """Octal numbers out of uint8 (n, w): spaces, digits, then spaces or NULs; None if one is written otherwise."""
-    digits = text - ord("0")
+    digits = text - np.uint8(ord("0"))
+    width = text.shape[1]
+    while width and (digits[:, width - 1] >= 8).all():  # the columns that end every number
+        width -= 1
+    ending = text[:, width:]
+    if width and (digits[:, :width] < 8).all() and ((ending == 0) | (ending == ord(" "))).all():
+        return np.asarray(digits[:, :width].astype(np.int64) @ (8 ** np.arange(width - 1, -1, -1)))
+    return _padded_octal(text, digits)
+
+
+def _padded_octal(text: np.ndarray, digits: np.ndarray) -> np.ndarray | None:
+    """The same where numbers have different widths."""
     is_digit = digits < 8
     fill = (text == 32) | (text == 0)
     if not (is_digit | fill).all() or not is_digit.any(axis=1).all():
@@ -249,9 +294,13 @@ def _octal(text: np.ndarray) -> np.ndarray | None:
 
 
 def _checksums(heads: np.ndarray) -> np.ndarray:
-    """Unsigned header checksums, the checksum field counted as spaces. Source: POSIX.1-1988."""
-    total: np.ndarray = heads.sum(axis=1, dtype=np.int64)
-    return np.asarray(total - heads[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * 32)
+    """Unsigned checksums of headers whose bytes from 345 on are zero, the checksum field counted as spaces.
+
+    Source: POSIX.1-1988. At most 257 bytes are added at a time, which 16 bits hold.
+    """
+    parts = (heads[:, :148], heads[:, 156:345])
+    total = sum(part.sum(axis=1, dtype=np.uint16).astype(np.int64) for part in parts)
+    return np.asarray(total + 8 * ord(" "))
 
 
 def _first_data(view: mmap.mmap, start: int) -> int | None:
