@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
+import orjson
 import pyarrow as pa
 from pydantic import BaseModel
 
@@ -245,15 +247,15 @@ def options_hash(kind: type[Stage], options: BaseModel) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def inputs_hashes(signature: str, columns: Sequence[list[Any]]) -> list[int]:
+def inputs_hashes(signature: str, columns: Sequence[Sequence[Any]]) -> pa.UInt64Array:
     """`<stage>_inputs` of rows: 64 bits over the signature and each row's inputs, given as columns."""
-    start = hashlib.blake2b(signature.encode(), digest_size=8)
-    hashes = []
-    for values in zip(*columns, strict=True):
-        digest = start.copy()
-        digest.update(json.dumps(values, default=str, separators=(",", ":")).encode())
-        hashes.append(int.from_bytes(digest.digest(), "big"))
-    return hashes
+    copy = hashlib.blake2b(signature.encode(), digest_size=8).copy
+    digests = []
+    for row in zip(*columns, strict=True):
+        digest = copy()
+        digest.update(orjson.dumps(row, default=str))
+        digests.append(digest.digest())
+    return pa.array(np.frombuffer(b"".join(digests), ">u8").astype(np.uint64))
 
 
 def check_result(kind: type[Stage], batch: pa.RecordBatch, result: Any) -> pa.RecordBatch:

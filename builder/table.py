@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -220,22 +221,20 @@ def _commit_file(layout: Layout, shard: str, stage: str, generation: int, conten
 
 def rows_hash(keys: Sequence[str], sizes: Sequence[Sequence[int]]) -> str:
     """Identity of a shard's rows: 128-bit hash over keys and member sizes in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for key, members in zip(keys, sizes, strict=True):
-        digest.update(f"{key}\0{','.join(map(str, members))}\n".encode())
-    return digest.hexdigest()
+    return hashlib.blake2b(orjson.dumps([keys, sizes]), digest_size=16).hexdigest()
 
 
-def commit_source(layout: Layout, shard: str, table: pa.Table, rows: str, source: SourceShard) -> int:
-    """Commits what ingest read of a shard; returns the generation.
+def commit_source(layout: Layout, shard: str, table: pa.Table, rows: str, source: SourceShard) -> None:
+    """Commits what ingest read of a shard, and folds it.
 
     It merges nothing, so a higher generation that appears beside it is as if it had come later; ingest compares the
     newest one with the disk whenever it is asked to.
     """
     while True:
         generation = newest(layout, shard, fresh=True).get(SOURCE, 0) + 1
-        if _commit_file(layout, shard, SOURCE, generation, Content(table, rows, source=source)):
-            return generation
+        content = Content(table, rows, source=source)
+        if _commit_file(layout, shard, SOURCE, generation, content):
+            return fold(layout, shard, known=(SOURCE, generation, content))
 
 
 def read_source(layout: Layout, shard: str, columns: Sequence[str] | None = None) -> Content | None:
@@ -299,7 +298,10 @@ def _base(layout: Layout, shard: str, stage: str, columns: tuple[Column, ...], r
             fix="run the same command again: it plans the work anew",
         )
     generation = found.get(stage, [0])[-1]
-    content = _aligned(layout, shard, stage, found, source) if generation else Content(pa.table({}), rows)
+    content = Content(pa.table({}), rows)
+    if generation:
+        newest_file = read_column_file(layout.column_file(shard, stage, generation))
+        content = _aligned(layout, shard, newest_file, found, source)
     merged = {name: content.table[name] for name in content.table.column_names}
     merged |= {column.name: _values(content.table, column, source.table.num_rows) for column in columns}
     return generation, Content(pa.table(merged), rows, content.swept)
@@ -345,9 +347,8 @@ def _chunks(column: pa.ChunkedArray | pa.Array) -> list[pa.Array]:
     return list(column.chunks) if isinstance(column, pa.ChunkedArray) else [column]
 
 
-def _aligned(layout: Layout, shard: str, stage: str, found: dict[str, list[int]], source: Content) -> Content:
-    """A stage's newest column file, its rows those of `source`: moved by key and member sizes if they are others."""
-    content = read_column_file(layout.column_file(shard, stage, found[stage][-1]))
+def _aligned(layout: Layout, shard: str, content: Content, found: dict[str, list[int]], source: Content) -> Content:
+    """A stage's answers, their rows those of `source`: moved by key and member sizes if they are others."""
     if content.rows == source.rows:
         return content
     for generation in reversed(found[SOURCE]):
@@ -379,23 +380,28 @@ def _moves(old: list[Any], new: list[Any]) -> pa.Array:
 # --- fold and heal ---
 
 
-def fold(layout: Layout, shard: str) -> None:
-    """Rebuilds a shard's partition from its newest column files and the root's columns."""
+def fold(layout: Layout, shard: str, *, known: tuple[str, int, Content] | None = None) -> None:
+    """Rebuilds a shard's partition from its newest column files and the root's columns.
+
+    Args:
+        known: stage, generation and content of a column file that the caller has just committed.
+    """
     while True:
-        folded = files.retry_listing(partial(_fold_once, layout, shard))
+        folded = files.retry_listing(partial(_fold_once, layout, shard, known))
         if (newest(layout, shard, fresh=True), load_schema(layout, fresh=True)[0]) == folded:
             return
 
 
-def _fold_once(layout: Layout, shard: str) -> tuple[dict[str, int], int]:
+def _fold_once(layout: Layout, shard: str, known: tuple[str, int, Content] | None = None) -> tuple[dict[str, int], int]:
     generation, columns = load_schema(layout)
     found = listing(layout, shard, fresh=True)
     state = {stage: generations[-1] for stage, generations in found.items()}
-    source = read_column_file(layout.column_file(shard, SOURCE, state[SOURCE]))
+    source = _content_of(layout, shard, SOURCE, state[SOURCE], known)
     stages = {SOURCE: source.table}
     for stage in state:
         if stage != SOURCE:
-            stages[stage] = _aligned(layout, shard, stage, found, source).table
+            content = _content_of(layout, shard, stage, state[stage], known)
+            stages[stage] = _aligned(layout, shard, content, found, source).table
     count, none = source.table.num_rows, pa.table({})
     table = pa.table({column.name: _values(stages.get(column.stage, none), column, count) for column in columns})
     metadata = {
@@ -406,6 +412,14 @@ def _fold_once(layout: Layout, shard: str) -> tuple[dict[str, int], int]:
     }
     files.write_atomic(layout.partition(shard), partial(write_parquet, table, metadata))
     return state, generation
+
+
+def _content_of(
+    layout: Layout, shard: str, stage: str, generation: int, known: tuple[str, int, Content] | None
+) -> Content:
+    if known is not None and known[:2] == (stage, generation):
+        return known[2]
+    return read_column_file(layout.column_file(shard, stage, generation))
 
 
 def partition_state(layout: Layout, shard: str) -> State | None:

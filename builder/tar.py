@@ -10,6 +10,8 @@ import mmap
 import os
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +36,7 @@ MAX_PREFIX = 1 << 20
 _MAX_OCTAL = 0o77777777777
 #: Kinds without content, whatever size their header declares. Source: Python's tarfile and libarchive.
 _NO_CONTENT = frozenset(b"123456")
-#: pax headers of one length that are compared with one of them at a time; what is left after so many is read one by one.
+#: So many times pax headers of one length are compared with one of them; what is left then is read one by one.
 _KINDS_OF_BODIES = 8
 _OCTAL = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
 #: First bytes of compressed files: what wrote them, what reads them, their suffix.
@@ -117,18 +119,33 @@ def index(path: Path) -> Index:
     Raises:
         ShardError: empty, compressed, truncated, a damaged header, data after the end; with the byte offset.
     """
+    with mapped(path) as view:
+        return index_of(view, path)
+
+
+@contextmanager
+def mapped(path: Path) -> Iterator[mmap.mmap]:
+    """A tar's bytes in memory as the system pages them in.
+
+    Raises:
+        ShardError: it is empty.
+    """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
+        if os.fstat(file.fileno()).st_size == 0:
             raise ShardError("the shard is empty (0 bytes)", where={"file": path}, fix="download or make it again")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            _refuse_compressed(view, path)
-            try:
-                quick = _chain(view)
-                return _walk(view) if quick is None else quick
-            except ShardError as error:
-                error.where = {"file": path, **error.where}
-                raise
+            yield view
+
+
+def index_of(view: mmap.mmap, path: Path) -> Index:
+    """`index` of a tar that is mapped already."""
+    _refuse_compressed(view, path)
+    try:
+        quick = _chain(view)
+        return _walk(view) if quick is None else quick
+    except ShardError as error:
+        error.where = {"file": path, **error.where}
+        raise
 
 
 def _refuse_compressed(view: mmap.mmap, path: Path) -> None:
@@ -265,13 +282,17 @@ def _is_transparent(body: bytes) -> bool:
 def _octal(text: np.ndarray) -> np.ndarray | None:
     """Octal numbers out of uint8 (n, w): spaces, digits, then spaces or NULs; None if one is written otherwise."""
     digits = text - np.uint8(ord("0"))
+    by_column = np.ascontiguousarray(digits.T)
     width = text.shape[1]
-    while width and (digits[:, width - 1] >= 8).all():  # the columns that end every number
+    while width and (by_column[width - 1] >= 8).all():  # the columns that end every number
         width -= 1
     ending = text[:, width:]
-    if width and (digits[:, :width] < 8).all() and ((ending == 0) | (ending == ord(" "))).all():
-        return np.asarray(digits[:, :width].astype(np.int64) @ (8 ** np.arange(width - 1, -1, -1)))
-    return _padded_octal(text, digits)
+    if width == 0 or (by_column[:width] >= 8).any() or not ((ending == 0) | (ending == ord(" "))).all():
+        return _padded_octal(text, digits)
+    value = np.zeros(len(text), np.int64)
+    for column in by_column[:width]:
+        value = value * 8 + column
+    return value
 
 
 def _padded_octal(text: np.ndarray, digits: np.ndarray) -> np.ndarray | None:

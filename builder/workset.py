@@ -247,7 +247,7 @@ def _with_inputs(table: pa.Table, work: Work) -> pa.Table:
     keys = [field.name for field in work.kind.inputs]
     hashed = [name for name in (*keys, "member_bytes", "edit_bytes") if name in table.column_names]
     columns = [table[name].to_pylist() for name in hashed] or [[None] * table.num_rows]
-    inputs = pa.array(inputs_hashes(work.signature, columns), pa.uint64())
+    inputs = inputs_hashes(work.signature, columns)
     fields = [*_KEYS, *keys, "previous_run"]
     result = table.select(fields).append_column("inputs", inputs)
     result = result.set_column(1, "row", result["row"].cast(pa.int64()))

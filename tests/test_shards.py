@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from builder import schema
 from builder.errors import ConfigError
+from builder.sources import samples as sample_columns
 from builder.sources import shards as tar_shards
 from builder.sources.shards import Reading
 from conftest import Sample, Workspace, builder, make_shard, picture, samples, write_tar
@@ -434,7 +435,7 @@ def test_json_nested_deep(tmp_path: Path) -> None:
 
 
 def test_json_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_shards, "MAX_TEXT", 20)
+    monkeypatch.setattr(sample_columns, "MAX_TEXT", 20)
     made = [Sample("a", json=b'{"caption": "12345"}', txt=b"x" * 20), Sample("b", json=b" " * 21, txt=b"x" * 21)]
     one, other = read(make_shard(tmp_path / "s.tar", made))
     assert (one["caption"], one["source_notes"], one["source_error"]) == ("12345", None, None)
