@@ -404,14 +404,22 @@ def _fold_once(layout: Layout, shard: str, known: tuple[str, int, Content] | Non
             stages[stage] = _aligned(layout, shard, content, found, source).table
     count, none = source.table.num_rows, pa.table({})
     table = pa.table({column.name: _values(stages.get(column.stage, none), column, count) for column in columns})
-    metadata = {
-        _FOLDED: json.dumps(state).encode(),
-        _SCHEMA: str(generation).encode(),
-        _ROWS: source.rows.encode(),
-        _SOURCE: json.dumps(vars(source.source)).encode(),
-    }
+    assert source.source is not None
+    metadata = folded_metadata(state, generation, source.rows, source.source)
     files.write_atomic(layout.partition(shard), partial(write_parquet, table, metadata))
     return state, generation
+
+
+def folded_metadata(
+    generations: dict[str, int], schema_generation: int, rows: str, source: SourceShard
+) -> dict[bytes, bytes]:
+    """What a partition says it was folded from."""
+    return {
+        _FOLDED: json.dumps(generations).encode(),
+        _SCHEMA: str(schema_generation).encode(),
+        _ROWS: rows.encode(),
+        _SOURCE: json.dumps(vars(source)).encode(),
+    }
 
 
 def _content_of(
