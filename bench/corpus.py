@@ -23,12 +23,13 @@ SEED = 20261101
 PICTURES = 400
 #: Width and height of the pictures, px: longest side 512 in six aspect ratios.
 SIZES = ((512, 512), (512, 384), (384, 512), (512, 341), (341, 512), (512, 288))
-#: Half of the captions' words, and the tail that 12 % of the captions get instead: other scripts, and what json escapes.
+#: Words of the captions, and the tails that 12 % of them get: other scripts, and what json escapes.
 WORDS = (
-    "red old small wooden large blue quiet modern vintage bright garden street kitchen window river mountain portrait "
-    "market bicycle bridge table flowers dress coffee harbour winter morning poster print stock photo image of the a "
-    "with and in front near under for sale free download"
-).split()
+    "red", "old", "small", "wooden", "large", "blue", "quiet", "modern", "vintage", "bright", "garden", "street",
+    "kitchen", "window", "river", "mountain", "portrait", "market", "bicycle", "bridge", "table", "flowers", "dress",
+    "coffee", "harbour", "winter", "morning", "poster", "print", "stock", "photo", "image", "of", "the", "a", "with",
+    "and", "in", "front", "near", "under", "for", "sale", "free", "download",
+)  # fmt: skip
 UNUSUAL = (
     "кошка сидит на окне",
     "猫が窓辺に座っている写真",

@@ -6,7 +6,6 @@ names, since nothing that is measured here reads them.
 
 from __future__ import annotations
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -70,7 +69,9 @@ def _content(pipeline: Pipeline, rows: int) -> pa.Table:
         if column.name == "row":
             values = pa.array(range(rows), pa.int64())
         elif column.name == "caption":
-            values = pa.array([f"a photo of street {i} at {random.integers(1 << 30)} in the evening" for i in range(rows)])
+            values = pa.array(
+                [f"a photo of street {i} at {random.integers(1 << 30)} in the evening" for i in range(rows)]
+            )
         elif column.name in ("key", "uid", "url", "sha256"):
             values = pa.array([random.bytes(16).hex() for _ in range(rows)])
         elif column.name == "face_count":
@@ -78,7 +79,9 @@ def _content(pipeline: Pipeline, rows: int) -> pa.Table:
         elif column.name == "lang":
             values = pa.array(random.choice(LANGUAGES, rows))
         elif column.name == "source_members":
-            places = [[{"ext": "jpg", "header": i * 40_000, "data": i * 40_000 + 512, "size": 39_000}] for i in range(rows)]
+            places = [
+                [{"ext": "jpg", "header": i * 40_000, "data": i * 40_000 + 512, "size": 39_000}] for i in range(rows)
+            ]
             values = pa.array(places, column.type)
         elif column.name.endswith("_status") and DONE.get(column.stage, 1.0):
             values = pa.array(["ok"] * rows)
@@ -103,6 +106,10 @@ source = "json"
 [stages.lang]
 
 [stages.prompts]
+
+[stages.prompts.params]
+min_faces = 1
+lang = "en"
 
 [stages.generate]
 """

@@ -231,7 +231,7 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     work = work_of(pipeline, name, choice, shards)
     table.extend_schema(layout, columns_of(use.kind))
     table.heal(layout, shards)
-    counts = workset.count(layout, work)
+    [counts] = workset.count(layout, [work])
     if counts.todo == 0:
         talk.say(f"{name}: nothing to do ({counts.ok} ok, {counts.failed} failed of {counts.covered} covered)")
         return Outcome()
@@ -418,8 +418,8 @@ def plan(pipeline: Pipeline, choice: Choice) -> Plan:
     layout = pipeline.layout
     shards = shards_of(pipeline)
     table.heal(layout, shards)
-    counts = {name: workset.count(layout, work_of(pipeline, name, choice, shards)) for name in pipeline.stages}
-    return Plan(ingest_plan, counts, plan_write(pipeline))
+    counts = workset.count(layout, [work_of(pipeline, name, choice, shards) for name in pipeline.stages])
+    return Plan(ingest_plan, dict(zip(pipeline.stages, counts, strict=True)), plan_write(pipeline))
 
 
 def status(pipeline: Pipeline) -> dict[str, Any]:

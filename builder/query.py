@@ -9,13 +9,14 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from builder import layout as places
 from builder import schema
@@ -128,6 +129,18 @@ class Samples:
             return relation.fetchall()
         except duckdb.Error as error:
             raise guarded(sql, error) from error
+
+    def stream(
+        self, sql: Sql, params: dict[str, Any] | None = None, *, around: str = "select * from {}", rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """An answer of any size, in batches of about so many rows; several may be read side by side."""
+        text = checked(sql, params or {})
+        before, _, after = around.partition("{}")
+        try:
+            relation = self._connection.cursor().sql(f"{before}(\n{text}\n){after}", params=params or None)
+            yield from relation.to_arrow_reader(rows)
+        except duckdb.Error as error:
+            raise _refused(sql, error, before.count("\n") + 1) from error
 
     def fixed(self, statement: str) -> list[tuple[Any, ...]]:
         """All rows of a statement of the package's own."""

@@ -7,18 +7,19 @@ one run will try.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from builder import files, query, schema
-from builder.errors import ConfigError, ConflictError, where
+from builder import files, schema
+from builder.errors import ConfigError, ConflictError
 from builder.layout import Layout, RunFiles
 from builder.query import Samples, Sql
 from builder.schema import Column
@@ -111,33 +112,38 @@ class Work:
     signature: str
 
 
-def count(layout: Layout, work: Work) -> Counts:
-    """Counts the rows of a stage's work; starts nothing."""
+def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
+    """Counts the rows of several stages' works, over the same shards and with one choice; starts nothing."""
+    if not works:
+        return []
+    first = works[0]
+    found = [Counts(0, 0, 0, 0, 0, 0) for _ in works]
+    with Samples(layout, first.columns, first.shards) as samples:
+        for work in works:
+            _check_columns(samples, work)
+        for _, state, wanted in _side_by_side(samples, works):
+            found = [_added(counts, work, state, rows) for counts, work, rows in zip(found, works, wanted, strict=True)]
+    return found
+
+
+def _added(counts: Counts, work: Work, state: pa.Table, wanted: pa.Table | None) -> Counts:
+    """`counts` and one shard's rows."""
     name = work.kind.name
-    with Samples(layout, work.columns, work.shards) as samples:
-        _check_columns(samples, work)
-        around = (
-            f"select count(*), count(*) filter ({name}_status = 'ok'), count(*) filter ({name}_status = 'failed'),"
-            f" count(*) filter ({_selected(work)}), count(distinct shard) filter ({_selected(work)})"
-            f" from (select s.* from {{}} w join {_narrowed(work)} s on w.shard = s.shard and w.row = s.row"
-            f" where s.source_status = 'ok')"
-        )
-        covered, ok, failed, todo, shards = samples.rows(work.sql, work.params, around=around)[0]
-        answered = samples.fixed(
-            f"select count(*) from {_narrowed(work)} s where {name}_status = 'ok' and source_status = 'ok'"
-        )[0][0]
-    if work.choice.stale and todo:
-        todo, shards = _count_stale(layout, work)
-    return Counts(covered, todo, ok, failed, answered - ok, shards)
-
-
-def _count_stale(layout: Layout, work: Work) -> tuple[int, int]:
-    rows, shards = 0, set()
-    with Samples(layout, work.columns, work.shards) as samples:
-        for chunk in _chunks(samples, work):
-            rows += chunk.num_rows
-            shards.update(chunk["shard"].unique().to_pylist())
-    return rows, len(shards)
+    answered = int(np.count_nonzero(state[f"{name}_state"].to_numpy() == _OK))
+    if wanted is None:
+        return replace(counts, outside=counts.outside + answered)
+    covered = _covered(state, wanted)
+    of = covered[f"{name}_state"].to_numpy()
+    ok, failed = (int(np.count_nonzero(of == value)) for value in (_OK, _FAILED))
+    todo = _to_do(work, covered).num_rows
+    return Counts(
+        covered=counts.covered + len(of),
+        todo=counts.todo + todo,
+        ok=counts.ok + ok,
+        failed=counts.failed + failed,
+        outside=counts.outside + answered - ok,
+        shards=counts.shards + bool(todo),
+    )
 
 
 def freeze(layout: Layout, run: RunFiles, work: Work) -> list[Slice]:
@@ -156,8 +162,7 @@ def freeze(layout: Layout, run: RunFiles, work: Work) -> list[Slice]:
             with Samples(layout, work.columns, work.shards) as samples:
                 _check_columns(samples, work)
                 before = {shard: _rows_of(layout, shard) for shard in work.shards}
-                with where(file=work.sql.origin):
-                    _write(_chunks(samples, work), temp, slices, before)
+                _write(_frozen(samples, work), temp, slices, before)
             if all(_rows_of(layout, part.shard) == part.rows for part in slices):
                 files.write_atomic(run.workset, temp.replace)
                 return slices
@@ -166,27 +171,36 @@ def freeze(layout: Layout, run: RunFiles, work: Work) -> list[Slice]:
     raise ConflictError("shards were ingested again while the work set was frozen", fix="run the same command again")
 
 
+def _frozen(samples: Samples, work: Work) -> Iterator[pa.Table]:
+    """The rows to try, shard by shard, as the work set holds them."""
+    for _, state, (wanted,) in _side_by_side(samples, [work], whole=True):
+        if wanted is not None and (rows := _to_do(work, _covered(state, wanted))).num_rows:
+            names = [field.name for field in work.kind.inputs]
+            yield _with_inputs(rows, work).select([*_KEYS, *names, "previous_run", "inputs"])
+
+
 def _rows_of(layout: Layout, shard: str) -> str:
     state = partition_state(layout, shard)
     return "" if state is None else state.rows
 
 
-def _write(chunks: Iterator[pa.Table], path: Path, slices: list[Slice], rows: dict[str, str]) -> None:
+def _write(parts: Iterator[pa.Table], path: Path, slices: list[Slice], rows: dict[str, str]) -> None:
     writer: pq.ParquetWriter | None = None
-    position, previous = 0, None
+    waiting: list[pa.Table] = []
+    position = 0
     try:
-        for chunk in chunks:
-            previous = _refuse_doubles(chunk, previous)
-            counted = chunk["shard"].combine_chunks().dictionary_encode()
-            for shard, number in _runs(counted):
-                if slices and slices[-1].shard == shard:
-                    slices[-1] = Slice(shard, slices[-1].first, slices[-1].count + number, rows[shard])
-                else:
-                    slices.append(Slice(shard, position, number, rows[shard]))
-                position += number
+        for part in parts:
+            shard = part["shard"][0].as_py()
+            slices.append(Slice(shard, position, part.num_rows, rows[shard]))
+            position += part.num_rows
+            waiting.append(part)
             if writer is None:
-                writer = pq.ParquetWriter(path, chunk.schema, compression="zstd", compression_level=1)
-            writer.write_table(chunk, row_group_size=_CHUNK)
+                writer = pq.ParquetWriter(path, part.schema, compression="zstd", compression_level=1)
+            if sum(table.num_rows for table in waiting) >= _CHUNK:
+                writer.write_table(pa.concat_tables(waiting), row_group_size=_CHUNK)
+                waiting.clear()
+        if writer is not None and waiting:
+            writer.write_table(pa.concat_tables(waiting), row_group_size=_CHUNK)
     finally:
         if writer is not None:
             writer.close()
@@ -194,90 +208,190 @@ def _write(chunks: Iterator[pa.Table], path: Path, slices: list[Slice], rows: di
             path.touch()
 
 
-def _runs(column: pa.DictionaryArray) -> list[tuple[str, int]]:
-    counts = pc.value_counts(column.indices).to_pylist()
-    return [(column.dictionary[item["values"]].as_py(), item["counts"]) for item in counts]
+# --- the SQL's rows beside the table's ---
 
 
-def _refuse_doubles(chunk: pa.Table, previous: tuple[str, int] | None) -> tuple[str, int] | None:
-    shard, row = chunk["shard"].to_pylist(), chunk["row"].to_pylist()
-    for here in zip(shard, row, strict=True):
-        if here == previous:
-            raise ConfigError(
-                f"work SQL returns row {here[1]} of shard '{here[0]}' more than once",
-                fix="each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
-            )
-        previous = here
-    return previous
+class _Unordered(Exception):
+    """An answer is not in the order of the table."""
 
 
-def _chunks(samples: Samples, work: Work) -> Iterator[pa.Table]:
-    """The rows to try in order of shard and row, with `previous_run` and `inputs`."""
-    name = work.kind.name
-    wanted = "".join(
-        f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"' for field in work.kind.inputs
-    )
-    around = (
-        f'select s.shard as shard, s.row as "row", s.uid as uid{wanted}, s.{name}_run as previous_run,'
-        f" s.{name}_inputs as previous_inputs{_bytes_of(work.kind)}"
-        f" from {{}} w join {_narrowed(work)} s on w.shard = s.shard and w.row = s.row"
-        f" where s.source_status = 'ok' and ({_selected(work, 's.')}) order by 1, 2"
-    )
-    relation = samples.select(work.sql, work.params, around=around)
-    try:
-        for batch in relation.to_arrow_reader(_CHUNK):
-            table = _with_inputs(pa.Table.from_batches([batch]), work)
-            if table.num_rows:
-                yield table
-    except duckdb.Error as error:
-        raise query.guarded(work.sql, error) from error
+def _side_by_side(
+    samples: Samples, works: Sequence[Work], *, whole: bool = False
+) -> Iterator[tuple[str, pa.Table, list[pa.Table | None]]]:
+    """For every shard its name, the state of its rows, and the rows that the SQL of each work returns of it.
+
+    Both are read once, in the order of the table, so that memory does not grow with it: SQL that filters keeps that
+    order. An answer in another one is sorted by DuckDB.
+
+    Args:
+        whole: with the stage's inputs; else with them only where the choice asks for them.
+    """
+    shards = sorted(works[0].shards)
+    place = {shard: number for number, shard in enumerate(shards)}
+    answers = [_Answer(samples, work, place, whole=whole or work.choice.stale) for work in works]
+    for number, state in _shard_by_shard(_states(samples, works, whole=whole), place):
+        yield shards[number], state, [answer.of(number) for answer in answers]
 
 
-def _bytes_of(kind: type[Stage]) -> str:
+class _Answer:
+    """What one work's SQL returns, shard by shard."""
+
+    def __init__(self, samples: Samples, work: Work, place: dict[str, int], *, whole: bool) -> None:
+        self._samples, self._work, self._place, self._whole = samples, work, place, whole
+        self._groups = self._read(ordered=False)
+        self._next: tuple[int, pa.Table] | None = None
+        self._passed = -1
+        self._advance()
+
+    def of(self, number: int) -> pa.Table | None:
+        """The rows of a shard; asked for in ascending order."""
+        while self._next is not None and self._next[0] < number:
+            self._advance()
+        self._passed = number
+        if self._next is None or self._next[0] > number:
+            return None
+        found = self._next[1]
+        self._advance()
+        return found
+
+    def _advance(self) -> None:
+        try:
+            self._next = next(self._groups, None)
+        except _Unordered:
+            self._groups = self._read(ordered=True)
+            self._next = next(self._groups, None)
+            while self._next is not None and self._next[0] <= self._passed:
+                self._next = next(self._groups, None)
+
+    def _read(self, *, ordered: bool) -> Iterator[tuple[int, pa.Table]]:
+        work = self._work
+        inputs = "".join(
+            f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"'
+            for field in work.kind.inputs
+        )
+        around = (
+            f'select cast(w.shard as varchar) as shard, cast(w."row" as bigint) as "row"{inputs * self._whole}'
+            f" from {{}} w where w.shard is not null and w.row is not null{' order by 1, 2' * ordered}"
+        )
+        for number, table in _shard_by_shard(
+            self._samples.stream(work.sql, work.params, around=around, rows=_CHUNK), self._place
+        ):
+            steps = np.diff(table["row"].to_numpy())
+            if (steps == 0).any():
+                row = table["row"][int(np.flatnonzero(steps == 0)[0])].as_py()
+                raise ConfigError(
+                    f"work SQL returns row {row} of shard '{table['shard'][0].as_py()}' more than once",
+                    where={"file": work.sql.origin},
+                    fix="each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
+                )
+            if (steps < 0).any():
+                raise _Unordered
+            yield number, table
+
+
+def _shard_by_shard(batches: Iterable[pa.RecordBatch], place: dict[str, int]) -> Iterator[tuple[int, pa.Table]]:
+    """The rows of every shard that an answer names, with the shard's number; unknown shards are left out.
+
+    Raises:
+        _Unordered: a shard comes back.
+    """
+    current = -1
+    waiting: list[pa.Table] = []
+    for batch in batches:
+        runs = pc.run_end_encode(batch.column("shard"))
+        start = 0
+        for end, shard in zip(runs.run_ends.to_pylist(), runs.values.to_pylist(), strict=True):
+            number = place.get(shard, current)
+            if number < current:
+                raise _Unordered
+            if number > current and waiting:
+                yield current, pa.concat_tables(waiting)
+                waiting = []
+            if shard in place:
+                current = number
+                waiting.append(pa.Table.from_batches([batch.slice(start, end - start)]))
+            start = end
+    if waiting:
+        yield current, pa.concat_tables(waiting)
+
+
+#: States of a row in a stage, as `_states` counts them: no answer, an answer, failed, failed with the class to retry.
+_OK, _FAILED, _RETRIED = 1, 2, 3
+
+
+def _states(samples: Samples, works: Sequence[Work], *, whole: bool) -> Iterator[pa.RecordBatch]:
+    """Of every row whose source is fine: shard, row, and its state in each stage; what a freeze needs besides."""
+    choice = works[0].choice
+    parts = ["s.shard", "s.row"]
+    for work in works:
+        name = work.kind.name
+        retried = "false"
+        if choice.retry:
+            kind = choice.retry.replace("'", "''")
+            retried = "true" if kind == "failed" else f"starts_with(s.{name}_error, '{kind}:')"
+        parts.append(
+            f"(case s.{name}_status when 'ok' then {_OK} when 'failed' then"
+            f" case when {retried} then {_RETRIED} else {_FAILED} end else 0 end)::utinyint as {name}_state"
+        )
+        if whole:
+            parts += ["s.uid", f"s.{name}_run as previous_run"]
+        if whole or choice.stale:
+            parts += [f"s.{name}_inputs as {name}_previous", *_bytes_of(work.kind)]
+    narrowed = _where(choice.where or "true")
+    around = f"select {', '.join(parts)} from {{}} s where s.source_status = 'ok'"
+    return samples.stream(narrowed, around=around, rows=_CHUNK)
+
+
+def _bytes_of(kind: type[Stage]) -> list[str]:
     """What identifies the bytes that a stage reads: extension and size of source members, sha256 of generated ones."""
     parts = []
     if set(kind.members) - {"edit"}:
-        parts.append("list_transform(s.source_members, lambda m: m.ext || ' ' || m.size)::varchar as member_bytes")
+        places = "list_transform(s.source_members, lambda m: m.ext || ' ' || m.size)::varchar"
+        parts.append(f"{places} as {kind.name}_member_bytes")
     if "edit" in kind.members:
-        parts.append("s.image_sha256 as edit_bytes")
-    return "".join(", " + part for part in parts)
+        parts.append(f"s.image_sha256 as {kind.name}_edit_bytes")
+    return parts
 
 
-def _with_inputs(table: pa.Table, work: Work) -> pa.Table:
-    keys = [field.name for field in work.kind.inputs]
-    hashed = [name for name in (*keys, "member_bytes", "edit_bytes") if name in table.column_names]
-    columns = [table[name].to_pylist() for name in hashed] or [[None] * table.num_rows]
-    inputs = inputs_hashes(work.signature, columns)
-    fields = [*_KEYS, *keys, "previous_run"]
-    result = table.select(fields).append_column("inputs", inputs)
-    result = result.set_column(1, "row", result["row"].cast(pa.int64()))
+def _covered(state: pa.Table, wanted: pa.Table) -> pa.Table:
+    """The rows that are in both, ascending, with the columns of both."""
+    have, rows = state["row"].to_numpy(), wanted["row"].to_numpy()
+    at = np.searchsorted(have, rows)
+    found = (at < len(have)) & (have[np.minimum(at, len(have) - 1)] == rows)
+    both = state.take(pa.array(at[found]))
+    for name in wanted.column_names:
+        if name not in both.column_names:
+            both = both.append_column(name, wanted[name].filter(pa.array(found)))
+    return both
+
+
+def _to_do(work: Work, covered: pa.Table) -> pa.Table:
+    """The rows that the choice tries."""
+    choice, name = work.choice, work.kind.name
+    if choice.redo:
+        return covered
+    if choice.stale:
+        inputs = _inputs_of(covered, work)
+        same = pc.fill_null(pc.equal(covered[f"{name}_previous"].cast(pa.uint64()), inputs), False)
+        return covered.filter(pc.invert(same))
+    state = covered[f"{name}_state"].to_numpy()
+    return covered.filter(pa.array((state == 0) | (state == _RETRIED)))
+
+
+def _inputs_of(rows: pa.Table, work: Work) -> pa.UInt64Array:
+    """The inputs hash of every row."""
+    bytes_ = [f"{work.kind.name}_{name}" for name in ("member_bytes", "edit_bytes")]
+    names = [*(field.name for field in work.kind.inputs), *(name for name in bytes_ if name in rows.column_names)]
+    columns = [rows[name].to_pylist() for name in names] or [[None] * rows.num_rows]
+    return inputs_hashes(work.signature, columns)
+
+
+def _with_inputs(rows: pa.Table, work: Work) -> pa.Table:
+    result = rows.append_column("inputs", _inputs_of(rows, work))
     for field in work.kind.inputs:
         at = result.column_names.index(field.name)
         result = result.set_column(at, field.name, result[field.name].cast(field.type))
-    if work.choice.stale:
-        changed = pc.not_equal(table["previous_inputs"].cast(pa.uint64()), inputs)
-        result = result.filter(pc.fill_null(pc.or_(changed, pc.is_null(table["previous_inputs"])), True))
     return result
-
-
-def _selected(work: Work, table: str = "") -> str:
-    """The SQL condition for the rows that a choice tries; staleness is judged when their inputs are known."""
-    name, choice = work.kind.name, work.choice
-    status = f"{table}{name}_status"
-    if choice.redo or choice.stale:
-        return "true"
-    if choice.retry == "failed":
-        return f"{status} is null or {status} = 'failed'"
-    if choice.retry:
-        kind = choice.retry.replace("'", "''")
-        return f"{status} is null or ({status} = 'failed' and starts_with({table}{name}_error, '{kind}:'))"
-    return f"{status} is null"
-
-
-def _narrowed(work: Work) -> str:
-    if not work.choice.where:
-        return "samples"
-    return f"({_where(work.choice.where).text})"
 
 
 def _where(condition: str) -> Sql:
@@ -337,18 +451,21 @@ def read_task(run: RunFiles, number: int) -> list[Slice]:
 
 def read_slice(run: RunFiles, part: Slice) -> pa.Table:
     """The rows of one shard: shard, row, uid, the stage's inputs, previous_run, inputs."""
-    with pq.ParquetFile(run.workset) as file:
-        groups: list[int] = []
-        first = position = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if position + rows > part.first and position < part.first + part.count:
-                if not groups:
-                    first = position
-                groups.append(group)
-            position += rows
-        table = file.read_row_groups(groups)
-    return table.slice(part.first - first, part.count)
+    file, ends = _opened(run.workset, run.workset.stat().st_ino)
+    groups = range(
+        int(np.searchsorted(ends, part.first, "right")),
+        int(np.searchsorted(ends, part.first + part.count, "left")) + 1 if part.count else 0,
+    )
+    before = int(ends[groups.start - 1]) if groups.start else 0
+    return file.read_row_groups(list(groups)).slice(part.first - before, part.count)
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, inode: int) -> tuple[pq.ParquetFile, np.ndarray]:
+    """A work set and where each of its row groups ends; a task reads it twice a shard, and its footer only once."""
+    file = pq.ParquetFile(path)
+    groups = range(file.num_row_groups)
+    return file, np.cumsum([file.metadata.row_group(group).num_rows for group in groups], dtype=np.int64)
 
 
 def narrow_to(shards: Sequence[str], have: Sequence[str]) -> list[str]:

@@ -87,7 +87,6 @@ class ShardPlan:
 
     shard: str
     source: table.SourceShard
-    rows: int
     edits: dict[int, Edit]
     digest: str
     stale: int = 0
@@ -222,8 +221,7 @@ def plan_shard(
     Args:
         stage: the stage that made the images, whose runs say how.
     """
-    places, _ = table.read_partition(layout, shard, ["row"])
-    plan = ShardPlan(shard, state.source, places.num_rows, {}, "", frozen=rows)
+    plan = ShardPlan(shard, state.source, {}, "", frozen=rows)
     digest = hashlib.sha256(json.dumps([VERSION, state.rows, state.source.size, state.source.mtime_ns]).encode())
     seen: set[int] = set()
     for row in rows:
@@ -355,8 +353,12 @@ def free_bytes(layout: Layout) -> int:
 def check_apart(layout: Layout, sources: Sequence[Path]) -> None:
     """Raises ConfigError if hybrid shards would lie where a source shard lies."""
     output = layout.shards.resolve()
+    folders: dict[Path, Path] = {}
     for source in sources:
-        if source.resolve().parent == output or source.parent.resolve() == output:
+        folder = source.parent
+        if folder not in folders:
+            folders[folder] = folder.resolve()
+        if folders[folder] == output or (source.is_symlink() and source.resolve().parent == output):
             raise ConfigError(
                 "hybrid shards would be written where the source lies",
                 where={"source": source, "output": layout.shards},

@@ -18,7 +18,7 @@ from builder.errors import ConfigError, ConflictError
 from builder.layout import Layout, RunFiles
 from builder.sources.shards import Reading
 from builder.table import SourceShard
-from builder.workset import Choice, Counts, Slice, cut
+from builder.workset import Choice, Counts, Slice, Work, cut
 from conftest import Workspace, ingest_here, make_shard, samples
 from planned import SQL, do, plan, rows_of, section, work_of
 from stages import Base, Fails, Note, Options
@@ -40,10 +40,15 @@ def frozen(layout: Layout, choice: Choice = Choice(), sql: str = SQL, stage: Bas
     return rows_of(pa.concat_tables([workset.read_slice(run, part) for part in slices])) if slices else []
 
 
+def count_of(layout: Layout, work: Work) -> Counts:
+    [counts] = workset.count(layout, [work])
+    return counts
+
+
 def refusal(layout: Layout, sql: str, choice: Choice = Choice(), **params: Any) -> str:  # noqa: B008
     """The whole message with which planning and freezing refuse SQL; nothing is left behind."""
     with pytest.raises(ConfigError) as planned:
-        workset.count(layout, work_of(layout, Note(Options()), choice, sql, **params))
+        workset.count(layout, [work_of(layout, Note(Options()), choice, sql, **params)])
     with pytest.raises(ConfigError) as refused:
         plan(layout, Note(Options()), choice, sql, **params)
     assert str(planned.value) == str(refused.value)
@@ -227,10 +232,10 @@ def test_rows_without_an_answer_are_tried_and_no_others(layout: Layout) -> None:
     stage = Fails(Options(bad=[f"{5:032x}-0"]))
     do(layout, plan(layout, stage, sql=f"{SQL} where row = 5"), stage)
     assert frozen(layout) == [row for row in ALL if row[1] in (3, 4, 6, 7)]
-    assert workset.count(layout, work_of(layout, Note(Options()))) == Counts(
+    assert count_of(layout, work_of(layout, Note(Options()))) == Counts(
         covered=16, todo=8, ok=7, failed=1, outside=0, shards=2
     )
-    assert workset.count(layout, work_of(layout, Note(Options()), sql=f"{SQL} where row = 0 or row > 6")) == Counts(
+    assert count_of(layout, work_of(layout, Note(Options()), sql=f"{SQL} where row = 0 or row > 6")) == Counts(
         covered=4, todo=2, ok=2, failed=0, outside=5, shards=2
     )
 
@@ -241,7 +246,7 @@ def test_rows_whose_source_failed_are_never_tried(workspace: Make) -> None:
     made = workspace({"a": broken})
     ingest_here(made.load())
     assert frozen(made.load().layout) == [("a", 0), ("a", 1), ("a", 3)]
-    assert workset.count(made.load().layout, work_of(made.load().layout, Note(Options()))).covered == 3
+    assert count_of(made.load().layout, work_of(made.load().layout, Note(Options()))).covered == 3
 
 
 @pytest.fixture
@@ -278,7 +283,7 @@ def mixed(layout: Layout) -> Layout:
 )
 def test_a_choice_takes_the_rows_meant(mixed: Layout, choice: Choice, rows: list[int]) -> None:
     assert frozen(mixed, choice) == [row for row in ALL if row[1] in rows]
-    counts = workset.count(mixed, work_of(mixed, Note(Options()), choice))
+    counts = count_of(mixed, work_of(mixed, Note(Options()), choice))
     assert (counts.todo, counts.shards) == (2 * len(rows), 2 if rows else 0)
 
 
@@ -287,7 +292,7 @@ def test_stale_rows_are_those_whose_inputs_version_or_options_changed(mixed: Lay
     assert frozen(mixed, Choice(stale=True), stage=other) == ALL
     changed = "select shard, row, uid, key, case when row = 2 then 'new' else caption end as text from samples"
     assert frozen(mixed, Choice(stale=True), changed) == [row for row in ALL if row[1] in (2, 6, 7)]
-    assert workset.count(mixed, work_of(mixed, Note(Options()), Choice(stale=True), changed)).todo == 6
+    assert count_of(mixed, work_of(mixed, Note(Options()), Choice(stale=True), changed)).todo == 6
 
     class Raised(Note):
         version = "2"

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,17 @@ class Reading:
 def identify(path: Path, reading: Reading) -> SourceShard:
     """What a shard is on disk now."""
     stat = path.stat()
-    return SourceShard(str(path.resolve()), stat.st_size, stat.st_mtime_ns, reading.signature)
+    return SourceShard(_real(path), stat.st_size, stat.st_mtime_ns, reading.signature)
+
+
+def _real(path: Path) -> str:
+    """The absolute path without links; a folder is looked up once, and there are tens of thousands of files in it."""
+    return os.path.realpath(path) if path.is_symlink() else f"{_real_folder(path.parent.absolute())}/{path.name}"
+
+
+@lru_cache(maxsize=256)
+def _real_folder(folder: Path) -> str:
+    return os.path.realpath(folder).rstrip("/")
 
 
 def is_ingested(layout: Layout, shard: str, path: Path, reading: Reading) -> bool:
