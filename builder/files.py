@@ -11,7 +11,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,8 @@ from builder.errors import ConfigError, ShardError, TransientError
 T = TypeVar("T")
 #: One reused buffer for copies. Buffers of 256 KB to 1 MB copy fastest; 8 MB is several times slower.
 COPY_BUFFER = 512 * 1024
+#: Buffers of one `writev`. Source: IOV_MAX of Linux is 1024.
+_MAX_PARTS = 1024
 #: Temp files begin with a dot and end so, and never in `.parquet` or `.tar`: no glob of a reader catches them.
 TEMP_SUFFIX = ".tmp"
 #: A temp name says whose it is: `.NAME@HOST-PID-8 hex.tmp`.
@@ -237,6 +239,19 @@ def write_all(target: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(target, view) :]
+
+
+def write_parts(target: int, parts: Sequence[bytes]) -> int:
+    """Writes buffers one after another with few calls; returns their bytes."""
+    written = 0
+    for start in range(0, len(parts), _MAX_PARTS):
+        some = parts[start : start + _MAX_PARTS]
+        size = sum(map(len, some))
+        done = os.writev(target, some)
+        if done < size:
+            write_all(target, memoryview(b"".join(some))[done:])
+        written += size
+    return written
 
 
 def new_buffer() -> memoryview:

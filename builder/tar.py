@@ -575,6 +575,9 @@ def remake_record_head(old: bytes, name: str, size: int) -> bytes:
     Args:
         old: the bytes from the old record's first prefix to its data.
     """
+    patched = _resized(old, name.encode(), size)
+    if patched is not None:
+        return patched
     pax: dict[bytes, bytes] = {}
     at = 0
     while old[at + 156] in b"xXgLK":
@@ -584,6 +587,22 @@ def remake_record_head(old: bytes, name: str, size: int) -> bytes:
         at += BLOCK + size_of + padding(size_of)
     kept = {key: value for key, value in pax.items() if key not in (b"path", b"size") and not key.startswith(b"GNU.")}
     return _finished(bytearray(old[at : at + BLOCK]), name.encode(), size, kept)
+
+
+def _resized(old: bytes, name: bytes, size: int) -> bytes | None:
+    """The old bytes with another size, if nothing else changes: a ustar header, before it at most times and owners."""
+    head = old[-BLOCK:]
+    if head[:100].rstrip(b"\0") != name or head[156:157] != b"0" or head[257:265] != b"ustar\x0000":
+        return None
+    if any(head[345:]) or not head.isascii() or size > _MAX_OCTAL:
+        return None
+    if len(old) > BLOCK:
+        length = _number(old[124:136])
+        if len(old) != 3 * BLOCK or old[156:157] != b"x" or not _is_transparent(old[BLOCK : BLOCK + length]):
+            return None
+    field_ = b"%011o\0" % size
+    checksum = _number(head[148:156]) - sum(head[124:136]) + sum(field_)
+    return b"".join((old[:-BLOCK], head[:124], field_, head[136:148], b"%06o\0 " % checksum, head[156:]))
 
 
 def _finished(head: bytearray, name: bytes, size: int, pax: dict[bytes, bytes]) -> bytes:

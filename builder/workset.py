@@ -128,19 +128,22 @@ def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
 
 def _added(counts: Counts, work: Work, state: pa.Table, wanted: pa.Table | None) -> Counts:
     """`counts` and one shard's rows."""
-    name = work.kind.name
-    answered = int(np.count_nonzero(state[f"{name}_state"].to_numpy() == _OK))
+    states = state[f"{work.kind.name}_state"].to_numpy()
+    answered = int(np.count_nonzero(states == _OK))
     if wanted is None:
         return replace(counts, outside=counts.outside + answered)
-    covered = _covered(state, wanted)
-    of = covered[f"{name}_state"].to_numpy()
-    ok, failed = (int(np.count_nonzero(of == value)) for value in (_OK, _FAILED))
-    todo = _to_do(work, covered).num_rows
+    at, _ = _places(state, wanted)
+    of = states[at]
+    ok = int(np.count_nonzero(of == _OK))
+    if work.choice.stale:
+        todo = _to_do(work, _covered(state, wanted)).num_rows
+    else:
+        todo = len(of) if work.choice.redo else int(np.count_nonzero(_is_open(of)))
     return Counts(
         covered=counts.covered + len(of),
         todo=counts.todo + todo,
         ok=counts.ok + ok,
-        failed=counts.failed + failed,
+        failed=counts.failed + int(np.count_nonzero(of >= _FAILED)),
         outside=counts.outside + answered - ok,
         shards=counts.shards + bool(todo),
     )
@@ -353,16 +356,29 @@ def _bytes_of(kind: type[Stage]) -> list[str]:
     return parts
 
 
-def _covered(state: pa.Table, wanted: pa.Table) -> pa.Table:
-    """The rows that are in both, ascending, with the columns of both."""
+def _places(state: pa.Table, wanted: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Of the rows that are in both: where they stand in `state`, and which of `wanted` they are; both ascend."""
     have, rows = state["row"].to_numpy(), wanted["row"].to_numpy()
+    if len(have) == len(rows) and (have == rows).all():
+        return np.arange(len(rows)), np.ones(len(rows), bool)
     at = np.searchsorted(have, rows)
     found = (at < len(have)) & (have[np.minimum(at, len(have) - 1)] == rows)
-    both = state.take(pa.array(at[found]))
+    return at[found], found
+
+
+def _covered(state: pa.Table, wanted: pa.Table) -> pa.Table:
+    """The rows that are in both, with the columns of both."""
+    at, found = _places(state, wanted)
+    both = state.take(pa.array(at))
     for name in wanted.column_names:
         if name not in both.column_names:
             both = both.append_column(name, wanted[name].filter(pa.array(found)))
     return both
+
+
+def _is_open(states: np.ndarray) -> np.ndarray:
+    """Which rows a run without further choice tries: those without an answer, and failures that are to be retried."""
+    return np.asarray((states == 0) | (states == _RETRIED))
 
 
 def _to_do(work: Work, covered: pa.Table) -> pa.Table:
@@ -374,8 +390,7 @@ def _to_do(work: Work, covered: pa.Table) -> pa.Table:
         inputs = _inputs_of(covered, work)
         same = pc.fill_null(pc.equal(covered[f"{name}_previous"].cast(pa.uint64()), inputs), False)
         return covered.filter(pc.invert(same))
-    state = covered[f"{name}_state"].to_numpy()
-    return covered.filter(pa.array((state == 0) | (state == _RETRIED)))
+    return covered.filter(pa.array(_is_open(covered[f"{name}_state"].to_numpy())))
 
 
 def _inputs_of(rows: pa.Table, work: Work) -> pa.UInt64Array:

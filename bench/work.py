@@ -1,0 +1,236 @@
+"""One measured piece of work in a process of its own: `python -m bench.work NAME ARGUMENTS`.
+
+Imports lie outside the clock. The process prints `ready`, waits for a line, works, and prints `{"seconds": ...,
+"peak_mb": ...}`: processes that run side by side begin together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import webdataset
+
+from bench import corpus, tables
+from builder import pipeline as pipelines
+from builder import schema, table, workset, writer
+from builder.layout import Layout
+from builder.query import Samples, read_sql
+from builder.sources import shards as tar_shards
+from builder.stage import columns_of
+from builder.stage import find as find_stage
+from builder.workset import Choice
+
+#: Every json field of DataComp and img2dataset is carried.
+READING = tar_shards.Reading(dict(schema.FIELD_TYPES))
+#: The question of the benchmark.
+QUESTION = "select count(*) from samples where face_count > 0 and lang = 'en'"
+
+Work = Callable[[], Any]
+
+
+def hybrid_columns() -> tuple[schema.Column, ...]:
+    """Columns of a root with generated images."""
+    stages = (columns_of(find_stage(name)) for name in ("prompts", "generate"))
+    merged = READING.columns
+    for columns in stages:
+        merged = schema.merge(merged, columns)
+    return merged
+
+
+# --- ours ---
+
+
+def ingest(root: str, *paths: str) -> Work:
+    """Shards into a new root, durably."""
+    layout = Layout(Path(root))
+    shutil.rmtree(root, ignore_errors=True)
+    table.extend_schema(layout, READING.columns)
+
+    def work() -> None:
+        for path in paths:
+            tar_shards.ingest_shard(layout, Path(path), READING, "bench")
+
+    return work
+
+
+def write(root: str, durable: str, *shards: str) -> Work:
+    """The hybrid shards of a root, plan and manifest included."""
+    layout = Layout(Path(root))
+    for shard in shards:
+        layout.hybrid(shard).unlink(missing_ok=True)
+        layout.manifest(shard).unlink(missing_ok=True)
+    if durable == "no":
+        os.fsync = lambda descriptor: None  # type: ignore[assignment]
+    sql = read_sql("sql/write.sql")
+
+    def work() -> None:
+        for plan in writer.plans(layout, hybrid_columns(), shards, sql, {}):
+            writer.write_shard(layout, plan)
+
+    return work
+
+
+def commit(root: str, shard: str) -> Work:
+    """Three columns of a stage into a partition: column file and fold, durably."""
+    layout = Layout(Path(root))
+    lang = columns_of(find_stage("lang"))
+    state = table.partition_state(layout, shard)
+    assert state is not None
+    count = pq.read_metadata(layout.partition(shard)).num_rows
+    run = f"bench-{os.getpid()}"
+    values = {
+        "lang": ["en", "de"] * (count // 2), "lang_score": [0.9, 0.8] * (count // 2), "lang_status": ["ok"] * count,
+        "lang_error": [None] * count, "lang_run": [run] * count, "lang_inputs": range(count), "row": range(count),
+    }  # fmt: skip
+    kinds = {column.name: column.type for column in lang} | {"row": pa.int64()}
+    done = pa.table({name: pa.array(values[name], kind) for name, kind in kinds.items()})
+    have, _ = table.read_partition(layout, shard, ["lang_run"])
+    previous = have["lang_run"].to_pylist()
+
+    def work() -> None:
+        table.commit(layout, shard, "lang", lang, done, previous, rows=state.rows, attempt=run)
+        table.heal(layout, [shard])
+
+    return work
+
+
+def ask(folder: str) -> Work:
+    """The question over a root's partitions, the connection included."""
+    pipeline = tables.pipeline_in(Path(folder))
+
+    def work() -> None:
+        with Samples(pipeline.layout, pipeline.columns(), pipeline.layout.partitions()) as samples:
+            samples.fixed(QUESTION)
+
+    return work
+
+
+def plan(folder: str) -> Work:
+    pipeline = tables.pipeline_in(Path(folder))
+    return lambda: pipelines.plan(pipeline, Choice())
+
+
+def status(folder: str) -> Work:
+    pipeline = tables.pipeline_in(Path(folder))
+    return lambda: pipelines.status(pipeline)
+
+
+def heal(folder: str) -> Work:
+    """Looks whether every partition holds what its column files do."""
+    pipeline = tables.pipeline_in(Path(folder))
+    return lambda: table.heal(pipeline.layout, pipelines.shards_of(pipeline))
+
+
+def freeze(folder: str) -> Work:
+    """The work set of the language stage, all rows."""
+    pipeline = tables.pipeline_in(Path(folder))
+    run = pipeline.layout.root / "bench-run"
+    shutil.rmtree(run, ignore_errors=True)
+    files = workset.RunFiles(run)
+    return lambda: workset.freeze(
+        pipeline.layout, files, pipelines.work_of(pipeline, "lang", Choice(redo=True), pipelines.shards_of(pipeline))
+    )
+
+
+# --- peers ---
+
+
+def webdataset_ingest(out: str, path: str) -> Work:
+    """webdataset's reader, json.loads, the same columns as far as it can know them, parquet."""
+
+    def work() -> None:
+        kept: dict[str, list[Any]] = {
+            name: [] for name in (*schema.FIELD_TYPES, "uid", "caption", "face_bboxes", "txt")
+        }
+        for sample in webdataset.WebDataset(path, shardshuffle=False, empty_check=False):
+            values = json.loads(sample["json"])
+            for name, column in kept.items():
+                column.append(values.get(name) if name != "txt" else sample["txt"].decode())
+        types = {**schema.FIELD_TYPES, "face_bboxes": schema.BOXES}
+        columns = {name: pa.array(column, types.get(name, pa.string())) for name, column in kept.items()}
+        table.write_parquet(pa.table(columns), {}, Path(out))
+
+    return work
+
+
+def webdataset_write(source: str, out: str, edits: str) -> Work:
+    """webdataset's reader into its ShardWriter, the edited samples replaced."""
+    new = {row["key"]: row for row in pq.read_table(edits).to_pylist()}
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for sample in webdataset.WebDataset(source, shardshuffle=False, empty_check=False):
+            edit = new.get(sample["__key__"])
+            if edit is not None:
+                values = {**json.loads(sample["json"]), "caption": edit["prompt"]}
+                text = edit["prompt"].encode()
+                body = json.dumps(values, indent=4).encode()
+                sample = {"__key__": sample["__key__"], "jpg": edit["image"], "json": body, "txt": text}
+            yield {name: value for name, value in sample.items() if name not in ("__url__", "__local_path__")}
+
+    def work() -> None:
+        with webdataset.ShardWriter(out, maxcount=10**9, maxsize=1e12, verbose=0) as sink:
+            for sample in samples():
+                sink.write(sample)
+
+    return work
+
+
+def rewrite(path: str) -> Work:
+    """pyarrow reads a partition and writes it, durably: fsync, rename, fsync of the folder."""
+    target = Path(path).with_name("peer.tmp")
+
+    def work() -> None:
+        data = pq.read_table(path)
+        table.write_parquet(data, {}, target)
+        with target.open("rb+") as file:
+            os.fsync(file.fileno())
+        target.replace(target.with_suffix(".done"))
+        folder = os.open(target.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+    return work
+
+
+def polars_ask(folder: str) -> Work:
+    layout = tables.pipeline_in(Path(folder)).layout
+    paths = [layout.partition(shard) for shard in layout.partitions()]
+    chosen = (polars.col("face_count") > 0) & (polars.col("lang") == "en")
+    return lambda: polars.scan_parquet(paths).filter(chosen).select(polars.len()).collect()
+
+
+WORKS: dict[str, Callable[..., Work]] = {
+    made.__name__: made
+    for made in (
+        ingest, write, commit, ask, plan, status, heal, freeze,
+        webdataset_ingest, webdataset_write, rewrite, polars_ask,
+    )
+}  # fmt: skip
+
+
+def main() -> None:
+    name, *arguments = sys.argv[1:]
+    assert corpus.SEED
+    work = WORKS[name](*arguments)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    began = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "peak_mb": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
