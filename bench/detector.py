@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from builder.models.mtcnn import Mtcnn, Pixels
+from builder.models.mtcnn import Mtcnn
+from builder.models.pictures import Pixels
 
 
 @dataclass(frozen=True)

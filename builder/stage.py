@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import re
 import traceback
@@ -59,6 +60,8 @@ class Stage(Protocol):
     A row that the stage cannot answer is told by raising from `process` for a batch of that row alone: the engine
     halves a batch that raises until the bad rows stand alone.
 
+    A stage that can do some of its work ahead, such as decoding, has `prepare` too: see `Preparing`.
+
     A stage that needs bytes of some rows only may have `needs_bytes(batch) -> list[bool]`: it is given the inputs, and
     the other rows arrive with null in the member columns.
     """
@@ -85,6 +88,22 @@ class Stage(Protocol):
 
     def close(self) -> None:
         """Frees what `setup` took."""
+
+
+@runtime_checkable
+class Preparing(Stage, Protocol):
+    """A stage whose batches are prepared in another thread, while `process` works on the batch before."""
+
+    def prepare(self, batch: pa.RecordBatch) -> Any:
+        """What `process` is given beside the batch. Called after `setup`, from another thread than `process`.
+
+        It touches nothing that `process` changes, and releases the interpreter's lock where it takes long. What it
+        raises counts as raised by `process`: the batch is halved, and its halves are prepared again. What it returns
+        lives beside that of the batch before: a result that may be large is bounded here.
+        """
+
+    def process(self, batch: pa.RecordBatch, prepared: Any = None) -> pa.RecordBatch:
+        """As `Stage.process`; `prepared` is what `prepare` returned for this batch."""
 
 
 def find(name: str, python: str | None = None) -> type[Stage]:
@@ -168,6 +187,14 @@ def _check_class(kind: Any, name: str) -> None:
             raise StageError(
                 f"stage '{name}' has no method '{method}'", fix=f"write def {method}, as builder.stage.Stage shows"
             )
+    if hasattr(kind, "prepare"):
+        try:
+            inspect.signature(kind.process).bind("self", "batch", "prepared")
+        except TypeError:
+            raise StageError(
+                f"stage '{name}' has 'prepare', but its 'process' does not take what it returns",
+                fix="write def process(self, batch, prepared=None), as builder.stage.Preparing shows",
+            ) from None
     if not (isinstance(getattr(kind, "Options", None), type) and issubclass(kind.Options, BaseModel)):
         raise StageError(f"stage '{name}': Options is no pydantic model", fix="class Options(builder.Strict): ...")
     if kind.name != name:

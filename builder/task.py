@@ -1,7 +1,8 @@
 """One task: read rows ahead, ask the stage, commit checkpoints.
 
 Owns status, retries, checkpoints and edits tars of a run's rows. A task is a run directory and a number; it keeps one
-stage instance for all its shards.
+stage instance for all its shards. Three threads: while the main one asks the stage about a batch, one reads the next
+batch (and prepares it, if the stage can), and one makes the last checkpoint durable and commits it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from builder.errors import BuilderError, ConflictError, ShardError, StageError, 
 from builder.layout import Layout, RunFiles
 from builder.members import MemberReader
 from builder.schema import Column
-from builder.stage import Stage, check_result, columns_of
+from builder.stage import Preparing, Stage, check_result, columns_of
 from builder.table import Swept
 from builder.workset import Slice, read_slice, read_task
 
@@ -34,6 +35,9 @@ from builder.workset import Slice, read_slice, read_task
 JUDGED_AFTER = 100
 #: Tries of a row whose stage raises TransientError, and the pause before the second, in seconds.
 TRANSIENT_TRIES, TRANSIENT_PAUSE_S = 3, 0.5
+#: Batches in a checkpoint from which a commit starts one batch early, so that this batch can be processed meanwhile.
+#: Where a checkpoint holds fewer, that would be many more commits, and each is waited for.
+EARLY_FROM = 8
 #: An error text in the table is cut at this length.
 MAX_ERROR = 500
 
@@ -118,6 +122,34 @@ class _Failure:
     """Why one row has no answer."""
 
     error: str
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Positions in a shard's work that form a batch; `alone`: the process died in it, nothing else may be in hand."""
+
+    positions: list[int]
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows with what the stage is given, prepared ahead if it can be; one row whose bytes cannot be read as a failure.
+
+    `prepared` holds the result of the stage's `prepare`, or what it raised.
+    """
+
+    rows: list[int]
+    given: pa.RecordBatch | _Failure
+    prepared: Future[Any] | None = None
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """A commit that is being made: its rows, and in the end the rows as committed and those that were kept."""
+
+    rows: int
+    result: Future[tuple[pa.Table, list[int]]]
 
 
 @dataclass
@@ -218,27 +250,58 @@ class _Shard:
         self._work = pa.table({})
         self._pending = _Pending()
         self._edits: EditsTar | None = None
+        self._committer = ThreadPoolExecutor(1, "committer")
+        self._in_flight: _InFlight | None = None
 
     def __enter__(self) -> _Shard:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Waits for the committer. A commit in flight that fails beside another error leaves its rows to be done."""
+        self._committer.shutdown()
         self._abandon_edits()
+        if self._in_flight is not None and self._in_flight.result.exception() is None:
+            self._collect()
 
     def run(self) -> None:
         """Asks the stage about every row that is left, and commits checkpoints."""
         self._work = work = self._todo()
         if work.num_rows == 0:
             return
+        groups = self._groups(work)
         reader = Reader(self._task._layout, self._part.shard, self._stage)
         with reader, ThreadPoolExecutor(1, "reader") as pool:
-            for rows, batch in _read_ahead(pool, reader, work, self._groups(work), self._task._kind.inputs):
+            following = self._read_ahead(pool, reader, [], groups[0])
+            for group, after in zip(groups, [*groups[1:], None], strict=True):
                 if self._task._stopping():
                     break
-                self._do_batch(rows, batch)
+                batches = following.result()
+                if group.alone:
+                    self._checkpoint()  # what is answered is safe if the process dies here again
+                    self._collect()
+                self._make_room(len(group.positions))
+                good = [row for batch in batches if not isinstance(batch.given, _Failure) for row in batch.rows]
+                kills = group.alone and self._task._deaths.kills(self._part.shard, good)
+                if after is not None:
+                    following = self._read_ahead(pool, reader, [] if kills else good, after)
+                else:
+                    self._task._deaths.begin(self._part.shard, [] if kills else good)
+                self._do(batches, kills)
                 if self._due():
                     self._checkpoint()
         self._checkpoint()
+        self._collect()
+
+    def _read_ahead(
+        self, pool: ThreadPoolExecutor, reader: Reader, in_hand: list[int], group: _Group
+    ) -> Future[list[_Batch]]:
+        """Notes the rows in hand, and starts reading a group; it is prepared too, unless it has to stand alone."""
+        work = self._work.take(pa.array(group.positions))
+        preparing = self._stage if isinstance(self._stage, Preparing) and not group.alone else None
+        ahead = work["row"].to_pylist() if preparing else []
+        if in_hand or ahead:
+            self._task._deaths.begin(self._part.shard, in_hand, ahead)
+        return pool.submit(reader.batches, work, self._task._kind.inputs, preparing)
 
     def _todo(self) -> pa.Table:
         """The rows of the work set that nobody has answered since the freeze, `row` their place in the shard."""
@@ -247,37 +310,36 @@ class _Shard:
         self._seen = same.count(False)
         return work.filter(pa.array(same, pa.bool_()))
 
-    def _groups(self, work: pa.Table) -> list[list[int]]:
-        """Positions in `work`, batch by batch; rows in which the process died stand in batches of their own."""
+    def _groups(self, work: pa.Table) -> list[_Group]:
+        """Batch by batch; rows in which the process died stand in batches of their own, behind all others."""
         size = self._task._settings.batch_rows
         rows = work["row"].to_pylist()
         alone = [set(group) for group in self._task._deaths.groups(self._part.shard)]
         special = set().union(*alone) if alone else set()
         normal = [i for i, row in enumerate(rows) if row not in special]
-        groups = [normal[i : i + size] for i in range(0, len(normal), size)]
+        groups = [_Group(normal[i : i + size]) for i in range(0, len(normal), size)]
         own = [[i for i, row in enumerate(rows) if row in group] for group in alone]
-        return groups + [group for group in own if group]
+        return groups + [_Group(group, alone=True) for group in own if group]
 
-    def _do_batch(self, rows: list[int], batch: pa.RecordBatch | _Failure) -> None:
-        deaths = self._task._deaths
-        if deaths.of(self._part.shard, rows):
-            self._checkpoint()  # what is answered is safe if the process dies here again
-        if isinstance(batch, _Failure):
-            answers: list[tuple[int, pa.RecordBatch | _Failure]] = [(0, batch)]
-        elif deaths.begin(self._part.shard, rows):
-            answers = [(0, _Failure("ProcessDied: the process died twice in this row"))]
-        else:
-            answers = list(answer(self._stage, batch))
-        failed = 0
-        for first, result in answers:
-            count = 1 if isinstance(result, _Failure) else result.num_rows
-            failed += isinstance(result, _Failure)
-            self._pending.rows += rows[first : first + count]
-            self._pending.answers.append(
-                result if isinstance(result, _Failure) else self._with_edits(result, rows[first:])
-            )
-        self._seen += len(rows)
-        self._task.count(len(rows), failed)
+    def _do(self, batches: list[_Batch], kills: bool) -> None:
+        """Asks the stage about the batches of one group; `kills`: they are one row in which the process dies."""
+        for batch in batches:
+            if isinstance(batch.given, _Failure):
+                answers: Iterable[tuple[int, pa.RecordBatch | _Failure]] = [(0, batch.given)]
+            elif kills:
+                answers = [(0, _Failure("ProcessDied: the process died twice in this row"))]
+            else:
+                answers = list(answer(self._stage, batch.given, ahead=batch.prepared))
+            failed = 0
+            for first, result in answers:
+                count = 1 if isinstance(result, _Failure) else result.num_rows
+                failed += isinstance(result, _Failure)
+                self._pending.rows += batch.rows[first : first + count]
+                self._pending.answers.append(
+                    result if isinstance(result, _Failure) else self._with_edits(result, batch.rows[first:])
+                )
+            self._seen += len(batch.rows)
+            self._task.count(len(batch.rows), failed)
         self._task.show(self._seen)
         if self._task.too_many_failed():
             self._stop_for_failures()
@@ -309,19 +371,34 @@ class _Shard:
     def _due(self) -> bool:
         settings = self._task._settings
         age = time.monotonic() - self._pending.since
-        return len(self._pending.rows) >= settings.checkpoint_rows or age >= settings.checkpoint_seconds
+        early = settings.batch_rows if settings.checkpoint_rows >= EARLY_FROM * settings.batch_rows else 0
+        return len(self._pending.rows) + early >= settings.checkpoint_rows or age >= settings.checkpoint_seconds
+
+    def _make_room(self, rows: int) -> None:
+        """Waits for the commit in flight if a kill could cost more than a checkpoint with these rows in hand."""
+        if self._in_flight is None:
+            return
+        exposed = self._in_flight.rows + len(self._pending.rows) + rows
+        if exposed > self._task._settings.checkpoint_rows or self._in_flight.result.done():
+            self._collect()
 
     def _checkpoint(self, *, failures: bool = True) -> None:
-        """Commits the pending rows: first the edits tar whole and durable, then the rows that point into it."""
+        """Hands the pending rows over to be committed; the commit before is through then."""
         pending, self._pending = self._pending, _Pending()
         if not failures:
             pending = _without_failures(pending)
         if not pending.rows:
             return
-        if self._edits is not None:
-            self._edits.close()
-            self._edits = None
-            self._checkpoints += 1
+        self._collect()
+        edits, self._edits = self._edits, None
+        self._checkpoints += edits is not None
+        self._in_flight = _InFlight(len(pending.rows), self._committer.submit(self._commit, pending, edits))
+
+    def _commit(self, pending: _Pending, edits: EditsTar | None) -> tuple[pa.Table, list[int]]:
+        """In the committer: first the edits tar whole and durable, then the rows that point into it."""
+        if edits is not None:
+            with edits:
+                edits.close()
         place = {row: i for i, row in enumerate(self._work["row"].to_pylist())}
         chosen = self._work.take(pa.array([place[row] for row in pending.rows]))
         done = _answers(pending, chosen, self._task._columns, self._task._run.folder.name, self._name)
@@ -335,7 +412,13 @@ class _Shard:
             rows=self._part.rows,
             attempt=self._attempt,
         )
-        self._keep(done, committed.kept)
+        return done, committed.kept
+
+    def _collect(self) -> None:
+        """Waits for the commit in flight, and raises what it raised."""
+        if self._in_flight is not None:
+            flight, self._in_flight = self._in_flight, None
+            self._keep(*flight.result.result())
 
     def _keep(self, done: pa.Table, kept: list[int]) -> None:
         """Writes failures that did not replace an answer to the run's log."""
@@ -352,6 +435,7 @@ class _Shard:
     def _stop_for_failures(self) -> None:
         errors = [answer.error for answer in self._pending.answers if isinstance(answer, _Failure)]
         self._checkpoint(failures=False)
+        self._collect()
         done, failed, limit = self._task._done, self._task._failed, self._task._settings.max_failed
         raise StageError(
             f"stage '{self._name}' failed on {failed} of {done} rows, more than max_failed = {limit}",
@@ -400,14 +484,19 @@ def _answers(pending: _Pending, work: pa.Table, columns: tuple[Column, ...], run
 # --- asking the stage ---
 
 
-def answer(stage: Stage, batch: pa.RecordBatch, first: int = 0) -> Iterator[tuple[int, pa.RecordBatch | _Failure]]:
+def answer(
+    stage: Stage, batch: pa.RecordBatch, first: int = 0, *, ahead: Future[Any] | None = None
+) -> Iterator[tuple[int, pa.RecordBatch | _Failure]]:
     """Answers of a batch in order, with the position of their first row; a batch that raises is halved.
+
+    Args:
+        ahead: what the stage's `prepare` returned or raised for this batch; without it, `prepare` is called here.
 
     Raises:
         StageError: the stage broke its contract.
     """
     try:
-        result = _patiently(stage, batch)
+        result = _patiently(stage, batch, ahead)
     except Exception as error:
         if batch.num_rows == 1:
             yield first, _Failure(error_text(error))
@@ -419,12 +508,19 @@ def answer(stage: Stage, batch: pa.RecordBatch, first: int = 0) -> Iterator[tupl
     yield first, check_result(type(stage), batch, result)
 
 
-def _patiently(stage: Stage, batch: pa.RecordBatch) -> pa.RecordBatch:
+def _patiently(stage: Stage, batch: pa.RecordBatch, ahead: Future[Any] | None) -> pa.RecordBatch:
     for attempt in range(1, TRANSIENT_TRIES):
         try:
-            return stage.process(batch)
+            return _asked(stage, batch, ahead)
         except TransientError:
+            ahead = None
             time.sleep(TRANSIENT_PAUSE_S * attempt)
+    return _asked(stage, batch, ahead)
+
+
+def _asked(stage: Stage, batch: pa.RecordBatch, ahead: Future[Any] | None) -> pa.RecordBatch:
+    if isinstance(stage, Preparing):
+        return stage.process(batch, ahead.result() if ahead is not None else stage.prepare(batch))
     return stage.process(batch)
 
 
@@ -439,7 +535,8 @@ class Deaths:
     """The batch in hand, on disk, so that the next process knows in which rows the last one died.
 
     A batch in which the process died twice is halved; a single row in which it died twice has failed. A batch in the
-    hand of a process that lives is a copy's of the task, and no death.
+    hand of a process that lives is a copy's of the task, and no death. Where another batch was being prepared ahead, it
+    is not known which of the two killed: both stand alone from then on, and no death is counted yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -454,53 +551,45 @@ class Deaths:
             self._died(data["in_hand"])
 
     def _died(self, last: dict[str, Any]) -> None:
-        shard, rows, deaths = last["shard"], last["rows"], last["deaths"] + 1
+        shard, rows, ahead, deaths = last["shard"], last["rows"], last.get("ahead", []), last["deaths"]
+        known = {*rows, *ahead}
         self._groups = [
-            {**group, "rows": [row for row in group["rows"] if group["shard"] != shard or row not in rows]}
+            {**group, "rows": [row for row in group["rows"] if group["shard"] != shard or row not in known]}
             for group in self._groups
         ]
-        if deaths < 2 or len(rows) == 1:
-            self._groups.append({"shard": shard, "rows": rows, "deaths": deaths})
+        if ahead:
+            found = [(rows, deaths), (ahead, 0)]
+        elif deaths + 1 < 2 or len(rows) == 1:
+            found = [(rows, deaths + 1)]
         else:
             middle = len(rows) // 2
-            self._groups += [{"shard": shard, "rows": half, "deaths": 0} for half in (rows[:middle], rows[middle:])]
+            found = [(rows[:middle], 0), (rows[middle:], 0)]
+        self._groups += [{"shard": shard, "rows": part, "deaths": count} for part, count in found]
         self._groups = [group for group in self._groups if group["rows"]]
 
     def groups(self, shard: str) -> list[list[int]]:
         """Rows of a shard that go into batches of their own."""
         return [group["rows"] for group in self._groups if group["shard"] == shard]
 
-    def of(self, shard: str, rows: list[int]) -> dict[str, Any] | None:
-        """What is known of a batch: the group that it belongs to, with its deaths."""
+    def _deaths_of(self, shard: str, rows: list[int]) -> int:
+        """Deaths in a batch: those of the group that it belongs to."""
         wanted = set(rows)
-        return next((g for g in self._groups if g["shard"] == shard and wanted <= set(g["rows"])), None)
+        groups = (group for group in self._groups if group["shard"] == shard and wanted <= set(group["rows"]))
+        return next((group["deaths"] for group in groups), 0) if rows else 0
 
-    def begin(self, shard: str, rows: list[int]) -> bool:
-        """Notes the batch that is processed now; returns True if it is one row that kills the process."""
-        known = self.of(shard, rows)
-        deaths = known["deaths"] if known else 0
-        if deaths >= 2:
-            return True
-        in_hand = {"shard": shard, "rows": rows, "deaths": deaths}
+    def kills(self, shard: str, rows: list[int]) -> bool:
+        """Whether this is one row that kills the process."""
+        return self._deaths_of(shard, rows) >= 2
+
+    def begin(self, shard: str, rows: list[int], ahead: Sequence[int] = ()) -> None:
+        """Notes the batch that is processed now, and the one that is prepared meanwhile."""
+        in_hand = {"shard": shard, "rows": rows, "ahead": list(ahead), "deaths": self._deaths_of(shard, rows)}
         owner = {"host": socket.gethostname(), "pid": os.getpid()}
         text = json.dumps({"groups": self._groups, "in_hand": in_hand, **owner})
         files.write_atomic(self._path, text.encode(), durable=False)
-        return False
 
 
 # --- reading rows ---
-
-
-def _read_ahead(
-    pool: ThreadPoolExecutor, reader: Reader, work: pa.Table, groups: Sequence[list[int]], inputs: pa.Schema
-) -> Iterator[tuple[list[int], pa.RecordBatch | _Failure]]:
-    """Batches in order, the next one read while this one is processed; rows whose bytes cannot be read come alone."""
-    following: Future[list[tuple[list[int], pa.RecordBatch | _Failure]]] | None = None
-    for group in [*groups, None]:
-        ready = following
-        following = pool.submit(reader.batches, work.take(pa.array(group)), inputs) if group is not None else None
-        if ready is not None:
-            yield from ready.result()
 
 
 class Reader:
@@ -511,19 +600,19 @@ class Reader:
         self._needs: Callable[[pa.RecordBatch], list[bool]] | None = getattr(stage, "needs_bytes", None)
         self._members = MemberReader(layout, shard, stage.members)
 
-    def batches(self, work: pa.Table, inputs: pa.Schema) -> list[tuple[list[int], pa.RecordBatch | _Failure]]:
-        """One batch of rows with their bytes; each row whose bytes cannot be read as a failure of its own."""
+    def batches(self, work: pa.Table, inputs: pa.Schema, preparing: Preparing | None) -> list[_Batch]:
+        """One batch of rows with their bytes, prepared; each row whose bytes cannot be read as a failure of its own."""
         rows = work["row"].to_pylist()
         chosen = work.select(["shard", "row", "uid", *inputs.names]).combine_chunks()
         needed = self._needs(chosen.to_batches()[0]) if self._needs else [True] * len(rows)
         good: list[int] = []
         found: dict[str, list[bytes | None]] = {name: [] for name in self._names}
-        failures: list[tuple[list[int], pa.RecordBatch | _Failure]] = []
+        failures: list[_Batch] = []
         for i, row in enumerate(rows):
             try:
                 data = [self._members.read(row, name) if needed[i] else None for name in self._names]
             except BuilderError as error:
-                failures.append(([row], _Failure(error_text(error))))
+                failures.append(_Batch([row], _Failure(error_text(error))))
                 continue
             good.append(i)
             for name, value in zip(self._names, data, strict=True):
@@ -533,10 +622,21 @@ class Reader:
         batch = chosen.take(pa.array(good)).combine_chunks().to_batches()[0]
         for name, values in found.items():
             batch = batch.append_column(name, pa.array(values, pa.large_binary()))
-        return [([rows[i] for i in good], batch), *failures]
+        prepared = None if preparing is None else _prepared(preparing, batch)
+        return [_Batch([rows[i] for i in good], batch, prepared), *failures]
 
     def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._members.__exit__(None, None, None)
+
+
+def _prepared(stage: Preparing, batch: pa.RecordBatch) -> Future[Any]:
+    """What the stage's `prepare` returns or raises, for `answer` to meet."""
+    prepared: Future[Any] = Future()
+    try:
+        prepared.set_result(stage.prepare(batch))
+    except Exception as error:
+        prepared.set_exception(error)
+    return prepared

