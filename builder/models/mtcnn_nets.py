@@ -149,8 +149,8 @@ class _Graph:
         rest = self.conv(x, (slopes / (1 - slopes))[:, None, None, None], group=len(slopes))
         return self.add("Add", rest, self.add("Relu", x)), 1 - slopes
 
-    def first(self, kernel: Weights, bias: Weights, slopes: Weights, pool: dict[str, Any]) -> str:
-        """The first layer: convolution of the pixels, PReLU of any slopes, pooling."""
+    def first(self, kernel: Weights, bias: Weights, slopes: Weights, pool: dict[str, Any]) -> tuple[str, Weights]:
+        """The first layer: convolution of the pixels, PReLU of any slopes but 1, pooling; y and factors as `prelu`."""
         bias = bias - kernel.sum(axis=(1, 2, 3)) * 127.5 / 128
         kernel = kernel / 128
         falling = np.nonzero(slopes < 0)[0]
@@ -159,16 +159,15 @@ class _Graph:
         bias = np.concatenate([bias, bias[falling] * slopes[falling]])
         pooled = self.add("MaxPool", self.conv(self.pixels, *_padded(kernel, bias, kernel.shape[1])), **pool)
         count, wide = _blocks(len(slopes)), _blocks(len(kernel))
-        inside, plain, bent = np.zeros((count, wide)), np.zeros((count, wide)), np.zeros((count, count))
+        bent, plain, scale = np.zeros((count, wide)), np.zeros((count, wide)), np.ones(count)
         for channel, slope in enumerate(slopes):
-            inside[channel, channel] = 1
-            if channel in beside:  # u = max(x), v = max(a x)
-                inside[channel, beside[channel]] = -1
-                plain[channel, beside[channel]], bent[channel, channel] = 1, 1
+            bent[channel, channel] = 1
+            if channel in beside:  # v + relu(u - v) of u = max(x), v = max(a x)
+                bent[channel, beside[channel]], plain[channel, beside[channel]] = -1, 1
             else:
-                plain[channel, channel], bent[channel, channel] = slope, 1 - slope
-        relu = self.add("Relu", self.mixed(pooled, inside))
-        return self.add("Add", self.mixed(pooled, plain), self.mixed(relu, bent))
+                plain[channel, channel], scale[channel] = slope / (1 - slope), 1 - slope
+        relu = self.add("Relu", self.mixed(pooled, bent))
+        return self.add("Add", self.mixed(pooled, plain), relu), scale
 
     def dense(self, x: str, matrix: Weights, bias: Weights) -> str:
         return self.add("Gemm", x, self.constant(matrix), self.constant(bias))
@@ -226,8 +225,8 @@ def _with_scale(layer: tuple[Weights, Weights], scale: Weights) -> tuple[Weights
 
 def _pnet(values: dict[str, Weights]) -> bytes:
     graph, weights = _Graph(), _Weights(values)
-    x = graph.first(*weights.conv(""), weights.slopes("p_re_lu_initializer_8"), _POOL_2)
-    x = graph.conv(x, *_padded(*weights.conv("_1"), _BLOCK))
+    x, scale = graph.first(*weights.conv(""), weights.slopes("p_re_lu_initializer_8"), _POOL_2)
+    x = graph.conv(x, *_with_scale(weights.conv("_1"), scale))
     x, scale = graph.prelu(x, weights.slopes("p_re_lu_1_initializer_6"))
     x = graph.conv(x, *_with_scale(weights.conv("_2"), scale))
     # Few outputs follow the last PReLU: they are taken from x and relu(x) at once.
@@ -256,8 +255,8 @@ def _head(graph: _Graph, x: str, scale: Weights, weights: _Weights, names: tuple
 
 def _rnet(values: dict[str, Weights]) -> bytes:
     graph, weights = _Graph(), _Weights(values)
-    x = graph.first(*weights.conv("_5"), weights.slopes("p_re_lu_3_initializer_14"), _POOL_3)
-    x = graph.conv(x, *_padded(*weights.conv("_6"), 2 * _BLOCK))
+    x, scale = graph.first(*weights.conv("_5"), weights.slopes("p_re_lu_3_initializer_14"), _POOL_3)
+    x = graph.conv(x, *_with_scale(weights.conv("_6"), scale))
     x, scale = graph.prelu(x, weights.slopes("p_re_lu_4_initializer_12"))
     x = graph.add("MaxPool", x, **_POOL_3_INSIDE)
     x = graph.conv(x, *_with_scale(weights.conv("_7"), scale))
@@ -267,8 +266,8 @@ def _rnet(values: dict[str, Weights]) -> bytes:
 
 def _onet(values: dict[str, Weights]) -> bytes:
     graph, weights = _Graph(), _Weights(values)
-    x = graph.first(*weights.conv("_8"), weights.slopes("p_re_lu_7_initializer_22"), _POOL_3)
-    x = graph.conv(x, *_padded(*weights.conv("_9"), 2 * _BLOCK))
+    x, scale = graph.first(*weights.conv("_8"), weights.slopes("p_re_lu_7_initializer_22"), _POOL_3)
+    x = graph.conv(x, *_with_scale(weights.conv("_9"), scale))
     x, scale = graph.prelu(x, weights.slopes("p_re_lu_8_initializer_20"))
     x = graph.add("MaxPool", x, **_POOL_3_INSIDE)
     x = graph.conv(x, *_with_scale(weights.conv("_10"), scale))
