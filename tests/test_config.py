@@ -380,6 +380,11 @@ def test_an_own_stage_whose_file_raises(file: Path) -> None:
             "stage 'mine' has no method 'close'", "write def close, as builder.stage.Stage shows",
         ),
         (
+            "    def close(self): ...\n", "    def close(self): ...\n    def prepare(self, batch): ...\n",
+            "stage 'mine' has 'prepare', but its 'process' does not take what it returns",
+            "write def process(self, batch, prepared=None), as builder.stage.Preparing shows",
+        ),
+        (
             "Options = Strict", "Options = dict",
             "stage 'mine': Options is no pydantic model", "class Options(builder.Strict): ...",
         ),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -268,11 +270,11 @@ def test_a_row_whose_process_dies_fails_alone(workspace: Make) -> None:
     assert {number: seen.count(uid(number)) for number in range(8, 16)} == dict.fromkeys(range(8, 16), 1)
 
 
-def died(path: Path, shard: str, rows: list[int]) -> Deaths:
-    """What the next process knows after one that died in a batch."""
+def died(path: Path, shard: str, rows: list[int], ahead: Sequence[int] = ()) -> Deaths:
+    """What the next process knows after one that died in a batch, perhaps with another one prepared ahead."""
     pid = subprocess.Popen([sys.executable, "-c", ""])
     pid.wait()
-    Deaths(path).begin(shard, rows)
+    Deaths(path).begin(shard, rows, ahead)
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "pid": pid.pid}))
     return Deaths(path)
@@ -326,7 +328,190 @@ def test_what_is_answered_is_committed_before_a_batch_that_died(layout: Layout) 
     assert not run.in_hand(0).exists()
 
 
+# --- batches prepared ahead ---
+
+
+class Ahead(Base):
+    """Makes its answers in `prepare`, in another thread; `process` hands them on."""
+
+    def __init__(self, options: Options = Options()) -> None:  # noqa: B008
+        super().__init__(options)
+        self.prepared: list[tuple[list[int], bool]] = []
+        self.before: Callable[[], object] = lambda: None
+        self.began = {number: threading.Event() for number in range(16)}
+
+    def prepare(self, batch: pa.RecordBatch) -> list[str]:
+        numbers = [int(uid, 16) for uid in batch.column("uid").to_pylist()]
+        self.prepared.append((numbers, threading.current_thread() is threading.main_thread()))
+        for number in numbers:
+            self.began[number].set()
+        self.check(batch)
+        return [f"ahead: {text}" for text in batch.column("text").to_pylist()]
+
+    def process(self, batch: pa.RecordBatch, prepared: list[str] | None = None) -> pa.RecordBatch:
+        assert prepared is not None
+        self.before()
+        following = int(batch.column("uid")[-1].as_py(), 16) + 1
+        if following % 8 and batch.num_rows == 2:
+            assert self.began[following].wait(60)  # the next batch is prepared while this one is processed
+        return pa.RecordBatch.from_pydict({"note": prepared}, schema=self.outputs)
+
+
+class AheadFails(Ahead):
+    """Raises for the bad keys in `prepare`."""
+
+    check = Fails.check
+
+
+class AheadBusy(Ahead):
+    """Is busy the first time that it sees a bad key in `prepare`."""
+
+    def check(self, batch: pa.RecordBatch) -> None:
+        if set(batch.column("key").to_pylist()) & set(self.options.bad):
+            self.options.bad.clear()
+            raise TransientError("the endpoint is busy")
+
+
+def test_the_next_batch_is_prepared_while_one_is_processed(layout: Layout) -> None:
+    stage = Ahead()
+    do(layout, plan(layout, stage), stage, batch_rows=2)
+    assert notes(layout) == [f"ahead: {caption(i)}" for i in range(16)]
+    assert stage.prepared == [([i, i + 1], False) for i in range(0, 16, 2)]
+
+
+def test_a_row_that_cannot_be_prepared_fails_alone(layout: Layout) -> None:
+    stage = AheadFails(Options(bad=[key(5)]))
+    do(layout, plan(layout, stage), stage, batch_rows=4)
+    found = read(layout, "note_status", "note_error", "note")
+    assert found[5] == ("failed", f"ValueError: cannot note {key(5)}", None)
+    assert [row for i, row in enumerate(found) if i != 5] == [
+        ("ok", None, f"ahead: {caption(i)}") for i in range(16) if i != 5
+    ]
+    assert [numbers for numbers, here in stage.prepared if here] == [[4, 5], [4], [5], [6, 7]]
+
+
+def test_a_transient_error_of_prepare_is_tried_again(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "TRANSIENT_PAUSE_S", 0.001)
+    stage = AheadBusy(Options(bad=[key(5)]))
+    assert do(layout, plan(layout, stage), stage).ok == 16
+    assert [numbers for numbers, here in stage.prepared if here] == [[4, 5, 6, 7]]
+
+
+def test_rows_are_in_hand_before_they_are_prepared(layout: Layout) -> None:
+    """Whatever batch the process dies in, the file names it."""
+    stage = Ahead()
+    run = plan(layout, stage)
+    told: list[tuple[list[int], list[int]]] = []
+
+    def look(batch: pa.RecordBatch) -> None:
+        data = json.loads(run.in_hand(0).read_text())["in_hand"]
+        assert set(batch.column("row").to_pylist()) <= {*data["rows"], *data["ahead"]}
+        told.append((data["rows"], data["ahead"]))
+
+    stage.check = look  # type: ignore[method-assign]
+    do(layout, run, stage, batch_rows=4)
+    assert told == [([], [0, 1, 2, 3]), ([0, 1, 2, 3], [4, 5, 6, 7])] * 2
+
+
+def test_a_batch_that_died_is_not_prepared_ahead(layout: Layout) -> None:
+    stage = Ahead()
+    run = plan(layout, stage)
+    died(run.in_hand(0), "00000000", [4, 5])
+    do(layout, run, stage, batch_rows=4)
+    assert stage.prepared[:3] == [([0, 1, 2, 3], False), ([6, 7], False), ([4, 5], True)]
+
+
+def test_of_two_batches_in_hand_neither_is_blamed(tmp_path: Path) -> None:
+    """Each stands alone from then on, and only a death in which it was alone counts."""
+    path = tmp_path / "batch.json"
+    known = died(path, "a", [1, 2], [3, 4])
+    assert known.groups("a") == [[1, 2], [3, 4]]
+    assert died(path, "a", [3, 4]).groups("a") == [[1, 2], [3, 4]]
+    assert died(path, "a", [3, 4]).groups("a") == [[1, 2], [3], [4]]
+    assert died(tmp_path / "single.json", "a", [1], [2]).kills("a", [1]) is False
+    assert died(tmp_path / "single.json", "a", [1]).kills("a", [1]) is False
+    assert died(tmp_path / "single.json", "a", [1]).kills("a", [1]) is True
+
+
 # --- checkpoints ---
+
+
+def test_a_commit_runs_beside_the_next_batch(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts one batch early, so that of 8 rows a kill costs never more than 8: 7 in flight and 1 in hand."""
+    rows = 8
+    commit, committed, most = table.commit, [0], [0]
+    ninth = threading.Event()
+
+    class Looking(Counting):
+        def check(self, batch: pa.RecordBatch) -> None:
+            most[0] = max(most[0], len(self.seen) - committed[0])
+            if len(self.seen) == rows:
+                eighth.set()
+            if len(self.seen) > rows:
+                ninth.set()
+
+    eighth = threading.Event()
+
+    def slow(*args: Any, **options: Any) -> Any:
+        assert eighth.wait(60)  # the next batch is processed meanwhile
+        if committed[0] == 0:
+            assert not ninth.wait(0.2)  # and the one behind it is not
+        result = commit(*args, **options)
+        committed[0] += result.rows
+        return result
+
+    monkeypatch.setattr(table, "commit", slow)
+    stage = Looking()
+    do(layout, plan(layout, stage), stage, checkpoint_rows=rows, batch_rows=1)
+    assert most == [rows]
+    assert notes(layout) == [f"seen: {caption(i)}" for i in range(16)]
+    assert generations(layout, "00000000") == 2
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["in flight", "last"])
+def test_a_commit_that_fails_is_raised(layout: Layout, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    commit, calls = table.commit, [0]
+
+    def full(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return commit(*args, **options)
+
+    monkeypatch.setattr(table, "commit", full)
+    stage = Counting()
+    run = plan(layout, stage)
+    with pytest.raises(OSError, match="No space left"):
+        do(layout, run, stage, checkpoint_rows=8, batch_rows=1)
+    monkeypatch.setattr(table, "commit", commit)
+    assert [note is not None for note in notes(layout)][:8] == [failing == 2] * 7 + [False]
+    assert do(layout, run, Counting()).ok == 16
+
+
+def test_a_commit_in_flight_is_awaited_beside_another_error(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage breaks its contract while the rows before are being committed: they are, their failures are told."""
+    first, again = Note(Options()), Fails(Options(word="again", bad=[key(3)]))
+    do(layout, plan(layout, first), first)
+    commit, broken = table.commit, threading.Event()
+    process = again.process
+
+    def breaks(batch: pa.RecordBatch) -> pa.RecordBatch | None:
+        if batch.column("row")[0].as_py() == 7:
+            broken.set()
+            return None
+        return process(batch)
+
+    def slow(*args: Any, **options: Any) -> Any:
+        assert broken.wait(60)
+        return commit(*args, **options)
+
+    again.process = breaks  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(table, "commit", slow)
+    run = plan(layout, again, Choice(redo=True))
+    with pytest.raises(StageError, match="did you forget the return statement"):
+        do(layout, run, again, checkpoint_rows=8, batch_rows=1)
+    assert notes(layout)[:8] == [f"{'seen' if i in (3, 7) else 'again'}: {caption(i)}" for i in range(8)]
+    assert [json.loads(line)["row"] for line in run.failures(0).read_text().splitlines()] == [3]
 
 
 def generations(layout: Layout, shard: str, stage: str = "note") -> int:
