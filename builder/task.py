@@ -435,7 +435,6 @@ class _Shard:
     def _stop_for_failures(self) -> None:
         errors = [answer.error for answer in self._pending.answers if isinstance(answer, _Failure)]
         self._checkpoint(failures=False)
-        self._collect()
         done, failed, limit = self._task._done, self._task._failed, self._task._settings.max_failed
         raise StageError(
             f"stage '{self._name}' failed on {failed} of {done} rows, more than max_failed = {limit}",

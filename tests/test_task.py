@@ -436,7 +436,7 @@ def test_of_two_batches_in_hand_neither_is_blamed(tmp_path: Path) -> None:
 # --- checkpoints ---
 
 
-def test_a_commit_runs_beside_the_next_batch(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_runs_beside_the_next_batch(many: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """It starts one batch early, so that of 8 rows a kill costs never more than 8: 7 in flight and 1 in hand."""
     rows = 8
     commit, committed, most = table.commit, [0], [0]
@@ -462,10 +462,10 @@ def test_a_commit_runs_beside_the_next_batch(layout: Layout, monkeypatch: pytest
 
     monkeypatch.setattr(table, "commit", slow)
     stage = Looking()
-    do(layout, plan(layout, stage), stage, checkpoint_rows=rows, batch_rows=1)
+    do(many, plan(many, stage), stage, checkpoint_rows=rows, batch_rows=1)
     assert most == [rows]
-    assert notes(layout) == [f"seen: {caption(i)}" for i in range(16)]
-    assert generations(layout, "00000000") == 2
+    assert notes(many) == [f"seen: {caption(i)}" for i in range(160)]
+    assert generations(many, "00000000") == 12  # of 7 rows, and one of 3
 
 
 @pytest.mark.parametrize("failing", [1, 2], ids=["in flight", "last"])
