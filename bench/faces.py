@@ -1,41 +1,51 @@
 """Faces on a CPU: the cascade against a plain one, the stage against a bare detector loop.
 
-    python -m bench.faces [--rounds 5] [--samples 1400] [--shards DIR]
+    python -m bench.faces [--rounds 5] [--samples 2000] [--shards DIR]
 
 **The cascade**: `builder.models.mtcnn` and `bench.plain_mtcnn` on the same decoded pictures in one process and one
 thread, in turn; images per second of CPU time. Both count the same faces, or there is no figure.
 
-**The stage**: `builder stage faces --redo` over two shards with two workers, as a user starts it, against two processes
-that run the detector over the same pictures, decoded before and held in memory. Wall time of the slower of the two:
-of a worker what its task says it took, so all but the start of the interpreter and its imports: reading, decoding,
-loading the model, commits, folds. Of a bare loop the loop alone.
+**The stage**: `builder stage faces --redo` over two shards with two workers, against two detector loops over the same
+pictures, decoded before and held in memory. The same two processes do both in turn: they wait with everything imported,
+and take tasks from the engine in place of the processes that it would start. Of a task all counts: loading the model,
+reading, decoding, commits, folds. Of a bare loop the loop alone counts; its detector is loaded before. Twice: by the
+wall time of the slower process, which is the target and rough on a machine that others use, and by CPU time.
 
-Pictures: shards of --shards, or those of `builder demo`, made anew.
+Pictures: the shards of a folder, or those of `builder demo`, made anew: photos of 0.1 megapixels, a quarter with faces.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import multiprocessing
 import os
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from bench.plain_mtcnn import PlainMtcnn
 from bench.report import Result, compared, rounds_of, table
+from builder import pipeline as pipelines
+from builder import runs
 from builder.demo_shards import make_demo_shards
+from builder.executors import local
 from builder.models.mtcnn import Mtcnn
 from builder.models.pictures import decode
+from builder.progress import Talk
+from builder.workset import Choice
 
 WORKERS = 2
+#: Samples of shards that are made.
+SAMPLES = 2000
 #: Pictures of the comparison of the cascades.
 CASCADE_PICTURES = 100
 #: Share of pictures in which both cascades must count the same faces.
@@ -60,11 +70,13 @@ source = "detector"
 
 
 def measure(rounds: int, folder: Path) -> list[Result]:
-    """Both comparisons over the tars of a folder, as many as `WORKERS`."""
+    """Both comparisons over the tars of a folder, as many as `WORKERS`; they are made where there are none."""
+    if not any(folder.glob("*.tar")):
+        make_demo_shards(folder, samples=SAMPLES)
     shards = sorted(folder.glob("*.tar"))
     if len(shards) != WORKERS:
         raise SystemExit(f"'{folder}' holds {len(shards)} shards, one a worker is wanted: {WORKERS}")
-    return [cascade(rounds, pictures(shards[0])[:CASCADE_PICTURES]), stage(rounds, shards)]
+    return [cascade(rounds, pictures(shards[0])[:CASCADE_PICTURES]), *stage(rounds, shards)]
 
 
 def pictures(shard: Path) -> list[np.ndarray]:
@@ -113,87 +125,101 @@ def check_same(ours: Mtcnn, plain: PlainMtcnn, images: list[np.ndarray]) -> None
 # --- the stage ---
 
 
-def stage(rounds: int, shards: list[Path]) -> Result:
-    """Images per second, the stage's and that of bare loops in as many processes."""
+def stage(rounds: int, shards: list[Path]) -> list[Result]:
+    """Images per second of wall time and of CPU time, the stage's and that of bare loops in as many processes."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.toml"
         file.write_text(PIPELINE.format(folder=shards[0].parent, root=f"{folder}/out", workers=WORKERS), "utf-8")
-        builder("ingest", file)
-        with BareLoops(shards) as bare:
-            ours, peer = rounds_of(
-                rounds, lambda: bare.images / task_seconds(file), lambda: bare.images / bare.seconds()
-            )
-    name = f"faces: stage, {bare.images} images, {WORKERS} workers"
-    return compared(name, ours, peer, STAGE_TARGET, unit="images/s", more=True)
+        pipelines.ingest(pipelines.load(file), Talk(quiet=True))
+        with Processes(shards) as processes:
+            images = processes.images
+
+            def run_stage() -> tuple[float, float]:
+                with mock.patch.object(local, "run", processes.run):
+                    done = pipelines.run_stage(pipelines.load(file), "faces", Choice(redo=True), Talk(quiet=True))
+                if done["ok"] != images:
+                    raise SystemExit(f"the stage answered {done['ok']} of {images} rows: {done.counts}")
+                return processes.took
+
+            def bare() -> tuple[float, float]:
+                return processes.ask([("loop",)] * WORKERS)
+
+            values = [(run_stage(), bare()) for _ in range(rounds)]
+    results = []
+    for i, clock in enumerate(("wall", "CPU")):
+        ours, peer = ([images / pair[side][i] for pair in values] for side in (0, 1))
+        name = f"faces: stage, {images} images, {WORKERS} workers, {clock} time"
+        results.append(compared(name, ours, peer, STAGE_TARGET, unit="images/s", more=True))
+    return results
 
 
-def builder(command: str, file: Path, *options: str) -> None:
-    """`builder COMMAND`; leaves with its message if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "builder", *command.split(), "--pipeline", str(file), *options],
-        capture_output=True, text=True, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"builder {command}: {done.stderr}")
-
-
-def task_seconds(file: Path) -> float:
-    """Does all rows (again); the seconds of the slower task, by its own account."""
-    runs = file.parent / "out" / "runs"
-    before = set(runs.iterdir())
-    builder("stage faces", file, "--redo")
-    (run,) = set(runs.iterdir()) - before
-    results = [json.loads(path.read_text("utf-8")) for path in (run / "tasks").glob("*.result.json")]
-    if len(results) != WORKERS or any(result["failed"] or not result["ok"] for result in results):
-        raise SystemExit(f"'{run}' did not answer every row: {results}")
-    return max(float(result["seconds"]) for result in results)
-
-
-class BareLoops:
-    """One process a shard, its pictures decoded in memory and the detector loaded, that waits to be asked."""
+class Processes:
+    """One process a shard, its pictures decoded in memory, that does a bare loop over them or a task when asked to."""
 
     def __init__(self, shards: list[Path]) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"  # as for a worker
+        os.environ["OMP_NUM_THREADS"] = "1"  # as the engine sets it
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for shard in shards:
             pipe, theirs = context.Pipe()
-            process = context.Process(target=_bare_loop, args=(shard, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(shard, theirs), daemon=True)
             process.start()
+            theirs.close()
             self._pipes.append(pipe)
             self._processes.append(process)
-        self.images = sum(pipe.recv() for pipe in self._pipes)
+        self.images: int = sum(pipe.recv() for pipe in self._pipes)
+        #: Wall seconds of the slowest process and CPU seconds of all, of what was asked last.
+        self.took = (0.0, 0.0)
 
-    def seconds(self) -> float:
-        """All loops once at the same time; the seconds of the slower one."""
-        for pipe in self._pipes:
-            pipe.send(True)
-        return max(pipe.recv() for pipe in self._pipes)
+    def ask(self, orders: list[tuple[Any, ...]]) -> tuple[float, float]:
+        """One order for each process, all at the same time."""
+        for pipe, order in zip(self._pipes, orders, strict=True):
+            pipe.send(order)
+        answers = [pipe.recv() for pipe in self._pipes]
+        self.took = (max(wall for wall, _ in answers), sum(cpu for _, cpu in answers))
+        return self.took
 
-    def __enter__(self) -> BareLoops:
+    def run(self, command: Callable[[int], list[str]], tasks: int, log: Any, **_: Any) -> list[local.Ended]:
+        """In place of `builder.executors.local.run`: the tasks of a run, one for each process."""
+        folder, number = command(0)[-2:]
+        assert (tasks, number) == (WORKERS, "0")
+        self.ask([("task", folder, number) for number in range(tasks)])
+        return [local.Ended(number, local.DONE, 0) for number in range(tasks)]
+
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
         for pipe, process in zip(self._pipes, self._processes, strict=True):
-            pipe.send(False)
+            pipe.close()
             process.join()
 
 
-def _bare_loop(shard: Path, pipe: Connection) -> None:
+def _serve(shard: Path, pipe: Connection) -> None:
+    sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - a task tells its progress there, to the end
     images, detector = pictures(shard), Mtcnn()
     pipe.send(len(images))
-    while pipe.recv():
-        start = time.monotonic()
-        for image in images:
-            detector.detect(image)
-        pipe.send(time.monotonic() - start)
+    for order in _orders(pipe):
+        wall, cpu = time.monotonic(), time.process_time()
+        if order[0] == "loop":
+            for image in images:
+                detector.detect(image)
+        elif (code := runs.run_task(Path(order[1]), order[2])) != local.DONE:
+            raise SystemExit(f"task {order[2]} of '{order[1]}' ended with {code}")
+        pipe.send((time.monotonic() - wall, time.process_time() - cpu))
+
+
+def _orders(pipe: Connection) -> Iterator[tuple[Any, ...]]:
+    with contextlib.suppress(EOFError):
+        while True:
+            yield pipe.recv()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the detector and the stage `faces` on this machine.")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, every method once in each [%(default)s]")
-    parser.add_argument("--samples", type=int, default=1400, help="in all, where the shards are made [%(default)s]")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="in all, where the shards are made [%(default)s]")
     parser.add_argument("--shards", type=Path, help=f"a folder with {WORKERS} shards instead")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

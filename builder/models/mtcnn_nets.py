@@ -34,6 +34,9 @@ Weights = npt.NDArray[np.float64]
 
 #: Channels in a block of onnxruntime's layout NCHWc with AVX-512; 8 with AVX2. Source: mlas/lib/snchwc.cpp.
 _BLOCK = 16
+#: Pixels of a call up to which a network keeps the memory that it took. Measured: fresh memory for each call costs pnet
+#: 15 to 25 % of its time; kept whatever the size, 1010 MB were resident after one image of 4000 x 3000, 230 MB so.
+KEPT_PIXELS = 512 * 512
 #: Of the models' graphs. Source: the files.
 _OPSET, _IR_VERSION = 12, 7
 #: Attributes of the pooling layers. Source: the files.
@@ -45,12 +48,14 @@ _POOL_3_INSIDE = {"kernel_shape": [3, 3], "strides": [2, 2]}
 class Network:
     """One network: uint8 (n, 3, height, width) in; offsets and the logit of a face, float32 (n, 5, ...) out."""
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    def __init__(self, graph: bytes, threads: int) -> None:
+        self._small = _session(graph, threads, keeps_memory=True)
+        self._large = _session(graph, threads, keeps_memory=False)
 
     def __call__(self, batch: Pixels) -> npt.NDArray[np.float32]:
+        session = self._small if batch.size <= 3 * KEPT_PIXELS else self._large
         answer: npt.NDArray[np.float32]
-        (answer,) = self._session.run(None, {"pixels": batch})
+        (answer,) = session.run(None, {"pixels": batch})
         return answer
 
 
@@ -72,7 +77,7 @@ def load_networks(threads: int) -> tuple[Network, Network, Network]:
             where={"folder": folder},
             fix="install that version anew",
         ) from error
-    pnet, rnet, onet = (Network(_session(graph, threads)) for graph in graphs)
+    pnet, rnet, onet = (Network(graph, threads) for graph in graphs)
     return pnet, rnet, onet
 
 
@@ -93,7 +98,7 @@ def _weights(path: Path) -> dict[str, Weights]:
     return {name: value.ravel() if "p_re_lu" in name else value for name, value in found.items()}
 
 
-def _session(graph: bytes, threads: int) -> Any:
+def _session(graph: bytes, threads: int, *, keeps_memory: bool) -> Any:
     import onnxruntime
 
     runtime: Any = onnxruntime
@@ -101,10 +106,8 @@ def _session(graph: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors; warnings are about devices that nobody asked for
-    # Every level of every image has another shape: an arena would keep what the largest one took. Measured: 1010 MB
-    # resident after one image of 4000 x 3000, 140 to 300 MB without, at the same speed.
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
+    options.enable_cpu_mem_arena = keeps_memory
+    options.enable_mem_pattern = False  # a plan for each shape of a level would be made and never used again
     return runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
