@@ -1,6 +1,6 @@
 """Faces on a CPU: the cascade against a plain one, the stage against a bare detector loop.
 
-    python -m bench.faces [--rounds 5] [--samples 2000] [--shards DIR]
+    python -m bench.faces [--rounds 5] [--samples 1200] [--shards DIR]
 
 **The cascade**: `builder.models.mtcnn` and `bench.plain_mtcnn` on the same decoded pictures in one process and one
 thread, in turn; images per second of CPU time. Both count the same faces, or there is no figure.
@@ -45,7 +45,7 @@ from builder.workset import Choice
 
 WORKERS = 2
 #: Samples of shards that are made.
-SAMPLES = 2000
+SAMPLES = 1200
 #: Pictures of the comparison of the cascades.
 CASCADE_PICTURES = 100
 #: Share of pictures in which both cascades must count the same faces.
