@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from builder import files, table
+from builder import files, table, tar
 from builder.edits import EditsReader
 from builder.errors import ShardError, where
 from builder.layout import Layout
@@ -18,6 +18,10 @@ from builder.schema import IMAGE_EXTENSIONS
 
 #: Name under which the generated image of a row is read.
 EDIT = "edit"
+#: Rows whose headers are in memory at a time, while those of a touched shard are compared.
+_ROWS_A_STEP = 4096
+#: What helps against a source that is not what was ingested.
+AGAIN = "put it back, or ingest it as it is now: builder ingest"
 
 
 def place_of(members: Sequence[dict[str, Any]], member: str) -> dict[str, Any] | None:
@@ -28,34 +32,54 @@ def place_of(members: Sequence[dict[str, Any]], member: str) -> dict[str, Any] |
 
 
 @contextlib.contextmanager
-def opened(source: table.SourceShard) -> Iterator[int]:
+def opened(layout: Layout, shard: str, source: table.SourceShard) -> Iterator[int]:
     """A source shard, open for reading at offsets.
 
+    One of another time of modification is good as long as every sample's headers are where the table has them.
+
     Raises:
-        ShardError: it is gone, cannot be read, or has another size or time than when it was ingested.
+        ShardError: it is gone, cannot be read, or is not what was ingested: another size, other headers.
     """
-    fix = "put it back, or ingest it as it is now: builder ingest"
     try:
         descriptor = os.open(source.path, os.O_RDONLY)
     except OSError as error:
         raise ShardError(
-            f"the source shard cannot be read: {error.strerror}", where={"file": source.path}, fix=fix
+            f"the source shard cannot be read: {error.strerror}", where={"file": source.path}, fix=AGAIN
         ) from error
     try:
         stat = os.fstat(descriptor)
-        if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
-            raise ShardError(
-                "the source shard changed since it was ingested",
-                where={
-                    "file": source.path,
-                    "bytes": f"expected {source.size}, found {stat.st_size}",
-                    "modified": f"expected {source.mtime_ns}, found {stat.st_mtime_ns} (ns)",
-                },
-                fix=fix,
-            )
+        if stat.st_size != source.size:
+            raise _changed(source, bytes=f"expected {source.size}, found {stat.st_size}")
+        if stat.st_mtime_ns != source.mtime_ns:
+            _check_heads(descriptor, layout, shard, source)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _changed(source: table.SourceShard, **place: object) -> ShardError:
+    return ShardError("the source shard changed since it was ingested", where={"file": source.path, **place}, fix=AGAIN)
+
+
+def _check_heads(descriptor: int, layout: Layout, shard: str, source: table.SourceShard) -> None:
+    """Compares the headers of every sample, prefixes included, with what the table says of them.
+
+    Raises:
+        ShardError: one of them is another.
+    """
+    places, state = table.read_partition(layout, shard, ["key", "source_members"])
+    if state.source != source:
+        raise ShardError("the shard was ingested again meanwhile", fix="run the same command again")
+    for start in range(0, places.num_rows, _ROWS_A_STEP):
+        rows = places.slice(start, _ROWS_A_STEP)
+        pairs = zip(rows["key"].to_pylist(), rows["source_members"].to_pylist(), strict=True)
+        found = [(f"{key}.{place['ext']}", place) for key, members in pairs for place in members]
+        names, sizes = [name for name, _ in found], [place["size"] for _, place in found]
+        heads = [os.pread(descriptor, place["data"] - place["header"], place["header"]) for _, place in found]
+        other = tar.first_other_head(heads, names, sizes)
+        if other is not None:
+            at = found[other][1]["header"]
+            raise _changed(source, offset=at, member=f"expected '{names[other]}' of {sizes[other]} bytes")
 
 
 class MemberReader:
@@ -78,7 +102,7 @@ class MemberReader:
             places, state = table.read_partition(layout, shard, columns)
             self._columns = {name: places[name].to_pylist() for name in places.column_names}
             if from_source:
-                self._source = self._stack.enter_context(opened(state.source))
+                self._source = self._stack.enter_context(opened(layout, shard, state.source))
 
     def read(self, row: int, member: str) -> bytes | None:
         """The bytes of one member of one row, None if the sample has no such member.

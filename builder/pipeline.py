@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from builder import config as configs
 from builder import files, runs, schema, table, verify, workset, writer
 from builder.config import Config
-from builder.errors import ConfigError, SchemaError, StageError, TransientError
+from builder.errors import BuilderError, ConfigError, SchemaError, StageError, TransientError
 from builder.layout import Layout, RunFiles, names
 from builder.members import MemberReader, place_of
 from builder.progress import Talk
@@ -457,14 +457,22 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def prove(pipeline: Pipeline, talk: Talk) -> verify.Proof:
-    """Proves every hybrid shard of the pipeline."""
-    shards = shards_of(pipeline)
-    proof = verify.Proof()
+    """Proves every hybrid shard of the pipeline; changes nothing on disk."""
+    layout, write = pipeline.layout, pipeline.config.write
+    on_disk = tar_shards.find(pipeline.config.patterns)
+    shards = workset.narrow_to(list(on_disk.paths), layout.shard_names())
+    prover = verify.Prover(layout, shards)
+    prover.check_gone(tar_shards.vanished(layout, on_disk))
+    refused: dict[str, BuilderError] = {}
     with talk.bar("verify", len(shards), "shards") as bar:
-        for done, shard in enumerate(write_plans(pipeline, shards), 1):
-            verify.verify_shard(pipeline.layout, shard, proof)
-            bar.update(done, len(proof.problems))
-    return proof
+        readable = prover.readable()
+        found = writer.plans(layout, pipeline.known_columns(), readable, read_sql(write.select), write.params, refused)
+        for plan in found:
+            prover.prove(plan)
+            bar.update(prover.proof.proven + len(prover.wrong), len(prover.wrong))
+    for shard, error in refused.items():
+        prover.refuse(shard, error)
+    return prover.finish(layout.shard_names())
 
 
 def gc(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> table.Sweep:

@@ -175,7 +175,9 @@ def read_column_file(path: Path, columns: Sequence[str] | None = None) -> Conten
         with pq.ParquetFile(path) as file:
             table = file.read(columns=list(columns) if columns is not None else None)
             return _content(table.replace_schema_metadata(None), file.schema_arrow.metadata or {})
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; pages that do not decompress are an OSError without a number
         raise ShardError(
             "a column file is damaged",
             where={"file": path, "reason": str(error)},
@@ -235,16 +237,6 @@ def commit_source(layout: Layout, shard: str, table: pa.Table, rows: str, source
         content = Content(table, rows, source=source)
         if _commit_file(layout, shard, SOURCE, generation, content):
             return fold(layout, shard, known=(SOURCE, generation, content))
-
-
-def read_source(layout: Layout, shard: str, columns: Sequence[str] | None = None) -> Content | None:
-    """The newest column file of ingest, or None for a shard that is not in the table."""
-
-    def read() -> Content | None:
-        generation = newest(layout, shard).get(SOURCE)
-        return None if generation is None else read_column_file(layout.column_file(shard, SOURCE, generation), columns)
-
-    return files.retry_listing(read)
 
 
 def commit(
@@ -393,21 +385,37 @@ def fold(layout: Layout, shard: str, *, known: tuple[str, int, Content] | None =
 
 
 def _fold_once(layout: Layout, shard: str, known: tuple[str, int, Content] | None = None) -> tuple[dict[str, int], int]:
+    table, state = folded(layout, shard, known, fresh=True)
+    metadata = folded_metadata(state.generations, state.schema_generation, state.rows, state.source)
+    files.write_atomic(layout.partition(shard), partial(write_parquet, table, metadata))
+    return state.generations, state.schema_generation
+
+
+def folded(
+    layout: Layout, shard: str, known: tuple[str, int, Content] | None = None, *, fresh: bool = False
+) -> tuple[pa.Table, State]:
+    """What a shard's newest column files hold side by side, and which they are; makes no partition of it.
+
+    Args:
+        known: stage, generation and content of a column file that need not be read.
+        fresh: renews a cached listing first.
+
+    Raises:
+        ShardError: a column file is damaged.
+    """
     generation, columns = load_schema(layout)
-    found = listing(layout, shard, fresh=True)
-    state = {stage: generations[-1] for stage, generations in found.items()}
-    source = _content_of(layout, shard, SOURCE, state[SOURCE], known)
+    found = listing(layout, shard, fresh=fresh)
+    newest_of = {stage: generations[-1] for stage, generations in found.items()}
+    source = _content_of(layout, shard, SOURCE, newest_of[SOURCE], known)
+    assert source.source is not None
     stages = {SOURCE: source.table}
-    for stage in state:
+    for stage in newest_of:
         if stage != SOURCE:
-            content = _content_of(layout, shard, stage, state[stage], known)
+            content = _content_of(layout, shard, stage, newest_of[stage], known)
             stages[stage] = _aligned(layout, shard, content, found, source).table
     count, none = source.table.num_rows, pa.table({})
     table = pa.table({column.name: _values(stages.get(column.stage, none), column, count) for column in columns})
-    assert source.source is not None
-    metadata = folded_metadata(state, generation, source.rows, source.source)
-    files.write_atomic(layout.partition(shard), partial(write_parquet, table, metadata))
-    return state, generation
+    return table, State(newest_of, generation, source.rows, source.source)
 
 
 def folded_metadata(

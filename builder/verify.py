@@ -1,6 +1,7 @@
 """The proof: exactly the selected samples of a hybrid shard differ, and every other byte is the source's.
 
-Reads both tars anew, header by header; believes neither the table's offsets nor the writer.
+Reads both tars anew, header by header; believes neither the table's offsets nor the writer. Changes nothing on disk:
+what is wrong is said with what would mend it.
 """
 
 from __future__ import annotations
@@ -8,21 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from builder import table, tar
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from builder import edits, files, members, table, tar
 from builder.edits import EditsReader
-from builder.errors import BuilderError
-from builder.layout import Layout
+from builder.errors import BuilderError, ShardError
+from builder.layout import Layout, names
 from builder.schema import IMAGE_EXTENSIONS
-from builder.writer import Edit, ShardPlan, is_written
+from builder.writer import Edit, ShardPlan, edited_json, read_description
 
 #: Bytes of one comparison.
 _STEP = 4 << 20
+#: Characters of a value that a problem quotes.
+_SHOWN = 70
+_FOLD, _WRITE = "builder fold", "builder write"
+_INGEST = f"{members.AGAIN}, then {_WRITE}"
 
 
 @dataclass
@@ -30,11 +40,13 @@ class Proof:
     """What was found.
 
     Attributes:
+        proven: shards in which nothing is wrong.
         same: bytes of hybrid shards that are the source's.
-        problems: what is wrong, one sentence each, the shard first.
+        problems: what is wrong, one sentence each with its fix, the shard or the file first.
     """
 
     shards: int = 0
+    proven: int = 0
     rows: int = 0
     edited: int = 0
     dropped: int = 0
@@ -44,30 +56,173 @@ class Proof:
 
 
 class _Wrong(Exception):
-    """The first thing that is wrong with a shard."""
+    """The first thing that is wrong with a shard.
+
+    Args:
+        what: half a sentence.
+        fix: what would mend it.
+    """
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{' '.join(what.split())}; fix: {fix}")
 
 
-def verify_shard(layout: Layout, plan: ShardPlan, proof: Proof) -> None:
-    """Proves one hybrid shard against its source and its plan; what is wrong becomes a problem of the proof."""
-    proof.shards += 1
+def _removing(path: Path, then: str) -> str:
+    return f"rm {shlex.quote(str(path))}, then {then}"
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line, with the row and without the fix."""
+    if isinstance(error, BuilderError):
+        return (f"row {error.where['row']}: " if "row" in error.where else "") + error.what
+    return (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+
+
+class Prover:
+    """Proves the hybrid shards of a root one by one; a problem of one hides those of no other.
+
+    Args:
+        shards: those to prove.
+    """
+
+    def __init__(self, layout: Layout, shards: Sequence[str]) -> None:
+        self._layout, self._shards = layout, shards
+        self._samples: dict[str, int] = {}
+        self.proof = Proof(shards=len(shards))
+        self.wrong: dict[str, str] = {}
+
+    def check_gone(self, shards: Sequence[str]) -> None:
+        """Takes note of hybrid shards whose sources are gone: of these nothing can be proven."""
+        for shard in shards:
+            state = table.partition_state(self._layout, shard)
+            if state is not None and self._layout.hybrid(shard).exists() and not Path(state.source.path).exists():
+                self.proof.shards += 1
+                self.wrong[shard] = str(_Wrong(f"its source '{state.source.path}' is gone", "put it back"))
+
+    def readable(self) -> list[str]:
+        """The shards whose partitions can be read; all that is wrong with partitions becomes a problem."""
+        readable = []
+        for shard in self._shards:
+            try:
+                partition = _partition(self._layout, shard)
+                readable.append(shard)
+                _check_partition(self._layout, shard, partition)
+            except _Wrong as wrong:
+                self.wrong[shard] = str(wrong)
+        return readable
+
+    def prove(self, plan: ShardPlan) -> None:
+        """Proves one hybrid shard against its source and its plan."""
+        if plan.shard in self.wrong:
+            return
+        hybrid = self._layout.hybrid(plan.shard)
+        try:
+            self._samples[plan.shard] = _Pair(self._layout, plan, self.proof).prove()
+            self.proof.proven += 1
+        except _Wrong as wrong:
+            self.wrong[plan.shard] = str(wrong)
+        except (BuilderError, OSError) as error:
+            self.wrong[plan.shard] = str(_Wrong(_reason(error), _removing(hybrid, _WRITE)))
+
+    def refuse(self, shard: str, error: BuilderError) -> None:
+        """Takes note of a shard of which the table gives no plan."""
+        self.wrong.setdefault(shard, str(_Wrong(_reason(error), error.fix)))
+
+    def finish(self, table_shards: Iterable[str]) -> Proof:
+        """Checks what lies beside the hybrid shards, and returns the proof.
+
+        Args:
+            table_shards: every shard of the table.
+        """
+        loose = list(self._check_folder({f"{shard}.tar" for shard in table_shards}))
+        self.proof.proven -= len(self.wrong.keys() & self._samples.keys())
+        self.proof.problems = [f"shard '{shard}': {text}" for shard, text in sorted(self.wrong.items())] + loose
+        return self.proof
+
+    def _check_folder(self, known: set[str]) -> Iterator[str]:
+        """Problems of files that are of no one shard; a shard that `sizes.json` has wrong becomes wrong itself."""
+        there = [name for name in names(self._layout.shards) if name.endswith(".tar")]
+        for name in there:
+            if name not in known:
+                path = self._layout.shards / name
+                yield f"'{path}': it is of no shard of the table; fix: rm {shlex.quote(str(path))}"
+        path = self._layout.sizes()
+        try:
+            sizes = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            if self._samples:
+                yield f"'{path}': it is gone; fix: {_WRITE}"
+            return
+        except ValueError:
+            sizes = None
+        if not isinstance(sizes, dict):
+            yield f"'{path}': it is not a json object; fix: {_WRITE}"
+            return
+        for name in sorted(sizes.keys() - set(there)):
+            if name.removesuffix(".tar") not in self.wrong:
+                yield f"'{path}': it names '{name}', which is not there; fix: {_WRITE}"
+        for shard, count in self._samples.items():
+            found = sizes.get(f"{shard}.tar")
+            if found != count:
+                told = "does not name it" if found is None else f"says {found!r} samples, and it has {count}"
+                self.wrong[shard] = str(_Wrong(f"sizes.json {told}", _WRITE))
+
+
+# --- the table ---
+
+
+def _partition(layout: Layout, shard: str) -> pa.Table:
+    path = layout.partition(shard)
     try:
-        if table.is_behind(layout, plan.shard):
-            raise _Wrong("its partition is behind its column files; fix: builder fold")
-        if not layout.hybrid(plan.shard).exists():
-            raise _Wrong("it has not been written; fix: builder write")
-        _Pair(layout, plan, proof).prove()
-        if not is_written(layout, plan):
-            raise _Wrong("its manifest does not match the table; fix: builder write")
-    except _Wrong as wrong:
-        proof.problems.append(f"shard '{plan.shard}': {wrong}")
-    except (BuilderError, OSError) as error:
-        proof.problems.append(f"shard '{plan.shard}': {' '.join(str(error).split())}")
+        with pq.ParquetFile(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        raise _Wrong("its partition is gone", _FOLD) from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _Wrong(f"its partition is damaged ({_reason(error)})", _removing(path, _FOLD)) from error
+
+
+def _check_partition(layout: Layout, shard: str, partition: pa.Table) -> None:
+    """Compares a partition with the column files that it was folded from."""
+    try:
+        wanted, _ = files.retry_listing(partial(table.folded, layout, shard))
+    except ShardError as error:
+        file = Path(error.where["file"])
+        again = "builder run: the generation before it counts, or its work is done anew"
+        raise _Wrong(f"{error.what}: '{file}'", _removing(file, again)) from error
+    if table.is_behind(layout, shard):
+        raise _Wrong("its partition is behind its column files", _FOLD)
+    mend = _removing(layout.partition(shard), _FOLD)
+    if partition.num_rows != wanted.num_rows:
+        raise _Wrong(f"its partition has {partition.num_rows} rows, its column files have {wanted.num_rows}", mend)
+    for name in (name for name in wanted.column_names if name in partition.column_names):
+        row = _first_difference(partition[name], wanted[name])
+        if row is not None:
+            raise _Wrong(f"row {row}: column '{name}' of its partition is not what its column files say", mend)
+
+
+def _first_difference(one: pa.ChunkedArray, other: pa.ChunkedArray) -> int | None:
+    """The first row whose values differ; NaN is NaN."""
+    if one.type != other.type or one.equals(other):
+        return None  # another type: the partition is older than the column, and reads as nulls
+    pairs = enumerate(zip(one.to_pylist(), other.to_pylist(), strict=True))
+    return next((row for row, (a, b) in pairs if repr(a) != repr(b)), None)
+
+
+# --- the bytes ---
 
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         yield view
+
+
+def _indexed(path: Path, whose: str, fix: str) -> tar.Index:
+    try:
+        return tar.index(path)
+    except (BuilderError, OSError) as error:
+        raise _Wrong(f"{whose}: {_reason(error)}", fix) from error
 
 
 class _Pair:
@@ -77,82 +232,115 @@ class _Pair:
         self._layout, self._plan, self._proof = layout, plan, proof
         self._source_path = Path(plan.source.path)
         self._hybrid_path = layout.hybrid(plan.shard)
+        self._mend = _removing(self._hybrid_path, _WRITE)
+        self._edits_members: dict[str, dict[int, int]] = {}
+        self._written: dict[int, list[tuple[str, str]]] = {}  # by edited row: names and sha256 of its members
+        self._edited_count = self._dropped_count = self._same_count = 0
 
-    def prove(self) -> None:
-        self._source_index = tar.index(self._source_path)
-        self._hybrid_index = tar.index(self._hybrid_path)
-        row_of = self._rows_of_members()
+    def prove(self) -> int:
+        """Proves all of it; returns the samples that the hybrid shard holds."""
+        self._check_source()
+        described = self._description()
+        if not self._hybrid_path.exists():
+            raise _Wrong("it has not been written", _WRITE)
+        if described is not None and described[0] != self._plan.digest:
+            raise _Wrong("it was written from another state of the table", _WRITE)
+        self._source_index = _indexed(self._source_path, "its source", _INGEST)
+        self._hybrid_index = _indexed(self._hybrid_path, "the hybrid shard", self._mend)
+        self._read_rows()
         with (
             _mapped(self._source_path) as source,
             _mapped(self._hybrid_path) as hybrid,
-            EditsReader(self._layout.root) as edits,
+            EditsReader(self._layout.root) as reader,
         ):
-            self._source, self._hybrid, self._edits = source, hybrid, edits
-            self._walk(row_of)
+            self._source, self._hybrid, self._edits = source, hybrid, reader
+            self._walk()
         self._proof.size += self._hybrid_index.file_size
+        self._check_manifest(described)
+        samples = len(self._keys) - self._dropped_count
+        counts = {"count": len(self._keys), "successes": samples, "edited": self._edited_count}
+        self._check_statistics(counts)
+        return samples
 
-    def _rows_of_members(self) -> list[int]:
-        """The table's row of each member of the source, -1 for members that belong to no sample; the rows reconcile."""
-        places, state = table.read_partition(self._layout, self._plan.shard, ["key", "source_members"])
+    def _check_source(self) -> None:
+        path, size = self._source_path, self._plan.source.size
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise _Wrong(f"its source '{path}' cannot be read: {error.strerror}", _INGEST) from error
+        if found != size:
+            raise _Wrong(f"its source '{path}' has {found} bytes, and had {size} when it was ingested", _INGEST)
+
+    def _description(self) -> tuple[str, dict[str, Any]] | None:
+        """What the manifest says it describes, None if there is no manifest."""
+        try:
+            return read_description(self._layout.manifest(self._plan.shard))
+        except FileNotFoundError:
+            return None
+        except pa.ArrowInvalid as error:
+            raise _Wrong(f"its manifest is damaged ({_reason(error)})", _WRITE) from error
+
+    def _read_rows(self) -> None:
+        """Finds every member of every row of the table in the source; the rows reconcile with what was committed."""
+        shard = self._plan.shard
+        places, state = table.read_partition(self._layout, shard, ["key", "source_members"])
         index = self._source_index
-        members = places["source_members"].to_pylist()
-        keys = places["key"].to_pylist()
-        if table.rows_hash(keys, [[m["size"] for m in sample] for sample in members]) != state.rows:
-            raise _Wrong("the table's keys and sizes are not those it was committed with")
+        self._keys: list[str] = places["key"].to_pylist()
+        self._places: list[list[dict[str, Any]]] = places["source_members"].to_pylist()
+        if table.rows_hash(self._keys, [[m["size"] for m in sample] for sample in self._places]) != state.rows:
+            raise _Wrong("the table's keys and sizes are not those it was committed with", _INGEST)
         at = {int(header): i for i, header in enumerate(index.header)}
-        row_of = [-1] * len(index)
-        for row, (key, sample) in enumerate(zip(keys, members, strict=True)):
+        data, size = index.data.tolist(), index.size.tolist()
+        self._row_of = [-1] * len(index)
+        for row, (key, sample) in enumerate(zip(self._keys, self._places, strict=True)):
             for member in sample:
                 i = at.get(member["header"], -1)
                 name = f"{key}.{member['ext']}"
-                if i < 0 or (index.names[i], int(index.data[i]), int(index.size[i])) != (
-                    name,
-                    member["data"],
-                    member["size"],
-                ):
-                    raise _Wrong(f"row {row}: member '{name}' is not at byte {member['header']} of the source")
-                row_of[i] = row
+                if i < 0 or (index.names[i], data[i], size[i]) != (name, member["data"], member["size"]):
+                    raise _Wrong(f"row {row}: member '{name}' is not at byte {member['header']} of the source", _INGEST)
+                self._row_of[i] = row
         kinds = index.kind.tolist()
-        for i, row in enumerate(row_of):
+        for i, row in enumerate(self._row_of):
             if row < 0 and kinds[i] in tar.REGULAR and tar.split_name(index.names[i]) is not None:
-                raise _Wrong(f"member '{index.names[i]}' of the source is in no row of the table")
-        self._proof.rows += len(keys)
-        return row_of
+                raise _Wrong(f"member '{index.names[i]}' of the source is in no row of the table", _INGEST)
+        self._proof.rows += len(self._keys)
 
-    def _walk(self, row_of: list[int]) -> None:
+    def _walk(self) -> None:
         index, stop = self._source_index, self._source_index.stop.tolist()
         self._at = 0  # position in the hybrid shard
         begun = 0  # first byte of the source that is not compared yet
-        next_member = 0  # of the hybrid
         done: set[int] = set()
-        for i, row in enumerate(row_of):
+        for i, row in enumerate(self._row_of):
             edit = self._plan.edits.get(row)
             if edit is None:
-                next_member += 1
                 continue
-            start = int(index.header[i])
-            self._same(begun, start)
+            self._same(begun, int(index.header[i]))
             if row not in done:
                 done.add(row)
-                members = self._members_of(row_of, i)
-                next_member = self._edited(edit, members, next_member)
+                self._edited(edit, self._members_of(i))
             begun = stop[i]
-        if self._plan.edits:
-            self._same(begun, index.end)
-            if self._hybrid_index.end != self._at:
-                raise _Wrong(f"it holds members behind byte {self._at} that the source does not have")
-        else:
-            self._same(begun, index.file_size)
-            if self._hybrid_index.file_size != self._at:
-                raise _Wrong("it is longer than its source, though no sample of it is edited")
+        self._same(begun, index.end if self._plan.edits else index.file_size)
+        self._check_end()
 
-    def _members_of(self, row_of: list[int], first: int) -> list[int]:
+    def _check_end(self) -> None:
+        found = self._hybrid_index
+        if found.end > self._at:
+            raise _Wrong(f"{self._found_at(self._at)} is at byte {self._at}, behind the source's last", self._mend)
+        closing = len(tar.end_of_archive(self._at)) if self._plan.edits else 0
+        if found.file_size != self._at + closing:
+            raise _Wrong(
+                f"it should end at byte {self._at + closing}, zeros from byte {found.end} on, and ends at byte "
+                f"{found.file_size}",
+                self._mend,
+            )
+
+    def _members_of(self, first: int) -> list[int]:
         """Members of the row that begins at `first`; others may lie between them."""
-        row, found = row_of[first], []
-        for i in range(first, len(row_of)):
-            if row_of[i] == row:
+        row, found = self._row_of[first], []
+        for i in range(first, len(self._row_of)):
+            if self._row_of[i] == row:
                 found.append(i)
-            elif row_of[i] >= 0:
+            elif self._row_of[i] >= 0:
                 break
         return found
 
@@ -161,107 +349,247 @@ class _Pair:
         while start < stop:
             step = min(_STEP, stop - start)
             if self._source[start : start + step] != self._hybrid[self._at : self._at + step]:
-                raise _Wrong(self._difference(start, step))
+                raise _Wrong(self._difference(start, step), self._mend)
             start += step
             self._at += step
             self._proof.same += step
+            self._same_count += step
 
     def _difference(self, start: int, step: int) -> str:
         one, two = self._source[start : start + step], self._hybrid[self._at : self._at + step]
         first = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-        index = self._source_index
-        member = max(int(index.header.searchsorted(start + first, "right")) - 1, 0)
-        name = index.names[member] if len(index) else ""
-        return (
-            f"byte {self._at + first} differs from byte {start + first} of the source, at member '{name}', which is "
-            "not edited"
-        )
+        index, byte, at = self._source_index, start + first, self._at + first
+        if byte >= index.end:
+            return f"byte {at} should be a zero behind the archive's end, and is not"
+        member = int(index.header.searchsorted(byte, "right")) - 1
+        name, row = f"member '{index.names[member]}'", self._row_of[member]
+        label = f"row {row}: {name}" if row >= 0 else f"{name}, of no sample,"
+        begins = self._at + int(index.header[member]) - start
+        if (found := self._found_at(at)) != name:
+            return f"{label} of the source should be at byte {begins}, and there is {found}"
+        return f"{label} is not edited, and byte {at} differs from byte {byte} of the source"
 
-    def _edited(self, edit: Edit, members: list[int], first: int) -> int:
-        """Checks the records of an edited sample; returns the hybrid's next member."""
-        names = [self._source_index.names[i] for i in members]
-        parts = tar.split_name(names[0])
-        assert parts is not None
-        key = parts[0]
-        label = f"row {edit.row} (key '{key}')"
-        if edit.dropped:
-            self._proof.dropped += 1
-            return first
+    def _found_at(self, at: int) -> str:
+        """The hybrid's member whose record has byte `at`."""
         index = self._hybrid_index
-        found: dict[str, bytes] = {}
-        order: list[str] = []
-        i = first
-        while i < len(index) and (here := tar.split_name(index.names[i])) is not None and here[0] == key:
-            if int(index.header[i]) != self._at:
+        return "the archive's end" if at >= index.end else f"member '{index.names[self._member_at(at)]}'"
+
+    def _member_at(self, at: int) -> int:
+        return int(self._hybrid_index.header.searchsorted(at, "right")) - 1
+
+    # --- an edited sample ---
+
+    def _edited(self, edit: Edit, sources: list[int]) -> None:
+        """Checks the records of an edited sample."""
+        key, index = self._keys[edit.row], self._hybrid_index
+        label = f"row {edit.row} (key '{key}')"
+        start, found = self._at, []
+        i = self._member_at(self._at)
+        while i < len(index) and int(index.header[i]) == self._at:
+            parts = tar.split_name(index.names[i])
+            if parts is None or parts[0] != key:
                 break
-            found[here[1]] = self._hybrid[int(index.data[i]) : int(index.data[i] + index.size[i])]
-            order.append(here[1])
+            found.append((parts[1], i))
             self._at = int(index.stop[i])
             i += 1
+        if edit.dropped:
+            if found:
+                raise _Wrong(f"{label} should be dropped and is still at byte {start}", self._mend)
+            self._written[edit.row] = []
+            self._dropped_count += 1
+            self._proof.dropped += 1
+            return
         if not found:
-            raise _Wrong(f"{label} should be edited and is not at byte {self._at}")
-        sources = {name[len(key) + 1 :]: member for name, member in zip(names, members, strict=True)}
-        self._check_sample(edit, label, found, sources)
+            there = self._found_at(start)
+            raise _Wrong(f"{label} should be edited and is not at byte {start}, where {there} is", self._mend)
+        sources_by_extension = {self._source_index.names[i][len(key) + 1 :]: i for i in sources}
+        wanted = _wanted(edit, sources_by_extension)
+        if [extension for extension, _ in found] != [extension for extension, _ in wanted]:
+            have, should = (", ".join(extension for extension, _ in some) for some in (found, wanted))
+            raise _Wrong(f"{label}: its members are {have}, and should be {should}", self._mend)
+        bodies = {extension: self._body(i) for extension, i in found}
+        self._check_sample(edit, label, bodies, sources_by_extension)
+        for (extension, i), (_, source) in zip(found, wanted, strict=True):
+            self._check_record(f"{label}: its member '{extension}'", i, source)
+        hashes = [hashlib.sha256(body).hexdigest() for body in bodies.values()]
+        self._written[edit.row] = [(index.names[i], digest) for (_, i), digest in zip(found, hashes, strict=True)]
+        self._edited_count += 1
         self._proof.edited += 1
-        return i
+
+    def _body(self, i: int) -> bytes:
+        start = int(self._hybrid_index.data[i])
+        return self._hybrid[start : start + int(self._hybrid_index.size[i])]
+
+    def _source_body(self, i: int) -> bytes:
+        start = int(self._source_index.data[i])
+        return self._source[start : start + int(self._source_index.size[i])]
 
     def _check_sample(self, edit: Edit, label: str, found: dict[str, bytes], sources: dict[str, int]) -> None:
-        lower = {extension.lower(): extension for extension in found}
-        image = next((lower[e] for e in IMAGE_EXTENSIONS if e in lower), None)
-        fields = self._json(label, found.get(lower.get("json", "json")))
+        lower = {extension.lower(): body for extension, body in found.items()}
+        fields = self._json(label, lower["json"])
         if edit.caption is not None:
-            text = found.get(lower.get("txt", "txt"))
-            if text is None or text.decode("utf-8", "replace") != edit.caption:
-                raise _Wrong(f"{label}: its txt is not the new caption")
+            if lower["txt"].decode("utf-8", "replace") != edit.caption:
+                raise _Wrong(f"{label}: its txt is not the new caption", self._mend)
             if fields.get("caption") != edit.caption:
-                raise _Wrong(f"{label}: its json does not hold the new caption")
-        for name, value in edit.fields.items():
-            if fields.get(name) != value:
-                raise _Wrong(f"{label}: its json field '{name}' is not the value that was set")
-        changed = {"json", "txt"} if edit.caption is not None else {"json"}
+                raise _Wrong(f"{label}: its json does not hold the new caption", self._mend)
+        changed = {"json"} | ({"txt"} if edit.caption is not None else set())
         if edit.image is not None:
             changed |= set(IMAGE_EXTENSIONS)
-            self._check_image(edit, label, found.get(image or ""), fields)
-        for extension, member in sources.items():
-            if extension.lower() in changed:
-                continue
-            start, size = int(self._source_index.data[member]), int(self._source_index.size[member])
-            if found.get(extension) != self._source[start : start + size]:
-                raise _Wrong(f"{label}: its member '{extension}' is not the source's")
+            self._check_image(edit, label, _image(lower), _image({e.lower(): i for e, i in sources.items()}), fields)
+        for extension, body in found.items():
+            if extension.lower() not in changed and body != self._source_body(sources[extension]):
+                raise _Wrong(f"{label}: its member '{extension}' is not the source's", self._mend)
+        old = next((self._source_body(i) for extension, i in sources.items() if extension.lower() == "json"), None)
+        self._check_json(edit, label, lower["json"], fields, edited_json(old, edit))
 
-    def _check_image(self, edit: Edit, label: str, picture: bytes | None, fields: dict[str, Any]) -> None:
+    def _check_image(self, edit: Edit, label: str, picture: bytes, source: int, fields: dict[str, Any]) -> None:
         assert edit.image is not None
-        if picture is None:
-            raise _Wrong(f"{label}: it has no image")
+        if picture == self._source_body(source):
+            raise _Wrong(f"{label}: its image is still the source's", self._mend)
         if hashlib.sha256(picture).hexdigest() != edit.made["image_sha256"]:
-            raise _Wrong(f"{label}: its image is not the one that the table describes")
-        if self._edits.read(*edit.image) != picture:
-            raise _Wrong(f"{label}: edits tar '{edit.image[0]}' does not hold its image at byte {edit.image[1]}")
+            raise _Wrong(f"{label}: its image is not the one that the table describes", self._mend)
+        self._check_edits(label, edit.image, picture)
         wanted = {
             "width": edit.made["image_width"],
             "height": edit.made["image_height"],
             "sha256": edit.made["image_sha256"],
         }
         for name, value in wanted.items():
-            if name not in edit.fields and fields.get(name) != value:
-                raise _Wrong(f"{label}: its json field '{name}' does not describe the new image")
+            if fields.get(name) != value:
+                raise _Wrong(
+                    f"{label}: its json field '{name}' is {_shown(fields.get(name))}, and the new image's is "
+                    f"{_shown(value)}",
+                    self._mend,
+                )
         if "face_bboxes" in fields and "face_bboxes" not in edit.fields:
-            raise _Wrong(f"{label}: its json still has the old image's face_bboxes")
+            raise _Wrong(f"{label}: its json still has the old image's face_bboxes", self._mend)
 
-    def _json(self, label: str, raw: bytes | None) -> dict[str, Any]:
+    def _check_edits(self, label: str, place: tuple[str, int, int], picture: bytes) -> None:
+        """Checks that the edits tar is whole and holds the image where the table says."""
+        path, offset, size = place
+        if path not in self._edits_members:
+            index = _indexed(self._layout.root / path, f"{label}: edits tar '{path}'", edits.AGAIN)
+            if not index.has_end_mark:
+                raise _Wrong(f"{label}: edits tar '{path}' has no end mark", edits.AGAIN)
+            self._edits_members[path] = dict(zip(index.data.tolist(), index.size.tolist(), strict=True))
+        if self._edits_members[path].get(offset) != size or self._edits.read(path, offset, size) != picture:
+            raise _Wrong(f"{label}: edits tar '{path}' does not hold its image at byte {offset}", edits.AGAIN)
+
+    def _json(self, label: str, raw: bytes) -> dict[str, Any]:
         try:
-            value = json.loads(raw or b"")
+            value = json.loads(raw)
         except ValueError:
-            raise _Wrong(f"{label}: its json does not parse") from None
+            raise _Wrong(f"{label}: its json does not parse", self._mend) from None
         if not isinstance(value, dict):
-            raise _Wrong(f"{label}: its json is no object")
+            raise _Wrong(f"{label}: its json is no object", self._mend)
         return value
+
+    def _check_json(self, edit: Edit, label: str, raw: bytes, fields: dict[str, Any], wanted: bytes) -> None:
+        """Checks every field against the source's json and the table's row, and then the text."""
+        expected = json.loads(wanted)
+        for name in [*expected, *fields]:
+            found, value = (repr(some.get(name, "(none)")) for some in (fields, expected))
+            if found != value:
+                raise _Wrong(
+                    f"{label}: its json field '{name}' is {_shown(fields.get(name))}, and should be "
+                    f"{_shown(expected.get(name))}",
+                    self._mend,
+                )
+        if raw != wanted:
+            raise _Wrong(f"{label}: its json has the right fields in another text than the writer's", self._mend)
+
+    def _check_record(self, label: str, i: int, source: int) -> None:
+        """Checks what surrounds a member's bytes: prefixes and header of the record that it replaces, zeros behind."""
+        index, old = self._hybrid_index, self._source_index
+        head = self._hybrid[int(index.header[i]) : int(index.data[i])]
+        was = self._source[int(old.header[source]) : int(old.data[source])]
+        if head != tar.remake_record_head(was, index.names[i], int(index.size[i])):
+            raise _Wrong(f"{label} has another header than the record that it replaces", self._mend)
+        if any(self._hybrid[int(index.data[i] + index.size[i]) : int(index.stop[i])]):
+            raise _Wrong(f"{label} is followed by bytes that are not zero", self._mend)
+
+    # --- what lies beside the tar ---
+
+    def _check_manifest(self, described: tuple[str, dict[str, Any]] | None) -> None:
+        """Checks that the manifest names every member of the hybrid shard with the sha256 of the edited ones."""
+        path = self._layout.manifest(self._plan.shard)
+        if described is None:
+            raise _Wrong("its manifest is gone", _WRITE)
+        mend = _removing(path, _WRITE)
+        found = {
+            "rows": len(self._keys), "edited": self._edited_count, "dropped": self._dropped_count,
+            "size": self._hybrid_index.file_size, "copied": self._same_count,
+        }  # fmt: skip
+        for name, value in found.items():
+            if described[1].get(name) != value:
+                raise _Wrong(f"its manifest says {name} = {described[1].get(name)}, and it has {value}", mend)
+        try:
+            with pq.ParquetFile(path) as file:
+                rows = file.read(["shard", "row", "member", "sha256", "origin"]).to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _Wrong(f"its manifest is damaged ({_reason(error)})", mend) from error
+        wanted = list(self._manifest_rows())
+        if len(rows) != len(wanted):
+            raise _Wrong(f"its manifest has {len(rows)} rows, and it has {len(wanted)} members", mend)
+        for number, (row, should) in enumerate(zip(rows, wanted, strict=True)):
+            for name, value in should.items():
+                if row[name] != value:
+                    raise _Wrong(
+                        f"its manifest's row {number}, of member '{should['member']}', says {name} = "
+                        f"{_shown(row[name])}, and should say {_shown(value)}",
+                        mend,
+                    )
+
+    def _manifest_rows(self) -> Iterator[dict[str, Any]]:
+        for row, (key, places) in enumerate(zip(self._keys, self._places, strict=True)):
+            sources: list[tuple[str, str | None]] = [(f"{key}.{place['ext']}", None) for place in places]
+            origin = "edited" if row in self._written else "source"
+            for name, digest in self._written.get(row, sources):
+                yield {"shard": self._plan.shard, "row": row, "member": name, "sha256": digest, "origin": origin}
+
+    def _check_statistics(self, counts: dict[str, int]) -> None:
+        path = self._layout.stats(self._plan.shard)
+        try:
+            found = json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise _Wrong(f"'{path.name}' is gone", self._mend) from None
+        except ValueError:
+            raise _Wrong(f"'{path.name}' does not parse", self._mend) from None
+        if found != counts:
+            have, should = (json.dumps(some) for some in (found, counts))
+            raise _Wrong(f"'{path.name}' says {have}, and it should say {should}", self._mend)
+
+
+def _image(by_extension: dict[str, Any]) -> Any:
+    return next(by_extension[extension] for extension in IMAGE_EXTENSIONS if extension in by_extension)
+
+
+def _wanted(edit: Edit, sources: dict[str, int]) -> list[tuple[str, int]]:
+    """The extensions that an edited sample should have, in order, each with the source's member that it replaces."""
+    image = _image({extension.lower(): i for extension, i in sources.items()})
+    wanted: list[tuple[str, int]] = []
+    for extension, i in sources.items():
+        if edit.image is None or extension.lower() not in IMAGE_EXTENSIONS:
+            wanted.append((extension, i))
+        elif i == image:
+            wanted.append((extension if extension.lower() == "jpeg" else "jpg", i))
+    have = {extension.lower() for extension in sources}
+    if "json" not in have:
+        wanted.append(("json", image))
+    if "txt" not in have and edit.caption is not None:
+        wanted.append(("txt", image))
+    return wanted
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def summary(proof: Proof) -> Sequence[tuple[str, str]]:
     """The proof as names and values, for people."""
     return (
-        ("shards proven", f"{proof.shards - len(proof.problems)} of {proof.shards}"),
+        ("shards proven", f"{proof.proven} of {proof.shards}"),
         ("samples", f"{proof.rows}"),
         ("samples swapped", f"{proof.edited}"),
         ("samples dropped", f"{proof.dropped}"),

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from builder import files, query, table, tar
 from builder.edits import EditsReader
-from builder.errors import ConfigError, ShardError, where
+from builder.errors import BuilderError, ConfigError, ShardError, where
 from builder.layout import Layout, RunFiles
 from builder.members import opened, place_of
 from builder.query import Samples, Sql
@@ -86,6 +86,8 @@ class ShardPlan:
     """What the table says of one hybrid shard.
 
     Attributes:
+        on_disk: size and time of modification, ns, of the source when this plan was made; as ingested if it is gone.
+        digest: of all that decides which samples differ, and how.
         stale: edited samples whose image is older than their prompt: image and caption stay the pair they were made as.
         refused: samples that the SQL returns and that are never edited, since their source is bad.
         frozen: the rows of the write SQL that it was made from.
@@ -93,6 +95,7 @@ class ShardPlan:
 
     shard: str
     source: table.SourceShard
+    on_disk: tuple[int, int]
     edits: dict[int, Edit]
     digest: str
     stale: int = 0
@@ -123,9 +126,17 @@ class Written:
 
 
 def plans(
-    layout: Layout, columns: Sequence[Column], shards: Sequence[str], sql: Sql, params: dict[str, Any]
+    layout: Layout,
+    columns: Sequence[Column],
+    shards: Sequence[str],
+    sql: Sql,
+    params: dict[str, Any],
+    refused: dict[str, BuilderError] | None = None,
 ) -> Iterator[ShardPlan]:
     """Evaluates the write SQL once and yields the plan of every shard, in order.
+
+    Args:
+        refused: takes the shards of which no plan can be made, with the reason; without it the first one ends all.
 
     Raises:
         ConfigError: the SQL returns a column that means nothing to the writer, or a row twice.
@@ -150,10 +161,16 @@ def plans(
                 while waiting is not None and waiting[0] < shard:
                     waiting = next(rows, None)  # of a shard that the table does not have
                 here: list[dict[str, Any]] = []
-                if waiting is not None and waiting[0] == shard:
-                    here, state = _beside(layout, shard, waiting[1], beside)
-                    waiting = next(rows, None)
-                plan = plan_shard(layout, shard, state, here, sql, stage)
+                try:
+                    if waiting is not None and waiting[0] == shard:
+                        here, state = _beside(layout, shard, waiting[1], beside)
+                        waiting = next(rows, None)
+                    plan = plan_shard(layout, shard, state, here, sql, stage)
+                except BuilderError as error:
+                    if refused is None:
+                        raise
+                    refused[shard] = error
+                    continue
                 plan.frozen_schema = frozen
                 yield plan
         except query.DuckError as error:
@@ -243,8 +260,8 @@ def plan_shard(
     Args:
         stage: the stage that made the images, whose runs say how.
     """
-    plan = ShardPlan(shard, state.source, {}, "", frozen=rows)
-    digest = hashlib.sha256(json.dumps([VERSION, state.rows, state.source.size, state.source.mtime_ns]).encode())
+    plan = ShardPlan(shard, state.source, _on_disk(state.source), {}, "", frozen=rows)
+    digest = hashlib.sha256(json.dumps([VERSION, state.rows, state.source.size]).encode())
     seen: set[int] = set()
     for row in rows:
         if row["row"] in seen:
@@ -263,6 +280,14 @@ def plan_shard(
             digest.update(json.dumps(_decisive(edit), sort_keys=True, default=str).encode())
     plan.digest = digest.hexdigest()
     return plan
+
+
+def _on_disk(source: table.SourceShard) -> tuple[int, int]:
+    try:
+        stat = Path(source.path).stat()
+    except OSError:
+        return source.size, source.mtime_ns  # whoever opens it says why
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _decisive(edit: Edit) -> list[Any]:
@@ -347,13 +372,26 @@ def _described(path: str, mtime: int) -> dict[str, Any]:
 
 
 def is_written(layout: Layout, plan: ShardPlan) -> bool:
-    """Whether a hybrid shard is up to date: its manifest's digest is the plan's and its size is right."""
+    """Whether a hybrid shard is up to date: made of the plan's edits and of the source as it is on disk now."""
     try:
-        metadata = pq.read_schema(layout.manifest(plan.shard)).metadata or {}
+        digest, output = read_description(layout.manifest(plan.shard))
         size = layout.hybrid(plan.shard).stat().st_size
     except (FileNotFoundError, pa.ArrowInvalid):
         return False
-    return metadata.get(_DIGEST) == plan.digest.encode() and json.loads(metadata[_INFO])["size"] == size
+    return (digest, output["source"], output["size"]) == (plan.digest, list(plan.on_disk), size)
+
+
+def read_description(manifest: Path) -> tuple[str, dict[str, Any]]:
+    """The digest that a hybrid shard was made of, and what it holds, as its manifest says.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        pyarrow.ArrowInvalid: it is damaged, or no manifest.
+    """
+    metadata = pq.read_schema(manifest).metadata or {}
+    if not {_DIGEST, _INFO} <= metadata.keys():
+        raise pa.ArrowInvalid("it says nothing of a hybrid shard")
+    return metadata[_DIGEST].decode(), dict(json.loads(metadata[_INFO]))
 
 
 def sizes_of(layout: Layout, plan: ShardPlan) -> tuple[int, int]:
@@ -409,7 +447,7 @@ def write_shard(layout: Layout, plan: ShardPlan) -> Written:
             files.sync_folder(layout.shards)
             stats = {"count": written.rows, "successes": written.rows - written.dropped, "edited": written.edited}
             files.write_atomic(layout.stats(plan.shard), json.dumps(stats).encode())
-            info = json.dumps({**vars(written), "source_size": plan.source.size}).encode()
+            info = json.dumps({**vars(written), "source": plan.on_disk}).encode()
             describe = partial(table.write_parquet, manifest, {_DIGEST: plan.digest.encode(), _INFO: info})
             files.write_atomic(layout.manifest(plan.shard), describe)
             if layout.hybrid(plan.shard).stat().st_ino == inode:
@@ -418,7 +456,7 @@ def write_shard(layout: Layout, plan: ShardPlan) -> Written:
 
 def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Table, Path]:
     """Makes a hybrid shard under a temp name, durably; returns what it holds, its manifest and that name."""
-    with opened(plan.source) as source, EditsReader(layout.root) as edits:
+    with opened(layout, plan.shard, plan.source) as source, EditsReader(layout.root) as edits:
         places, state = table.read_partition(layout, plan.shard, ["key", "source_members", "source_status"])
         if state.source != plan.source:
             raise ShardError("the shard was ingested again while it was written", fix="run the same command again")

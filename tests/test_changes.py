@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,18 @@ import pytest
 from builder import pipeline as pipelines
 from builder.errors import ConfigError, ShardError
 from builder.progress import Talk
-from conftest import STAGES, Workspace, builder, ingest_here, read_tar, samples
+from builder.workset import Choice
+from conftest import (
+    PIPELINE,
+    STAGES,
+    STANDARD_STAGES,
+    Workspace,
+    builder,
+    ingest_here,
+    make_shard,
+    read_tar,
+    samples,
+)
 
 Make = Callable[..., Workspace]
 NOTE = """\
@@ -46,23 +58,60 @@ def test_a_source_changed_in_place_is_read_and_written_again(workspace: Make) ->
     made.run("verify")
 
 
-def test_a_source_changed_in_place_is_not_read_at_old_offsets(workspace: Make) -> None:
-    made = workspace()
+def shards_of(made: Workspace) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (made.root / "shards").glob("*.tar")}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """Two shards and their hybrid shards; every test here leaves them as they should be."""
+    folder = tmp_path_factory.mktemp("written")
+    for name, start in (("00000000", 0), ("00000001", 8)):
+        make_shard(folder / "source" / f"{name}.tar", samples(8, start=start))
+    file = folder / "pipeline.toml"
+    file.write_text(PIPELINE.format(folder=folder, stages=STANDARD_STAGES, workers=1, checkpoint_rows=2048))
+    made = Workspace(folder, file)
     made.run("run")
-    source = made.folder / "source/00000000.tar"
-    before = source.stat().st_mtime_ns
-    spoil_in_place(source, b"street number 0", b"STREET number 0")
-    sets = ("--set", "stages.faces.source=detector")
-    result = made.run("stage", "faces", "--redo", *sets, check=False)
-    assert result.returncode == 3
-    assert (
-        "refused shard '00000000': the source shard changed since it was ingested\n"
-        f"  file: {source}\n"
-        f"  bytes: expected {source.stat().st_size}, found {source.stat().st_size}\n"
-        f"  modified: expected {before}, found {source.stat().st_mtime_ns} (ns)\n"
-        "  fix: put it back, or ingest it as it is now: builder ingest\n"
-    ) in result.stderr
-    assert made.rows("select shard, count(*) from samples where face_source = 'mtcnn' group by 1") == [("00000001", 8)]
+    return made
+
+
+def done(made: Workspace) -> dict[str, int]:
+    """What a plan would do, stale rows included."""
+    plan = pipelines.plan(made.load(), Choice(stale=True))
+    todo = {name: counts.todo for name, counts in plan.stages.items()}
+    return {"ingest": len(plan.ingest.todo), **todo, "write": len(plan.write.todo)}
+
+
+NOTHING = {"ingest": 0, "faces": 0, "lang": 0, "prompts": 0, "generate": 0, "write": 0}
+
+
+def test_a_touched_source_loses_nothing_and_makes_nothing_stale(written: Workspace) -> None:
+    question = "select * exclude (source_run) from samples order by shard, row"
+    before, shards = written.rows(question), shards_of(written)
+    source = written.folder / "source/00000000.tar"
+    os.utime(source)
+    assert done(written) == {**NOTHING, "ingest": 1, "write": 1}
+    assert pipelines.prove(written.load(), Talk(quiet=True)).problems == []
+    for _ in pipelines.run(written.load(), Talk(quiet=True)):
+        pass
+    assert done(written) == NOTHING
+    assert written.rows(question) == before
+    assert shards_of(written) == shards
+
+
+def test_bytes_replaced_by_as_many_are_copied_by_the_next_write_and_make_nothing_stale(written: Workspace) -> None:
+    """A source is trusted not to change: of one that did, no stage computes anything anew."""
+    source = written.folder / "source/00000000.tar"
+    spoil_in_place(source, samples(1)[0].image or b"", bytes(len(samples(1)[0].image or b"")))
+    assert done(written) == {**NOTHING, "ingest": 1, "write": 1}
+    [problem] = pipelines.prove(written.load(), Talk(quiet=True)).problems
+    assert f"'{0:032x}-0.jpg'" in problem
+    assert pipelines.write(written.load(), Talk(quiet=True))["shards"] == 1
+    assert pipelines.prove(written.load(), Talk(quiet=True)).problems == []
+    for _, outcome in pipelines.run(written.load(), Talk(quiet=True)):
+        assert outcome["shards"] in (0, 1)
+    assert done(written) == NOTHING
+    assert pipelines.prove(written.load(), Talk(quiet=True)).problems == []
 
 
 def test_workers_run_the_package_and_nothing_of_the_working_directory(workspace: Make) -> None:

@@ -6,6 +6,7 @@ file has its name. `hidden_once` shows a stale listing, as NFS may.
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -71,9 +72,7 @@ class Root:
 
     @property
     def rows(self) -> str:
-        source = table.read_source(self.layout, SHARD)
-        assert source is not None
-        return source.rows
+        return table.folded(self.layout, SHARD)[1].rows
 
     def commit(
         self,
@@ -467,14 +466,48 @@ def test_readers_list_anew_when_a_file_is_gone(root: Root, monkeypatch: pytest.M
     old = table.listing(root.layout, SHARD)
     old["one"] = old["one"][:2]
     root.sweep()
-    real, stale = table.listing, [old]
+    rows, real, stale = root.rows, table.listing, [old]
     monkeypatch.setattr(table, "listing", lambda *a, **o: stale.pop() if stale else real(*a, **o))
     table.fold(root.layout, SHARD)
     assert root.partition()["one_word"].to_pylist() == ["r0", "r1", "r2", "r3"]
     stale.append(old)
-    assert root.commit("one", [0], "r4", previous="r0") == table.Committed(rows=1)
-    stale.append({SOURCE: [1, 2]})
-    assert table.read_source(root.layout, SHARD) is not None
+    assert root.commit("one", [0], "r4", previous="r0", rows=rows) == table.Committed(rows=1)
+
+
+#: What opens files that it has listed: the opening, the question, its answer.
+READERS: dict[str, tuple[Any, str, Callable[[Root, str], object], object]] = {
+    "read_partition": (
+        pq, "ParquetFile", lambda root, _: table.read_partition(root.layout, SHARD, ["key"])[0].num_rows, 4,
+    ),
+    "load_schema": (Path, "read_text", lambda root, _: table.load_schema(root.layout)[0], 3),
+    "fold": (pq, "ParquetFile", lambda root, _: table.fold(root.layout, SHARD), None),
+    "commit": (
+        pq, "ParquetFile", lambda root, rows: root.commit("one", [1], "r2", rows=rows), table.Committed(rows=1),
+    ),
+    "sweep": (pq, "read_schema", lambda root, _: root.sweep(), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_that_is_gone_when_it_is_opened_means_listing_anew(
+    root: Root, monkeypatch: pytest.MonkeyPatch, reader: str, number: int
+) -> None:
+    """Another host replaced or swept it after the listing, twice; the third look finds what there is."""
+    root.commit("one", [0], "r1")
+    place, name, question, expected = READERS[reader]
+    real, failures, rows = getattr(place, name), [number] * 2, root.rows
+
+    def gone(*args: Any, **options: Any) -> Any:
+        if failures:
+            raise OSError(failures.pop(), os.strerror(number), "gone")
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, gone)
+        assert question(root, rows) == expected
+    assert failures == []
+    assert root.read("one_word")[0] == "r1"
 
 
 def test_a_column_that_a_partition_lacks_reads_as_nulls(root: Root) -> None:

@@ -143,6 +143,45 @@ def test_other_dialects_take_the_walk(tmp_path: Path, dialect: str) -> None:
     assert both_ways(path)[0] is None
 
 
+# --- heads alone ---
+
+
+def heads_of(path: Path) -> tuple[list[bytes], list[str], list[int]]:
+    data, index = path.read_bytes(), tar.index(path)
+    return [data[a:b] for a, b in zip(index.header, index.data, strict=True)], index.names, index.size.tolist()
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_heads_are_compared_in_each_dialect(tmp_path: Path, dialect: str) -> None:
+    """A byte of any header block but the last of its checksum, which no reader looks at; name, size and length."""
+    form, mtime, name, _ = DIALECTS[dialect]
+    path = write_tar(tmp_path / "a.tar", [(name, b"x" * 700), ("1.txt", b"")], form=form, mtime=mtime)
+    heads, names, sizes = heads_of(path)
+    assert tar.first_other_head(heads, names, sizes) is None
+    blocks = [0, len(heads[0]) - BLOCK]
+    for at in (block + byte for block in blocks for byte in range(0, BLOCK, 5) if byte != 155):
+        other = bytearray(heads[0])
+        other[at] ^= 0xFF
+        assert tar.first_other_head([bytes(other), heads[1]], names, sizes) == 0, at
+    assert tar.first_other_head(heads, [names[0], "1.tx"], sizes) == 1
+    assert tar.first_other_head(heads, names, [699, 0]) == 0
+    assert tar.first_other_head([heads[0][:-BLOCK], heads[1]], names, sizes) == 0
+    assert tar.first_other_head([heads[0], bytes(len(heads[1]))], names, sizes) == 1
+    assert tar.first_other_head([heads[0] + heads[1], heads[1]], names, sizes) == 0
+
+
+def test_a_pax_prefix_that_says_another_name_or_size_is_another_head() -> None:
+    head = header(b"0.jpg", 5)
+    time_only = pax(b"22 mtime=1700000000.5\n")
+    assert tar.first_other_head([time_only + head] * 2, ["0.jpg"] * 2, [5] * 2) is None
+    for prefix in (pax(b"14 path=1.jpg\n"), pax(b"11 size=700\n"), pax(b"99 mtime=1\n")):
+        assert tar.first_other_head([time_only + head, prefix + head], ["0.jpg"] * 2, [5] * 2) == 1
+
+
+def test_no_heads_agree() -> None:
+    assert tar.first_other_head([], [], []) is None
+
+
 def test_old_headers_without_magic(tmp_path: Path) -> None:
     path = written(
         tmp_path / "a.tar", record(b"0.jpg", b"abc", magic=b""), record(b"0.txt", b"", b"\0", magic=b""), END
