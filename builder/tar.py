@@ -590,7 +590,7 @@ def _plain_heads(blocks: np.ndarray, names: Sequence[bytes], sizes: np.ndarray) 
     heads, sure = blocks[:, -1], np.ones(len(blocks), bool)
     found = _octal(heads[:, 124:136])
     raw = np.ascontiguousarray(heads[:, :100]).view("S100").ravel().tolist()
-    if found is None or blocks.shape[1] > 1 and not _behind_transparent(blocks):
+    if found is None or (blocks.shape[1] > 1 and not _behind_transparent(blocks)):
         return ~sure
     sure &= np.array([one == other for one, other in zip(raw, names, strict=True)], bool)
     sure &= (found == sizes) & np.isin(heads[:, 156], (0, ord("0")))
