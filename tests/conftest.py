@@ -211,6 +211,36 @@ def dataset(workspace: Callable[..., Workspace]) -> Workspace:
     return made
 
 
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is made durable and what gets a name, as it happens: `fsync NAME`, `link NAME`, `rename NAME`.
+
+    A folder's name ends in a slash; every temp file is called TEMP.
+    """
+    happened: list[str] = []
+    fsync, link, replace = os.fsync, os.link, os.replace
+
+    def called(path: Any) -> str:
+        place = Path(path)
+        return f"{place.name}/" if place.is_dir() else "TEMP" if place.name.endswith(".tmp") else place.name
+
+    def on_fsync(descriptor: int) -> None:
+        happened.append(f"fsync {called(Path(f'/proc/self/fd/{descriptor}').readlink())}")
+        fsync(descriptor)
+
+    def on_link(source: Any, target: Any) -> None:
+        happened.append(f"link {called(target)}")
+        link(source, target)
+
+    def on_replace(source: Any, target: Any) -> None:
+        happened.append(f"rename {called(target)}")
+        replace(source, target)
+
+    for name, recorded in {"fsync": on_fsync, "link": on_link, "replace": on_replace}.items():
+        monkeypatch.setattr(os, name, recorded)
+    return happened
+
+
 @pytest.fixture(autouse=True)
 def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal's width and colours do not decide what a test reads."""

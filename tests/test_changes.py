@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from builder import pipeline as pipelines
+from builder import table
+from builder.cli import main
 from builder.errors import ConfigError, ShardError
 from builder.progress import Talk
 from builder.workset import Choice
@@ -112,6 +115,39 @@ def test_bytes_replaced_by_as_many_are_copied_by_the_next_write_and_make_nothing
         assert outcome["shards"] in (0, 1)
     assert done(written) == NOTHING
     assert pipelines.prove(written.load(), Talk(quiet=True)).problems == []
+
+
+VERBS: dict[str, Callable[[pipelines.Pipeline], object]] = {
+    "plan": lambda pipeline: pipelines.plan(pipeline, Choice()),
+    "status": pipelines.status,
+    "stage": lambda pipeline: pipelines.run_stage(pipeline, "lang", Choice(), Talk(quiet=True)),
+    "write": pipelines.plan_write,
+}
+
+
+def fall_behind(made: Workspace) -> None:
+    """A commit whose fold a kill prevented."""
+    newest = table.newest(made.load().layout, "00000001")["lang"]
+    file = made.load().layout.column_file("00000001", "lang", newest)
+    shutil.copy(file, made.load().layout.column_file("00000001", "lang", newest + 1))
+    assert table.is_behind(made.load().layout, "00000001")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_decides_by_the_table_heals_it_first(written: Workspace, verb: str) -> None:
+    fall_behind(written)
+    VERBS[verb](written.load())
+    assert not table.is_behind(written.load().layout, "00000001")
+
+
+def test_a_question_only_says_how_many_partitions_are_behind(written: Workspace) -> None:
+    fall_behind(written)
+    arguments = ["sql", "select count(*) as n from samples", "--pipeline", str(written.file)]
+    said = CliRunner().invoke(main, arguments)
+    assert "1 partitions are behind their column files: builder status" in said.stderr
+    assert table.is_behind(written.load().layout, "00000001")
+    pipelines.status(written.load())
+    assert "behind" not in CliRunner().invoke(main, arguments).stderr
 
 
 def test_workers_run_the_package_and_nothing_of_the_working_directory(workspace: Make) -> None:

@@ -54,6 +54,24 @@ def test_create_only_leaves_a_file_that_exists_alone(tmp_path: Path) -> None:
     assert everything(tmp_path) == {"file": b"first"}
 
 
+def test_bytes_are_durable_before_their_name_and_the_name_after(tmp_path: Path, disk: list[str]) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert files.create_only(folder / "file", b"one")
+    assert disk == ["fsync TEMP", "link file", "fsync folder/"]
+    disk.clear()
+    files.write_atomic(folder / "file", lambda temp: temp.write_bytes(b"two"))
+    assert disk == ["fsync TEMP", "rename file", "fsync folder/"]
+    disk.clear()
+    files.write_atomic(folder / "file", b"three", durable=False)
+    assert disk == ["rename file"]
+
+
+def test_new_folders_are_durable_before_what_lies_in_them(tmp_path: Path, disk: list[str]) -> None:
+    files.create_only(tmp_path / "one/two/file", b"")
+    assert disk == [f"fsync {tmp_path.name}/", "fsync one/", "fsync TEMP", "link file", "fsync two/"]
+
+
 @pytest.mark.parametrize("number", [errno.EEXIST, errno.EIO])
 def test_a_link_whose_answer_was_lost_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """NFS sends a request again whose answer was lost: the second one finds the name taken, by itself."""

@@ -310,12 +310,28 @@ def test_sql_cannot_write(text: str, dataset: Workspace) -> None:
 
 @pytest.mark.parametrize("reader", ["read_text", "read_csv", "read_blob", "glob", "read_json_auto", "parquet_metadata"])
 def test_sql_cannot_read_other_files(reader: str, dataset: Workspace) -> None:
-    other = dataset.folder / "pipeline.toml"
-    with pytest.raises(ConfigError) as caught:
-        pipelines.answer(dataset.load(), Sql(f"select * from {reader}('{other}')", "here"), {})
-    assert "file system operations are disabled by configuration" in str(caught.value)
+    names = ("pipeline.toml", "out/columns/00000000/source.g000001.parquet", "out/schema/g000001.json", "out/samples/*")
+    for other in (dataset.folder / name for name in names):
+        with pytest.raises(ConfigError) as caught:
+            pipelines.answer(dataset.load(), Sql(f"select * from {reader}('{other}')", "here"), {})
+        assert "file system operations are disabled by configuration" in str(caught.value)
     known = f"select count(*) from read_parquet('{dataset.root / 'samples/00000000.parquet'}')"
     assert pipelines.answer(dataset.load(), Sql(known, "here"), {})[1] == [(8,)]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "set enable_external_access = true",
+        "set allowed_paths = ['/']",
+        "set allowed_directories = ['/']",
+        "set lock_configuration = false",
+        "reset allowed_paths",
+    ],
+)
+def test_the_leash_cannot_be_loosened(statement: str, dataset: Workspace) -> None:
+    with pipelines.all_samples(dataset.load()) as samples_, pytest.raises(duckdb.Error, match="has been locked"):
+        samples_.fixed(statement)
 
 
 def test_two_questions_at_once_spill_apart(dataset: Workspace) -> None:

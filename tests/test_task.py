@@ -780,6 +780,22 @@ def test_a_tar_is_complete_before_its_rows_are_committed(layout: Layout, monkeyp
     assert looked == [3, 4, 4, 4]
 
 
+def test_a_tar_is_durable_before_the_rows_that_point_to_it(layout: Layout, disk: list[str]) -> None:
+    stage = Paint(PaintOptions())
+    run = plan(layout, stage)
+    disk.clear()
+    do(layout, run, stage, checkpoint_rows=4)
+    tars = [happened for happened in disk if happened.startswith("rename") and happened.endswith(".tar")]
+    assert len(tars) == 4
+    for i, tar_named in enumerate(tars):
+        at = disk.index(tar_named)
+        folder = f"fsync {i // 2:08d}/"
+        assert disk[at - 1 : at + 2] == ["fsync TEMP", tar_named, folder]
+        after = [happened for happened in disk[at + 2 :] if happened.startswith("link paint")]
+        before = [happened for happened in disk[:at] if happened.startswith("link paint")]
+        assert (len(before), len(after)) == (i, 4 - i)
+
+
 def test_a_task_that_fails_leaves_no_half_tar(layout: Layout) -> None:
     stage = Paint(PaintOptions())
     run = plan(layout, stage)
