@@ -136,6 +136,7 @@ class Prover:
         """
         loose = list(self._check_folder({f"{shard}.tar" for shard in table_shards}))
         self.proof.proven -= len(self.wrong.keys() & self._samples.keys())
+        assert self.proof.proven + len(self.wrong) == self.proof.shards
         self.proof.problems = [f"shard '{shard}': {text}" for shard, text in sorted(self.wrong.items())] + loose
         return self.proof
 
@@ -385,7 +386,7 @@ class _Pair:
         label = f"row {edit.row} (key '{key}')"
         start, found = self._at, []
         i = self._member_at(self._at)
-        while i < len(index) and int(index.header[i]) == self._at:
+        while 0 <= i < len(index) and int(index.header[i]) == self._at:
             parts = tar.split_name(index.names[i])
             if parts is None or parts[0] != key:
                 break

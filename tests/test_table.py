@@ -72,7 +72,10 @@ class Root:
 
     @property
     def rows(self) -> str:
-        return table.folded(self.layout, SHARD)[1].rows
+        """Identity of the rows, as the partition says: it lists nothing."""
+        state = table.partition_state(self.layout, SHARD)
+        assert state is not None
+        return state.rows
 
     def commit(
         self,
@@ -299,6 +302,7 @@ def test_a_worker_that_does_not_know_a_new_column_leaves_it_null(root: Root) -> 
 
 
 def test_a_partition_is_the_columns_side_by_side_in_schema_order(root: Root) -> None:
+    table.extend_schema(root.layout, columns("three"))
     root.commit("two", [3], "r2")
     root.commit("one", [0, 1], "r1", failed=[1])
     table.fold(root.layout, SHARD)
@@ -307,8 +311,12 @@ def test_a_partition_is_the_columns_side_by_side_in_schema_order(root: Root) -> 
         "uid", "shard", "row", "key", "caption", "caption_differs", "source_face_bboxes", "source_width",
         "source_height", "source_members", "source_notes", "source_status", "source_error", "source_run",
         "source_inputs", "one_word", "one_status", "one_error", "one_run", "one_inputs", "two_word", "two_status",
-        "two_error", "two_run", "two_inputs",
+        "two_error", "two_run", "two_inputs", "three_word", "three_status", "three_error", "three_run", "three_inputs",
     ]  # fmt: skip
+    assert (
+        found.select([name for name in found.column_names if name.startswith("three_")]).to_pylist()
+        == [{f"three_{name}": None for name in ("word", "status", "error", "run", "inputs")}] * 4
+    )
     assert found.select(["row", "key", "one_word", "one_status", "two_word"]).to_pylist() == [
         {"row": 0, "key": "a", "one_word": "r1", "one_status": "ok", "two_word": None},
         {"row": 1, "key": "b", "one_word": None, "one_status": "failed", "two_word": None},
@@ -340,9 +348,20 @@ def test_heal_folds_what_is_behind_and_nothing_else(root: Root) -> None:
     assert not table.is_behind(root.layout, SHARD)
     assert table.heal(root.layout, [SHARD]) == 0
     assert root.layout.partition(SHARD).stat().st_mtime_ns == before
+    root.commit("one", [1], "r2")  # another generation of a stage that it was folded from
+    assert table.heal(root.layout, [SHARD]) == 1
     root.layout.partition(SHARD).unlink()
     assert table.partition_state(root.layout, SHARD) is None
     assert table.heal(root.layout, [SHARD, "no such shard"]) == 1
+    assert root.read("one_word") == ["r1", "r2", None, None]
+
+
+def test_a_partition_that_another_tool_wrote_is_folded_anew(root: Root) -> None:
+    root.commit("one", [0], "r1")
+    table.heal(root.layout, [SHARD])
+    pq.write_table(root.partition().slice(2), root.layout.partition(SHARD))
+    assert table.partition_state(root.layout, SHARD) is None
+    assert table.heal(root.layout, [SHARD]) == 1
     assert root.read("one_word") == ["r1", None, None, None]
 
 

@@ -320,6 +320,10 @@ def cut_shard(made: Made) -> At:
     return {"cut": at + 5, "end": at + int(index.size[index.data.tolist().index(at)])}
 
 
+def only_zeros(made: Made) -> None:
+    made.hybrid.write_bytes(bytes(made.hybrid.stat().st_size))
+
+
 def lose_shard(made: Made) -> None:
     made.hybrid.unlink()
 
@@ -386,6 +390,10 @@ def lose_partition(made: Made) -> None:
 
 def flip_partition(made: Made) -> None:
     flip(made.partition, 100)
+
+
+def partition_of_another_tool(made: Made) -> None:
+    pq.write_table(pq.read_table(made.partition).replace_schema_metadata(None), made.partition)
 
 
 def permute_partition(made: Made) -> None:
@@ -524,6 +532,8 @@ PLANTED: list[tuple[Callable[[Made], At | None], str]] = [
      f"{{size}}: most readers lose it{REWRITE}"),
     (cut_shard, f"{ONE}the hybrid shard: the shard is truncated: member '{OTHER}.jpg' ends at byte {{end}}, the "
      f"file at {{cut}}{REWRITE}"),
+    (only_zeros, f"{ONE}row 0: member '{PLAIN}.jpg' of the source should be at byte 0, and there is the archive's end"
+     f"{REWRITE}"),
     (lose_shard, f"{ONE}it has not been written{WRITE_AGAIN}"),
     (cut_edits, f"{ROW}: edits tar 'EDITS': the shard is truncated: member '00000001.jpg' ends at byte {{end}}, the "
      f"file at 700{DRAW}"),
@@ -538,6 +548,7 @@ PLANTED: list[tuple[Callable[[Made], At | None], str]] = [
     (stale_partition, f"{ONE}its partition is behind its column files; fix: builder fold"),
     (lose_partition, f"{ONE}its partition is gone; fix: builder fold"),
     (flip_partition, f"{ONE}its partition is damaged (REASON){FOLD}"),
+    (partition_of_another_tool, f"{ONE}its partition is behind its column files; fix: builder fold"),
     (permute_partition, f"{ONE}row 0: column 'uid' of its partition is not what its column files say{FOLD}"),
     (other_value, f"{ONE}row 3: column 'face_count' of its partition is not what its column files say{FOLD}"),
     (junk_column_file, f"{ONE}a column file is damaged: '{COLUMNS}/lang.g000001.parquet'; fix: rm "
