@@ -384,6 +384,24 @@ def test_a_fold_that_was_overtaken_folds_again(root: Root, monkeypatch: pytest.M
     assert root.partition()["one_word"].to_pylist() == ["r1", None, None, None]
 
 
+def test_what_a_commit_hands_to_the_fold_counts_only_while_it_is_the_newest(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another ingest commits between the commit of one and its fold."""
+    real, waiting, folded = table.fold, [["d", "c", "b", "a"]], []
+
+    def fold(*args: Any, **options: Any) -> None:
+        if waiting:
+            root.ingest(waiting.pop())
+        real(*args, **options)
+        folded.append(root.partition()["key"].to_pylist())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "fold", fold)
+        root.ingest(["a", "b"])
+    assert set(map(tuple, folded)) == {("d", "c", "b", "a")}
+
+
 def test_a_fold_killed_after_an_overtaken_rename_is_healed(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     def other() -> None:
         root.commit("one", [0], "r1")
