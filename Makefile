@@ -22,6 +22,9 @@ format: $(STAMP)-dev           ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench: $(STAMP)-test           ## every path beside its peers, into bench/results.json
+	$(BIN)/python -m bench
+
 docs: $(STAMP)-dev             ## write docs/cli.md and docs/columns.md anew
 	$(BIN)/python docs/generate.py
 

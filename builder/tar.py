@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -35,6 +36,8 @@ _TRANSPARENT = re.compile(rb"(\d+) (?:mtime|atime|ctime|uid|gid|uname|gname)=[^\
 MAX_PREFIX = 1 << 20
 #: The largest size that an octal field of a header holds, 8 GiB less one byte; beyond it stands in a pax record.
 _MAX_OCTAL = 0o77777777777
+#: The bytes from 345 on of a header that has neither a prefix nor extensions.
+_NO_PREFIX = bytes(BLOCK - 345)
 #: Kinds without content, whatever size their header declares. Source: Python's tarfile and libarchive.
 _NO_CONTENT = frozenset(b"123456")
 #: So many times pax headers of one length are compared with one of them; what is left then is read one by one.
@@ -272,6 +275,7 @@ def _record_lengths(body: np.ndarray) -> np.ndarray:
     return counted
 
 
+@lru_cache(maxsize=1024)
 def _is_transparent(body: bytes) -> bool:
     """Whether a pax header holds only records that change nothing, each as long as it says."""
     at = 0
@@ -671,7 +675,7 @@ def _resized(old: bytes, name: bytes, size: int) -> bytes | None:
     head = old[-BLOCK:]
     if head[:100].rstrip(b"\0") != name or head[156:157] != b"0" or head[257:265] != b"ustar\x0000":
         return None
-    if any(head[345:]) or not head.isascii() or size > _MAX_OCTAL:
+    if head[345:] != _NO_PREFIX or not head.isascii() or size > _MAX_OCTAL:
         return None
     if len(old) > BLOCK:
         length = _number(old[124:136])

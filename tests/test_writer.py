@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from builder import pipeline as pipelines
 from builder import writer
@@ -77,6 +79,19 @@ def test_edited_json_keeps_the_first_caption_and_the_provenance_before() -> None
 def test_edited_json_is_ascii_with_indent_4_and_reads_a_byte_order_mark() -> None:
     text = edited_json(b'\xef\xbb\xbf{"caption": "x"}', Edit(0, caption="é"))
     assert text.startswith(b'{\n    "caption": "\\u00e9",\n')
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_edited_json_is_laid_out_as_the_standard_library_does(value: object) -> None:
+    fields = {"caption": None, "mine": value}
+    expected = {**fields, "caption": "new", "original_caption": None, "provenance": {"replaced": {"caption": None}}}
+    assert edited_json(json.dumps(fields).encode(), Edit(0, caption="new")) == json.dumps(expected, indent=4).encode()
 
 
 def test_a_sample_without_json_and_txt_gets_both(workspace: Callable[..., Workspace]) -> None:
