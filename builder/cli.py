@@ -11,6 +11,7 @@ import math
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -20,7 +21,7 @@ import click
 
 from builder import __version__
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError
-from builder.progress import Talk, plain
+from builder.progress import Talk, plain, plain_lines
 
 if TYPE_CHECKING:
     from builder.pipeline import Pipeline
@@ -55,7 +56,9 @@ class _Group(click.Group):
             sys.exit(super().main(arguments, prog_name="builder", standalone_mode=False))
         except click.UsageError as error:
             if not as_json:
-                error.show()
+                told = io.StringIO()
+                error.show(told)
+                _hint(told.getvalue().rstrip("\n"))
                 sys.exit(EXIT_USAGE)
             fix = f"{error.ctx.command_path} --help" if error.ctx else "builder --help"
             _fail(ConfigError(error.format_message(), fix=fix), as_json)
@@ -74,7 +77,8 @@ class _Group(click.Group):
                     _fail(
                         StageError(f"{type(error).__name__}: {error}", fix="run it without --json to see where"), True
                     )
-                raise
+                _hint(traceback.format_exc().rstrip("\n"))
+                sys.exit(EXIT_UNFINISHED)
             place = {"file": error.filename} if error.filename else {}
             what = error.strerror or str(error)
             _fail(StageError(what, where=place, fix="mend that and run the same command again"), as_json)
@@ -86,8 +90,13 @@ def _fail(error: BuilderError, as_json: bool) -> NoReturn:
         told = {"class": type(error).__name__, "what": error.what, "where": place, "fix": error.fix}
         click.echo(json.dumps({"error": told}))
     else:
-        click.echo("\n".join(plain(line) for line in f"error: {error}".splitlines()), err=True)
+        _hint(f"error: {error}")
     sys.exit(EXIT_USAGE if isinstance(error, ConfigError | SchemaError) else EXIT_UNFINISHED)
+
+
+def _hint(text: str) -> None:
+    """Lines for people on stderr, nothing in them that a terminal would obey."""
+    click.echo(plain_lines(text), err=True)
 
 
 def _pipeline_options(command: Command) -> Command:
@@ -176,14 +185,11 @@ def init(folder: Path) -> None:
         for source in sorted(layout.installed(kind).iterdir()):
             target = folder / kind / source.name
             if target.exists():
-                click.echo(f"kept     {plain(str(target))}", err=True)
+                _hint(f"kept     {target}")
                 continue
             write_atomic(target, source.read_bytes(), durable=False)
-            click.echo(f"written  {plain(str(target))}", err=True)
-    click.echo(
-        f"next: cd {plain(str(folder))}, set dataset.shards and dataset.root in pipelines/small.toml, builder plan",
-        err=True,
-    )
+            _hint(f"written  {target}")
+    _hint(f"next: cd {folder}, set dataset.shards and dataset.root in pipelines/small.toml, builder plan")
 
 
 @main.command()
@@ -372,9 +378,9 @@ def plan(
     if first is not None and choice != Choice():
         words = f"stage {first}" + " --redo" * redo + " --stale" * stale + (f" --retry {retry}" if retry else "")
         words += f" --where {shlex.quote(where)}" if where else ""
-        click.echo(f"next: {_again(words, scale, pipeline, sets)}", err=True)
+        _hint(f"next: {_again(words, scale, pipeline, sets)}")
     elif first is not None or shards.todo or write_plan.todo:
-        click.echo(f"next: {_again('run', scale, pipeline, sets)}", err=True)
+        _hint(f"next: {_again('run', scale, pipeline, sets)}")
     else:
         click.echo("nothing to do", err=True)
 
@@ -408,7 +414,7 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
         click.echo()
         print_table(("stage", "failed with", "rows", "for example"), errors)
     if not value["shards"]:
-        click.echo(f"the table is empty; next: {_again('ingest', scale, pipeline, sets)}", err=True)
+        _hint(f"the table is empty; next: {_again('ingest', scale, pipeline, sets)}")
 
 
 @main.command()
@@ -459,7 +465,7 @@ def sql(
         click.echo("no rows", err=True)
     if late := pipelines.behind(loaded.layout):
         brought = f"{_again('status', scale, pipeline, sets)} brings them up to date"
-        click.echo(f"{late} partitions are behind their column files: {brought}", err=True)
+        _hint(f"{late} partitions are behind their column files: {brought}")
 
 
 def _params(items: Sequence[str]) -> dict[str, Any]:
@@ -509,7 +515,7 @@ def show(
     for row in rows:
         _show_sample(row, columns)
     for path in saved:
-        click.echo(f"written {plain(str(path))}", err=True)
+        _hint(f"written {path}")
 
 
 def _show_sample(row: dict[str, Any], columns: dict[str, list[str]]) -> None:
@@ -518,7 +524,7 @@ def _show_sample(row: dict[str, Any], columns: dict[str, list[str]]) -> None:
         click.echo(f"\n{stage}: {row[f'{stage}_status'] or 'not tried'}")
         for name in names:
             if row[name] is not None and name != f"{stage}_status":
-                click.echo(f"  {name:<20} {plain(_cut(_text(row[name]), _VALUE))}".rstrip())
+                click.echo(f"  {plain(name):<20} {plain(_cut(_text(row[name]), _VALUE))}".rstrip())
 
 
 @main.command()
@@ -549,7 +555,7 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     else:
         print_facts("verify", summary(proof))
         for problem in proof.problems:
-            click.echo(f"wrong: {plain(problem)}", err=True)
+            _hint(f"wrong: {plain(problem)}")
     sys.exit(EXIT_FAILED_ROWS if proof.problems else EXIT_DONE)
 
 
@@ -611,10 +617,7 @@ def drop(column: str, scale: str | None, pipeline: str | None, sets: Sequence[st
 
     loaded = _load(scale, pipeline, sets)
     pipelines.drop(loaded, column)
-    click.echo(
-        f"column '{column}' is dropped; {_again('fold', scale, pipeline, sets)} takes it out of the partitions",
-        err=True,
-    )
+    _hint(f"column '{column}' is dropped; {_again('fold', scale, pipeline, sets)} takes it out of the partitions")
     owner = next((name for name, use in loaded.stages.items() if column in _outputs(use.kind)), None)
     if owner is not None:
         click.echo(f"stage '{owner}' of this pipeline has it: its next run brings it back", err=True)
@@ -673,7 +676,7 @@ def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
     if outcome["kept"]:
         talk.say(f"  why: cat {outcome.folder}/logs/*.failures.jsonl")
     for shard, reason in outcome.refused.items():
-        talk.say(f"refused shard '{shard}': {reason}")
+        talk.say(f"refused shard '{plain(shard)}': {reason}")
 
 
 _WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered by another run or left out"}

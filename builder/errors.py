@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import Any
 
 #: The distribution's name: what `pip install` takes. The import package and the command are `builder`.
@@ -37,13 +38,18 @@ class BuilderError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        lines = [self.what, *(f"  {name}: {value}" for name, value in self.where.items())]
+        lines = [self.what, *(f"  {name}: {_shown(value)}" for name, value in self.where.items())]
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.what, self.where, self.fix)
+
+
+def _shown(value: Any) -> str:
+    """A value of a message; a path stays on its line, so that a file's name cannot look like another line of it."""
+    return str(value).replace("\n", "\\n") if isinstance(value, PurePath) else str(value)
 
 
 def _rebuild(kind: type[BuilderError], what: str, where: dict[str, Any], fix: str) -> BuilderError:

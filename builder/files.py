@@ -209,8 +209,11 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
     """Reads exactly `size` bytes at an offset.
 
     Raises:
-        ShardError: the file ends before.
+        ShardError: the file ends before; nothing is allocated for a size that it does not have.
     """
+    length = os.fstat(descriptor).st_size
+    if offset < 0 or size < 0 or offset + size > length:
+        raise ShardError(f"the file ends at byte {length}, inside a range that goes to {offset + size}")
     data = os.pread(descriptor, size, offset)
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))

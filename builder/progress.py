@@ -31,7 +31,7 @@ class Talk:
     def say(self, text: str) -> None:
         """Lines for people; nothing in them that a terminal would obey."""
         if not self._quiet:
-            print("\n".join(plain(line) for line in text.split("\n")), file=sys.stderr, flush=True)
+            print(plain_lines(text), file=sys.stderr, flush=True)
 
     @contextmanager
     def bar(self, label: str, total: int, unit: str) -> Iterator[Bar]:
@@ -105,3 +105,8 @@ def _rich_bar(label: str, total: int, unit: str) -> Iterator[Bar]:
 def plain(text: str) -> str:
     """Text that does no harm on a terminal: control characters and bidirectional marks as escapes."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def plain_lines(text: str) -> str:
+    """The same line by line."""
+    return "\n".join(plain(line) for line in text.split("\n"))

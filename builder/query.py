@@ -28,6 +28,8 @@ from builder.schema import Column
 DuckError = duckdb.Error
 #: Runs any statement given as json, and so would slip through the check of the statement's type.
 _FORBIDDEN = "json_execute_serialized_sql"
+#: What DuckDB takes for a pattern in a file name.
+_MAGIC = re.compile(r"([*?\[])")
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,13 @@ def _view(columns: Sequence[Column], paths: Sequence[str]) -> str:
         "default_value: NULL}"
         for column in columns
     )
-    names = ", ".join(_quoted(path) for path in paths)
+    names = ", ".join(_quoted(_literal(path)) for path in paths)
     return f"create view samples as select * from read_parquet([{names}], schema = map {{{types}}})"
+
+
+def _literal(path: str) -> str:
+    """A path as read_parquet takes it for that one file: 'a*.parquet' would be every shard that begins with a."""
+    return _MAGIC.sub(r"[\1]", path)
 
 
 def _quoted(text: str) -> str:

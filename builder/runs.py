@@ -27,7 +27,7 @@ from builder.config import Run
 from builder.errors import BuilderError, ShardError, StageError
 from builder.executors import local
 from builder.layout import Layout, RunFiles, shard_name
-from builder.progress import Talk
+from builder.progress import Talk, plain_lines
 from builder.query import Sql
 from builder.sources import shards as tar_shards
 from builder.stage import find
@@ -226,12 +226,12 @@ def run_task(folder: Path, number: int) -> int:
         result = work(run, number, data, stop)
     except Exception as error:
         if not isinstance(error, BuilderError):
-            traceback.print_exc()
+            print(plain_lines(traceback.format_exc()), file=sys.stderr)
             error = StageError(
                 error_text(error),
                 fix=f"see the traceback in {run.log(number)}, mend the cause, run the same command again",
             )
-        print(error, file=sys.stderr)
+        print(plain_lines(str(error)), file=sys.stderr)
         place = {name: str(value) for name, value in error.where.items()}
         told = {"class": type(error).__name__, "what": error.what, "where": place, "fix": error.fix}
         files.write_atomic(run.result(number), json.dumps({"error": told}).encode(), durable=False)

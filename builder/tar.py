@@ -20,6 +20,7 @@ from typing import cast
 import numpy as np
 
 from builder.errors import ShardError
+from builder.progress import plain
 
 BLOCK = 512
 #: GNU tar and tarfile fill an archive up to a multiple of 20 blocks.
@@ -31,9 +32,14 @@ KINDS = {
     ord("5"): "a directory", ord("6"): "a FIFO", ord("S"): "a sparse file",
 }  # fmt: skip
 #: pax records that change neither name nor size nor content of a member. Source: POSIX.1-2001 pax, "Extended Header".
-_TRANSPARENT = re.compile(rb"(\d+) (?:mtime|atime|ctime|uid|gid|uname|gname)=[^\n]*\n")
+_TRANSPARENT = re.compile(rb"([1-9]\d{0,6}) (?:mtime|atime|ctime|uid|gid|uname|gname)=[^\n]*\n")
 #: A pax or GNU header body longer than this is refused instead of read into memory.
 MAX_PREFIX = 1 << 20
+#: pax records that say something about a member's place or name; GNU's about sparse files beside them.
+_TELLING = (b"path", b"size", b"GNU.sparse.name")
+_SPARSE = b"GNU.sparse."
+#: Characters of a name that a message shows: a pax header may hold a megabyte of them.
+_NAME_SHOWN = 200
 #: The largest size that an octal field of a header holds, 8 GiB less one byte; beyond it stands in a pax record.
 _MAX_OCTAL = 0o77777777777
 #: The bytes from 345 on of a header that has neither a prefix nor extensions.
@@ -43,6 +49,8 @@ _NO_CONTENT = frozenset(b"123456")
 #: So many times pax headers of one length are compared with one of them; what is left then is read one by one.
 _KINDS_OF_BODIES = 8
 _OCTAL = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
+#: A name of a sample's member. Source: webdataset.tariterators.base_plus_ext.
+_WEBDATASET = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 #: First bytes of compressed files: what wrote them, what reads them, their suffix.
 _MAGIC = {
     b"\x1f\x8b": ("gzip", "gunzip", ".gz"),
@@ -104,10 +112,13 @@ def padding(size: int) -> int:
 def split_name(name: str) -> tuple[str, str] | None:
     """A member's key and extension: up to the first dot of its base name, folder and `./` kept.
 
-    Exactly webdataset's rule, which gives `a/.b` the key `a/` unless that folder's own name has a dot.
+    Exactly webdataset's rule, which gives `a/.b` the key `a/` unless that folder's own name has a dot, and sees no
+    folder in front of a newline.
 
     Returns None for a name that belongs to no sample: no dot, nothing before it, or webdataset's `__meta__` names.
     """
+    if "\n" in name and not _WEBDATASET.match(name):
+        return None
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not dot or (name.startswith("__") and re.match(r"__[^/]*__($|/)", name)):
@@ -368,32 +379,32 @@ def _walk(view: mmap.mmap, at: int = 0) -> Index:
         if kind in b"xXgLK":
             body = _prefix_body(view, at, size)
             if kind == ord("g"):
-                common.update(_pax(body, at - BLOCK))
-                _refuse_common_size(common, at - BLOCK)
+                common.update(_telling(body, at - BLOCK))
+                _refuse_common(common, at - BLOCK)
                 at += size + padding(size)
                 continue
             pending.start = start
             if kind == ord("L"):
                 pending.name = body.split(b"\0")[0]
             elif kind != ord("K"):
-                pending.pax.update(_pax(body, at - BLOCK))
+                pending.pax.update(_telling(body, at - BLOCK))
             at += size + padding(size)
             continue
         pax = {**common, **pending.pax}
-        name = pax.get(b"GNU.sparse.name") or pax.get(b"path") or pending.name or _ustar_name(block)
+        name = _name(pax, pending.name, block)
         if b"size" in pax:
             size = _pax_size(pax[b"size"], start)
         if kind in _NO_CONTENT:
             size = 0
         if kind == ord("S"):
             at = _skip_sparse_maps(view, block, at)
-        if any(key.startswith(b"GNU.sparse.") for key in pax):
+        if _SPARSE in pax:
             kind = ord("S")
         if kind in b"0\x00" and name.endswith(b"/"):
             kind = ord("5")
         if at + size > len(view):
             raise ShardError(
-                f"the shard is truncated: member '{_text(name)}' ends at byte {at + size}, the file at {len(view)}",
+                f"the shard is truncated: member '{_shown(name)}' ends at byte {at + size}, the file at {len(view)}",
                 where={"offset": start},
                 fix="download or make it again",
             )
@@ -520,17 +531,38 @@ def _pax(body: bytes, at: int) -> dict[bytes, bytes]:
     return records
 
 
-def _refuse_common_size(common: dict[bytes, bytes], at: int) -> None:
-    if b"size" in common:
-        raise ShardError(
-            "a global pax header declares one size for all members", where={"offset": at}, fix="make the shard again"
-        )
+def _telling(body: bytes, at: int) -> dict[bytes, bytes]:
+    """The records of a pax header that the index needs: a header may hold 200,000 others, and a global one stays."""
+    records = _pax(body, at)
+    told = {key: records[key] for key in _TELLING if key in records}
+    if any(key.startswith(_SPARSE) for key in records):
+        told[_SPARSE] = b""
+    return told
+
+
+def _name(pax: dict[bytes, bytes], long_name: bytes | None, block: bytes) -> bytes:
+    """A member's name; an empty one of pax counts, and its last slash makes no folder, as Python's tarfile reads it."""
+    if name := pax.get(b"GNU.sparse.name"):
+        return name
+    if (path := pax.get(b"path")) is not None:
+        return path.rstrip(b"/")
+    return long_name or _ustar_name(block)
+
+
+def _refuse_common(common: dict[bytes, bytes], at: int) -> None:
+    for key, what in ((b"size", "size"), (b"path", "name")):
+        if key in common:
+            raise ShardError(
+                f"a global pax header declares one {what} for all members",
+                where={"offset": at},
+                fix="make the shard again",
+            )
 
 
 def _pax_size(value: bytes, at: int) -> int:
     if not value.isdigit() or len(value) > 18:
         raise ShardError(
-            f"a pax header declares the size '{_text(value)}'", where={"offset": at}, fix="make the shard again"
+            f"a pax header declares the size '{_shown(value)}'", where={"offset": at}, fix="make the shard again"
         )
     return int(value)
 
@@ -560,6 +592,12 @@ def _is_utf8(name: bytes) -> bool:
 
 def _text(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
+
+
+def _shown(name: bytes) -> str:
+    """A name for a message: on one line, and not all of a long one."""
+    text = plain(_text(name))
+    return text if len(text) <= _NAME_SHOWN else text[:_NAME_SHOWN] + "..."
 
 
 # --- heads alone ---
@@ -688,7 +726,7 @@ def _resized(old: bytes, name: bytes, size: int) -> bytes | None:
 
 def _finished(head: bytearray, name: bytes, size: int, pax: dict[bytes, bytes]) -> bytes:
     """The header as ustar, whatever it was: the fields up to the time and the owner's names stay."""
-    if len(name) > 100:
+    if len(name) > 100 or b"\0" in name:
         pax = {**pax, b"path": name}
     if size > _MAX_OCTAL:
         pax = {**pax, b"size": b"%d" % size}

@@ -314,6 +314,12 @@ def _edit(row: dict[str, Any], provenance: _Provenance) -> Edit | None:
                 where={"shard": row["shard"], "row": row["row"]},
                 fix="leave such rows out of the write SQL: where image_prompt is not null",
             )
+        if row["image_offset"] is None or row["image_size"] is None:
+            raise ConfigError(
+                "an image has no image_offset or no image_size",
+                where={"shard": row["shard"], "row": row["row"]},
+                fix="return all of a row's image columns, or none of them",
+            )
         made = {name: row.get(name) for name in _MADE if name != "prompt"}
         made |= provenance.of(row.get("image_run"))
         image = (row["image_path"], row["image_offset"], row["image_size"])

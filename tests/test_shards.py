@@ -424,14 +424,22 @@ def test_reading_goes_through_json_unchanged() -> None:
 
 
 def test_json_nested_deep(tmp_path: Path) -> None:
-    deep = b"[" * 990 + b"]" * 990
-    bodies = [b'{"mine": %b, "url": %b, "caption": "c"}' % (deep, deep), b"[" * 300_000]
-    made = [Sample(f"{i}", json=body, txt=b"c") for i, body in enumerate(bodies)]
-    one, other = read(make_shard(tmp_path / "s.tar", made), {"mine": pa.string(), "url": pa.string()})
-    assert (one["source_status"], one["caption"], one["url"]) == ("ok", "c", None)
-    assert one["mine"] in (None, deep.decode())  # as deep as this Python writes
-    assert one["source_notes"].endswith("url: expected text, found a list")
-    assert (other["source_error"], other["caption"]) == ("BadJson: the json is nested too deep", "c")
+    def deep(times: int) -> bytes:
+        return b"[" * times + b"]" * times
+
+    limit = sample_columns.MAX_DEPTH
+    values = [deep(limit - 1), deep(limit), deep(900)]
+    bodies = [b'{"mine": %b, "url": %b, "caption": "c"}' % (value, value) for value in values]
+    bodies += [b"[" * 300_000, b'{"caption": "%b"}' % (b"[" * 200), b"[%b]" % b",".join([b"[]"] * 200)]
+    made = [Sample(f"{i}", json=body, txt=b"t") for i, body in enumerate(bodies)]
+    rows = read(make_shard(tmp_path / "s.tar", made), {"mine": pa.string(), "url": pa.string()})
+    too_deep = "BadJson: the json is nested too deep"
+    assert [(row["source_error"], row["caption"]) for row in rows] == [
+        (None, "c"), (too_deep, "t"), (too_deep, "t"), (too_deep, "t"), (None, "[" * 200),
+        ("BadJson: the json is a list, not an object", "t"),
+    ]  # fmt: skip
+    assert (rows[0]["mine"], rows[0]["url"]) == (values[0].decode(), None)
+    assert rows[0]["source_notes"] == "url: expected text, found a list"
 
 
 def test_json_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

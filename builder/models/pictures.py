@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import warnings
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,18 @@ _HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
 # Pillow warns below the limit of this module, which refuses by itself. Set once: `warnings.catch_warnings` is not safe
 # in threads, and pictures are decoded in several.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # its words on a picture's faults: a million of them fill a log
+
+
+#: Formats that are decoded, by Pillow's names. Some of its others are no decoders: EPS runs Ghostscript on the data.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def decode(data: bytes) -> Pixels:
@@ -30,16 +43,16 @@ def decode(data: bytes) -> Pixels:
         ValueError: no picture that Pillow knows, damaged, cut short, or more than `MAX_PIXELS`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"the picture has {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
             fast = _jpeg(data, image)
             return np.asarray(image.convert("RGB")) if fast is None else fast
-    except ValueError:
+    except (ValueError, MemoryError):
         raise
     except UnidentifiedImageError:  # its own text holds an address in memory, which differs in every run
         raise ValueError("the picture does not decode: no image format begins so") from None
-    except (Image.DecompressionBombError, OSError, SyntaxError, EOFError, IndexError, TypeError) as error:
+    except Exception as error:  # each of Pillow's decoders has its own: RuntimeError, SyntaxError, struct.error ...
         raise ValueError(f"the picture does not decode: {error}") from error
 
 

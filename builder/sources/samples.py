@@ -28,6 +28,10 @@ from builder.schema import IMAGE_EXTENSIONS
 
 #: A json or txt member beyond this is not read into memory.
 MAX_TEXT = 16 << 20
+#: json nested deeper fails its sample: the writer's and the proof's json recurses, and Python stops at 1,000 frames.
+MAX_DEPTH = 100
+#: Characters of a sample's error: a name may have a million, and a sample a million members.
+MAX_ERROR = 1000
 #: Samples that are parsed together, and the bytes of json and txt from which on they are fewer: bounds memory.
 BLOCK_SAMPLES, BLOCK_BYTES = 2_000, 64 << 20
 _LINKS = frozenset(b"12S")
@@ -52,7 +56,7 @@ class Remarks:
     notes: dict[int, list[str]] = field(default_factory=dict)
 
     def fail(self, row: int, kind: str, message: str) -> None:
-        self.problems.setdefault(row, f"{kind}: {message}")
+        self.problems.setdefault(row, f"{kind}: {message}"[:MAX_ERROR])
 
     def note(self, row: int, message: str) -> None:
         known = self.notes.setdefault(row, [])
@@ -316,6 +320,10 @@ class _Block:
             values: list[Any] = [loads(body) for body in bodies]  # type: ignore[arg-type]
         except orjson.JSONDecodeError:
             values = [self._parsed_one(place, body) for place, body in enumerate(bodies)]
+        for place, body in enumerate(bodies):
+            if body and body.count(b"{") + body.count(b"[") > MAX_DEPTH and _is_deep(values[place]):
+                self._fail(place, "the json is nested too deep")
+                values[place] = {}
         if set(map(type, values)) == {dict}:
             return values
         return [self._object(place, value) for place, value in enumerate(values)]
@@ -457,6 +465,17 @@ class _Block:
                 self._note(place, f"{name}: box {number} {fault}")
                 return None
         return [[float(edge) for edge in box] for box in value]
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects are nested more than `MAX_DEPTH` times."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [part for part in level if isinstance(part, list | dict)]
+        if not level:
+            return False
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return True
 
 
 def _transposed(values: Sequence[dict[str, Any]]) -> dict[str, Sequence[Any]] | None:

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from builder import schema, tar
 from builder.errors import ConfigError, ShardError
-from builder.layout import Layout, shard_name
+from builder.layout import Layout, shard_name, shard_name_fault
 from builder.schema import SOURCE, Column
 from builder.sources.samples import columns_of, group
 from builder.stage import inputs_hashes
@@ -216,7 +216,7 @@ def _real_folder(folder: Path) -> str:
 
 def is_ingested(layout: Layout, shard: str, path: Path, reading: Reading) -> bool:
     """Whether the table has this shard as it is now."""
-    state = partition_state(layout, shard)
+    state = None if shard_name_fault(path) else partition_state(layout, shard)
     return state is not None and state.source == identify(path, reading)
 
 
@@ -237,6 +237,8 @@ def ingest_shard(layout: Layout, path: Path, reading: Reading, run: str) -> Inge
     Raises:
         ShardError: the tar cannot be used; the table keeps what it had of it.
     """
+    if fault := shard_name_fault(path):
+        raise ShardError(f"the shard's name cannot be used: {fault}", where={"file": path}, fix="rename the file")
     shard = shard_name(path)
     source = identify(path, reading)
     table, rows = read_shard(path, shard, reading, run)
