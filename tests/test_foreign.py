@@ -17,28 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from builder import tar
-from builder.sources.shards import Reading, read_shard
 from conftest import PIPELINE, STANDARD_STAGES, USTAR_MTIME, Workspace, picture, samples, write_tar
-
-Samples = list[tuple[str, dict[str, bytes]]]
-
-
-def by_webdataset(path: Path) -> Samples:
-    """Key and members of every sample as webdataset yields them."""
-    found = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
-    return [
-        (one["__key__"], {name: data for name, data in one.items() if not name.startswith("__")}) for one in found
-    ]  # fmt: skip
-
-
-def by_builder(path: Path) -> Samples:
-    """The same out of the table's rows: bytes at the offsets that it has."""
-    table, _ = read_shard(path, "s", Reading({}), "run")
-    content = path.read_bytes()
-    return [
-        (row["key"], {m["ext"].lower(): content[m["data"] : m["data"] + m["size"]] for m in row["source_members"]})
-        for row in table.to_pylist()
-    ]
+from tars import Samples, by_builder, by_webdataset, gnu_tar, rows_of
 
 
 def by_tarfile(path: Path) -> list[tuple[str, bytes]]:
@@ -47,9 +27,7 @@ def by_tarfile(path: Path) -> list[tuple[str, bytes]]:
 
 
 def by_gnu_tar(path: Path) -> list[str]:
-    done = subprocess.run(["tar", "--quoting-style=literal", "-tf", path], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    return done.stdout.splitlines()
+    return gnu_tar("--quoting-style=literal", "-tf", path, folder=path.parent)
 
 
 # --- our shards in other tools ---
@@ -224,7 +202,7 @@ def test_what_webdataset_reads_we_deliver_the_same(
         expected = by_webdataset(path)
     except ValueError as error:
         assert "duplicate file name" in str(error)
-        errors = read_shard(path, "s", Reading({}), "run")[0]["source_error"].to_pylist()
+        errors = [row["source_error"] for row in rows_of(path)]
         assert any((error or "").startswith("DuplicateMember: ") for error in errors)
         return
     assert len({key for key, _ in expected}) == len(expected)

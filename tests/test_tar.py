@@ -6,7 +6,6 @@ import bz2
 import gzip
 import io
 import lzma
-import mmap
 import subprocess
 import tarfile
 import time
@@ -22,67 +21,25 @@ from webdataset.tariterators import base_plus_ext
 from builder import tar
 from builder.errors import ShardError
 from conftest import PAX_MTIME, USTAR_MTIME, write_tar
+from tars import (
+    BLOCK,
+    END,
+    Listed,
+    both_ways,
+    checksummed,
+    gnu_tar,
+    header,
+    listed,
+    listed_by_tarfile,
+    pax,
+    record,
+    written,
+)
 
-BLOCK = 512
-END = bytes(2 * BLOCK)
 LONG = "folder/" * 20 + "picture.jpg"  # 151 bytes
 
 
 # --- what the tests make and compare ---
-
-
-def header(name: bytes, size: int | bytes = 0, kind: bytes = b"0", *, magic: bytes = b"ustar\x0000") -> bytes:
-    """A header block written field by field."""
-    field = size if isinstance(size, bytes) else b"%011o\0" % size
-    head = bytearray(
-        name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + field + b"00000000000\0" + b" " * 8 + kind
-        + bytes(100) + magic.ljust(8, b"\0")
-    )  # fmt: skip
-    head += bytes(BLOCK - len(head))
-    return checksummed(head)
-
-
-def checksummed(head: bytes | bytearray) -> bytes:
-    """A header block with the right checksum."""
-    block = bytearray(head)
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
-
-
-def record(name: bytes, data: bytes = b"", kind: bytes = b"0", **options: Any) -> bytes:
-    return header(name, len(data), kind, **options) + data + bytes(-len(data) % BLOCK)
-
-
-def pax(*records: bytes, kind: bytes = b"x") -> bytes:
-    return record(b"PaxHeader", b"".join(records), kind)
-
-
-def written(path: Path, *parts: bytes) -> Path:
-    path.write_bytes(b"".join(parts))
-    return path
-
-
-Listed = list[tuple[str, int, int, int, str]]
-
-
-def listed(index: tar.Index) -> Listed:
-    """Name, header, data, size and type of every member."""
-    columns = (index.header, index.data, index.size, index.kind)
-    rows = zip(index.names, *(column.tolist() for column in columns), strict=True)
-    return [(name, head, data, size, chr(kind)) for name, head, data, size, kind in rows]
-
-
-def by_tarfile(path: Path) -> Listed:
-    """The same by Python's tarfile, whose offsets of a record begin at its prefixes too."""
-    with tarfile.open(path) as archive:
-        return [(i.name, i.offset, i.offset_data, i.size, i.type.decode()) for i in archive]
-
-
-def both_ways(path: Path) -> tuple[tar.Index | None, tar.Index]:
-    """The index by the fast path (None where it gives up) and by the general walk."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return tar._chain(view), tar._walk(view)
 
 
 def refusal(path: Path) -> str:
@@ -90,12 +47,6 @@ def refusal(path: Path) -> str:
     with pytest.raises(ShardError) as caught:
         tar.index(path)
     return str(caught.value).replace(str(path), "FILE")
-
-
-def gnu_tar(*arguments: str | Path, folder: Path) -> list[str]:
-    done = subprocess.run(["tar", *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    return done.stdout.splitlines()
 
 
 # --- the dialects ---
@@ -121,7 +72,7 @@ def test_index_of_each_dialect(tmp_path: Path, dialect: str) -> None:
     prefix = 1024 if dialect == "pax with a time" else 0
     index = tar.index(path)
     assert listed(index) == [*expected, ("1.txt", last, last + prefix + 512, 0, "0")]
-    assert listed(index) == by_tarfile(path)
+    assert listed(index) == listed_by_tarfile(path)
     assert (index.end, index.file_size) == (last + prefix + 512, 10240)
     assert (index.bad_names, index.has_end_mark) == (frozenset(), True)
     assert index.stop.tolist() == [last, last + prefix + 512]
@@ -204,7 +155,7 @@ def test_numbers_end_at_the_first_nul_on_both_ways(tmp_path: Path, first: bytes)
     chain, walk = both_ways(path)
     assert chain is None or listed(chain) == listed(walk)
     assert walk.size.tolist() == [size, 0]
-    assert listed(walk) == by_tarfile(path)
+    assert listed(walk) == listed_by_tarfile(path)
 
 
 def test_signed_checksums_of_old_tars(tmp_path: Path) -> None:
@@ -217,13 +168,17 @@ def test_signed_checksums_of_old_tars(tmp_path: Path) -> None:
 
 def test_base_256_size(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tar", header(b"0.jpg", b"\x80" + (700).to_bytes(11, "big")), bytes(1024), END)
-    assert listed(tar.index(path)) == [("0.jpg", 0, 512, 700, "0")] == by_tarfile(path)
+    assert listed(tar.index(path)) == [("0.jpg", 0, 512, 700, "0")] == listed_by_tarfile(path)
 
 
 def test_pax_size_wins_over_the_header(tmp_path: Path) -> None:
     parts = (pax(b"12 size=700\n"), header(b"0.jpg", 0), bytes(1024), record(b"0.txt", b"ab"), END)
     path = written(tmp_path / "a.tar", *parts)
-    assert listed(tar.index(path)) == [("0.jpg", 0, 1536, 700, "0"), ("0.txt", 2560, 3072, 2, "0")] == by_tarfile(path)
+    assert (
+        listed(tar.index(path))
+        == [("0.jpg", 0, 1536, 700, "0"), ("0.txt", 2560, 3072, 2, "0")]
+        == listed_by_tarfile(path)
+    )
 
 
 def test_pax_values_may_hold_newlines(tmp_path: Path) -> None:
@@ -276,7 +231,7 @@ def test_every_kind_of_member(tmp_path: Path) -> None:
         ("pipe", 4096, 4608, 0, "6"), ("1.jpg", 4608, 5120, 600, "7"),
     ]  # fmt: skip
     assert [(name.rstrip("/"), *rest) for name, *rest in listed(tar.index(path))] == [
-        tuple(row) for row in by_tarfile(path)
+        tuple(row) for row in listed_by_tarfile(path)
     ]
 
 
@@ -386,7 +341,7 @@ def test_both_ways_and_tarfile_agree(
     if path is None:
         return
     chain, walk = both_ways(path)
-    assert listed(walk) == by_tarfile(path)
+    assert listed(walk) == listed_by_tarfile(path)
     assert [row[0] for row in listed(walk)] == [name for name, _ in members]
     if chain is not None:
         assert (listed(chain), chain.end, chain.file_size) == (listed(walk), walk.end, walk.file_size)
