@@ -361,6 +361,22 @@ class _Pending:
     name: bytes | None = None
     pax: dict[bytes, bytes] = field(default_factory=dict)
 
+    def add(self, pax: dict[bytes, bytes], name: bytes | None = None) -> None:
+        """Adds what one header says; where two say the same, some readers believe the first and some the last.
+
+        Raises:
+            ShardError: two headers tell a name, a size or a sparse file.
+        """
+        names = [self.name, name, self.pax.get(b"path"), pax.get(b"path")]
+        if self.pax.keys() & pax.keys() or sum(one is not None for one in names) > 1:
+            raise ShardError(
+                "two headers describe one member: readers disagree on which counts",
+                where={"offset": self.start},
+                fix="make the shard again",
+            )
+        self.pax.update(pax)
+        self.name = self.name if name is None else name
+
 
 def _walk(view: mmap.mmap, at: int = 0) -> Index:
     """Indexes the records from byte `at`, which begins one, header by header."""
@@ -385,9 +401,9 @@ def _walk(view: mmap.mmap, at: int = 0) -> Index:
                 continue
             pending.start = start
             if kind == ord("L"):
-                pending.name = body.split(b"\0")[0]
+                pending.add({}, body.split(b"\0")[0])
             elif kind != ord("K"):
-                pending.pax.update(_telling(body, at - BLOCK))
+                pending.add(_telling(body, at - BLOCK))
             at += size + padding(size)
             continue
         pax = {**common, **pending.pax}

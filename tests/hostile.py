@@ -19,6 +19,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -32,7 +33,7 @@ import pyarrow as pa
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from builder import table
+from builder import table, tar
 from builder.cli import main as builder_command
 from builder.edits import EditsTar
 from builder.errors import ShardError
@@ -66,7 +67,7 @@ class Comparison:
         samples: that both deliver with the same key, extensions and bytes, in the same order.
         said: what the table refuses or fails with a reason and webdataset reads.
         differs: everything else that is not the same.
-        unread: why there was nothing to compare: webdataset raised, or samples are scattered.
+        unread: why there was nothing to compare: webdataset raised or stops in silence, or samples are scattered.
     """
 
     samples: int = 0
@@ -101,6 +102,9 @@ def compared(path: Path) -> Comparison:
         if row["source_error"] and (not same_key or waiting != (key, members)):
             result.said.append(f"sample '{key}': {row['source_error']}")
         elif waiting != (key, members):
+            if (place := _end_by_tarfile(path)) is not None:
+                result.unread = f"Python's tarfile takes byte {place} for the end and says nothing"
+                return result
             result.differs.append(f"sample {_told((key, members))}, webdataset: {_told(waiting)}")
             return result
         else:
@@ -110,6 +114,19 @@ def compared(path: Path) -> Comparison:
     if waiting is not None:
         result.differs.append(f"no sample, webdataset: {_told(waiting)}")
     return result
+
+
+def _end_by_tarfile(path: Path) -> int | None:
+    """The first header of a tar that Python's tarfile cannot read, for whatever field; it ends there without a word."""
+    index = tar.index(path)
+    with path.open("rb") as file:
+        for place in sorted({*index.header.tolist(), *(index.data - tar.BLOCK).tolist()}):
+            file.seek(place)
+            try:
+                tarfile.TarInfo.frombuf(file.read(tar.BLOCK), "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                return place
+    return None
 
 
 def _told(sample: tuple[str, dict[str, bytes]] | None) -> str:
@@ -311,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", type=Path, metavar="DIR", help="folders, or files")
     parser.add_argument("--workers", type=int, default=2, help="files at a time (default 2)")
     parser.add_argument("--seconds", type=float, default=120, help="time for one file (default 120)")
-    parser.add_argument("--memory-gb", type=float, default=2.5, help="memory of each process (default 2.5)")
+    parser.add_argument("--memory-gb", type=float, default=4, help="memory of each process (default 4)")
     parser.add_argument("--child", choices=("tar", "image"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     memory = int(options.memory_gb * 2**30)
