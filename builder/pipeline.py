@@ -352,6 +352,7 @@ def write(pipeline: Pipeline, talk: Talk) -> Outcome:
     found = tar_shards.find(pipeline.config.patterns)
     writer.check_apart(layout, list(found.paths.values()))
     table_shards(pipeline)
+    files.make_folder(layout.runs)
     frozen = files.temp_path(layout.runs / "write.parquet")
     try:
         plan = plan_write(pipeline, freeze=frozen)

@@ -91,7 +91,8 @@ class Samples:
         run("set preserve_insertion_order = true")  # so that LIMIT alone takes the same rows every time
         run(f"set temp_directory = {_quoted(_spill_folder())}")
         run(_view(columns, paths))
-        run(f"set allowed_paths = [{', '.join(_quoted(path) for path in paths)}]")
+        allowed = dict.fromkeys([*paths, *map(_literal, paths)])  # DuckDB asks for the name that it was given, too
+        run(f"set allowed_paths = [{', '.join(_quoted(path) for path in allowed)}]")
         run("set enable_external_access = false")
         run("set lock_configuration = true")
 

@@ -156,13 +156,13 @@ class Outcome:
     peak_mb: int = 0
 
 
-class _Wrong(Exception):
+class Wrong(Exception):
     """A step of the product that did what it must never do."""
 
 
 def try_tar(path: Path, folder: Path) -> Outcome:
     """ingest -> status -> write -> verify of one tar in a root of its own, by the command line."""
-    made = _workspace(folder)
+    made = workspace(folder)
     (folder / "source").mkdir()
     (folder / "source/shard.tar").symlink_to(path.resolve())
     ingest = _command(made, "ingest", codes=(0, 3))
@@ -178,7 +178,7 @@ def try_tar(path: Path, folder: Path) -> Outcome:
     proof = json.loads(_command(made, "verify", "--json", codes=(0, 3)).stdout)
     good = status["stages"]["source"]["ok"]
     if proof["problems"] or (proof["shards"], proof["edited"]) != (1, good):
-        raise _Wrong(f"verify: {proof}")
+        raise Wrong(f"verify: {proof}")
     hybrid = compared(made.root / "shards/shard.tar")
     counts = {"ok": good, "failed": status["stages"]["source"]["failed"], "compared": beside.samples}
     if differs := beside.differs + [f"written shard: {one}" for one in hybrid.differs]:
@@ -186,10 +186,11 @@ def try_tar(path: Path, folder: Path) -> Outcome:
     return Outcome("proven", "", counts)
 
 
-def _workspace(folder: Path) -> Workspace:
+def workspace(folder: Path, stages: str = "") -> Workspace:
+    """A pipeline over `folder/source` whose write SQL is none of the table's own."""
     made = Workspace(folder, folder / "pipeline.toml")
-    text = PIPELINE.format(folder=folder, stages="", workers=1, checkpoint_rows=2048)
-    made.file.write_text(f'{text}\n[write]\nselect = "{folder}/write.sql"\n', "utf-8")
+    text = PIPELINE.format(folder=folder, stages=stages, workers=1, checkpoint_rows=2048)
+    made.file.write_text(text if stages else f'{text}\n[write]\nselect = "{folder}/write.sql"\n', "utf-8")
     (folder / "write.sql").write_text("select shard, row, uid from samples where false", "utf-8")
     return made
 
@@ -213,11 +214,9 @@ def _command(made: Workspace, *arguments: str, codes: tuple[int, ...] = (0,)) ->
     """`builder ARGUMENTS` in this process; what it prints must be harmless on a terminal."""
     done = CliRunner().invoke(builder_command, [*arguments, "--pipeline", str(made.file)])
     if raw := {char for char in done.stdout + done.stderr if not char.isprintable() and char != "\n"}:
-        raise _Wrong(f"builder {arguments[0]} prints {raw}")
+        raise Wrong(f"builder {arguments[0]} prints {raw}")
     if done.exit_code not in codes:
-        raise _Wrong(
-            f"builder {arguments[0]}: exit code {done.exit_code}: {' | '.join(done.stderr.splitlines()[-12:])}"
-        )
+        raise Wrong(f"builder {arguments[0]}: exit code {done.exit_code}: {' | '.join(done.stderr.splitlines()[-12:])}")
     return done
 
 
@@ -234,7 +233,7 @@ def try_image(path: Path, folder: Path) -> Outcome:
         return Outcome("differs", f"Pillow: {truth}, decode: {refusal or shape}")
     if truth is None and not refusal:
         return Outcome("differs", f"Pillow does not decode it, decode: {shape}")
-    made = _workspace(folder)
+    made = workspace(folder)
     write_tar(folder / "source/shard.tar", [("0.jpg", data)])
     ingest_here(made.load())
     stage = Faces(FacesOptions(source="detector", min_face_px=200))  # a coarse search: what is tried is the decoding
@@ -268,13 +267,12 @@ def _by_pillow(data: bytes) -> tuple[int, int, int] | None:
             return None
 
 
-def _child(kind: str, path: Path, memory: int) -> None:
-    """Tries one file in this process and prints the outcome as one line of json, the last."""
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+def outcome_of(kind: str, path: Path) -> Outcome:
+    """Tries one file in this process."""
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
         try:
             outcome = (try_tar if kind == "tar" else try_image)(path, Path(folder))
-        except _Wrong as error:
+        except Wrong as error:
             outcome = Outcome("wrong", str(error))
         except MemoryError as error:
             outcome = Outcome("grew", f"MemoryError: {error}")
@@ -284,7 +282,7 @@ def _child(kind: str, path: Path, memory: int) -> None:
         outcome.kind = "grew"
     own, tasks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     outcome.peak_mb = max(own, tasks) // 1024
-    print(json.dumps(asdict(outcome)))
+    return outcome
 
 
 # --- all files ---
@@ -333,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     memory = int(options.memory_gb * 2**30)
     if options.child:
-        _child(options.child, options.paths[0], memory)
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        print(json.dumps(asdict(outcome_of(options.child, options.paths[0]))))
         return 0
     started = time.monotonic()
     todo = list(files_in(options.paths))

@@ -11,20 +11,20 @@ import io
 import json
 import os
 import re
-import resource
 import struct
 import subprocess
 import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
@@ -32,21 +32,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import hostile
-from builder import files, tar, table, verify
 from builder import pipeline as pipelines
+from builder import tar, writer
 from builder.cli import main
 from builder.edits import EditsReader, EditsTar
-from builder.errors import BuilderError, ConfigError, ShardError
+from builder.errors import ConfigError, ShardError
 from builder.layout import MAX_SHARD_NAME, Layout, shard_name_fault
-from builder.models import pictures
 from builder.models.pictures import decode
-from builder.progress import Talk
-from builder.query import Sql
-from builder.schema import IMAGE_EXTENSIONS
+from builder.progress import Talk, plain
 from builder.sources import shards as tar_shards
 from builder.sources.shards import MAX_TEXT
 from builder.stages.faces import Faces, FacesOptions
-from conftest import STANDARD_STAGES, Sample, Workspace, ingest_here, make_shard, picture, samples, write_tar
+from conftest import STANDARD_STAGES, Sample, Workspace, ingest_here, make_shard, picture, samples
 from tars import (
     BLOCK,
     END,
@@ -164,7 +161,8 @@ KINDS = {
         [record(b"1.jpg", JPG, kind) for kind in (b"A", b"M", b"N", b"V", b"D", b"\xff")] + [ONE, END], ok("0"), 1),
     "folders that declare content": Kind([header(b"1.jpg", 700, b"5"), ONE, END], ok("0"), 1),
     "no names": Kind([record(b"", JPG), ONE, path_of(""), record(b"1.jpg", JPG), END], ok("0"), 1),
-    "a slash behind a name": Kind([record(b"1.jpg/"), path_of("0.jpg/"), record(b"x", JPG), END], [("0", "jpg", "")], 1),
+    "a slash behind a name": Kind(
+        [record(b"1.jpg/"), path_of("0.jpg/"), record(b"x", JPG), END], [("0", "jpg", "")], 1),
     "names that lead out": Kind(
         [sample("../../0"), sample("/etc/1"), sample("a/../../../2"), END], ok("../../0", "/etc/1", "a/../../../2"), 3),
     "names that a terminal obeys": Kind(
@@ -177,7 +175,8 @@ KINDS = {
         [record(b"caf\xe9.jpg", JPG), path_of("x").replace(b"path=x", b"path=\xff"), record(b"y.jpg"), ONE, END],
         [("caf\\xe9", "jpg", "BadName"), *ok("0")], None,
     ),
-    "a name of 1 MB": Kind([path_of("n" * 1_000_000 + ".jpg"), record(b"x", JPG), END], [("n" * 1_000_000, "jpg", "")], 1),
+    "a name of 1 MB": Kind(
+        [path_of("n" * 1_000_000 + ".jpg"), record(b"x", JPG), END], [("n" * 1_000_000, "jpg", "")], 1),
     "the same twice": Kind(
         [ONE, record(b"0.TXT", b"other"), sample("1"), END], [("0", "jpg txt txt", "DuplicateMember"), *ok("1")], None),
     "scattered": Kind(
@@ -204,7 +203,8 @@ KINDS = {
     "a long number in a pax header": Kind(
         [pax(b"9" * 5000 + b" mtime=1\n"), ONE, END], "a pax header is damaged", None),
     "a pax record as long as the limit": Kind(
-        [pax(pax_record(b"uname", b"u" * (tar.MAX_PREFIX + 1))), ONE, END], "a header that describes the next one", None),
+        [pax(pax_record(b"uname", b"u" * (tar.MAX_PREFIX + 1))), ONE, END], "a header that describes the next one",
+        None),
     "gzip": Kind([gzip.compress(TWO + END)], "the shard is compressed with gzip", None),
     "two tars in one file": Kind([TWO, END, sample("2"), END], LATE, None),
     "zeros in the middle": Kind([ONE, bytes(BLOCK), sample("1"), END], LATE, None),
@@ -576,3 +576,534 @@ def test_any_bytes_are_refused_or_read(scratch: Path, junk: bytes, start: bytes)
     except ShardError as error:
         assert error.where["file"] == path
         assert error.fix
+
+
+# --- kinds of json ---
+
+
+def in_json(**fields: Any) -> bytes:
+    return json.dumps({"caption": "c", **fields}).encode()
+
+
+#: The json, and error or None, notes, caption of its row; its txt is `t`.
+JSONS: dict[str, tuple[bytes, str | None, str | None, str]] = {
+    "a key twice": (b'{"caption": "first", "caption": "last", "width": 1, "width": 2}', None, None, "last"),
+    "100,000 deep": (b'{"caption": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "BadJson: the json is nested too deep",
+                     None, "t"),
+    "100,000 objects deep": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "BadJson: the json is nested too deep",
+                             None, "t"),
+    "17 MB": (b'{"caption": "c", "x": "%b"}' % (b"x" * (17 << 20)),
+              f"BadJson: the json has {(17 << 20) + 25} bytes, the limit is {MAX_TEXT}", None, "t"),
+    "a key that is half a character": (b'{"caption": "c", "\\ud800": 1}', None, None, "c"),
+    "numbers of thousands of digits": (
+        b'{"caption": "c", "width": %b}' % (b"9" * 5000),
+        "BadJson: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits; use "
+        "sys.set_int_max_str_digits() to increase the limit", None, "t"),
+    "numbers of 4,000 digits": (b'{"caption": "c", "height": %b}' % (b"9" * 4000), None,
+                                "height: expected int32, found " + "9" * 37 + "...", "c"),
+    "a number beyond floats": (b'{"caption": "c", "width": 1e400}', None, "width: expected int32, found Infinity", "c"),
+    "minus infinity in boxes": (b'{"caption": "c", "face_bboxes": [[-Infinity, 0, 1, 1]]}', None,
+                                "face_bboxes: box 0 holds a value that is not finite", "c"),
+    "UTF-16": ('{"caption": "c"}'.encode("utf-16"), "BadJson: the json is not UTF-8 at byte 0", None, "t"),
+    "NUL behind it": (b'{"caption": "c"}\0\0', "BadJson: Extra data at line 1 column 17", None, "t"),
+    "two objects": (b'{"caption": "c"}\n{"caption": "d"}', "BadJson: Extra data at line 2 column 1", None, "t"),
+    "a number": (b"1", "BadJson: the json is a number, not an object", None, "t"),
+    "true": (b"true", "BadJson: the json is a truth value, not an object", None, "t"),
+    "every field of a wrong type": (
+        in_json(caption={"a": 1}, uid=True, width=[], height={}, face_bboxes="x"), None,
+        "uid: expected text, found a truth value; caption: expected text, found an object; "
+        "face_bboxes: expected a list, found text; width: expected int32, found []; height: expected int32, found {}", "t"),
+}  # fmt: skip
+
+
+def test_kinds_of_json(tmp_path: Path) -> None:
+    made = [Sample(f"{i}", json=body, txt=b"t") for i, (body, *_) in enumerate(JSONS.values())]
+    rows = rows_of(make_shard(tmp_path / "s.tar", made))
+    got = [(row["source_error"], row["source_notes"], row["caption"]) for row in rows]
+    assert dict(zip(JSONS, got, strict=True)) == {kind: tuple(expected) for kind, (_, *expected) in JSONS.items()}
+
+
+# --- kinds of captions, through all stages ---
+
+
+ENGLISH = "a man with a hat is standing in the street"
+NASTY = "\x1b[31mred\x1b]0;title\x07 \x9b2J \u202egnp.exe \u2066 " + ENGLISH
+CAPTIONS: dict[str, str] = {
+    "empty": "", "blank": " \n\t\u3000 ", "nothing but marks": "\u202e\u200b\u0301" * 50, "escapes": NASTY,
+    "10 MB": (ENGLISH + " ") * 240_000, "NUL": f"a\0b {ENGLISH}", "one word of 200,000 letters": "x" * 200_000,
+    "tags": "<" * 200_000 + ENGLISH, "SQL": f"'; drop table samples; -- {ENGLISH}",
+    "a template": f"{{caption}} %s {ENGLISH}", "lines": f"{ENGLISH}\n\r\n{ENGLISH}", "emoji": "\U0001f600" * 5000,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str]:
+    """A pipeline of all stages over samples with these captions and a face each, and what it printed."""
+    made = hostile.workspace(tmp_path_factory.mktemp("captions"), stages=STANDARD_STAGES)
+    fields = {"face_bboxes": [[0.1, 0.1, 0.5, 0.9]]}
+    all_ = [
+        Sample(f"{i}-{key}", text, fields=fields, txt=text.encode()) for i, (key, text) in enumerate(CAPTIONS.items())
+    ]
+    half = b'{"caption": "half \\ud83d of a pair", "face_bboxes": [[0, 0, 1, 1]]}'
+    make_shard(made.folder / "source/a.tar", [*all_, Sample(f"{NASTY}/half", json=half, txt=NASTY.encode())])
+    done = made.run("run", check=False)
+    return made, done.stdout + done.stderr
+
+
+def test_every_caption_goes_through_all_stages(captioned: tuple[Workspace, str]) -> None:
+    made, said = captioned
+    rows = made.rows(
+        "select caption, lang_status, coalesce(prompts_status, ''), coalesce(prompts_error, ''), generate_status, "
+        "length(prompt) from samples order by row"
+    )
+    assert [row[0] for row in rows] == [*CAPTIONS.values(), NASTY]
+    assert {row[1] for row in rows} == {"ok"}
+    assert {row[2:4] for row in rows} <= {("", ""), ("ok", ""), ("failed", "ValueError: caption has no words")}
+    assert [row[4] for row in rows] == ["ok" if row[2] == "ok" else None for row in rows]
+    assert max(row[5] or 0 for row in rows) < 1000
+    told = {key: row[2] for key, row in zip([*CAPTIONS, "half"], rows, strict=True)}
+    wanted = ("escapes", "10 MB", "NUL", "SQL", "a template", "lines", "half")
+    assert {key: told[key] for key in wanted} == dict.fromkeys(wanted, "ok")
+    assert harmless(said)
+    proof = json.loads(made.run("verify", "--json").stdout)
+    assert (proof["problems"], proof["edited"]) == ([], sum(row[4] == "ok" for row in rows))
+
+
+# --- kinds of images ---
+
+
+def png(width: int, height: int, data: bytes, *chunks: tuple[bytes, bytes], depth: int = 8, colour: int = 0) -> bytes:
+    """A PNG out of its header, its compressed rows and other chunks in front of them."""
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
+    )
+
+
+def zeros(size: int) -> bytes:
+    """A zlib stream of so many zeros, made without them."""
+    pack = zlib.compressobj(9)
+    step = bytes(1 << 20)
+    return b"".join(
+        [*(pack.compress(step[: min(len(step), size - at)]) for at in range(0, size, len(step))), pack.flush()]
+    )
+
+
+def saved(kind: str, image: Image.Image, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+GRADIENT = Image.fromarray(np.arange(40 * 30, dtype=np.uint16).reshape(30, 40) * 50)
+RGB = Image.open(io.BytesIO(JPG)).convert("RGB")
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
+ROW = zlib.compress(bytes(2))
+#: The image, and its shape (height, width) or what the refusal holds.
+PICTURES: dict[str, tuple[bytes, tuple[int, int] | str]] = {
+    "no bytes": (b"", "no image format begins so"),
+    "one byte": (b"\xff", "no image format begins so"),
+    "text": (b"<html>404</html>", "no image format begins so"),
+    "an SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "no image format begins so"),
+    "PostScript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n", "no image format begins so"),
+    "a tar": (ONE + END, "no image format begins so"),
+    "zeros": (bytes(1000), "no image format begins so"),
+    "JPEG cut in its header": (JPG[:20], "does not decode"),
+    "JPEG cut in its data": (JPG[: len(JPG) // 2], "does not decode"),
+    "PNG cut in its data": (picture(extension="png")[:300], "truncated"),
+    "WebP cut in its data": (picture(extension="webp")[:-50], "does not decode"),
+    "1 pixel": (saved("PNG", Image.new("L", (1, 1))), (1, 1)),
+    "1 pixel high": (saved("PNG", Image.new("RGB", (5000, 1))), (1, 5000)),
+    "no pixel": (png(0, 0, ROW), "does not decode"),
+    "CMYK": (saved("JPEG", RGB.convert("CMYK")), (32, 48)),
+    "grey": (saved("JPEG", RGB.convert("L")), (32, 48)),
+    "16 bits": (saved("PNG", GRADIENT), (30, 40)),
+    "1 bit": (saved("PNG", RGB.convert("1")), (32, 48)),
+    "palette with transparency": (saved("PNG", RGB.quantize(8), transparency=0), (32, 48)),
+    "alpha": (saved("PNG", RGB.convert("RGBA")), (32, 48)),
+    "animated GIF": (saved("GIF", RGB, save_all=True, append_images=[RGB.rotate(90)] * 3), (32, 48)),
+    "animated WebP": (saved("WEBP", RGB, save_all=True, append_images=[RGB.rotate(90)] * 3), (32, 48)),
+    "EXIF orientation": (saved("JPEG", RGB, exif=ROTATED), (32, 48)),
+    "broken EXIF": (saved("JPEG", RGB, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\xff" * 60), (32, 48)),
+    "broken ICC profile": (saved("JPEG", RGB, icc_profile=b"no profile" * 30), (32, 48)),
+    "ICC profile that grows to 200 MB": (png(1, 1, ROW, (b"iCCP", b"x\0\0" + zeros(200 << 20))), (1, 1)),
+    "text that grows to 200 MB": (png(1, 1, ROW, (b"zTXt", b"x\0\0" + zeros(200 << 20))), "too large"),
+    "pixels beyond the limit": (png(10_001, 10_000, ROW), "10001 x 10000 pixels, the limit is 100000000"),
+    "pixels beyond Pillow's limit": (png(65_535, 65_535, ROW), "decompression bomb"),
+    "sides beyond 31 bits": (png(2**31 - 1, 2**31 - 1, ROW), "does not decode"),
+    "more data than pixels": (png(1, 1, zeros(100 << 20)), (1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_kinds_of_images(kind: str) -> None:
+    data, expected = PICTURES[kind]
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            decode(data)
+        return
+    decoded = decode(data)
+    assert (decoded.shape, decoded.dtype) == ((*expected, 3), np.uint8)
+
+
+def test_bombs_below_and_above_the_limit_take_bounded_memory(tmp_path: Path) -> None:
+    below = written(tmp_path / "below.png", png(9_999, 10_000, zeros(10_000 * 10_000)))
+    above = written(tmp_path / "above.png", png(13_000, 13_000, zeros(13_000 * 13_001)))
+    webp = written(tmp_path / "canvas.webp", WEBP_CANVAS)
+    code = """
+from pathlib import Path
+from builder.models.pictures import decode
+for path in sys.argv[1:]:
+    try:
+        print(decode(Path(path).read_bytes()).shape)
+    except ValueError as error:
+        print(error)
+"""
+    assert max(path.stat().st_size for path in (below, above, webp)) < 200_000
+    done = in_bounds(code, below, above, webp, megabytes=1500)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[:2] == [
+        "(10000, 9999, 3)", "the picture has 13000 x 13000 pixels, the limit is 100000000",
+    ]  # fmt: skip
+    assert "pixels" in done.stdout.splitlines()[2] or "does not decode" in done.stdout.splitlines()[2]
+
+
+def webp_of(width: int, height: int) -> bytes:
+    """An animated WebP whose canvas is so large and whose one frame is small."""
+    frame = saved("WEBP", RGB)[12:]
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return name + struct.pack("<I", len(body)) + body + bytes(len(body) % 2)
+
+    def three(number: int) -> bytes:
+        return struct.pack("<I", number)[:3]
+
+    canvas = chunk(b"VP8X", b"\x02\0\0\0" + three(width - 1) + three(height - 1))
+    place = three(0) * 2 + three(RGB.width - 1) + three(RGB.height - 1) + three(100) + b"\0"
+    body = b"WEBP" + canvas + chunk(b"ANIM", bytes(6)) + chunk(b"ANMF", place + frame)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+WEBP_CANVAS = webp_of(16_383, 16_383)
+
+
+def test_faces_holds_one_decoded_picture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive = {"now": 0, "most": 0}
+
+    class Counted(np.ndarray):
+        def __del__(self) -> None:
+            alive["now"] -= 1
+
+    def counted(_: bytes) -> np.ndarray:
+        alive["now"] += 1
+        alive["most"] = max(alive["most"], alive["now"])
+        return np.zeros((8, 8, 3), np.uint8).view(Counted)
+
+    monkeypatch.setattr("builder.stages.faces.decode", counted)
+    stage = Faces(FacesOptions(source="detector"))
+    monkeypatch.setattr(stage, "_detected", lambda image: (0, [], [], "mtcnn"))
+    count = 16
+    batch = pa.RecordBatch.from_pydict(
+        {"boxes": pa.nulls(count, stage.inputs.field("boxes").type), "width": pa.nulls(count, pa.int32()),
+         "height": pa.nulls(count, pa.int32()), "image": pa.array([b"x"] * count, pa.large_binary())}
+    )  # fmt: skip
+    assert stage.process(batch).num_rows == count
+    assert alive["most"] <= 2  # 32 pictures at the limit would be 10 GB
+
+
+# --- paths that lead out ---
+
+
+def outside(made: Workspace) -> set[str]:
+    """Every file of the workspace's folder, its root and sources apart."""
+    left = {made.root, made.folder / "source"}
+    return {str(p) for p in made.folder.rglob("*") if p.is_file() and not left & set(p.parents)}
+
+
+def test_names_that_lead_out_write_nothing_outside(workspace: Make) -> None:
+    made = workspace({}, stages="")
+    names = ["../../x", "/tmp/absolute", "a/../../../y", "..", "-rf", "~", "$(touch z)"]
+    (made.folder / "source").mkdir()
+    written(made.folder / "source/a.tar", *(sample(name) for name in names), END)
+    before = outside(made)
+    made.run("run")
+    assert [key for (key,) in made.rows("select key from samples order by row")] == [n for n in names if n != ".."]
+    made.run("show", "a:0", "--save", str(made.folder / "out/saved"))
+    assert outside(made) == before
+    assert sorted(p.name for p in (made.root / "saved").iterdir()) == ["a-000000-source.jpg"]
+    assert (made.root / "shards/a.tar").read_bytes() == (made.folder / "source/a.tar").read_bytes()
+
+
+UNUSABLE = {
+    ".tar": "nothing stands before '.tar' that could name its files",
+    "..tar": "nothing stands before '.tar' that could name its files",
+    "...tar": "nothing stands before '.tar' that could name its files",
+    "a.tmp.tar": "'.tmp' at its end marks temp files, which no listing shows",
+    "a\nb.tar": "it holds a control character, a backslash or bytes that are not UTF-8",
+    "a\x1b[2J.tar": "it holds a control character, a backslash or bytes that are not UTF-8",
+    "a\udcff.tar": "it holds a control character, a backslash or bytes that are not UTF-8",
+    "a\\b.tar": "it holds a control character, a backslash or bytes that are not UTF-8",
+    "x" * 245 + ".tar": "it has 245 bytes, the limit is 244",
+}
+
+
+def test_shards_whose_names_cannot_be_used_are_refused_and_the_others_go_on(workspace: Make) -> None:
+    made = workspace({"good": samples(2), "x" * MAX_SHARD_NAME: samples(1, start=2)}, stages="")
+    whole = (made.folder / "source/good.tar").read_bytes()
+    for name in UNUSABLE:
+        written(made.folder / "source" / name, whole)
+    before = outside(made)
+    patterns = [
+        f"{made.folder}/source/*.tar",
+        *(f"{made.folder}/source/{name}" for name in (".tar", "..tar", "...tar")),
+    ]
+    done = made.run("run", "--set", f"dataset.shards={json.dumps(patterns)}", check=False)
+    assert done.returncode == 3
+    assert harmless(done.stdout + done.stderr)
+    for name, fault in UNUSABLE.items():
+        shown = plain(name)
+        told = f"the shard's name cannot be used: {fault}\n  file: {made.folder}/source/{shown}\n"
+        assert told in done.stderr, name
+    assert sorted(p.name for p in (made.root / "shards").glob("*.tar")) == ["good.tar", "x" * MAX_SHARD_NAME + ".tar"]
+    assert made.rows("select count(*) from samples") == [(3,)]
+    assert outside(made) == before
+    assert [p.name for p in made.root.iterdir() if p.is_file()] == []
+    made.run("verify")
+
+
+def test_a_folder_that_is_not_utf8_is_told() -> None:
+    assert shard_name_fault(Path("/data/caf\udce9/0.tar")) == "the name of a folder above it is not UTF-8"
+    assert shard_name_fault(Path("/data/café [1]/0*.tar")) == ""
+
+
+def test_shards_named_like_patterns_are_those_shards_alone(workspace: Make) -> None:
+    names = ["a", "b", "a*", "[ab]", "?", "[!a]", "{a,b}", "'", '"', "a=b"]
+    made = workspace({name: samples(2, start=2 * i) for i, name in enumerate(names)}, stages="")
+    root = made.folder / "run [1]/k=v/out*"
+    sets = ("--set", f"dataset.root={root}")
+    ingest_here(made.load(f"dataset.root={root}"))
+    rows = json.loads(made.run("sql", "select shard, count(*) as n from samples group by 1", "--json", *sets).stdout)
+    assert {row["shard"]: row["n"] for row in rows} == dict.fromkeys(names, 2)
+    pipelines.write(made.load(f"dataset.root={root}"), Talk(quiet=True))
+    assert pipelines.prove(made.load(f"dataset.root={root}"), Talk(quiet=True)).problems == []
+    for name in names:
+        assert (root / f"shards/{name}.tar").read_bytes() == (made.folder / f"source/{name}.tar").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../secret.tar", "../../etc/passwd", "edits/../../secret.tar", "edits/a/../../../secret.tar",
+     "edits/a/../secret.tar", "edits//secret.tar", "secret.tar", "columns/a/x.tar", "edits/a/b/c.tar", "edits/a/x.jpg",
+     "", "edits/..", "./edits/a/x.tar"],
+)  # fmt: skip
+def test_pointers_that_leave_the_edits_folder_are_refused(tmp_path: Path, path: str) -> None:
+    root = tmp_path / "root"
+    (root / "edits/a").mkdir(parents=True)
+    for place in (tmp_path / "secret.tar", root / "secret.tar", root / "edits/secret.tar", root / "edits/a/x.jpg"):
+        place.write_bytes(b"secret")
+    with EditsReader(root) as reader, pytest.raises(ShardError) as caught:
+        reader.read(path, 0, 6)
+    assert str(caught.value) == (
+        "an image pointer leads out of the edits folder of the root\n"
+        f"  edits tar: {path}\n"
+        "  fix: the table or the write SQL names a file that no stage has made: leave that row out"
+    )
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 60 * 10**9), (-1, 4), (0, -1), (2**62, 2**62), (7, 100_000)])
+def test_pointers_beyond_their_tar_are_refused_without_memory(tmp_path: Path, offset: int, size: int) -> None:
+    with EditsTar(Layout(tmp_path), "a", "run", 0) as made:
+        pointer = made.add("0.jpg", JPG)
+        made.close()
+    with EditsReader(tmp_path) as reader:
+        assert reader.read(pointer.path, pointer.offset, pointer.size) == JPG
+        with pytest.raises(ShardError) as caught:
+            reader.read(pointer.path, offset, size)
+    length = (tmp_path / pointer.path).stat().st_size
+    assert caught.value.what == f"the file ends at byte {length}, inside a range that goes to {offset + size}"
+    assert caught.value.fix == "generate its rows again: builder stage generate --redo"
+
+
+def test_a_fifo_as_an_edits_tar_does_not_hang(tmp_path: Path) -> None:
+    (tmp_path / "edits/a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "edits/a/0.tar")
+    with EditsReader(tmp_path) as reader, pytest.raises(ShardError, match="ends at byte 0"):
+        reader.read("edits/a/0.tar", 0, 5)
+
+
+IMAGE_COLUMNS = (
+    "select shard, row, uid, {path} as image_path, 0 as image_offset, {size} as image_size, 1 as image_width, "
+    "1 as image_height, 'x' as image_sha256, 'p' as image_prompt, 'p' as prompt from samples where row = 0"
+)
+
+
+def test_a_write_sql_that_points_outside_writes_nothing(workspace: Make) -> None:
+    made = workspace({"a": samples(2), "b": samples(2, start=2)}, stages="")
+    ingest_here(made.load())
+    sql = made.folder / "write.sql"
+    sql.write_text(IMAGE_COLUMNS.format(path="'../../../../../etc/passwd'", size=10) + " and shard = 'a'")
+    outcome = pipelines.write(made.load(f"write.select={sql}"), Talk(quiet=True))
+    assert list(outcome.refused) == ["a"]
+    assert outcome.refused["a"].startswith("an image pointer leads out of the edits folder of the root\n")
+    assert [p.name for p in (made.root / "shards").glob("*.tar")] == ["b.tar"]
+    sql.write_text(IMAGE_COLUMNS.format(path="'edits/a/0.tar'", size="null"))
+    with pytest.raises(ConfigError, match="an image has no image_offset or no image_size"):
+        pipelines.write(made.load(f"write.select={sql}"), Talk(quiet=True))
+
+
+# --- names that an edit must keep ---
+
+
+@pytest.mark.parametrize(
+    "key", ["a\0b", "a\nb", "\x1b[31m", "é" * 60, "x" * 97, "../up", "/abs", "a" * 300, "-", "'; select 1"]
+)
+def test_edited_samples_of_odd_names_are_read_by_others_under_that_name(workspace: Make, key: str) -> None:
+    made = workspace({}, stages="")
+    (made.folder / "source").mkdir()
+    path = written(made.folder / "source/a.tar", path_of(f"{key}.png"), record(b"x", JPG), sample("1"), END)
+    ingest_here(made.load())
+    sql = made.folder / "write.sql"
+    sql.write_text("select shard, row, uid, 'new' as caption from samples")
+    pipeline = made.load(f"write.select={sql}")
+    for plan in pipelines.write_plans(pipeline, ["a"]):
+        writer.write_shard(pipeline.layout, plan)
+    assert pipelines.prove(pipeline, Talk(quiet=True)).problems == []
+    hybrid = by_builder(made.root / "shards/a.tar")
+    assert [(k, list(members)) for k, members in hybrid] == [
+        (key, ["png", "json", "txt"]),
+        ("1", ["jpg", "txt", "json"]),
+    ]
+    assert hybrid == by_webdataset(made.root / "shards/a.tar")
+    assert by_builder(path)[0] == (key, {"png": JPG})
+
+
+# --- terminals ---
+
+
+def harmless(shown: str) -> bool:
+    return all(char.isprintable() or char == "\n" for char in shown)
+
+
+def ask(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_no_command_prints_what_a_terminal_would_obey(workspace: Make) -> None:
+    key = "\x1b[31mkey\x07\x9b2J\u202e"
+    made = workspace(
+        {"a": [Sample(key, NASTY, fields={"url": NASTY, "uid": NASTY}), Sample("1")]}, stages="[stages.faces]"
+    )
+    written(made.folder / "source/bad.tar", path_of(f"{NASTY}\n  fix: x", pax_record(b"size", b"9" * 9)), record(b"x"))
+    written(made.folder / f"source/{key}.tar", b"no tar")
+    written(made.folder / "source/scattered.tar", sample(key), sample("1"), record(key.encode() + b".json", b"{}"), END)
+    link = header(f"{key}.jpg".encode(), kind=b"2")
+    written(made.folder / "source/link.tar", link, record(f"{key}.png".encode(), b"\x1b[31m"), END)
+    pipeline = ("--pipeline", str(made.file))
+    commands = [
+        ("ingest",), ("status",), ("plan",), ("stage", "faces"), ("status",), ("run",), ("write",), ("verify",),
+        ("sql", "select * from samples"), ("sql", f"select key as \"{key}\" from samples"),
+        ("sql", "select cast(caption as int) from samples"), ("sql", f"select '{NASTY}' from {key}"),
+        ("sql", "select 1", "--param", f"{key}=1"), ("sql", f"{key}.sql"), ("show", NASTY), ("show", "a:0"),
+        ("show", f"{key}"), ("plan", "--where", f"key = '{key}'"), ("stage", key), ("drop", key), ("fold",),
+        ("gc", "--dry-run"), ("show", "a:0", "--save", str(made.folder / key)), (f"--{key}",), (key,), ("show",),
+        ("sql", "select 1", f"--{key}"), ("stage", "faces", "--retry", key), ("stage", "faces", "--where", key),
+        ("ingest", "--set", f"{key}=1"), ("ingest", "--set", f'dataset.name="{key}"'),
+        ("plan", "--set", f"dataset.shards={made.folder}/{key}/*.tar"), ("init", str(made.folder / f"new{key}")),
+    ]  # fmt: skip
+    for command in commands:
+        more = () if command[0] == "init" else pipeline
+        done = ask(*command, *more)
+        assert harmless(done.stdout + done.stderr), (command, done.stdout + done.stderr)
+        assert "Traceback" not in done.stderr, (command, done.stderr)
+        if command[0] in ("status", "plan", "sql", "show", "verify") and "--param" not in command:
+            done = ask(*command, "--json", *more)
+            assert harmless(done.stdout + done.stderr), command
+            assert json.loads(done.stdout) is not None
+    shown = ask("ingest", "--redo", *pipeline).stderr
+    assert "\\x1b[31mred" in shown  # the message has the name, as escapes
+    assert "\n  fix: x" not in shown
+    logs = "".join(path.read_text() for path in made.root.glob("runs/*/logs/*.log"))
+    assert harmless(logs)
+
+
+def test_an_error_that_nobody_foresaw_is_printed_as_text(workspace: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = workspace({"a": samples(1)}, stages="")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(f"caption {NASTY}")
+
+    monkeypatch.setattr(pipelines, "status", fail)
+    done = ask("status", "--pipeline", str(made.file))
+    assert done.exit_code == 1
+    assert harmless(done.stderr)
+    assert done.stderr.startswith("Traceback (most recent call last):\n")
+    assert "RuntimeError: caption \\x1b[31mred" in done.stderr
+
+
+def test_csv_is_data_in_a_pipe_and_text_on_a_terminal(workspace: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = workspace({"a": [Sample("0", NASTY)]}, stages="")
+    ingest_here(made.load())
+    question = ("sql", "select caption from samples", "--csv", "--pipeline", str(made.file))
+    assert NASTY in ask(*question).stdout
+    at_terminal, own = os.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "builder", *question], stdout=own, stderr=own, stdin=subprocess.DEVNULL, timeout=100
+        )
+        shown = os.read(at_terminal, 65536).decode()
+    finally:
+        os.close(own)
+        os.close(at_terminal)
+    assert done.returncode == 0
+    assert harmless(shown.replace("\r\n", "\n"))
+    assert "\\x1b[31mred" in shown
+
+
+# --- the harness ---
+
+
+def test_the_harness_tells_what_is_good_refused_and_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shard(tmp_path / "in/good.tar", samples(2))
+    written(tmp_path / "in/cut.tar", TWO[:700])
+    written(tmp_path / "in/one.jpg", JPG)
+    written(tmp_path / "in/note.txt", b"neither")
+    assert hostile.main([str(tmp_path / "in")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "refused  cut.tar: the shard is truncated: member '0.jpg' ends at byte 1623, the file at 700"
+    assert shown[1:4] == [
+        "tars: 2 shards, 1 proven, 1 refused",
+        "samples: 2 ok, swapped; 0 failed; 2 as webdataset has them",
+        "images: 1, 1 decoded, 0 refused",
+    ]
+    assert shown[4].startswith("0 crashed, 0 hung, 0 grew, 0 wrong, 0 differs; peak memory ")
+    assert hostile.main([str(tmp_path / "in/good.tar"), "--seconds", "0.01"]) == 1
+    assert capsys.readouterr().out.splitlines()[0] == "hung     good.tar: not done after 0.01 s"
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (RuntimeError("x"), "crashed"), (MemoryError(), "grew"), (OSError(12, "Cannot allocate memory"), "grew"),
+        (hostile.Wrong("verify: problems"), "wrong"),
+    ],
+)  # fmt: skip
+def test_the_harness_names_what_went_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(hostile, "try_tar", fail)
+    assert hostile.outcome_of("tar", tmp_path / "x.tar").kind == kind
+
+
+def test_the_comparison_finds_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "a.tar", TWO, END)
+    assert hostile.compared(path) == hostile.Comparison(samples=2)
+    truth = by_builder(path)
+    for wrong in (truth[:1], truth[::-1], [truth[0], ("1", {**truth[1][1], "txt": b"?"})], [*truth, ("2", {})]):
+        monkeypatch.setattr(hostile, "by_webdataset", lambda _, wrong=wrong: wrong)
+        assert len(hostile.compared(path).differs) == 1
