@@ -102,8 +102,8 @@ def compared(path: Path) -> Comparison:
         if row["source_error"] and (not same_key or waiting != (key, members)):
             result.said.append(f"sample '{key}': {row['source_error']}")
         elif waiting != (key, members):
-            if (place := _end_by_tarfile(path)) is not None:
-                result.unread = f"Python's tarfile takes byte {place} for the end and says nothing"
+            if mistake := mistake_of_tarfile(path):
+                result.unread = f"Python's tarfile {mistake}"
                 return result
             result.differs.append(f"sample {_told((key, members))}, webdataset: {_told(waiting)}")
             return result
@@ -116,17 +116,24 @@ def compared(path: Path) -> Comparison:
     return result
 
 
-def _end_by_tarfile(path: Path) -> int | None:
-    """The first header of a tar that Python's tarfile cannot read, for whatever field; it ends there without a word."""
+def mistake_of_tarfile(path: Path) -> str:
+    """What Python's tarfile, which webdataset reads with, gets wrong in a tar without a word; empty if nothing.
+
+    It ends at a header in which any number, be it the owner's, is none; and it takes what GNU tar and v7 keep where
+    ustar has a prefix, times for example, for a folder.
+    """
     index = tar.index(path)
     with path.open("rb") as file:
         for place in sorted({*index.header.tolist(), *(index.data - tar.BLOCK).tolist()}):
             file.seek(place)
+            head = file.read(tar.BLOCK)
             try:
-                tarfile.TarInfo.frombuf(file.read(tar.BLOCK), "utf-8", "surrogateescape")
+                tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
             except tarfile.HeaderError:
-                return place
-    return None
+                return f"takes byte {place} for the end"
+            if head[345] and head[257:263] != b"ustar\0":
+                return f"takes fields of the header at byte {place} for a folder"
+    return ""
 
 
 def _told(sample: tuple[str, dict[str, bytes]] | None) -> str:

@@ -19,7 +19,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from builder.errors import ConfigError, ShardError
 from builder.layout import MAX_SHARD_NAME, Layout, shard_name_fault
 from builder.models.pictures import decode
 from builder.progress import Talk, plain
+from builder.query import Sql
 from builder.sources import shards as tar_shards
 from builder.sources.shards import MAX_TEXT
 from builder.stages.faces import Faces, FacesOptions
@@ -65,8 +65,12 @@ from tars import (
 
 JPG = picture()
 Make = Callable[..., Workspace]
-#: The same examples in every run.
-fixed = partial(settings, derandomize=True, deadline=None, database=None)
+
+
+def fixed(max_examples: int) -> settings:
+    """The same examples in every run; HOSTILE_EXAMPLES=N asks for N times as many new ones."""
+    times = int(os.environ.get("HOSTILE_EXAMPLES", "0"))
+    return settings(max_examples=max_examples * max(times, 1), derandomize=not times, deadline=None, database=None)
 
 
 def sample(key: str, **options: Any) -> bytes:
@@ -441,7 +445,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("random") / "a.tar"
 
 
-@fixed(max_examples=250)
+@fixed(max_examples=150)
 @given(made=members())
 def test_any_order_dialect_size_and_name_is_read_as_written(scratch: Path, made: list[Member]) -> None:
     path = written(scratch, tar_of(made))
@@ -482,7 +486,7 @@ def test_no_bytes_are_put_under_another_key(scratch: Path, made: list[Member]) -
     assert hostile.compared(path).differs == []
 
 
-@fixed(max_examples=300)
+@fixed(max_examples=200)
 @given(made=members(), data=st.data())
 def test_cut_at_any_byte_no_sample_is_wrong(scratch: Path, made: list[Member], data: st.DataObject) -> None:
     whole = tar_of(made)
@@ -500,7 +504,7 @@ def test_cut_at_any_byte_no_sample_is_wrong(scratch: Path, made: list[Member], d
         assert "no end mark" in rows[-1]["source_notes"]
 
 
-@fixed(max_examples=300)
+@fixed(max_examples=200)
 @given(made=members().filter(bool), data=st.data())
 def test_a_byte_that_flips_is_noticed_in_a_header_and_harmless_elsewhere(
     scratch: Path, made: list[Member], data: st.DataObject
@@ -528,7 +532,7 @@ def test_a_byte_that_flips_is_noticed_in_a_header_and_harmless_elsewhere(
         assert {name: (head, at, n) for name, head, at, n, _ in listed(index)} == before
 
 
-@fixed(max_examples=400)
+@fixed(max_examples=200)
 @given(
     made=members().filter(bool),
     damage=st.lists(st.tuples(st.integers(0, 12_000), st.binary(min_size=1, max_size=12)), min_size=1, max_size=4),
@@ -612,7 +616,8 @@ JSONS: dict[str, tuple[bytes, str | None, str | None, str]] = {
     "every field of a wrong type": (
         in_json(caption={"a": 1}, uid=True, width=[], height={}, face_bboxes="x"), None,
         "uid: expected text, found a truth value; caption: expected text, found an object; "
-        "face_bboxes: expected a list, found text; width: expected int32, found []; height: expected int32, found {}", "t"),
+        "face_bboxes: expected a list, found text; width: expected int32, found []; height: expected int32, found {}",
+        "t"),
 }  # fmt: skip
 
 
@@ -640,12 +645,10 @@ CAPTIONS: dict[str, str] = {
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, str]:
     """A pipeline of all stages over samples with these captions and a face each, and what it printed."""
     made = hostile.workspace(tmp_path_factory.mktemp("captions"), stages=STANDARD_STAGES)
-    fields = {"face_bboxes": [[0.1, 0.1, 0.5, 0.9]]}
-    all_ = [
-        Sample(f"{i}-{key}", text, fields=fields, txt=text.encode()) for i, (key, text) in enumerate(CAPTIONS.items())
-    ]
+    face = b'{"face_bboxes": [[0.1, 0.1, 0.5, 0.9]]}'
+    made_of = [Sample(f"{i}-{key}", json=face, txt=text.encode()) for i, (key, text) in enumerate(CAPTIONS.items())]
     half = b'{"caption": "half \\ud83d of a pair", "face_bboxes": [[0, 0, 1, 1]]}'
-    make_shard(made.folder / "source/a.tar", [*all_, Sample(f"{NASTY}/half", json=half, txt=NASTY.encode())])
+    make_shard(made.folder / "source/a.tar", [*made_of, Sample(f"{NASTY}/half", json=half, txt=NASTY.encode())])
     done = made.run("run", check=False)
     return made, done.stdout + done.stderr
 
@@ -665,8 +668,8 @@ def test_every_caption_goes_through_all_stages(captioned: tuple[Workspace, str])
     wanted = ("escapes", "10 MB", "NUL", "SQL", "a template", "lines", "half")
     assert {key: told[key] for key in wanted} == dict.fromkeys(wanted, "ok")
     assert harmless(said)
-    proof = json.loads(made.run("verify", "--json").stdout)
-    assert (proof["problems"], proof["edited"]) == ([], sum(row[4] == "ok" for row in rows))
+    proof = pipelines.prove(made.load(), Talk(quiet=True))
+    assert (proof.problems, proof.edited) == ([], sum(row[4] == "ok" for row in rows))
 
 
 # --- kinds of images ---
@@ -683,7 +686,7 @@ def png(width: int, height: int, data: bytes, *chunks: tuple[bytes, bytes], dept
 
 def zeros(size: int) -> bytes:
     """A zlib stream of so many zeros, made without them."""
-    pack = zlib.compressobj(9)
+    pack = zlib.compressobj(1)
     step = bytes(1 << 20)
     return b"".join(
         [*(pack.compress(step[: min(len(step), size - at)]) for at in range(0, size, len(step))), pack.flush()]
@@ -729,12 +732,12 @@ PICTURES: dict[str, tuple[bytes, tuple[int, int] | str]] = {
     "EXIF orientation": (saved("JPEG", RGB, exif=ROTATED), (32, 48)),
     "broken EXIF": (saved("JPEG", RGB, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\xff" * 60), (32, 48)),
     "broken ICC profile": (saved("JPEG", RGB, icc_profile=b"no profile" * 30), (32, 48)),
-    "ICC profile that grows to 200 MB": (png(1, 1, ROW, (b"iCCP", b"x\0\0" + zeros(200 << 20))), (1, 1)),
-    "text that grows to 200 MB": (png(1, 1, ROW, (b"zTXt", b"x\0\0" + zeros(200 << 20))), "too large"),
+    "ICC profile that grows to 20 MB": (png(1, 1, ROW, (b"iCCP", b"x\0\0" + zeros(20 << 20))), "too large"),
+    "text that grows to 20 MB": (png(1, 1, ROW, (b"zTXt", b"x\0\0" + zeros(20 << 20))), "too large"),
     "pixels beyond the limit": (png(10_001, 10_000, ROW), "10001 x 10000 pixels, the limit is 100000000"),
     "pixels beyond Pillow's limit": (png(65_535, 65_535, ROW), "decompression bomb"),
     "sides beyond 31 bits": (png(2**31 - 1, 2**31 - 1, ROW), "does not decode"),
-    "more data than pixels": (png(1, 1, zeros(100 << 20)), (1, 1)),
+    "more data than pixels": (png(1, 1, zeros(20 << 20)), (1, 1)),
 }  # fmt: skip
 
 
@@ -749,10 +752,9 @@ def test_kinds_of_images(kind: str) -> None:
     assert (decoded.shape, decoded.dtype) == ((*expected, 3), np.uint8)
 
 
-def test_bombs_below_and_above_the_limit_take_bounded_memory(tmp_path: Path) -> None:
+def test_bombs_take_bounded_memory(tmp_path: Path) -> None:
     below = written(tmp_path / "below.png", png(9_999, 10_000, zeros(10_000 * 10_000)))
-    above = written(tmp_path / "above.png", png(13_000, 13_000, zeros(13_000 * 13_001)))
-    webp = written(tmp_path / "canvas.webp", WEBP_CANVAS)
+    webp = written(tmp_path / "canvas.webp", webp_of(16_383, 16_383))
     code = """
 from pathlib import Path
 from builder.models.pictures import decode
@@ -762,13 +764,12 @@ for path in sys.argv[1:]:
     except ValueError as error:
         print(error)
 """
-    assert max(path.stat().st_size for path in (below, above, webp)) < 200_000
-    done = in_bounds(code, below, above, webp, megabytes=1500)
+    assert max(below.stat().st_size, webp.stat().st_size) < 500_000
+    done = in_bounds(code, below, webp, megabytes=1500)
     assert done.stderr == ""
-    assert done.stdout.splitlines()[:2] == [
-        "(10000, 9999, 3)", "the picture has 13000 x 13000 pixels, the limit is 100000000",
-    ]  # fmt: skip
-    assert "pixels" in done.stdout.splitlines()[2] or "does not decode" in done.stdout.splitlines()[2]
+    shape, refused = done.stdout.splitlines()
+    assert shape == "(10000, 9999, 3)"
+    assert "16383 x 16383 pixels, the limit is" in refused or "does not decode" in refused
 
 
 def webp_of(width: int, height: int) -> bytes:
@@ -785,9 +786,6 @@ def webp_of(width: int, height: int) -> bytes:
     place = three(0) * 2 + three(RGB.width - 1) + three(RGB.height - 1) + three(100) + b"\0"
     body = b"WEBP" + canvas + chunk(b"ANIM", bytes(6)) + chunk(b"ANMF", place + frame)
     return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-WEBP_CANVAS = webp_of(16_383, 16_383)
 
 
 def test_faces_holds_one_decoded_picture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -823,17 +821,26 @@ def outside(made: Workspace) -> set[str]:
     return {str(p) for p in made.folder.rglob("*") if p.is_file() and not left & set(p.parents)}
 
 
+def write_here(pipeline: pipelines.Pipeline) -> list[str]:
+    """Writes every hybrid shard in this process; returns what is wrong with them."""
+    for plan in pipelines.write_plans(pipeline, pipelines.shards_of(pipeline)):
+        writer.write_shard(pipeline.layout, plan)
+    return pipelines.prove(pipeline, Talk(quiet=True)).problems
+
+
 def test_names_that_lead_out_write_nothing_outside(workspace: Make) -> None:
     made = workspace({}, stages="")
     names = ["../../x", "/tmp/absolute", "a/../../../y", "..", "-rf", "~", "$(touch z)"]
     (made.folder / "source").mkdir()
     written(made.folder / "source/a.tar", *(sample(name) for name in names), END)
     before = outside(made)
-    made.run("run")
+    pipeline = made.load()
+    ingest_here(pipeline)
     assert [key for (key,) in made.rows("select key from samples order by row")] == [n for n in names if n != ".."]
-    made.run("show", "a:0", "--save", str(made.folder / "out/saved"))
+    assert write_here(pipeline) == []
+    assert ask("show", "a:0", "--save", str(made.root / "saved"), "--pipeline", str(made.file)).exit_code == 0
     assert outside(made) == before
-    assert sorted(p.name for p in (made.root / "saved").iterdir()) == ["a-000000-source.jpg"]
+    assert [p.name for p in (made.root / "saved").iterdir()] == ["a-000000-source.jpg"]
     assert (made.root / "shards/a.tar").read_bytes() == (made.folder / "source/a.tar").read_bytes()
 
 
@@ -860,9 +867,11 @@ def test_shards_whose_names_cannot_be_used_are_refused_and_the_others_go_on(work
         f"{made.folder}/source/*.tar",
         *(f"{made.folder}/source/{name}" for name in (".tar", "..tar", "...tar")),
     ]
-    done = made.run("run", "--set", f"dataset.shards={json.dumps(patterns)}", check=False)
-    assert done.returncode == 3
+    sets = f"dataset.shards={json.dumps(patterns)}"
+    done = ask("ingest", "--pipeline", str(made.file), "--set", sets)
+    assert done.exit_code == 3
     assert harmless(done.stdout + done.stderr)
+    assert write_here(made.load(sets)) == []
     for name, fault in UNUSABLE.items():
         shown = plain(name)
         told = f"the shard's name cannot be used: {fault}\n  file: {made.folder}/source/{shown}\n"
@@ -871,7 +880,6 @@ def test_shards_whose_names_cannot_be_used_are_refused_and_the_others_go_on(work
     assert made.rows("select count(*) from samples") == [(3,)]
     assert outside(made) == before
     assert [p.name for p in made.root.iterdir() if p.is_file()] == []
-    made.run("verify")
 
 
 def test_a_folder_that_is_not_utf8_is_told() -> None:
@@ -883,12 +891,11 @@ def test_shards_named_like_patterns_are_those_shards_alone(workspace: Make) -> N
     names = ["a", "b", "a*", "[ab]", "?", "[!a]", "{a,b}", "'", '"', "a=b"]
     made = workspace({name: samples(2, start=2 * i) for i, name in enumerate(names)}, stages="")
     root = made.folder / "run [1]/k=v/out*"
-    sets = ("--set", f"dataset.root={root}")
-    ingest_here(made.load(f"dataset.root={root}"))
-    rows = json.loads(made.run("sql", "select shard, count(*) as n from samples group by 1", "--json", *sets).stdout)
-    assert {row["shard"]: row["n"] for row in rows} == dict.fromkeys(names, 2)
-    pipelines.write(made.load(f"dataset.root={root}"), Talk(quiet=True))
-    assert pipelines.prove(made.load(f"dataset.root={root}"), Talk(quiet=True)).problems == []
+    pipeline = made.load(f"dataset.root={root}")
+    ingest_here(pipeline)
+    question = Sql("select shard, count(*) from samples group by 1", "test")
+    assert dict(pipelines.answer(pipeline, question, {})[1]) == dict.fromkeys(names, 2)
+    assert write_here(pipeline) == []
     for name in names:
         assert (root / f"shards/{name}.tar").read_bytes() == (made.folder / f"source/{name}.tar").read_bytes()
 
@@ -968,9 +975,7 @@ def test_edited_samples_of_odd_names_are_read_by_others_under_that_name(workspac
     sql = made.folder / "write.sql"
     sql.write_text("select shard, row, uid, 'new' as caption from samples")
     pipeline = made.load(f"write.select={sql}")
-    for plan in pipelines.write_plans(pipeline, ["a"]):
-        writer.write_shard(pipeline.layout, plan)
-    assert pipelines.prove(pipeline, Talk(quiet=True)).problems == []
+    assert write_here(pipeline) == []
     hybrid = by_builder(made.root / "shards/a.tar")
     assert [(k, list(members)) for k, members in hybrid] == [
         (key, ["png", "json", "txt"]),
@@ -993,9 +998,8 @@ def ask(*arguments: str) -> Result:
 
 def test_no_command_prints_what_a_terminal_would_obey(workspace: Make) -> None:
     key = "\x1b[31mkey\x07\x9b2J\u202e"
-    made = workspace(
-        {"a": [Sample(key, NASTY, fields={"url": NASTY, "uid": NASTY}), Sample("1")]}, stages="[stages.faces]"
-    )
+    stages = '[stages.faces]\nsource = "json"'
+    made = workspace({"a": [Sample(key, NASTY, fields={"url": NASTY, "uid": NASTY}), Sample("1")]}, stages=stages)
     written(made.folder / "source/bad.tar", path_of(f"{NASTY}\n  fix: x", pax_record(b"size", b"9" * 9)), record(b"x"))
     written(made.folder / f"source/{key}.tar", b"no tar")
     written(made.folder / "source/scattered.tar", sample(key), sample("1"), record(key.encode() + b".json", b"{}"), END)
@@ -1003,7 +1007,7 @@ def test_no_command_prints_what_a_terminal_would_obey(workspace: Make) -> None:
     written(made.folder / "source/link.tar", link, record(f"{key}.png".encode(), b"\x1b[31m"), END)
     pipeline = ("--pipeline", str(made.file))
     commands = [
-        ("ingest",), ("status",), ("plan",), ("stage", "faces"), ("status",), ("run",), ("write",), ("verify",),
+        ("ingest",), ("status",), ("plan",), ("stage", "faces"), ("status",), ("write",), ("verify",),
         ("sql", "select * from samples"), ("sql", f"select key as \"{key}\" from samples"),
         ("sql", "select cast(caption as int) from samples"), ("sql", f"select '{NASTY}' from {key}"),
         ("sql", "select 1", "--param", f"{key}=1"), ("sql", f"{key}.sql"), ("show", NASTY), ("show", "a:0"),
@@ -1013,18 +1017,19 @@ def test_no_command_prints_what_a_terminal_would_obey(workspace: Make) -> None:
         ("ingest", "--set", f"{key}=1"), ("ingest", "--set", f'dataset.name="{key}"'),
         ("plan", "--set", f"dataset.shards={made.folder}/{key}/*.tar"), ("init", str(made.folder / f"new{key}")),
     ]  # fmt: skip
+    said = {}
     for command in commands:
         more = () if command[0] == "init" else pipeline
         done = ask(*command, *more)
-        assert harmless(done.stdout + done.stderr), (command, done.stdout + done.stderr)
+        said[command] = done.stdout + done.stderr
+        assert harmless(said[command]), (command, said[command])
         assert "Traceback" not in done.stderr, (command, done.stderr)
-        if command[0] in ("status", "plan", "sql", "show", "verify") and "--param" not in command:
+        if command in (("status",), ("sql", "select * from samples"), ("show", "a:0"), ("show", key)):
             done = ask(*command, "--json", *more)
             assert harmless(done.stdout + done.stderr), command
             assert json.loads(done.stdout) is not None
-    shown = ask("ingest", "--redo", *pipeline).stderr
-    assert "\\x1b[31mred" in shown  # the message has the name, as escapes
-    assert "\n  fix: x" not in shown
+    assert "\\x1b[31mred" in said["ingest",]  # the message has the name, as escapes
+    assert "\n  fix: x" not in said["ingest",]
     logs = "".join(path.read_text() for path in made.root.glob("runs/*/logs/*.log"))
     assert harmless(logs)
 
@@ -1066,20 +1071,25 @@ def test_csv_is_data_in_a_pipe_and_text_on_a_terminal(workspace: Make, monkeypat
 
 
 def test_the_harness_tells_what_is_good_refused_and_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_shard(tmp_path / "in/good.tar", samples(2))
+    make_shard(tmp_path / "good.tar", samples(2))
+    (tmp_path / "in").mkdir()
     written(tmp_path / "in/cut.tar", TWO[:700])
-    written(tmp_path / "in/one.jpg", JPG)
     written(tmp_path / "in/note.txt", b"neither")
+    good = hostile.outcome_of("tar", tmp_path / "good.tar")
+    assert (good.kind, good.reason, good.counts) == ("proven", "", {"ok": 2, "failed": 0, "compared": 2})
+    assert hostile.outcome_of("image", written(tmp_path / "a.jpg", JPG)).kind == "decoded"
+    refused = hostile.outcome_of("image", written(tmp_path / "b.jpg", JPG[:20]))
+    assert (refused.kind, refused.reason[:28]) == ("refused", "the picture does not decode:")
     assert hostile.main([str(tmp_path / "in")]) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "refused  cut.tar: the shard is truncated: member '0.jpg' ends at byte 1623, the file at 700"
-    assert shown[1:4] == [
-        "tars: 2 shards, 1 proven, 1 refused",
-        "samples: 2 ok, swapped; 0 failed; 2 as webdataset has them",
-        "images: 1, 1 decoded, 0 refused",
+    assert shown[:4] == [
+        "refused  cut.tar: the shard is truncated: member '0.jpg' ends at byte 1623, the file at 700",
+        "tars: 1 shards, 0 proven, 1 refused",
+        "samples: 0 ok, swapped; 0 failed; 0 as webdataset has them",
+        "images: 0, 0 decoded, 0 refused",
     ]
     assert shown[4].startswith("0 crashed, 0 hung, 0 grew, 0 wrong, 0 differs; peak memory ")
-    assert hostile.main([str(tmp_path / "in/good.tar"), "--seconds", "0.01"]) == 1
+    assert hostile.main([str(tmp_path / "good.tar"), "--seconds", "0.01"]) == 1
     assert capsys.readouterr().out.splitlines()[0] == "hung     good.tar: not done after 0.01 s"
 
 
