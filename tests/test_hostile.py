@@ -40,8 +40,7 @@ from builder.layout import MAX_SHARD_NAME, Layout, shard_name_fault
 from builder.models.pictures import decode
 from builder.progress import Talk, plain
 from builder.query import Sql
-from builder.sources import shards as tar_shards
-from builder.sources.shards import MAX_TEXT
+from builder.sources.samples import MAX_ERROR, MAX_TEXT
 from builder.stages.faces import Faces, FacesOptions
 from conftest import STANDARD_STAGES, Sample, Workspace, ingest_here, make_shard, picture, samples
 from tars import (
@@ -237,7 +236,7 @@ def test_rows_of_a_kind_of_tar(tmp_path: Path, kind: str) -> None:
         for row in rows
     ]
     assert [(key, extensions, error.partition(":")[0]) for key, extensions, error in got] == told.rows
-    assert all(len(error) <= tar_shards.MAX_ERROR for *_, error in got)
+    assert all(len(error) <= MAX_ERROR for *_, error in got)
     if told.compared is not None:
         assert (beside.unread, beside.samples) == ("", told.compared)
     chain, walk = both_ways(path)
