@@ -547,12 +547,10 @@ def test_headers_that_lie_are_refused_or_read_alike_on_both_ways(
     for head in heads:
         whole[head : head + BLOCK] = checksummed(whole[head : head + BLOCK])
     path = written(scratch, whole)
-    chain = None
     try:
         chain, walk = both_ways(path)
     except ShardError:
-        with path.open("rb") as file, pytest.raises(ShardError):
-            assert file.read(1)  # what the walk refuses the fast path does not read
+        with pytest.raises(ShardError):  # what the walk refuses the fast path does not read
             tar.index(path)
         return
     assert chain is None or (listed(chain), chain.end) == (listed(walk), walk.end)
