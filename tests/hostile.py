@@ -1,9 +1,10 @@
 """Any tars and any images through the product: `python tests/hostile.py DIR...`.
 
-Each tar goes through ingest, status, a write that swaps image and caption of every good sample, and verify; each image
-is decoded alone and as the one sample of a shard by the stage `faces`. Every file has a process of its own with bounded
-memory and time. What is refused is printed with its reason; the exit code is 1 if anything crashed, hung, grew beyond
-its memory, printed what a terminal would obey, or differs from what webdataset or Pillow reads.
+Each tar goes through ingest, status, a write that swaps image and caption of every good sample, and verify, and a
+second time with one good sample more; each image is decoded alone and as the one sample of a shard by the stage
+`faces`. Every file has a process of its own with bounded memory and time. What is refused is printed with its reason;
+the exit code is 1 if anything crashed, hung, grew beyond its memory, printed what a terminal would obey, or differs
+from what webdataset or Pillow reads.
 """
 
 from __future__ import annotations
@@ -43,13 +44,15 @@ from builder.models.pictures import decode
 from builder.progress import plain
 from builder.stages.faces import Faces, FacesOptions
 from builder.task import MAX_ERROR, Reader, answer
-from conftest import PIPELINE, Workspace, ingest_here, picture, write_tar
+from conftest import PIPELINE, Sample, Workspace, ingest_here, picture, write_tar
 from tars import by_builder, by_webdataset, rows_of
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 IMAGES = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".heif", ".tif", ".tiff", ".mpo", ".jp2", ".ppm", ".eps",
 )  # fmt: skip
+#: Seconds that webdataset may take for one tar: its reader copies a global pax header for every member.
+BESIDE_S = 20
 #: What may happen to a file that is none of our faults.
 FINE = ("proven", "decoded", "refused", "failed")
 #: What else may happen to it, in the order in which a file is judged.
@@ -67,7 +70,8 @@ class Comparison:
         samples: that both deliver with the same key, extensions and bytes, in the same order.
         said: what the table refuses or fails with a reason and webdataset reads.
         differs: everything else that is not the same.
-        unread: why there was nothing to compare: webdataset raised or stops in silence, or samples are scattered.
+        unread: why there was nothing to compare: webdataset raised, stops in silence or takes too long, or samples are
+            scattered.
     """
 
     samples: int = 0
@@ -76,11 +80,16 @@ class Comparison:
     unread: str = ""
 
 
-def compared(path: Path) -> Comparison:
-    """Compares what webdataset reads in a tar with what the table delivers: every sample of it, or a reason."""
+def compared(path: Path, *, seconds: float = 0) -> Comparison:
+    """Compares what webdataset reads in a tar with what the table delivers: every sample of it, or a reason.
+
+    Args:
+        seconds: what webdataset may take; 0 for as long as it likes.
+    """
     result = Comparison()
     try:
-        expected = by_webdataset(path)
+        with _at_most(seconds):
+            expected = by_webdataset(path)
     except Exception as error:
         result.unread = f"webdataset: {type(error).__name__}: {error}"
         return result
@@ -114,6 +123,25 @@ def compared(path: Path) -> Comparison:
     if waiting is not None:
         result.differs.append(f"no sample, webdataset: {_told(waiting)}")
     return result
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError after so many seconds, in the main thread only; 0 never does."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    if not seconds:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def mistake_of_tarfile(path: Path) -> str:
@@ -168,13 +196,14 @@ class Wrong(Exception):
 
 
 def try_tar(path: Path, folder: Path) -> Outcome:
-    """ingest -> status -> write -> verify of one tar in a root of its own, by the command line."""
+    """ingest -> status -> write -> verify of one tar, and of it with a good sample more, by the command line."""
     made = workspace(folder)
     (folder / "source").mkdir()
     (folder / "source/shard.tar").symlink_to(path.resolve())
+    shards = 1 + _grown(path, folder / "source/grown.tar")
     ingest = _command(made, "ingest", codes=(0, 3))
     refused = re.search(r"^refused shard 'shard': (.*)", ingest.stderr, re.MULTILINE)
-    beside = compared(path)
+    beside = compared(path, seconds=BESIDE_S)
     if refused is not None:
         return Outcome("refused", refused[1], {"compared": beside.samples})
     status = json.loads(_command(made, "status", "--json").stdout)
@@ -184,13 +213,31 @@ def try_tar(path: Path, folder: Path) -> Outcome:
     _command(made, "write")
     proof = json.loads(_command(made, "verify", "--json", codes=(0, 3)).stdout)
     good = status["stages"]["source"]["ok"]
-    if proof["problems"] or (proof["shards"], proof["edited"]) != (1, good):
+    if proof["problems"] or (proof["shards"], proof["edited"]) != (shards, good) or good < shards - 1:
         raise Wrong(f"verify: {proof}")
-    hybrid = compared(made.root / "shards/shard.tar")
+    hybrids = [compared(hybrid, seconds=BESIDE_S) for hybrid in sorted((made.root / "shards").glob("*.tar"))]
     counts = {"ok": good, "failed": status["stages"]["source"]["failed"], "compared": beside.samples}
-    if differs := beside.differs + [f"written shard: {one}" for one in hybrid.differs]:
+    if differs := beside.differs + [f"written: {one}" for hybrid in hybrids for one in hybrid.differs]:
         return Outcome("differs", differs[0], counts)
     return Outcome("proven", "", counts)
+
+
+def _grown(path: Path, grown: Path) -> bool:
+    """Writes a tar once more with a good sample behind its own members, so that there is one to swap.
+
+    Returns whether it did: not for one that cannot be read, nor for one of more than 64 MB.
+    """
+    try:
+        end = tar.index(path).end
+    except (ShardError, OSError):
+        return False
+    if end > 64 << 20:
+        return False
+    content = path.read_bytes()[:end]
+    for name, data in Sample("hostile-good-sample").members():
+        content += tar.make_record_head(name, len(data)) + data + bytes(tar.padding(len(data)))
+    grown.write_bytes(content + tar.end_of_archive(len(content)))
+    return True
 
 
 def workspace(folder: Path, stages: str = "") -> Workspace:

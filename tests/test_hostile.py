@@ -1074,7 +1074,7 @@ def test_the_harness_tells_what_is_good_refused_and_wrong(tmp_path: Path, capsys
     written(tmp_path / "in/cut.tar", TWO[:700])
     written(tmp_path / "in/note.txt", b"neither")
     good = hostile.outcome_of("tar", tmp_path / "good.tar")
-    assert (good.kind, good.reason, good.counts) == ("proven", "", {"ok": 2, "failed": 0, "compared": 2})
+    assert (good.kind, good.reason, good.counts) == ("proven", "", {"ok": 5, "failed": 0, "compared": 2})
     assert hostile.outcome_of("image", written(tmp_path / "a.jpg", JPG)).kind == "decoded"
     refused = hostile.outcome_of("image", written(tmp_path / "b.jpg", JPG[:20]))
     assert (refused.kind, refused.reason[:28]) == ("refused", "the picture does not decode:")
