@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
@@ -41,7 +40,6 @@ from builder.models.pictures import decode
 from builder.progress import Talk, plain
 from builder.query import Sql
 from builder.sources.samples import MAX_ERROR, MAX_TEXT
-from builder.stages.faces import Faces, FacesOptions
 from conftest import STANDARD_STAGES, Sample, Workspace, ingest_here, make_shard, picture, samples
 from tars import (
     BLOCK,
@@ -783,30 +781,6 @@ def webp_of(width: int, height: int) -> bytes:
     place = three(0) * 2 + three(RGB.width - 1) + three(RGB.height - 1) + three(100) + b"\0"
     body = b"WEBP" + canvas + chunk(b"ANIM", bytes(6)) + chunk(b"ANMF", place + frame)
     return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def test_faces_holds_one_decoded_picture_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    alive = {"now": 0, "most": 0}
-
-    class Counted(np.ndarray):
-        def __del__(self) -> None:
-            alive["now"] -= 1
-
-    def counted(_: bytes) -> np.ndarray:
-        alive["now"] += 1
-        alive["most"] = max(alive["most"], alive["now"])
-        return np.zeros((8, 8, 3), np.uint8).view(Counted)
-
-    monkeypatch.setattr("builder.stages.faces.decode", counted)
-    stage = Faces(FacesOptions(source="detector"))
-    monkeypatch.setattr(stage, "_detected", lambda image: (0, [], [], "mtcnn"))
-    count = 16
-    batch = pa.RecordBatch.from_pydict(
-        {"boxes": pa.nulls(count, stage.inputs.field("boxes").type), "width": pa.nulls(count, pa.int32()),
-         "height": pa.nulls(count, pa.int32()), "image": pa.array([b"x"] * count, pa.large_binary())}
-    )  # fmt: skip
-    assert stage.process(batch).num_rows == count
-    assert alive["most"] <= 2  # 32 pictures at the limit would be 10 GB
 
 
 # --- paths that lead out ---
