@@ -796,6 +796,7 @@ def write_here(pipeline: pipelines.Pipeline) -> list[str]:
     """Writes every hybrid shard in this process; returns what is wrong with them."""
     for plan in pipelines.write_plans(pipeline, pipelines.shards_of(pipeline)):
         writer.write_shard(pipeline.layout, plan)
+    writer.write_sizes(pipeline.layout)
     return pipelines.prove(pipeline, Talk(quiet=True)).problems
 
 
