@@ -251,7 +251,7 @@ def workspace(folder: Path, stages: str = "") -> Workspace:
 
 def _write_sql(made: Workspace) -> None:
     """A write SQL that gives every good sample one new image and caption, the image out of an edits tar."""
-    data = picture(1)
+    data = picture(9001)  # of no sample
     with EditsTar(Layout(made.root), "shard", "hostile", 0) as edits:
         place = edits.add("00000000.jpg", data)
         edits.close()
