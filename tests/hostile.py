@@ -297,7 +297,8 @@ def try_image(path: Path, folder: Path) -> Outcome:
     for name, type_ in zip(stage.inputs.names, stage.inputs.types, strict=True):
         rows = rows.append_column(name, nothing.cast(type_))
     with Reader(made.load().layout, "shard", stage) as reader:
-        [(_, batch)] = reader.batches(rows, stage.inputs)
+        [found] = reader.batches(rows, stage.inputs, None)
+    batch = found.given
     if batch.column("image").to_pylist() != [data]:
         return Outcome("wrong", "the bytes that the stage gets are not the image's")
     [(_, answered)] = answer(stage, batch)
