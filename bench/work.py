@@ -1,7 +1,7 @@
 """One measured piece of work in a process of its own: `python -m bench.work NAME ARGUMENTS`.
 
-Imports lie outside the clock. The process prints `ready`, waits for a line, works, and prints `{"seconds": ...,
-"peak_mb": ...}`: processes that run side by side begin together.
+Imports lie outside the clock, and only what a piece of work needs is imported, for the memory's sake. The process prints
+`ready`, waits for a line, works, and prints `{"seconds": ..., "peak_mb": ...}`: processes side by side begin together.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
-import webdataset
 
-from bench import corpus, tables
+from bench import tables
 from builder import pipeline as pipelines
 from builder import schema, table, workset, writer
 from builder.layout import Layout
@@ -148,6 +146,7 @@ def freeze(folder: str) -> Work:
 
 def webdataset_ingest(out: str, path: str) -> Work:
     """webdataset's reader, json.loads, the same columns as far as it can know them, parquet."""
+    import webdataset
 
     def work() -> None:
         kept: dict[str, list[Any]] = {
@@ -166,6 +165,8 @@ def webdataset_ingest(out: str, path: str) -> Work:
 
 def webdataset_write(source: str, out: str, edits: str) -> Work:
     """webdataset's reader into its ShardWriter, the edited samples replaced."""
+    import webdataset
+
     new = {row["key"]: row for row in pq.read_table(edits).to_pylist()}
 
     def samples() -> Iterator[dict[str, Any]]:
@@ -204,6 +205,8 @@ def rewrite(path: str) -> Work:
 
 
 def polars_ask(folder: str) -> Work:
+    import polars
+
     layout = tables.pipeline_in(Path(folder)).layout
     paths = [layout.partition(shard) for shard in layout.partitions()]
     chosen = (polars.col("face_count") > 0) & (polars.col("lang") == "en")
@@ -221,7 +224,6 @@ WORKS: dict[str, Callable[..., Work]] = {
 
 def main() -> None:
     name, *arguments = sys.argv[1:]
-    assert corpus.SEED
     work = WORKS[name](*arguments)
     print("ready", flush=True)
     sys.stdin.readline()
