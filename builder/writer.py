@@ -554,21 +554,20 @@ class _Splicer:
         self.written = Written(rows=len(self._members.keys))
 
     def write(self, path: Path) -> None:
-        buffer = files.new_buffer()
         with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "edits") as pool:
             target = file.fileno()
             at = 0
             for prepared in self._ahead(pool):
-                self._copy(target, at, prepared.ranges[0][0], buffer)
+                self._copy(target, at, prepared.ranges[0][0])
                 self.written.size += files.write_parts(target, prepared.parts)
                 at = prepared.ranges[0][1]
                 for start, stop in prepared.ranges[1:]:
-                    self._copy(target, at, start, buffer)  # members between that belong to no sample
+                    self._copy(target, at, start)  # members between that belong to no sample
                     at = stop
                 self.written.dropped += prepared.edit.dropped
                 self.written.edited += not prepared.edit.dropped
                 self._made += [(prepared.edit.row, *member) for member in prepared.members]
-            self._finish(target, at, buffer)
+            self._finish(target, at)
 
     def _ahead(self, pool: ThreadPoolExecutor) -> Iterator[_Prepared]:
         """Edited samples in order, some of them prepared while the ones before are written."""
@@ -597,19 +596,19 @@ class _Splicer:
             made.append((name, digest or hashlib.sha256(body).hexdigest()))
         return _Prepared(edit, parts, ranges, made)
 
-    def _copy(self, target: int, start: int, stop: int, buffer: memoryview) -> None:
-        files.copy_range(self._source, target, start, stop, buffer)
+    def _copy(self, target: int, start: int, stop: int) -> None:
+        files.copy_range(self._source, target, start, stop)
         self.written.copied += stop - start
         self.written.size += stop - start
 
-    def _finish(self, target: int, at: int, buffer: memoryview) -> None:
+    def _finish(self, target: int, at: int) -> None:
         """What follows the last edited sample: nothing edited copies the source's end, else the end is made anew."""
         if not self._plan.edits:
-            self._copy(target, at, self._plan.source.size, buffer)
+            self._copy(target, at, self._plan.source.size)
             return
         # Behind the last sample only a few members or zeros are left to walk.
         end = max(at, tar.end_of_records(self._source, self._members.end, self._plan.source.size))
-        self._copy(target, at, end, buffer)
+        self._copy(target, at, end)
         tail = tar.end_of_archive(self.written.size)
         files.write_all(target, tail)
         self.written.size += len(tail)

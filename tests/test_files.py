@@ -169,16 +169,26 @@ def test_read_at_reads_exactly_or_says_where_the_file_ends(tmp_path: Path) -> No
     assert str(refused.value) == "the file ends at byte 10, inside a range that goes to 13"
 
 
-def test_copy_range_copies_exactly_or_says_where_the_source_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", ["copies", "refuses", "cannot"])
+def test_copy_range_copies_exactly_or_says_where_the_source_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    def refuse(*_: int) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    if kernel == "refuses":
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    elif kernel == "cannot":
+        monkeypatch.delattr(os, "copy_file_range")
     data = os.urandom(3 * files.COPY_BUFFER + 17)
     (tmp_path / "source").write_bytes(data)
     source = os.open(tmp_path / "source", os.O_RDONLY)
     target = os.open(tmp_path / "target", os.O_WRONLY | os.O_CREAT)
     try:
-        files.copy_range(source, target, 5, len(data), files.new_buffer())
-        files.copy_range(source, target, 0, 5, files.new_buffer())
+        files.copy_range(source, target, 5, len(data))
+        files.copy_range(source, target, 0, 5)
         with pytest.raises(ShardError) as refused:
-            files.copy_range(source, target, 0, len(data) + 1, files.new_buffer())
+            files.copy_range(source, target, 0, len(data) + 1)
     finally:
         os.close(source)
         os.close(target)
