@@ -26,9 +26,14 @@ AGAIN = "put it back, or ingest it as it is now: builder ingest"
 
 def place_of(members: Sequence[dict[str, Any]], member: str) -> dict[str, Any] | None:
     """Where a member lies: `image` is the first of jpg, jpeg, png, webp; else the extension."""
-    by_extension = {place["ext"].lower(): place for place in members}
+    places = by_extension(members)
     wanted = IMAGE_EXTENSIONS if member == "image" else (member,)
-    return next((by_extension[extension] for extension in wanted if extension in by_extension), None)
+    return next((places[extension] for extension in wanted if extension in places), None)
+
+
+def by_extension(members: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A sample's members by lower-case extension."""
+    return {place["ext"].lower(): place for place in members}
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from builder import files, query, table, tar
 from builder.edits import EditsReader
 from builder.errors import BuilderError, ConfigError, ShardError, where
 from builder.layout import Layout, RunFiles
-from builder.members import opened, place_of
+from builder.members import by_extension, opened
 from builder.query import Samples, Sql
 from builder.schema import IMAGE_EXTENSIONS, Column
 from builder.stage import pointers_of
@@ -55,6 +56,9 @@ _SET = "set_"
 _EMPTIED = ("url", "exif")
 #: Bytes that an edited sample's json and headers may grow by, for the disk's sake.
 _ADDED = 4096
+_NESTED = (dict, list)
+#: Bytes that are read at a time around an edited sample's headers: its json and txt lie next to each other.
+_NEAR = 8192
 #: orjson reads an integer of more than 64 bits as a float; all of its digits are kept.
 _LONG_NUMBER = re.compile(rb"\d{19}")
 #: Edited samples that are prepared ahead at a time.
@@ -550,6 +554,7 @@ class _Splicer:
     def __init__(self, source: int, edits: EditsReader, plan: ShardPlan, places: pa.Table) -> None:
         self._source, self._edits, self._plan = source, edits, plan
         self._members = _Members(places)
+        self._window = (0, b"")
         self._made: list[tuple[int, str, str]] = []  # row, name and sha256 of every new member
         self.written = Written(rows=len(self._members.keys))
 
@@ -591,7 +596,7 @@ class _Splicer:
         made: list[tuple[str, str]] = []
         for extension, place, body, digest in [] if edit.dropped else self._bodies(edit, members):
             name = f"{self._members.keys[edit.row]}.{extension}"
-            old = files.read_at(self._source, place["header"], place["data"] - place["header"])
+            old = self._near(place["header"], place["data"] - place["header"])
             parts += (tar.remake_record_head(old, name, len(body)), body, bytes(tar.padding(len(body))))
             made.append((name, digest or hashlib.sha256(body).hexdigest()))
         return _Prepared(edit, parts, ranges, made)
@@ -616,7 +621,9 @@ class _Splicer:
     def _bodies(self, edit: Edit, members: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], bytes, str]]:
         """Of each member of an edited sample: extension, the member whose place it takes, content, and its sha256 where
         it is known; in the source's order, json and txt added where missing."""
-        image, json_place, txt_place = (place_of(members, name) for name in ("image", "json", "txt"))
+        places = by_extension(members)
+        image = next((places[extension] for extension in IMAGE_EXTENSIONS if extension in places), None)
+        json_place, txt_place = places.get("json"), places.get("txt")
         assert image is not None
         picture, digest = self._picture(edit)
         text = edited_json(self._read(json_place), edit)
@@ -655,7 +662,16 @@ class _Splicer:
         return picture, digest
 
     def _read(self, place: dict[str, Any] | None) -> bytes | None:
-        return None if place is None else files.read_at(self._source, place["data"], place["size"])
+        return None if place is None else self._near(place["data"], place["size"])
+
+    def _near(self, start: int, size: int) -> bytes:
+        """Bytes of the source, out of those that were read last where they hold them."""
+        at = start - self._window[0]
+        if at < 0 or at + size > len(self._window[1]):
+            length = max(size, min(_NEAR, self._plan.source.size - start))
+            self._window = (start, files.read_at(self._source, start, length))
+            at = 0
+        return self._window[1][at : at + size]
 
     def manifest(self) -> pa.Table:
         """Every member of the hybrid shard: row, member, sha256 of edited ones, origin."""
@@ -721,25 +737,29 @@ def _pretty(value: Any, line: str = "\n") -> str:
     Args:
         line: the line end with the indent of the line that the value begins in.
     """
-    if not isinstance(value, dict | list) or not value:
+    if type(value) not in _NESTED or not value:
         return json.dumps(value)
     inner = line + "    "
     encode = _flat(inner)
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    parts: list[str] = []
-    flat: dict[Any, Any] = {}
-    for name, item in items:
-        if not isinstance(item, dict | list) or not item:
+    if type(value) is list:
+        parts = [_pretty(item, inner) for item in value]
+        return "[" + inner + ("," + inner).join(parts) + line + "]"
+    nested = [name for name, item in value.items() if type(item) in _NESTED and item]
+    if not nested:
+        return "{" + inner + encode(value)[1:-1] + line + "}"
+    texts: list[str] = []
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if name not in nested:
             flat[name] = item
             continue
         if flat:
-            parts.append(encode(flat if isinstance(value, dict) else list(flat.values()))[1:-1])
+            texts.append(encode(flat)[1:-1])
             flat = {}
-        parts.append((json.dumps(name) + ": " if isinstance(value, dict) else "") + _pretty(item, inner))
+        texts.append(f"{encode_basestring_ascii(name)}: {_pretty(item, inner)}")
     if flat:
-        parts.append(encode(flat if isinstance(value, dict) else list(flat.values()))[1:-1])
-    start, end = "{}" if isinstance(value, dict) else "[]"
-    return start + inner + ("," + inner).join(parts) + line + end
+        texts.append(encode(flat)[1:-1])
+    return "{" + inner + ("," + inner).join(texts) + line + "}"
 
 
 @lru_cache(maxsize=64)
