@@ -7,9 +7,6 @@ command line's.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -482,7 +479,7 @@ def gc(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> table.Sweep:
     sweep = table.Sweep()
     pointers = pointers_of(table.load_schema(layout)[1])
     alive: set[str] = set()
-    idle = [name for name in names(layout.runs) if not _is_running(layout.run(name))]  # these commit no more rows
+    idle = [name for name in names(layout.runs) if _is_idle(layout.run(name))]  # these commit no more rows
     shards = layout.shard_names()
     with talk.bar("gc", len(shards), "shards") as bar:
         for done, shard in enumerate(shards, 1):
@@ -495,25 +492,17 @@ def gc(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> table.Sweep:
         if name not in alive:
             sweep.add(layout.run(name))
             if not dry_run:
-                shutil.rmtree(layout.run(name), ignore_errors=True)
+                table.delete(layout.run(name))
     return sweep
 
 
-def _is_running(folder: Path) -> bool:
-    """Whether the process that started a run lives; one of another host is believed to for two days."""
-    try:
-        data = runs.read(folder)
-    except ConfigError:
-        return time.time() - folder.stat().st_mtime < _ALIVE_ELSEWHERE_S
-    if data["host"] != socket.gethostname():
-        return time.time() - folder.stat().st_mtime < _ALIVE_ELSEWHERE_S
-    try:
-        os.kill(data["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _is_idle(folder: Path) -> bool:
+    """Whether a folder is a run whose process is gone; one of another host is believed to live for two days."""
+    if not RunFiles(folder).description.is_file():
+        return False  # nobody's to sweep: a run has had its description as long as its name
+    data = runs.read(folder)
+    lives = files.process_lives(data["host"], data["pid"])
+    return time.time() - folder.stat().st_mtime > _ALIVE_ELSEWHERE_S if lives is None else not lives
 
 
 def fold_all(pipeline: Pipeline, talk: Talk) -> int:

@@ -74,18 +74,16 @@ class Outcome:
 
 
 def new_run(layout: Layout, name: str) -> RunFiles:
-    """A run directory with a name of its own: time, what it does, a random tail."""
+    """A new run's own name: time, what it does, a random tail. `describe` makes its directory."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    run = RunFiles(layout.run(f"{now}-{name}-{secrets.token_hex(2)}"))
-    run.folder.mkdir(parents=True)
-    return run
+    return RunFiles(layout.run(f"{now}-{name}-{secrets.token_hex(2)}"))
 
 
 def describe(run: RunFiles, kind: str, **facts: Any) -> None:
-    """Writes `run.json`: everything that a task needs, and what a person wants to know later.
+    """Makes a run directory with its `run.json`: everything that a task needs, and what a person wants to know later.
 
-    It is the first file of a run: it names the process, so that a sweep can tell a run that was killed while it was
-    planned.
+    The directory gets its name with the file in it. It names the process, so that a sweep can tell a run that was
+    killed while it was planned.
     """
     data = {
         "kind": kind,
@@ -98,7 +96,10 @@ def describe(run: RunFiles, kind: str, **facts: Any) -> None:
         "pid": os.getpid(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    files.write_atomic(run.description, json.dumps(data, indent=1, default=str).encode())
+    temp = RunFiles(files.temp_path(run.folder))
+    files.write_atomic(temp.description, json.dumps(data, indent=1, default=str).encode())
+    temp.folder.rename(run.folder)
+    files.sync_folder(run.folder.parent)
 
 
 def read(folder: Path) -> dict[str, Any]:

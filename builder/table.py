@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -606,13 +607,25 @@ def sweep_shard(layout: Layout, shard: str, stages: Iterable[str], sweep: Sweep,
 
 
 def sweep_temps(layout: Layout, sweep: Sweep, *, dry_run: bool) -> None:
-    """Deletes the temp files of dead processes, wherever they lie in the root."""
-    for folder, _, inside in os.walk(layout.root):
-        for path in sorted(Path(folder, name) for name in inside):
-            if files.is_dead_temp(path):
-                sweep.add(path)
-                if not dry_run:
-                    path.unlink(missing_ok=True)
+    """Deletes the temp files of dead processes, wherever they lie in the root, and their temp folders."""
+    for folder, inner, inside in os.walk(layout.root):
+        dead = {name for name in (*inner, *inside) if files.is_dead_temp(Path(folder, name))}
+        inner[:] = sorted(set(inner) - dead)
+        for name in sorted(dead):
+            sweep.add(Path(folder, name))
+            if not dry_run:
+                delete(Path(folder, name))
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, or a folder whole or not at all: it loses its name first. Gone already is as good."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    temp = files.temp_path(path)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(temp)
+    shutil.rmtree(temp, ignore_errors=True)
 
 
 def attempt_of(edits_tar: Path) -> str:
