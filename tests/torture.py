@@ -10,6 +10,7 @@ with their workers. After each the root is checked, see tests/kills.py. Exit cod
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import subprocess
@@ -17,41 +18,62 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(name, "1")  # forks have no threads of their parent's
-os.environ["COLUMNS"] = "120"
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # a fork has no threads of its parent's
+REPOSITORY = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(1, REPOSITORY)  # the package beside these tests, in the commands too
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [REPOSITORY, os.environ.get("PYTHONPATH")]))
 
 from kills import KILLED, SCENES, Broken, Harness, Kill, seeded  # noqa: E402
 
-#: Kills of real commands with worker processes, and of forks at random moments, of a whole run; and of a sample of 25.
+#: Kills of real commands with worker processes, and of forks at random moments, of a whole run.
 ON_THE_COMMAND_LINE, AT_RANDOM = 40, 60
 VERBS = ("ingest", "stage", "fold", "write", "gc")
 COLUMNS = (*KILLED, "random", "command")
-#: Broken kills after which there is enough to look at.
+CHECKED = """After each: nothing that was committed is lost; no half
+file has a name; the same command then does what is left and no more, and comes to the same table and the same bytes;
+verify is clean; gc deletes what is dead, and nothing of a living process, of another host, or of a person's."""
+#: Broken kills of one lane after which there is enough to look at.
 ENOUGH = 5
+
+
+@dataclass
+class Report:
+    """What a lane did: kills by verb and kind of point, how many there were to do, and what was broken."""
+
+    counted: Counter[tuple[str, str]] = field(default_factory=Counter)
+    jobs: int = 0
+    broken: list[str] = field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        self.counted += other.counted
+        self.jobs += other.jobs
+        self.broken += other.broken
 
 
 def main() -> int:
     options = _options()
     began = time.monotonic()
+    report = Report()
     with tempfile.TemporaryDirectory(prefix="builder-torture-") as folder:
-        harness = Harness(Path(folder), options.seed)
-        jobs = _jobs(harness, options)
-        counted, broken = _kill(harness, jobs, began + options.minutes * 60)
-    seconds = time.monotonic() - began
-    _print(counted, seconds, options.seed)
-    for text in broken:
-        print(text)
-    wanted = min(options.kills, len(jobs))
-    missing = sum(counted.values()) < wanted
-    if missing:
-        print(f"only {sum(counted.values())} of {wanted} kills in {options.minutes:g} minutes")
+        places = [Path(folder) / str(number) for number in range(options.lanes)]
+        with ProcessPoolExecutor(options.lanes, multiprocessing.get_context("spawn")) as pool:
+            for part in list(pool.map(_lane, places, range(options.lanes), [options] * options.lanes)):
+                report.add(part)
+    killed = sum(report.counted.values())
+    _print(report.counted, time.monotonic() - began, options.seed)
+    print("\n".join(report.broken))
+    wanted = report.jobs if options.sample or options.only else min(options.kills, report.jobs)
+    if killed < report.jobs:
+        print(f"{report.jobs - killed} more were left out: {options.minutes:g} minutes were over, or enough was broken")
     hostile = 0
     if options.hostile:
-        hostile = subprocess.run([sys.executable, str(Path(__file__).with_name("hostile.py")), options.hostile]).returncode
-    return 1 if broken or missing or hostile else 0
+        front = Path(__file__).with_name("hostile.py")
+        hostile = subprocess.run([sys.executable, str(front), options.hostile]).returncode
+    return 1 if report.broken or killed < wanted or hostile else 0
 
 
 def _options() -> argparse.Namespace:
@@ -60,8 +82,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=0, help="only so many, every command its turn: the short form")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--minutes", type=float, default=25.0, help="stop after so many")
+    parser.add_argument("--lanes", type=int, default=2, help="processes that kill beside each other")
     parser.add_argument("--hostile", metavar="DIR", help="then tests/hostile.py over a folder of broken files")
-    parser.add_argument("--only", metavar="KILL", action="append", help="do this one, as a broken one is called; repeatable")
+    parser.add_argument(
+        "--only", metavar="KILL", action="append", help="do this one, as a broken one is called; repeatable"
+    )
     return parser.parse_args()
 
 
@@ -69,21 +94,21 @@ def _jobs(harness: Harness, options: argparse.Namespace) -> list[Kill]:
     chosen = random.Random(options.seed)
     if options.only:
         return [_named(harness, text) for text in options.only]
-    points = [kill for scene in SCENES for kill in harness.kills(scene)]
     if options.sample:
-        commands = max(options.sample // 8, 1)
+        commands = options.sample // 8
+        points = [kill for scene in SCENES if scene.short for kill in harness.kills(scene)]
         sample = seeded(points, options.sample - commands, options.seed)
         return sample + [_at_random(chosen, command=True) for _ in range(commands)]
+    points = [kill for scene in SCENES for kill in harness.kills(scene)]
     forks = max(AT_RANDOM, options.kills - len(points) - ON_THE_COMMAND_LINE)
-    return [
-        *points,
-        *(_at_random(chosen, command=False) for _ in range(forks)),
-        *(_at_random(chosen, command=True) for _ in range(ON_THE_COMMAND_LINE)),
-    ]
+    jobs = points + [_at_random(chosen, command=False) for _ in range(forks)]
+    jobs += [_at_random(chosen, command=True) for _ in range(ON_THE_COMMAND_LINE)]
+    chosen.shuffle(jobs)  # if the time is over before all of them, some of each kind were done
+    return jobs
 
 
 def _at_random(chosen: random.Random, *, command: bool) -> Kill:
-    scene = chosen.choice(SCENES)
+    scene = chosen.choice([scene for scene in SCENES if scene.short or not command])
     if command:
         who = ("command", "all", "worker") if scene.verb in ("ingest", "stage", "write") else ("command",)
         return Kill(scene.name, "command", None, chosen.choice(who))
@@ -98,24 +123,25 @@ def _named(harness: Harness, text: str) -> Kill:
     return Kill(name, harness.points(scene)[int(number)].kind, int(number), when)
 
 
-def _kill(harness: Harness, jobs: list[Kill], until: float) -> tuple[Counter[tuple[str, str]], list[str]]:
+def _lane(folder: Path, number: int, options: argparse.Namespace) -> Report:
+    """Every so many-th kill, one after the other, in a folder of its own."""
+    until = time.monotonic() + options.minutes * 60
+    harness = Harness(folder, options.seed + number)
     scenes = {scene.name: scene for scene in SCENES}
-    counted: Counter[tuple[str, str]] = Counter()
-    broken: list[str] = []
-    for done, kill in enumerate(jobs):
-        if time.monotonic() > until or len(broken) >= ENOUGH:
+    jobs = _jobs(harness, options)[number :: options.lanes]
+    report = Report(jobs=len(jobs))
+    for kill in jobs:
+        if time.monotonic() > until or len(report.broken) >= ENOUGH:
             break
         scene = scenes[kill.scene]
         try:
             while not harness.kill(scene, kill):
                 pass  # it ended before its random moment
         except Broken as error:
-            place = harness.points(scene)[kill.number] if kill.number is not None else "a random moment"
-            broken.append(f"broken: --only '{kill}' --seed ... at {place}\n{error}")
-        counted[scene.verb, kill.kind] += 1
-        if sys.stderr.isatty():
-            print(f"\r{done + 1} of {len(jobs)} kills", end="", file=sys.stderr, flush=True)
-    return counted, broken
+            place = "a random moment" if kill.number is None else harness.points(scene)[kill.number]
+            report.broken.append(f"broken: --only '{kill}' at {place}\n{error}")
+        report.counted[scene.verb, kill.kind] += 1
+    return report
 
 
 def _print(counted: Counter[tuple[str, str]], seconds: float, seed: int) -> None:
@@ -126,11 +152,7 @@ def _print(counted: Counter[tuple[str, str]], seconds: float, seed: int) -> None
     totals = [str(sum(counted[verb, kind] for verb in VERBS)) for kind in columns]
     lines.append(["total", *totals, str(sum(counted.values()))])
     print("\n".join("  ".join(f"{cell:>{8 if i else 9}}" for i, cell in enumerate(line)) for line in lines))
-    print(
-        f"{sum(counted.values())} kills in {seconds:.0f} s, seed {seed}. After each: nothing that was committed is lost, no half\n"
-        "file has a name, the same command then comes to the same table and the same bytes, verify is clean, gc sweeps\n"
-        "what is dead and leaves what is needed, of a process that lives, of another host, or a person's."
-    )
+    print(f"{sum(counted.values())} kills in {seconds:.0f} s, seed {seed}. {CHECKED}")
 
 
 def _sum(counted: Counter[tuple[str, str]], verb: str) -> int:
