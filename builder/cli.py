@@ -79,9 +79,9 @@ class _Group(click.Group):
                     )
                 _hint(traceback.format_exc().rstrip("\n"))
                 sys.exit(EXIT_UNFINISHED)
-            place = {"file": error.filename} if error.filename else {}
-            what = error.strerror or str(error)
-            _fail(StageError(what, where=place, fix="mend that and run the same command again"), as_json)
+            from builder.files import told
+
+            _fail(told(error), as_json)
 
 
 def _fail(error: BuilderError, as_json: bool) -> NoReturn:

@@ -5,13 +5,14 @@ Owns how bytes reach a disk so that a kill leaves either the old file or the new
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +32,54 @@ _TEMP = re.compile(r"\..*@(?P<host>[^@]+)-(?P<pid>\d+)-[0-9a-f]{8}" + re.escape(
 _ALIVE_ELSEWHERE_S = 48 * 3600
 #: What the kernel answers where a file system has no hard links (vfat, exfat, some FUSE and SMB mounts).
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+
+#: Answers of the system that stand in the way of every file, not of this one.
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
+#: Answers of the system in words, and what to do about them.
+_IN_WORDS = {
+    errno.ENOSPC: ("the disk is full", "free some space, or set dataset.root to another disk"),
+    errno.EDQUOT: ("the disk quota is used up", "delete something of yours there, or ask for more"),
+    errno.EROFS: ("the file system is read-only", "mount it writable, or set dataset.root to a folder that is"),
+    errno.EIO: ("the disk has an input/output error", "see dmesg for the disk, or ask whoever keeps the file server"),
+    errno.EMFILE: ("this process has too many files open", "raise its limit: ulimit -n 4096"),
+    errno.ENFILE: ("this machine has too many files open", "end other programs, or raise it: sysctl fs.file-max"),
+    errno.EFBIG: ("a file is larger than this process may write", "raise its limit: ulimit -f unlimited"),
+    errno.EACCES: ("permission denied", "chmod or chown it, or set dataset.root to a folder of your own"),
+    errno.EPERM: ("operation not permitted", "chown it, or set dataset.root to a folder of your own"),
+}  # fmt: skip
+
+
+def told(error: OSError) -> TransientError:
+    """What the system answered, where, and what to do about it."""
+    what, fix = _IN_WORDS.get(error.errno or 0, (_strerror(error), "mend that"))
+    place: dict[str, object] = {}
+    if error.filename is not None:
+        place["file"] = error.filename
+        folder = Path(os.fsdecode(error.filename)).parent
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            place["file system"] = file_system(folder)
+    return TransientError(what, where=place, fix=f"{fix}; then run the same command again: what is committed is kept")
+
+
+def _strerror(error: OSError) -> str:
+    """The system's own words: those of pyarrow's errors hold more than these."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def is_of_the_machine(error: OSError) -> bool:
+    """Whether the next file would fare no better: a full disk, one that is read-only, no descriptor left."""
+    return error.errno in _OF_THE_MACHINE
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives errors of the system that name no file, or a temp file, the name of the file that is being made."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or os.fsdecode(error.filename).endswith(TEMP_SUFFIX):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 #: What the kernel answers where it cannot copy between two files: another file system, an old one, a pipe.
@@ -113,14 +162,15 @@ def write_atomic(path: Path, write: bytes | Callable[[Path], object], *, durable
         write: the bytes, or a function that writes the file it is given.
         durable: False leaves out both fsyncs, for files that can be made again.
     """
-    temp = write_temp(path, write, durable=durable)
-    try:
-        temp.replace(path)
-    except OSError:
-        temp.unlink(missing_ok=True)
-        raise
-    if durable:
-        sync_folder(path.parent)
+    with naming(path):
+        temp = write_temp(path, write, durable=durable)
+        try:
+            temp.replace(path)
+        except OSError:
+            temp.unlink(missing_ok=True)
+            raise
+        if durable:
+            sync_folder(path.parent)
 
 
 def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:
@@ -129,36 +179,38 @@ def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:
     A link fails if the name exists, on local disks and on NFS. After an error the same inode under both names means
     that the link was made and only its answer was lost.
     """
-    temp = write_temp(path, write)
-    try:
+    with naming(path):
+        temp = write_temp(path, write)
         try:
-            os.link(temp, path)
-        except FileExistsError:
-            if not _same_inode(temp, path):
-                return False
-        except OSError:
-            if not _same_inode(temp, path):
-                raise
-        sync_folder(path.parent)
-        return True
-    finally:
-        temp.unlink(missing_ok=True)
+            try:
+                os.link(temp, path)
+            except FileExistsError:
+                if not _same_inode(temp, path):
+                    return False
+            except OSError:
+                if not _same_inode(temp, path):
+                    raise
+            sync_folder(path.parent)
+            return True
+        finally:
+            temp.unlink(missing_ok=True)
 
 
 def write_temp(path: Path, write: bytes | Callable[[Path], object], *, durable: bool = True) -> Path:
     """Writes a whole file under a temp name beside `path`, made if need be; the caller gives it its name."""
     make_folder(path.parent)
     temp = temp_path(path)
-    try:
-        if callable(write):
-            write(temp)
-        else:
-            temp.write_bytes(write)
-        if durable:
-            sync_file(temp)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
+    with naming(path):
+        try:
+            if callable(write):
+                write(temp)
+            else:
+                temp.write_bytes(write)
+            if durable:
+                sync_file(temp)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
     return temp
 
 
@@ -214,18 +266,28 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
     """Reads exactly `size` bytes at an offset.
 
     Raises:
-        ShardError: the file ends before; nothing is allocated for a size that it does not have.
+        ShardError: the file ends before (nothing is allocated for a size that it does not have), or the disk does not
+            give the bytes.
     """
     length = os.fstat(descriptor).st_size
     if offset < 0 or size < 0 or offset + size > length:
         raise ShardError(f"the file ends at byte {length}, inside a range that goes to {offset + size}")
-    data = os.pread(descriptor, size, offset)
+    data = b""
     while len(data) < size:
-        more = os.pread(descriptor, size - len(data), offset + len(data))
+        with _reading(offset + len(data)):
+            more = os.pread(descriptor, size - len(data), offset + len(data))
         if not more:
             raise ShardError(f"the file ends at byte {offset + len(data)}, inside a range that goes to {offset + size}")
-        data += more
+        data = data + more if data else more
     return data
+
+
+@contextlib.contextmanager
+def _reading(offset: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ShardError(f"byte {offset} of the file cannot be read: {_strerror(error)}") from error
 
 
 def copy_range(source: int, target: int, start: int, end: int) -> None:
@@ -234,7 +296,7 @@ def copy_range(source: int, target: int, start: int, end: int) -> None:
     The kernel copies where it can, which takes a fifth less time than a read and a write of each piece.
 
     Raises:
-        ShardError: the source ends before `end`.
+        ShardError: the source ends before `end`, or the disk does not give the bytes.
     """
     while start < end:
         count = _copied_by_kernel(source, target, start, end - start)
@@ -251,7 +313,7 @@ def _copied_by_kernel(source: int, target: int, start: int, size: int) -> int:
     try:
         return os.copy_file_range(source, target, size, start)
     except OSError as error:
-        if error.errno not in _NO_COPY:
+        if error.errno not in {*_NO_COPY, errno.EIO}:  # a copy by hand tells whether it cannot be read or written
             raise
         return 0
 
@@ -259,7 +321,8 @@ def _copied_by_kernel(source: int, target: int, start: int, size: int) -> int:
 def _copy_through(source: int, target: int, start: int, end: int) -> None:
     buffer = memoryview(bytearray(min(COPY_BUFFER, end - start)))
     while start < end:
-        count = os.preadv(source, [buffer[: min(len(buffer), end - start)]], start)
+        with _reading(start):
+            count = os.preadv(source, [buffer[: min(len(buffer), end - start)]], start)
         if count == 0:
             raise ShardError(f"the file ends at byte {start}, inside a range that goes to {end}")
         write_all(target, buffer[:count])

@@ -6,6 +6,7 @@ Owns `runs/<run>/run.json` and the results beside it. A run is readable with ls 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib.metadata
 import json
 import os
@@ -31,7 +32,7 @@ from builder.progress import Talk, plain_lines
 from builder.query import Sql
 from builder.sources import shards as tar_shards
 from builder.stage import find
-from builder.task import TaskSettings, error_text, run_stage_task
+from builder.task import Deaths, Setbacks, TaskSettings, error_text, run_stage_task
 
 #: Packages whose versions decide answers; those that are installed are recorded.
 _RECORDED = (
@@ -176,7 +177,7 @@ def _result(run: RunFiles, number: int) -> dict[str, Any]:
 def _why(run: RunFiles, end: local.Ended, result: dict[str, Any]) -> BuilderError:
     """The error of a task that did not finish: its own if it could say one, else how its process died."""
     log = {"log": run.log(end.number)}
-    if told := result.get("error"):
+    if told := end.error or result.get("error"):
         kind = getattr(errors, told["class"], StageError)
         error: BuilderError = kind(told["what"], where={**told["where"], **log}, fix=told["fix"])
         return error
@@ -221,27 +222,41 @@ def run_task(folder: Path, number: int) -> int:
     run = RunFiles(folder.absolute())
     data = read(run.folder)
     stop = _Stop()
+    faulthandler.enable()  # a fault in native code leaves in the log where it was
     local.die_with_parent()
     work = {"stage": _stage_task, "ingest": _ingest_task, "write": _write_task}[data["kind"]]
     try:
         result = work(run, number, data, stop)
+        files.write_atomic(run.result(number), json.dumps(result, default=str).encode(), durable=False)
     except Exception as error:
-        if not isinstance(error, BuilderError):
-            print(plain_lines(traceback.format_exc()), file=sys.stderr)
-            error = StageError(
-                error_text(error),
-                fix=f"see the traceback in {run.log(number)}, mend the cause, run the same command again",
-            )
-        print(plain_lines(str(error)), file=sys.stderr)
-        place = {name: str(value) for name, value in error.where.items()}
-        told = {"class": type(error).__name__, "what": error.what, "where": place, "fix": error.fix}
-        files.write_atomic(run.result(number), json.dumps({"error": told}).encode(), durable=False)
+        _tell(run, number, error)
         return 1
-    files.write_atomic(run.result(number), json.dumps(result, default=str).encode(), durable=False)
     if stop():
         return local.STOPPED
     is_clean = not (result.get("failed") or result.get("kept") or result.get("refused") or result.get("left"))
     return local.DONE if is_clean else local.DONE_WITH_FAILURES
+
+
+def _tell(run: RunFiles, number: int, error: Exception) -> None:
+    """Says why a task did not finish: to its log, to the parent, to the result file, whichever of them can be told."""
+    if isinstance(error, OSError):
+        why: BuilderError = files.told(error)
+    elif isinstance(error, BuilderError):
+        why = error
+    else:
+        fix = f"see the traceback in {run.log(number)}, mend the cause, run the same command again"
+        why = StageError(error_text(error), fix=fix)
+    place = {name: str(value) for name, value in why.where.items()}
+    text = json.dumps({"error": {"class": type(why).__name__, "what": why.what, "where": place, "fix": why.fix}})
+    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+        if why is not error:
+            print(plain_lines("".join(traceback.format_exception(error))), file=sys.stderr)
+        print(plain_lines(str(why)), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        if os.environ.get(local.PARENT_PIPE) == "1":
+            print(text, flush=True)
+    with contextlib.suppress(OSError):
+        files.write_atomic(run.result(number), text.encode(), durable=False)
 
 
 def _layout(run: RunFiles) -> Layout:
@@ -259,51 +274,78 @@ def _stage_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable
 
 def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
     reading = tar_shards.Reading.from_json(data["reading"])
-    result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0, "refused": {}}
-    for done, path in enumerate(json.loads(run.task(number).read_text("utf-8"))["paths"], 1):
-        if stop():
-            break
+    result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0}
+    paths = [Path(path) for path in json.loads(run.task(number).read_text("utf-8"))["paths"]]
+
+    def ingest(done: int) -> None:
         try:
-            ingested = tar_shards.ingest_shard(_layout(run), Path(path), reading, run.folder.name)
-            result["shards"] += 1
-            result["rows"] += ingested.rows
-            result["failed"] += ingested.failed
-        except (ShardError, OSError) as error:
-            result["refused"][shard_name(Path(path))] = refusal(error, path)
-        _report(done, len(result["refused"]))
-    return result
+            ingested = tar_shards.ingest_shard(_layout(run), paths[done], reading, run.folder.name)
+        except OSError as error:
+            if files.is_of_the_machine(error) or error.filename not in (None, str(paths[done])):
+                raise
+            fix = "put it back or take it out of dataset.shards, then run the same command again"
+            raise ShardError(
+                f"the shard cannot be read: {error.strerror}", where={"file": paths[done]}, fix=fix
+            ) from error
+        result["shards"] += 1
+        result["rows"] += ingested.rows
+        result["failed"] += ingested.failed
 
-
-def refusal(error: ShardError | OSError, path: str) -> str:
-    """Why a shard was refused, as text."""
-    if isinstance(error, OSError):
-        error = ShardError(
-            f"the shard cannot be read: {error.strerror}", where={"file": path}, fix="mend that and run again"
-        )
-    return str(error)
+    refused = _shard_by_shard(run, number, [shard_name(path) for path in paths], ingest, stop)
+    return {**result, "refused": refused}
 
 
 def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
     layout = _layout(run)
-    result: dict[str, Any] = {"shards": 0, "refused": {}}
+    result: dict[str, Any] = {"shards": 0}
     slices = workset.read_task(run, number)
-    for done, part in enumerate(slices, 1):
+
+    def write(done: int) -> None:
+        part = slices[done]
+        state = table.partition_state(layout, part.shard)
+        if state is None or state.rows != part.rows:
+            raise ShardError("the shard was ingested again", where={"shard": part.shard}, fix="run write again")
+        rows = workset.read_slice(run, part).to_pylist() if part.count else []
+        plan = writer.plan_shard(layout, part.shard, state, rows, Sql("", data["sql"]), data["image_stage"])
+        written = writer.write_shard(layout, plan)
+        result["shards"] += 1
+        for name, value in vars(written).items():
+            result[name] = result.get(name, 0) + value
+
+    refused = _shard_by_shard(run, number, [part.shard for part in slices], write, stop)
+    return {**result, "refused": refused}
+
+
+def _shard_by_shard(
+    run: RunFiles, number: int, shards: Sequence[str], do: Callable[[int], None], stop: Callable[[], bool]
+) -> dict[str, str]:
+    """Does the shards of a task in order; returns those that could not be done, with the reason.
+
+    A shard in which the process died twice is one of these: the process that takes its place goes on behind it.
+    """
+    refused: dict[str, str] = {}
+    deaths, setbacks = Deaths(run.in_hand(number)), Setbacks()
+    for done, shard in enumerate(shards):
         if stop():
             break
         try:
-            state = table.partition_state(layout, part.shard)
-            if state is None or state.rows != part.rows:
-                raise ShardError("the shard was ingested again", where={"shard": part.shard}, fix="run write again")
-            rows = workset.read_slice(run, part).to_pylist() if part.count else []
-            plan = writer.plan_shard(layout, part.shard, state, rows, Sql("", data["sql"]), data["image_stage"])
-            written = writer.write_shard(layout, plan)
-            result["shards"] += 1
-            for name, value in vars(written).items():
-                result[name] = result.get(name, 0) + value
-        except (ShardError, OSError) as error:
-            result["refused"][part.shard] = refusal(error, str(layout.hybrid(part.shard)))
-        _report(done, len(result["refused"]))
-    return result
+            if deaths.begin(shard, [0]):
+                raise ShardError(
+                    "the process died twice in this shard",
+                    where={"log": run.log(number)},
+                    fix="see the log, and dmesg for want of memory; mend that and run the same command again, "
+                    "or take the shard out of dataset.shards",
+                )
+            do(done)
+            setbacks.end()
+        except ShardError as error:
+            refused[shard] = str(error)
+        except OSError as error:
+            refused[shard] = str(setbacks.told(error))
+        _report(done + 1, len(refused))
+    with contextlib.suppress(OSError):  # as useless where it cannot be deleted
+        run.in_hand(number).unlink(missing_ok=True)
+    return refused
 
 
 def tasks_of(run: RunFiles, dealt: Sequence[Sequence[Path]]) -> None:

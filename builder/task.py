@@ -7,6 +7,7 @@ batch (and prepares it, if the stage can), and one makes the last checkpoint dur
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,6 +39,8 @@ TRANSIENT_TRIES, TRANSIENT_PAUSE_S = 3, 0.5
 #: Batches in a checkpoint from which a commit starts one batch early, so that this batch can be processed meanwhile.
 #: Where a checkpoint holds fewer, that would be many more commits, and each is waited for.
 EARLY_FROM = 8
+#: Shards in a row that a full disk or the like keeps from being done, after which a task stops.
+SETBACKS = 3
 #: An error text in the table is cut at this length.
 MAX_ERROR = 500
 
@@ -96,8 +99,10 @@ def run_stage_task(
 
     Raises:
         StageError: the stage cannot start, broke its contract, or more than `max_failed` of the rows failed.
+        TransientError: a full disk or the like was in the way of shard after shard.
     """
     started = time.monotonic()
+    setbacks = Setbacks()
     task = _Task(layout, run, number, stage, settings, progress, stopping)
     slices = read_task(run, number)
     stage.setup(device)
@@ -107,14 +112,44 @@ def run_stage_task(
                 break
             try:
                 task.do_shard(part)
+                setbacks.end()
             except (ConflictError, ShardError) as error:
                 task.result.left[part.shard] = str(error)
+            except OSError as error:
+                task.result.left[part.shard] = str(setbacks.told(error))
     finally:
         stage.close()
-        run.in_hand(number).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is of no use any more, and no reason to hide another error
+            run.in_hand(number).unlink(missing_ok=True)
     task.result.stopped = stopping()
     task.result.seconds = time.monotonic() - started
     return task.result
+
+
+class Setbacks:
+    """Shards in a row that the system kept from being done: one is left for later, more mean that none does better."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def end(self) -> None:
+        """A shard was done."""
+        self._in_a_row = 0
+
+    def told(self, error: OSError) -> TransientError:
+        """Why a shard was left.
+
+        Raises:
+            TransientError: a full disk or the like, and not for the first shard: the others are not tried.
+        """
+        if not files.is_of_the_machine(error):
+            return files.told(error)
+        self._in_a_row += 1
+        if self._in_a_row < SETBACKS:
+            return files.told(error)
+        last = files.told(error)
+        last.where = {**last.where, "shards in a row": self._in_a_row}
+        raise last from error
 
 
 @dataclass(frozen=True)

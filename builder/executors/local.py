@@ -1,11 +1,13 @@
 """Runs tasks 0..n-1 as processes of this machine.
 
 Owns worker processes: one per device in turn, replaced when they die, stopped when asked. Knows nothing of data: a
-worker prints one json a line, `{"done": rows, "failed": rows}`, and its exit code says how it ended.
+worker prints one json a line, `{"done": rows, "failed": rows}`, at the end perhaps `{"error": why}`, and its exit code
+says how it ended.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -16,6 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 #: Exit codes of a task: done, done with failed rows, stopped when asked; any other did not finish.
 DONE, DONE_WITH_FAILURES, STOPPED = 0, 3, 130
@@ -32,11 +35,16 @@ PARENT_PIPE = "BUILDER_PARENT_PIPE"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a task ended: its number, its last exit code (negative: the signal), how often its process died."""
+    """How a task ended: its number, its last exit code (negative: the signal), how often its process died.
+
+    Attributes:
+        error: what its last process told of why it did not finish; none if it could not.
+    """
 
     number: int
     code: int
     deaths: int
+    error: dict[str, Any] | None = None
 
 
 @dataclass
@@ -45,6 +53,7 @@ class _Worker:
     slot: int
     process: subprocess.Popen[bytes]
     log: Path
+    error: dict[str, Any] | None = None
 
 
 def run(
@@ -95,7 +104,9 @@ class _Pool:
         try:
             while waiting or self._running:
                 while waiting and len(self._running) < self._workers:
-                    self._start(waiting.pop(0))
+                    if not self._try_to_start(waiting[0]):
+                        break
+                    waiting.pop(0)
                 worker, line = self._events.get()
                 if line is not None:
                     self._report(worker, line)
@@ -105,7 +116,7 @@ class _Pool:
                 if self._again(worker.number, code):
                     waiting.insert(0, worker.number)
                 else:
-                    ended.append(Ended(worker.number, code, self._deaths.get(worker.number, 0)))
+                    ended.append(Ended(worker.number, code, self._deaths.get(worker.number, 0), worker.error))
         except KeyboardInterrupt:
             self._stop()
             raise
@@ -113,6 +124,17 @@ class _Pool:
             self._kill()
             raise
         return sorted(ended, key=lambda end: end.number)
+
+    def _try_to_start(self, number: int) -> bool:
+        """Starts a task's process; False if the machine gives no more processes or files beside those that run."""
+        try:
+            self._start(number)
+        except OSError:
+            if not self._running:
+                raise
+            self._workers = len(self._running)
+            return False
+        return True
 
     def _start(self, number: int) -> None:
         slot = next(i for i in range(self._workers) if i not in self._running)
@@ -153,10 +175,13 @@ class _Pool:
     def _report(self, worker: _Worker, line: bytes) -> None:
         try:
             report = json.loads(line)
+            if "error" in report:
+                worker.error = dict(report["error"])
+                return
             done, failed = int(report["done"]), int(report["failed"])
         except (ValueError, KeyError, TypeError):
-            with worker.log.open("ab") as log:  # something that a stage printed
-                log.write(line)
+            with contextlib.suppress(OSError), worker.log.open("ab") as log:  # on a full disk the work matters more
+                log.write(line)  # something that a stage printed
             return
         self._on_progress(worker.number, done, failed)
 
