@@ -591,13 +591,15 @@ def sweep_shard(layout: Layout, shard: str, stages: Iterable[str], sweep: Sweep,
     Returns:
         The runs that rows of this shard point to.
     """
-    doomed, pointing = files.retry_listing(partial(_unreferenced, layout, shard))
-    if doomed and not dry_run:
+    fenced: set[Path] = set()
+    while True:  # the fence is a generation too: tars that only the one before the last pointed to come after it
+        doomed, pointing = files.retry_listing(partial(_unreferenced, layout, shard))
+        if dry_run or fenced.issuperset(doomed):
+            break
         attempts = sorted({attempt_of(path) for path in doomed})
         for stage in sorted({*stages, *pointing}):
             _fence(layout, shard, stage, attempts)
-        still, _ = files.retry_listing(partial(_unreferenced, layout, shard))
-        doomed = [path for path in still if path in doomed]
+        fenced.update(doomed)
     old, runs = files.retry_listing(partial(_superseded, layout, shard))
     for path in [*doomed, *old]:
         sweep.add(path)

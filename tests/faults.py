@@ -20,8 +20,8 @@ from typing import Any
 
 from builder.executors.local import PARENT_PIPE
 
-#: Kinds of points; `create` is a file opened for writing, `parquet` a parquet file that is finished.
-KINDS = ("create", "write", "parquet", "fsync", "link", "rename", "unlink", "mkdir")
+#: Kinds of points; `read` is one at an offset, `create` a file opened for writing, `parquet` one that is finished.
+KINDS = ("read", "create", "write", "parquet", "fsync", "link", "rename", "unlink", "mkdir")
 #: Kinds that can be struck in the middle of their bytes.
 HALVES = ("write", "parquet")
 #: The environment variable that arms a process, see `site`.
@@ -118,6 +118,7 @@ def arm(fault: Fault) -> list[tuple[Any, str, Any]]:
 
 #: Functions of `os` by kind.
 _CALLS = {
+    "read": ("pread", "preadv"),
     "write": ("write", "pwrite", "writev", "pwritev", "sendfile", "copy_file_range", "posix_fallocate", "ftruncate"),
     "fsync": ("fsync", "fdatasync"),
     "link": ("link", "symlink"),
@@ -137,7 +138,11 @@ def _call(fault: Fault, kind: str, name: str, real: Callable[..., Any]) -> Calla
         if fault.when == "half" and (part := _half(name, arguments)) is not None:
             real(*part, **options)
             fault.strike(given)
-        result = real(*arguments, **options)
+        try:
+            result = real(*arguments, **options)
+        except OSError:
+            fault.strike(given)  # after a call that fails, as that of a file that is not there
+            raise
         fault.strike(given)
         return result
 
@@ -146,7 +151,7 @@ def _call(fault: Fault, kind: str, name: str, real: Callable[..., Any]) -> Calla
 
 def _path_of(kind: str, name: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, str]:
     """The path that a call changes, and as the system names it in an error: calls on a descriptor name none."""
-    if kind in ("write", "fsync"):
+    if kind in ("read", "write", "fsync"):
         return _of(arguments[1] if name == "copy_file_range" else arguments[0]), ""
     given = os.fspath(arguments[1] if kind in ("link", "rename") else arguments[0])
     folder = options.get("dir_fd")
