@@ -234,7 +234,8 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
         return Outcome()
     run = runs.new_run(layout, name)
     _describe_stage(pipeline, run, use, work)
-    slices = workset.freeze(layout, run, work)
+    with files.naming(run.workset):
+        slices = workset.freeze(layout, run, work)
     dealt = workset.cut(slices, use.run.workers)
     workset.write_tasks(run, dealt)
     return runs.execute(run, len(dealt), use.run, talk, name, sum(part.count for part in slices), "rows")
@@ -352,7 +353,8 @@ def write(pipeline: Pipeline, talk: Talk) -> Outcome:
     files.make_folder(layout.runs)
     frozen = files.temp_path(layout.runs / "write.parquet")
     try:
-        plan = plan_write(pipeline, freeze=frozen)
+        with files.naming(frozen):
+            plan = plan_write(pipeline, freeze=frozen)
         if plan.stale:
             talk.say(
                 f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were "

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from builder import layout as places
 from builder import schema
-from builder.errors import BuilderError, ConfigError
+from builder.errors import BuilderError, ConfigError, TransientError
 from builder.layout import Layout
 from builder.schema import Column
 
@@ -193,8 +193,14 @@ def _without_semicolons(text: str) -> str:
     return raw.decode("utf-8")
 
 
-def _refused(sql: Sql, error: duckdb.Error, shift: int = 0) -> ConfigError:
+def _refused(sql: Sql, error: duckdb.Error, shift: int = 0) -> BuilderError:
     """DuckDB's own words, its line numbers counted from the first line of the user's text."""
+    if isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException):  # nothing that the text could mend
+        return TransientError(
+            f"DuckDB cannot go on: {' '.join(str(error).split())}",
+            where={"file": sql.origin},
+            fix="mend that (free some disk or memory, or raise ulimit -n), then run the same command again",
+        )
     text = re.sub(r"LINE (\d+):", lambda match: f"LINE {int(match[1]) - shift}:", str(error).strip())
     first, *more = [line for line in text.splitlines() if line.strip()]
     what = "\n".join([f"DuckDB refuses the SQL: {first}", *(f"  {line}" for line in more)])

@@ -247,9 +247,9 @@ def _parquet_close(fault: Fault, real: Callable[..., None]) -> Callable[..., Non
         if not writer.is_open or not fault.here("parquet", path):
             real(writer)
             return
-        if fault.when == "before":
+        if fault.when == "before" and fault.errno == 0:
             fault.strike()
-        real(writer)
+        real(writer)  # a writer that fails has closed its file all the same
         if fault.when == "half":
             os.truncate(path, Path(path).stat().st_size // 2)
         fault.strike()

@@ -367,7 +367,7 @@ def seeded(kills: Sequence[Kill], count: int, seed: int) -> list[Kill]:
 # --- the harness: forks ---
 
 
-def _tasks_here(
+def tasks_here(
     line: Callable[[int], Sequence[str]], tasks: int, log: Callable[[int], Path], **_: Any
 ) -> list[local.Ended]:
     """An executor whose tasks are done by this process, one after the other."""
@@ -377,7 +377,7 @@ def _tasks_here(
 def do(made: Workspace, *arguments: str) -> int:
     """`builder ARGUMENTS` in this process, tasks and all; its exit code."""
     os.chdir(made.folder)
-    local.run = _tasks_here  # type: ignore[assignment]
+    local.run = tasks_here  # type: ignore[assignment]
     try:
         cli.main.main([*arguments, "--pipeline", str(made.file)])
     except SystemExit as end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -82,6 +83,16 @@ class Dies(Base):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Sized(Base):
+    """Adds the size of the image, which it reads."""
+
+    members: ClassVar[tuple[str, ...]] = ("image",)
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        sizes = [str(len(data)) for data in batch.column("image").to_pylist()]
+        return pa.RecordBatch.from_arrays([pa.array(sizes, pa.string())], schema=self.outputs)
+
+
 class Short(Base):
     """Breaks its contract: returns one row too few."""
 
@@ -109,3 +120,18 @@ class NoModel(Base):
         from builder.errors import StageError
 
         raise StageError("there is no model in '/models/none'", fix="name a folder that has one")
+
+
+class Faulty(Base):
+    """Reads from nowhere in the bad keys: a fault in native code, in its own process."""
+
+    def check(self, batch: pa.RecordBatch) -> None:
+        if set(batch.column("key").to_pylist()) & set(self.options.bad):
+            ctypes.string_at(0)
+
+
+class DiesAtOnce(Base):
+    """Its process is killed before the first row, as where memory is wanting for the model."""
+
+    def setup(self, device: str) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
