@@ -4,13 +4,16 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: demo test check format bench docs clean
+.PHONY: demo test torture check format bench docs clean
 
 demo: $(STAMP)-demo            ## the whole way on 200 real photos, into ./demo
 	$(BIN)/builder demo --out demo
 
 test: $(STAMP)-test            ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+torture: $(STAMP)-test         ## kills at every write, link and rename; HOSTILE=DIR: and a folder of broken files
+	$(BIN)/python tests/torture.py $(if $(HOSTILE),--hostile '$(HOSTILE)')
 
 check: $(STAMP)-dev            ## format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -95,7 +95,7 @@ def _jobs(harness: Harness, options: argparse.Namespace) -> list[Kill]:
     if options.only:
         return [_named(harness, text) for text in options.only]
     if options.sample:
-        commands = options.sample // 8
+        commands = options.sample // 10
         points = [kill for scene in SCENES if scene.short for kill in harness.kills(scene)]
         sample = seeded(points, options.sample - commands, options.seed)
         return sample + [_at_random(chosen, command=True) for _ in range(commands)]
