@@ -591,15 +591,15 @@ def sweep_shard(layout: Layout, shard: str, stages: Iterable[str], sweep: Sweep,
     Returns:
         The runs that rows of this shard point to.
     """
-    fenced: set[Path] = set()
-    while True:  # the fence is a generation too: tars that only the one before the last pointed to come after it
-        doomed, pointing = files.retry_listing(partial(_unreferenced, layout, shard))
-        if dry_run or fenced.issuperset(doomed):
-            break
+    doomed, pointing = files.retry_listing(partial(_unreferenced, layout, shard, KEPT_GENERATIONS))
+    if doomed:  # the fence is a generation too: what only the one before the newest points to goes with the others
+        doomed, pointing = files.retry_listing(partial(_unreferenced, layout, shard, KEPT_GENERATIONS - 1))
+    if doomed and not dry_run:
         attempts = sorted({attempt_of(path) for path in doomed})
         for stage in sorted({*stages, *pointing}):
             _fence(layout, shard, stage, attempts)
-        fenced.update(doomed)
+        still, _ = files.retry_listing(partial(_unreferenced, layout, shard, KEPT_GENERATIONS))
+        doomed = [path for path in still if path in doomed]
     old, runs = files.retry_listing(partial(_superseded, layout, shard))
     for path in [*doomed, *old]:
         sweep.add(path)
@@ -635,8 +635,8 @@ def attempt_of(edits_tar: Path) -> str:
     return edits_tar.name[: -len(".tar")].rpartition("-")[0]
 
 
-def _unreferenced(layout: Layout, shard: str) -> tuple[list[Path], set[str]]:
-    """Edits tars of a shard that no kept generation points to, and the stages that point to any.
+def _unreferenced(layout: Layout, shard: str, kept: int) -> tuple[list[Path], set[str]]:
+    """Edits tars of a shard that none of the newest so many generations points to, and the stages that point to any.
 
     The column files say themselves which of their columns are pointers: a column that was dropped from the root may
     come back.
@@ -644,7 +644,7 @@ def _unreferenced(layout: Layout, shard: str) -> tuple[list[Path], set[str]]:
     named: set[str] = set()
     stages: set[str] = set()
     for stage, generations in listing(layout, shard, fresh=True).items():
-        for generation in generations[-KEPT_GENERATIONS:]:
+        for generation in generations[-kept:]:
             path = layout.column_file(shard, stage, generation)
             for column in read_column_file(path, _pointers(pq.read_schema(path))).table.columns:
                 stages.add(stage)

@@ -28,7 +28,7 @@ from typing import Any
 
 import pandas  # noqa: F401  (pyarrow imports it where it is installed: once, and not in every fork)
 import pyarrow as pa
-import pyarrow.dataset  # noqa: F401  (likewise, by read_table)
+import pyarrow.dataset  # likewise, by read_table
 import pyarrow.parquet as pq
 
 from builder import cli, runs, table, writer

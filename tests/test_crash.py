@@ -7,9 +7,11 @@ tests/stages.py that logs every row that it sees) and `generate`, two workers, c
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +27,7 @@ from builder.layout import RunFiles
 from builder.progress import Talk
 from builder.workset import Choice
 from conftest import ingest_here
-from kills import check_proven, check_swept, make, run, seen, start, table_of, wait_for
+from kills import NOBODY, check_proven, check_swept, make, run, seen, start, table_of, wait_for
 from planned import described
 
 ALL = [f"{i:032x}" for i in range(3 * 24)]
@@ -43,6 +45,24 @@ def test_a_sample_of_the_kills_of_make_torture() -> None:
     assert all(int(row[-1]) > 0 for row in rows)
     assert rows[-1][-1] == "20"
     assert re.match(r"20 kills in \d+ s, seed 1\. After each: ", done.stdout.splitlines()[7])
+
+
+def test_a_sweep_knows_a_run_from_what_a_person_keeps_beside_it(tmp_path: Path) -> None:
+    """A run has its description as long as its name: one that was killed before is a dead temp folder."""
+    made = make(tmp_path, shards=1, rows=3)
+    ingest_here(made.load())
+    runs = made.load().layout.runs
+    dead, lives = (
+        f".20260101T000000-note-0000@{socket.gethostname()}-{pid}-0123abcd.tmp" for pid in (NOBODY, os.getpid())
+    )
+    for name in (dead, lives, "20260101T000000-note-0001", "mine"):
+        (runs / name).mkdir(parents=True)
+    (runs / dead / "run.json").write_text("{")
+    (runs / "20260101T000000-note-0001/run.json").write_text(json.dumps({"host": socket.gethostname(), "pid": NOBODY}))
+    (runs / "notes.txt").write_text("a file")
+    swept = pipelines.gc(made.load(), Talk(quiet=True), dry_run=False).paths
+    assert sorted(path.name for path in swept) == sorted([dead, "20260101T000000-note-0001"])
+    assert sorted(path.name for path in runs.iterdir()) == sorted([lives, "mine", "notes.txt"])
 
 
 # --- at once ---

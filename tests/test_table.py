@@ -719,9 +719,12 @@ def test_a_sweep_deletes_only_edits_tars_that_no_kept_generation_points_to(root:
         root.commit("paint", [0, 1], run, previous=f"r{number}" if number else None, pointers=pointers)
         if number < 2:
             assert root.sweep() == []
+    tars = ["edits/00000000/r1-a-0.tar", "edits/00000000/r2-a-0.tar"]
+    assert root.sweep(dry_run=True) == [*tars, "columns/00000000/paint.g000001.parquet"]
     assert root.sweep() == [  # the second is older than the newest two by then: the sweep itself committed one
-        "edits/00000000/r1-a-0.tar", "columns/00000000/paint.g000001.parquet", "columns/00000000/paint.g000002.parquet",
+        *tars, "columns/00000000/paint.g000001.parquet", "columns/00000000/paint.g000002.parquet",
     ]  # fmt: skip
+    assert root.sweep() == []
     assert root.read("image_path")[:2] == ["edits/00000000/r3-a-0.tar"] * 2
 
 
