@@ -36,6 +36,8 @@ COLUMNS = (*KILLED, "random", "command")
 CHECKED = """After each: nothing that was committed is lost; no half
 file has a name; the same command then does what is left and no more, and comes to the same table and the same bytes;
 verify is clean; gc deletes what is dead, and nothing of a living process, of another host, or of a person's."""
+#: Kills after which a lane says how far it is.
+SHOWN = 50
 #: Broken kills of one lane after which there is enough to look at.
 ENOUGH = 5
 
@@ -130,7 +132,11 @@ def _lane(folder: Path, number: int, options: argparse.Namespace) -> Report:
     scenes = {scene.name: scene for scene in SCENES}
     jobs = _jobs(harness, options)[number :: options.lanes]
     report = Report(jobs=len(jobs))
-    for kill in jobs:
+    for done, kill in enumerate(jobs):
+        if done and done % SHOWN == 0:
+            print(
+                f"lane {number}: {done} of {len(jobs)} kills, {len(report.broken)} broken", file=sys.stderr, flush=True
+            )
         if time.monotonic() > until or len(report.broken) >= ENOUGH:
             break
         scene = scenes[kill.scene]
