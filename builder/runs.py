@@ -329,13 +329,14 @@ def _shard_by_shard(
         if stop():
             break
         try:
-            if deaths.begin(shard, [0]):
+            if deaths.kills(shard, [0]):
                 raise ShardError(
                     "the process died twice in this shard",
                     where={"log": run.log(number)},
                     fix="see the log, and dmesg for want of memory; mend that and run the same command again, "
                     "or take the shard out of dataset.shards",
                 )
+            deaths.begin(shard, [0])
             do(done)
             setbacks.end()
         except ShardError as error:

@@ -27,7 +27,7 @@ HALVES = ("write", "parquet")
 #: The environment variable that arms a process, see `site`.
 VARIABLE = "BUILDER_TEST_FAULT"
 _TEMP = re.compile(r"\.([^/]*)@[^/@]+-\d+-[0-9a-f]{8}\.tmp")
-_RUN = re.compile(r"\d{8}T\d{6}-(\w+)-[0-9a-f]{4}")
+_RUN = re.compile(r"\d{8}T\d{6}-(\w+)-[0-9a-f]{4}(-[0-9a-f]{6})?")
 
 
 @dataclass(frozen=True)

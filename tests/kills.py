@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -445,6 +446,15 @@ def _tail(log: Path) -> str:
     return "\n".join(log.read_text("utf-8", "replace").splitlines()[-12:])
 
 
+def _fault_at(made: Workspace, points: list[Point], kill: Kill) -> Fault:
+    """A kill at a point, found by its kind, its path and how often it was passed: threads may change the order."""
+    assert kill.number is not None
+    point = points[kill.number]
+    return Fault(
+        str(made.root), (point.kind,), f"^{re.escape(point.path)}$", points[: kill.number].count(point), when=kill.when
+    )
+
+
 class Harness:
     """Roots in a folder: prepared once, restored for every kill."""
 
@@ -575,7 +585,7 @@ class Harness:
     def _kill_a_fork(self, scene: Scene, kill: Kill, points: list[Point]) -> bool:
         def act() -> None:
             if kill.number is not None:
-                arm(Fault(str(self._made.root), KILLED, nth=kill.number, when=kill.when))
+                arm(_fault_at(self._made, points, kill))
             self._keep_a_journal()
             done(self._made, *scene.command)
 
