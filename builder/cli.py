@@ -79,9 +79,9 @@ class _Group(click.Group):
                     )
                 _hint(traceback.format_exc().rstrip("\n"))
                 sys.exit(EXIT_UNFINISHED)
-            from builder.files import told
+            from builder import files
 
-            _fail(told(error), as_json)
+            _fail(files.told(error), as_json)
 
 
 def _fail(error: BuilderError, as_json: bool) -> NoReturn:
