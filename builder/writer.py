@@ -11,6 +11,7 @@ import decimal
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -56,13 +57,13 @@ _SET = "set_"
 _EMPTIED = ("url", "exif")
 #: Bytes that an edited sample's json and headers may grow by, for the disk's sake.
 _ADDED = 4096
+#: Bytes after which what is written is synced in the background.
+_SYNCED = 64 << 20
 _NESTED = (dict, list)
 #: Bytes that are read at a time around an edited sample's headers: its json and txt lie next to each other.
 _NEAR = 8192
 #: orjson reads an integer of more than 64 bits as a float; all of its digits are kept.
 _LONG_NUMBER = re.compile(rb"\d{19}")
-#: Edited samples that are prepared ahead at a time.
-_PREPARED = 32
 _DIGEST = b"builder.digest"
 _INFO = b"builder.output"
 
@@ -549,20 +550,23 @@ class _Prepared:
 
 
 class _Splicer:
-    """One hybrid shard in the making: a second thread prepares edited samples while the bytes between are copied."""
+    """One hybrid shard in the making."""
 
     def __init__(self, source: int, edits: EditsReader, plan: ShardPlan, places: pa.Table) -> None:
         self._source, self._edits, self._plan = source, edits, plan
         self._members = _Members(places)
         self._window = (0, b"")
+        self._synced = 0  # bytes that a sync has been asked for
+        self._syncing: Future[None] | None = None
         self._made: list[tuple[int, str, str]] = []  # row, name and sha256 of every new member
         self.written = Written(rows=len(self._members.keys))
 
     def write(self, path: Path) -> None:
-        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "edits") as pool:
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "sync") as pool:
             target = file.fileno()
             at = 0
-            for prepared in self._ahead(pool):
+            for row in sorted(self._plan.edits):
+                prepared = self._prepare(self._plan.edits[row])
                 self._copy(target, at, prepared.ranges[0][0])
                 self.written.size += files.write_parts(target, prepared.parts)
                 at = prepared.ranges[0][1]
@@ -571,21 +575,19 @@ class _Splicer:
                     at = stop
                 self.written.dropped += prepared.edit.dropped
                 self.written.edited += not prepared.edit.dropped
+                self._sync_behind(pool, target)
                 self._made += [(prepared.edit.row, *member) for member in prepared.members]
             self._finish(target, at)
+            if self._syncing is not None:
+                self._syncing.result()
 
-    def _ahead(self, pool: ThreadPoolExecutor) -> Iterator[_Prepared]:
-        """Edited samples in order, some of them prepared while the ones before are written."""
-        rows = sorted(self._plan.edits)
-        groups = [rows[start : start + _PREPARED] for start in range(0, len(rows), _PREPARED)]
-        waiting: Future[list[_Prepared]] | None = None
-        for group in [*groups, []]:
-            ready, waiting = waiting, pool.submit(self._prepared, group)
-            if ready is not None:
-                yield from ready.result()
-
-    def _prepared(self, rows: Sequence[int]) -> list[_Prepared]:
-        return [self._prepare(self._plan.edits[row]) for row in rows]
+    def _sync_behind(self, pool: ThreadPoolExecutor, target: int) -> None:
+        """Lets the disk write what is there while more is made: the fsync at the end has then little left to do."""
+        if self.written.size - self._synced >= _SYNCED and (self._syncing is None or self._syncing.done()):
+            if self._syncing is not None:
+                self._syncing.result()
+            self._synced = self.written.size
+            self._syncing = pool.submit(os.fsync, target)
 
     def _prepare(self, edit: Edit) -> _Prepared:
         members = self._members.of(edit.row)

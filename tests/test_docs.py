@@ -134,6 +134,18 @@ def test_links_lead_somewhere() -> None:
     assert broken == []
 
 
+def test_tests_that_the_docs_name_exist() -> None:
+    missing = []
+    text = (DOCS / "reliability.md").read_text("utf-8")
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text)
+    for file, name in named:
+        path = ROOT / "tests" / file
+        if not path.exists() or (name and f"def {name}(" not in path.read_text("utf-8")):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+    assert len(named) > 80
+
+
 def test_decisions_are_numbered_and_whole() -> None:
     pages = sorted((DOCS / "decisions").glob("*.md"))
     assert [page.name[:4] for page in pages] == [f"{i:04d}" for i in range(1, len(pages) + 1)]
