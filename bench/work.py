@@ -1,7 +1,7 @@
 """One measured piece of work in a process of its own: `python -m bench.work NAME ARGUMENTS`.
 
-Imports lie outside the clock, and only what a piece of work needs is imported, for the memory's sake. The process prints
-`ready`, waits for a line, works, and prints `{"seconds": ..., "peak_mb": ...}`: processes side by side begin together.
+Imports lie outside the clock, and only what a piece of work needs is imported, for the sake of memory. The process
+prints `ready`, waits for a line, works, and prints `{"seconds": ..., "peak_mb": ...}`: several begin together.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench import tables
+from bench import corpus, tables
 from builder import pipeline as pipelines
 from builder import schema, table, workset, writer
 from builder.layout import Layout
@@ -35,6 +36,12 @@ READING = tar_shards.Reading(dict(schema.FIELD_TYPES))
 QUESTION = "select count(*) from samples where face_count > 0 and lang = 'en'"
 
 Work = Callable[[], Any]
+
+
+def tiny() -> Path:
+    """A shard of 50 samples: what a library sets up when it is first used counts with its import."""
+    (path,) = corpus.make(Path(tempfile.gettempdir()) / f"builder-bench-{os.getuid()}", corpus.Shards("tiny", 1, 50))
+    return path
 
 
 def hybrid_columns() -> tuple[schema.Column, ...]:
@@ -54,6 +61,9 @@ def ingest(root: str, *paths: str) -> Work:
     layout = Layout(Path(root))
     shutil.rmtree(root, ignore_errors=True)
     table.extend_schema(layout, READING.columns)
+    tar_shards.ingest_shard(layout, tiny(), READING, "bench")
+    shutil.rmtree(root)
+    table.extend_schema(layout, READING.columns)
 
     def work() -> None:
         for path in paths:
@@ -71,6 +81,7 @@ def write(root: str, durable: str, *shards: str) -> Work:
     if durable == "no":
         os.fsync = lambda descriptor: None  # type: ignore[assignment]
     sql = read_sql("sql/write.sql")
+    list(writer.plans(layout, hybrid_columns(), shards, sql, {}))
 
     def work() -> None:
         for plan in writer.plans(layout, hybrid_columns(), shards, sql, {}):
