@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import re
 import shutil
 import sys
 import tempfile
@@ -75,18 +75,18 @@ def ingest(root: str, *paths: str) -> Work:
 def write(root: str, durable: str, *shards: str) -> Work:
     """The hybrid shards of a root, plan and manifest included."""
     layout = Layout(Path(root))
-    for shard in shards:
-        layout.hybrid(shard).unlink(missing_ok=True)
-        layout.manifest(shard).unlink(missing_ok=True)
     if durable == "no":
         os.fsync = lambda descriptor: None  # type: ignore[assignment]
     sql = read_sql("sql/write.sql")
-    list(writer.plans(layout, hybrid_columns(), shards, sql, {}))
 
     def work() -> None:
         for plan in writer.plans(layout, hybrid_columns(), shards, sql, {}):
             writer.write_shard(layout, plan)
 
+    work()
+    for shard in shards:
+        layout.hybrid(shard).unlink()
+        layout.manifest(shard).unlink()
     return work
 
 
@@ -241,7 +241,7 @@ def main() -> None:
     began = time.perf_counter()
     work()
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
     print(json.dumps({"seconds": seconds, "peak_mb": peak}), flush=True)
 
 

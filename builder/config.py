@@ -63,7 +63,7 @@ class Run(Strict):
     executor: Literal["local", "slurm", "ray"] = "local"
     #: Worker processes.
     workers: int = Field(default=2, ge=1)
-    #: Rows after which a task commits.
+    #: Most rows that a task answers without committing them: what a kill costs.
     checkpoint_rows: int = Field(default=2048, ge=1)
     #: Seconds after which a task commits.
     checkpoint_seconds: float = Field(default=60.0, gt=0)

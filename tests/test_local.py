@@ -150,6 +150,7 @@ import signal, sys
 from pathlib import Path
 from builder.executors import local
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started with it ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the same under nohup
 folder = Path(sys.argv[1])
 worker = (folder / "worker.py").read_text()
 try:

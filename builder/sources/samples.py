@@ -280,16 +280,15 @@ class _Block:
         self._raw: dict[str, Sequence[Any]] | None = None
 
     def columns(self, shard: str, fields: dict[str, pa.DataType], boxes: str) -> dict[str, pa.Array]:
-        with _no_collection():
-            self._values = self._parsed(self._bodies(self._json))
-            self._raw = _transposed(self._values)
-            found = {"uid": self._uids(shard), **self._captions()}
-            found["source_face_bboxes"] = self._boxes(boxes)
-            for side in ("width", "height"):
-                found[f"source_{side}"] = self._field(side, pa.int32())
-            for (name, kind), column in zip(fields.items(), schema.field_columns(fields), strict=True):
-                same = f"source_{name}" if name in ("width", "height") and kind == pa.int32() else ""
-                found[column.name] = found[same] if same else self._field(name, kind)
+        self._values = self._parsed(self._bodies(self._json))
+        self._raw = _transposed(self._values)
+        found = {"uid": self._uids(shard), **self._captions()}
+        found["source_face_bboxes"] = self._boxes(boxes)
+        for side in ("width", "height"):
+            found[f"source_{side}"] = self._field(side, pa.int32())
+        for (name, kind), column in zip(fields.items(), schema.field_columns(fields), strict=True):
+            same = f"source_{name}" if name in ("width", "height") and kind == pa.int32() else ""
+            found[column.name] = found[same] if same else self._field(name, kind)
         return found
 
     def _note(self, place: int, message: str) -> None:
@@ -573,7 +572,7 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Without garbage collection, which looks at every one of thousands of fresh objects again and again."""
     was_on = gc.isenabled()
     gc.disable()

@@ -24,7 +24,7 @@ from builder import schema, tar
 from builder.errors import ConfigError, ShardError
 from builder.layout import Layout, shard_name, shard_name_fault
 from builder.schema import SOURCE, Column
-from builder.sources.samples import columns_of, group
+from builder.sources.samples import columns_of, group, no_collection
 from builder.stage import inputs_hashes
 from builder.table import SourceShard, commit_source, partition_state, rows_hash
 
@@ -249,6 +249,7 @@ def ingest_shard(layout: Layout, path: Path, reading: Reading, run: str) -> Inge
     return Ingested(table.num_rows, failed)
 
 
+@no_collection()
 def read_shard(path: Path, shard: str, reading: Reading, run: str) -> tuple[pa.Table, str]:
     """The rows of one shard in tar order and their identity.
 
