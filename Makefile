@@ -13,7 +13,7 @@ test: $(STAMP)-test            ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 torture: $(STAMP)-test         ## kills at every write, link and rename; HOSTILE=DIR: and a folder of broken files
-	$(BIN)/python tests/torture.py $(if $(HOSTILE),--hostile '$(HOSTILE)')
+	$(BIN)/python tests/torture.py $(if $(HOSTILE),--hostile $(HOSTILE))
 
 check: $(STAMP)-dev            ## format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """The kill harness: commands are killed at every point at which they touch the disk, and at random moments.
 
-    python tests/torture.py [--kills 300] [--seed N] [--minutes 25] [--hostile DIR]
+    python tests/torture.py [--kills 300] [--seed N] [--minutes 25] [--hostile DIR...]
 
 Every write, parquet file, fsync, link, rename, unlink and mkdir of ingest, stage, fold, write and gc on small roots is
 struck before, after and (where it has bytes) amid it; then come kills at random moments, of forks and of real commands
@@ -74,7 +74,7 @@ def main() -> int:
     hostile = 0
     if options.hostile:
         front = Path(__file__).with_name("hostile.py")
-        hostile = subprocess.run([sys.executable, str(front), options.hostile]).returncode
+        hostile = subprocess.run([sys.executable, str(front), *options.hostile]).returncode
     return 1 if report.broken or killed < wanted or hostile else 0
 
 
@@ -85,7 +85,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--minutes", type=float, default=25.0, help="stop after so many")
     parser.add_argument("--lanes", type=int, default=2, help="processes that kill beside each other")
-    parser.add_argument("--hostile", metavar="DIR", help="then tests/hostile.py over a folder of broken files")
+    parser.add_argument("--hostile", nargs="+", metavar="DIR", help="then tests/hostile.py over folders of broken files")
     parser.add_argument(
         "--only", metavar="KILL", action="append", help="do this one, as a broken one is called; repeatable"
     )
