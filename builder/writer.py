@@ -12,13 +12,11 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from json.encoder import encode_basestring_ascii
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +57,8 @@ _EMPTIED = ("url", "exif")
 _ADDED = 4096
 #: Bytes after which what is written is synced in the background.
 _SYNCED = 64 << 20
-_NESTED = (dict, list)
 #: Bytes that are read at a time around an edited sample's headers: its json and txt lie next to each other.
 _NEAR = 8192
-#: orjson reads an integer of more than 64 bits as a float; all of its digits are kept.
-_LONG_NUMBER = re.compile(rb"\d{19}")
 _DIGEST = b"builder.digest"
 _INFO = b"builder.output"
 
@@ -730,59 +725,32 @@ def edited_json(raw: bytes | None, edit: Edit) -> bytes:
     if "provenance" in old:
         provenance["before"] = old["provenance"]
     new["provenance"] = provenance
-    return _pretty(new).encode()
+    return _pretty(new)
 
 
-def _pretty(value: Any, line: str = "\n") -> str:
-    """`json.dumps(value, indent=4)`, in a fifth of its time: what holds no list or object is written by C.
-
-    Args:
-        line: the line end with the indent of the line that the value begins in.
-    """
-    if type(value) not in _NESTED or not value:
-        return json.dumps(value)
-    inner = line + "    "
-    encode = _flat(inner)
-    if type(value) is list:
-        parts = [_pretty(item, inner) for item in value]
-        return "[" + inner + ("," + inner).join(parts) + line + "]"
-    nested = [name for name, item in value.items() if type(item) in _NESTED and item]
-    if not nested:
-        return "{" + inner + encode(value)[1:-1] + line + "}"
-    texts: list[str] = []
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        if name not in nested:
-            flat[name] = item
-            continue
-        if flat:
-            texts.append(encode(flat)[1:-1])
-            flat = {}
-        texts.append(f"{encode_basestring_ascii(name)}: {_pretty(item, inner)}")
-    if flat:
-        texts.append(encode(flat)[1:-1])
-    return "{" + inner + ("," + inner).join(texts) + line + "}"
-
-
-@lru_cache(maxsize=64)
-def _flat(inner: str) -> Callable[[Any], str]:
-    """Encodes an object or list without others in it, each item on a line of its own."""
-    return json.JSONEncoder(separators=("," + inner, ": ")).encode
+def _pretty(value: dict[str, Any]) -> bytes:
+    """An object as ASCII json with indent 4, by orjson, whose indent is 2: twice as fast as the standard library."""
+    try:
+        text = orjson.dumps(value, option=orjson.OPT_INDENT_2)
+    except TypeError:  # an integer of more than 64 bits
+        return json.dumps(value, indent=4).encode()
+    if not text.isascii() or b"\x7f" in text:
+        return json.dumps(value, indent=4).encode()
+    depth = 1
+    while (line := b"\n" + b" " * (4 * depth - 2)) in text:  # strings hold no line end: it is escaped there
+        text = text.replace(line, line + b"  ")
+        depth += 1
+    return text
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
-    try:
-        value = orjson.loads(raw) if _LONG_NUMBER.search(raw) is None else _finite(json.loads(raw))
-    except orjson.JSONDecodeError:
-        value = _finite(json.loads(raw))
-    return dict(value)
+    """A json object with all digits of its integers; NaN and infinities, which json does not have, become null."""
+    return dict(_DECODER.decode(raw.removeprefix(b"\xef\xbb\xbf").decode()))
 
 
-def _finite(value: Any) -> Any:
-    """A value without NaN and infinities, which Python writes and json does not have: they become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return {key: _finite(item) for key, item in value.items()} if isinstance(value, dict) else value
+def _finite_float(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
+
+
+_DECODER = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite_float)

@@ -85,7 +85,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--minutes", type=float, default=25.0, help="stop after so many")
     parser.add_argument("--lanes", type=int, default=2, help="processes that kill beside each other")
-    parser.add_argument("--hostile", nargs="+", metavar="DIR", help="then tests/hostile.py over folders of broken files")
+    parser.add_argument("--hostile", nargs="+", metavar="DIR", help="then tests/hostile.py over these folders")
     parser.add_argument(
         "--only", metavar="KILL", action="append", help="do this one, as a broken one is called; repeatable"
     )
