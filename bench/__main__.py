@@ -368,7 +368,7 @@ def main() -> None:
         "questions": lambda: measure_questions(folder, options.rounds, options.partitions, options.samples),
         "scale": lambda: measure_scale(folder, options.rounds, 10 * options.partitions, 100),
         "again": lambda: measure_second_run(folder, options.rounds, options.partitions),
-        "faces": lambda: faces.measure(options.rounds, folder),
+        "faces": lambda: faces.measure(options.rounds, folder / "faces"),
     }
     results: list[Result] = []
     for name, part in parts.items():

@@ -74,6 +74,7 @@ def main() -> int:
     hostile = 0
     if options.hostile:
         front = Path(__file__).with_name("hostile.py")
+        sys.stdout.flush()  # the table first
         hostile = subprocess.run([sys.executable, str(front), *options.hostile]).returncode
     return 1 if report.broken or killed < wanted or hostile else 0
 
