@@ -7,6 +7,7 @@ command line's.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -230,8 +231,7 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     table.heal(layout, shards)
     [counts] = workset.count(layout, [work])
     if counts.todo == 0:
-        talk.say(f"{name}: nothing to do ({counts.ok} ok, {counts.failed} failed of {counts.covered} covered)")
-        return Outcome()
+        return _nothing_to_do(name, counts, talk)
     run = runs.new_run(layout, name)
     _describe_stage(pipeline, run, use, work)
     with files.naming(run.workset):
@@ -239,6 +239,27 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     dealt = workset.cut(slices, use.run.workers)
     workset.write_tasks(run, dealt)
     return runs.execute(run, len(dealt), use.run, talk, name, sum(part.count for part in slices), "rows")
+
+
+def _nothing_to_do(name: str, counts: Counts, talk: Talk) -> Outcome:
+    talk.say(f"{name}: nothing to do ({counts.ok} ok, {counts.failed} failed of {counts.covered} covered)")
+    return Outcome()
+
+
+def _done_stages(pipeline: Pipeline) -> dict[str, Counts]:
+    """The first stages of the pipeline that have nothing to do, counted in one pass over the table.
+
+    SQL that is refused ends them: its stage says so when it is its turn.
+    """
+    layout, shards = pipeline.layout, table_shards(pipeline)
+    works = [work_of(pipeline, name, Choice(), shards) for name in pipeline.stages]
+    table.heal(layout, shards)
+    try:
+        counts = workset.count(layout, works)
+    except ConfigError:
+        return {}
+    pairs = zip(pipeline.stages, counts, strict=True)
+    return dict(itertools.takewhile(lambda pair: pair[1].todo == 0, pairs))
 
 
 def _describe_stage(pipeline: Pipeline, run: RunFiles, use: StageUse, work: Work) -> None:
@@ -296,15 +317,17 @@ class WritePlan:
     bytes: int = 0
 
 
-def plan_write(pipeline: Pipeline, *, freeze: Path | None = None) -> WritePlan:
+def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: bool = False) -> WritePlan:
     """Evaluates the write SQL once and compares every shard with its manifest.
 
     Args:
         freeze: where the write rows of shards that are not up to date are kept.
+        is_healed: whether the caller has healed the partitions.
     """
     layout = pipeline.layout
     shards = shards_of(pipeline)
-    table.heal(layout, shards)
+    if not is_healed:
+        table.heal(layout, shards)
     plan = WritePlan(free=writer.free_bytes(layout))
     largest = position = 0
     sink: pq.ParquetWriter | None = None
@@ -340,7 +363,7 @@ def write_plans(pipeline: Pipeline, shards: Sequence[str]) -> Iterator[writer.Sh
     return writer.plans(pipeline.layout, pipeline.known_columns(), shards, read_sql(write.select), write.params)
 
 
-def write(pipeline: Pipeline, talk: Talk) -> Outcome:
+def write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome:
     """Writes the hybrid shards that are not up to date.
 
     Raises:
@@ -354,7 +377,7 @@ def write(pipeline: Pipeline, talk: Talk) -> Outcome:
     frozen = files.temp_path(layout.runs / "write.parquet")
     try:
         with files.naming(frozen):
-            plan = plan_write(pipeline, freeze=frozen)
+            plan = plan_write(pipeline, freeze=frozen, is_healed=is_healed)
         if plan.stale:
             talk.say(
                 f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were "
@@ -419,7 +442,7 @@ def plan(pipeline: Pipeline, choice: Choice) -> Plan:
     shards = shards_of(pipeline)
     table.heal(layout, shards)
     counts = workset.count(layout, [work_of(pipeline, name, choice, shards) for name in pipeline.stages])
-    return Plan(ingest_plan, dict(zip(pipeline.stages, counts, strict=True)), plan_write(pipeline))
+    return Plan(ingest_plan, dict(zip(pipeline.stages, counts, strict=True)), plan_write(pipeline, is_healed=True))
 
 
 def status(pipeline: Pipeline) -> dict[str, Any]:
@@ -616,6 +639,11 @@ def run(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
     yield "ingest", outcome
     if not shards_of(pipeline):
         raise StageError("no shard could be read", where={"refused": len(outcome.refused)}, fix="see the reasons above")
-    for name in pipeline.stages:
-        yield name, run_stage(pipeline, name, Choice(), talk)
-    yield "write", write(pipeline, talk)
+    done = _done_stages(pipeline)
+    for name, use in pipeline.stages.items():
+        if name in done:
+            table.extend_schema(pipeline.layout, columns_of(use.kind))
+            yield name, _nothing_to_do(name, done[name], talk)
+        else:
+            yield name, run_stage(pipeline, name, Choice(), talk)
+    yield "write", write(pipeline, talk, is_healed=len(done) == len(pipeline.stages))

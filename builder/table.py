@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -107,10 +107,14 @@ def load_schema(layout: Layout, *, fresh: bool = False) -> tuple[int, tuple[Colu
         generation = max((found[1] for name in names(layout.schema) if (found := generation_of(name))), default=0)
         if generation == 0:
             return 0, ()
-        data = json.loads(layout.schema_file(generation).read_text("utf-8"))
-        return generation, tuple(Column.from_json(item) for item in data["columns"])
+        return generation, _read_schema(layout.schema_file(generation))
 
     return files.retry_listing(read)
+
+
+def _read_schema(path: Path) -> tuple[Column, ...]:
+    data = json.loads(path.read_text("utf-8"))
+    return tuple(Column.from_json(item) for item in data["columns"])
 
 
 def change_schema(layout: Layout, change: Callable[[tuple[Column, ...]], tuple[Column, ...]]) -> tuple[Column, ...]:
@@ -523,9 +527,18 @@ def _is_behind(layout: Layout, shard: str, found: dict[str, int], root: tuple[in
     generation, columns = root
     if state.schema_generation == generation:
         return False
-    have = files.retry_listing(partial(pq.read_schema, layout.partition(shard)))
-    types = dict(zip(have.names, have.types, strict=True))
-    return any(column.stage in found and types.get(column.name) != column.type for column in columns)
+    path = layout.schema_file(state.schema_generation)
+    try:
+        have = _types_of(path, path.stat().st_ino)
+    except FileNotFoundError:
+        return True
+    return any(column.stage in found and have.get(column.name) != column.type for column in columns)
+
+
+@lru_cache(maxsize=64)
+def _types_of(path: Path, inode: int) -> dict[str, pa.DataType]:
+    """The columns of one generation of a root's schema, which a partition folded from it has."""
+    return {column.name: column.type for column in _read_schema(path)}
 
 
 def heal(layout: Layout, shards: Iterable[str]) -> int:
