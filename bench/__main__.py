@@ -111,7 +111,7 @@ def forget(path: Path) -> None:
 def measure_ingest(folder: Path, rounds: int, samples: int) -> list[Result]:
     pax = corpus.make(folder, corpus.Shards("pax", 2, samples))
     ustar = corpus.make(folder, corpus.Shards("ustar", 2, samples, is_pax=False))
-    corpus.make(folder, corpus.Shards("long", 2, samples // 5, is_pax=False, has_long_names=True))
+    long = corpus.make(folder, corpus.Shards("long", 2, samples // 5, is_pax=False, has_long_names=True))
     shell(*(f"cat {path} >/dev/null" for path in (*pax, *ustar)))
     roots = [folder / f"ingest{i}" for i in range(2)]
     out = folder / "webdataset.parquet"
@@ -130,6 +130,9 @@ def measure_ingest(folder: Path, rounds: int, samples: int) -> list[Result]:
     )
     ours, peer, ours_ustar, peer_ustar, listed, cat, cat_two, ours_two, cold, cat_cold = values
     check_ingest(roots[0], pax[0])
+    for path in long:
+        run(("ingest", roots[0], path))
+        check_ingest(roots[0], path)
     scaling = [2 * one / two for one, two in zip(ours, ours_two, strict=True)]
     cat_scaling = [2 * one / two for one, two in zip(cat, cat_two, strict=True)]
     return [

@@ -7,11 +7,11 @@ one run will try.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from builder.schema import Column
 from builder.stage import Stage, inputs_hashes
 from builder.table import partition_state
 
+T = TypeVar("T")
 #: Rows of one read from DuckDB, and of one row group of the work set.
 _CHUNK = 20_000
 _KEYS = ("shard", "row", "uid")
@@ -117,12 +118,16 @@ def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
     if not works:
         return []
     first = works[0]
-    found = [Counts(0, 0, 0, 0, 0, 0) for _ in works]
-    with Samples(layout, first.columns, first.shards) as samples:
+    with Samples(layout, first.columns, sorted(first.shards)) as samples:
         for work in works:
             _check_columns(samples, work)
-        for _, state, wanted in _side_by_side(samples, works):
-            found = [_added(counts, work, state, rows) for counts, work, rows in zip(found, works, wanted, strict=True)]
+        return _in_order(partial(_counted, samples, works))
+
+
+def _counted(samples: Samples, works: Sequence[Work], sort: set[str]) -> list[Counts]:
+    found = [Counts(0, 0, 0, 0, 0, 0) for _ in works]
+    for _, state, wanted in _side_by_side(samples, works, sort):
+        found = [_added(counts, work, state, rows) for counts, work, rows in zip(found, works, wanted, strict=True)]
     return found
 
 
@@ -157,15 +162,13 @@ def freeze(layout: Layout, run: RunFiles, work: Work) -> list[Slice]:
         ConflictError: shards were ingested again all the while.
     """
     for _ in range(_ATTEMPTS):
-        before: dict[str, str] = {}
-        slices: list[Slice] = []
         run.folder.mkdir(parents=True, exist_ok=True)
         temp = files.temp_path(run.workset)
         try:
-            with Samples(layout, work.columns, work.shards) as samples:
+            with Samples(layout, work.columns, sorted(work.shards)) as samples:
                 _check_columns(samples, work)
                 before = {shard: _rows_of(layout, shard) for shard in work.shards}
-                _write(_frozen(samples, work), temp, slices, before)
+                slices = _in_order(partial(_frozen_to, temp, samples, work, before))
             if all(_rows_of(layout, part.shard) == part.rows for part in slices):
                 files.write_atomic(run.workset, temp.replace)
                 return slices
@@ -174,9 +177,13 @@ def freeze(layout: Layout, run: RunFiles, work: Work) -> list[Slice]:
     raise ConflictError("shards were ingested again while the work set was frozen", fix="run the same command again")
 
 
-def _frozen(samples: Samples, work: Work) -> Iterator[pa.Table]:
+def _frozen_to(path: Path, samples: Samples, work: Work, rows: dict[str, str], sort: set[str]) -> list[Slice]:
+    return _write(_frozen(samples, work, sort), path, rows)
+
+
+def _frozen(samples: Samples, work: Work, sort: set[str]) -> Iterator[pa.Table]:
     """The rows to try, shard by shard, as the work set holds them."""
-    for _, state, (wanted,) in _side_by_side(samples, [work], whole=True):
+    for _, state, (wanted,) in _side_by_side(samples, [work], sort, whole=True):
         if wanted is not None and (rows := _to_do(work, _covered(state, wanted))).num_rows:
             names = [field.name for field in work.kind.inputs]
             yield _with_inputs(rows, work).select([*_KEYS, *names, "previous_run", "inputs"])
@@ -187,7 +194,8 @@ def _rows_of(layout: Layout, shard: str) -> str:
     return "" if state is None else state.rows
 
 
-def _write(parts: Iterator[pa.Table], path: Path, slices: list[Slice], rows: dict[str, str]) -> None:
+def _write(parts: Iterator[pa.Table], path: Path, rows: dict[str, str]) -> list[Slice]:
+    slices: list[Slice] = []
     writer: pq.ParquetWriter | None = None
     waiting: list[pa.Table] = []
     position = 0
@@ -204,6 +212,7 @@ def _write(parts: Iterator[pa.Table], path: Path, slices: list[Slice], rows: dic
                 waiting.clear()
         if writer is not None and waiting:
             writer.write_table(pa.concat_tables(waiting), row_group_size=_CHUNK)
+        return slices
     finally:
         if writer is not None:
             writer.close()
@@ -215,88 +224,105 @@ def _write(parts: Iterator[pa.Table], path: Path, slices: list[Slice], rows: dic
 
 
 class _Unordered(Exception):
-    """An answer is not in the order of the table."""
+    """The answer of a stage's SQL is not in the order of the table."""
+
+
+def _in_order(read: Callable[[set[str]], T]) -> T:
+    """Reads answers beside the table, from the start again whenever one turns out to be in another order.
+
+    What was read of it until then may lack rows that come later, so nothing of it is kept.
+
+    Args:
+        read: is given the stages whose SQL DuckDB has to sort.
+    """
+    sort: set[str] = set()
+    while True:
+        try:
+            return read(sort)
+        except _Unordered as unordered:
+            if str(unordered) in sort:
+                raise
+            sort.add(str(unordered))
 
 
 def _side_by_side(
-    samples: Samples, works: Sequence[Work], *, whole: bool = False
+    samples: Samples, works: Sequence[Work], sort: set[str], *, whole: bool = False
 ) -> Iterator[tuple[str, pa.Table, list[pa.Table | None]]]:
     """For every shard its name, the state of its rows, and the rows that the SQL of each work returns of it.
 
     Both are read once, in the order of the table, so that memory does not grow with it: SQL that filters keeps that
-    order. An answer in another one is sorted by DuckDB.
+    order.
 
     Args:
+        sort: stages whose SQL DuckDB sorts, since it returns another order.
         whole: with the stage's inputs; else with them only where the choice asks for them.
+
+    Raises:
+        _Unordered: with the name of a stage that has to be sorted.
     """
     shards = sorted(works[0].shards)
     place = {shard: number for number, shard in enumerate(shards)}
-    answers = [_Answer(samples, work, place, whole=whole or work.choice.stale) for work in works]
-    for number, state in _shard_by_shard(_states(samples, works, whole=whole), place):
+    answers = [
+        _Answer(_answer(samples, work, place, sort=work.kind.name in sort, whole=whole or work.choice.stale))
+        for work in works
+    ]
+    for number, state in _shard_by_shard(_states(samples, works, whole=whole), place, "the table"):
         yield shards[number], state, [answer.of(number) for answer in answers]
+    for answer in answers:
+        answer.of(len(shards))  # to its end: rows that come back there count, too
 
 
 class _Answer:
     """What one work's SQL returns, shard by shard."""
 
-    def __init__(self, samples: Samples, work: Work, place: dict[str, int], *, whole: bool) -> None:
-        self._samples, self._work, self._place, self._whole = samples, work, place, whole
-        self._groups = self._read(ordered=False)
-        self._next: tuple[int, pa.Table] | None = None
-        self._passed = -1
-        self._advance()
+    def __init__(self, groups: Iterator[tuple[int, pa.Table]]) -> None:
+        self._groups = groups
+        self._next = next(groups, None)
 
     def of(self, number: int) -> pa.Table | None:
         """The rows of a shard; asked for in ascending order."""
         while self._next is not None and self._next[0] < number:
-            self._advance()
-        self._passed = number
+            self._next = next(self._groups, None)
         if self._next is None or self._next[0] > number:
             return None
         found = self._next[1]
-        self._advance()
+        self._next = next(self._groups, None)
         return found
 
-    def _advance(self) -> None:
-        try:
-            self._next = next(self._groups, None)
-        except _Unordered:
-            self._groups = self._read(ordered=True)
-            self._next = next(self._groups, None)
-            while self._next is not None and self._next[0] <= self._passed:
-                self._next = next(self._groups, None)
 
-    def _read(self, *, ordered: bool) -> Iterator[tuple[int, pa.Table]]:
-        work = self._work
-        inputs = "".join(
-            f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"'
-            for field in work.kind.inputs
-        )
-        around = (
-            f'select cast(w.shard as varchar) as shard, cast(w."row" as bigint) as "row"{inputs * self._whole}'
-            f" from {{}} w where w.shard is not null and w.row is not null{' order by 1, 2' * ordered}"
-        )
-        for number, table in _shard_by_shard(
-            self._samples.stream(work.sql, work.params, around=around, rows=_CHUNK), self._place
-        ):
-            steps = np.diff(table["row"].to_numpy())
-            if (steps == 0).any():
-                row = table["row"][int(np.flatnonzero(steps == 0)[0])].as_py()
-                raise ConfigError(
-                    f"work SQL returns row {row} of shard '{table['shard'][0].as_py()}' more than once",
-                    where={"file": work.sql.origin},
-                    fix="each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
-                )
-            if (steps < 0).any():
-                raise _Unordered
-            yield number, table
+def _answer(
+    samples: Samples, work: Work, place: dict[str, int], *, sort: bool, whole: bool
+) -> Iterator[tuple[int, pa.Table]]:
+    """What a work's SQL returns, by number of the shard; no row twice."""
+    inputs = "".join(
+        f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"' for field in work.kind.inputs
+    )
+    around = (
+        f'select cast(w.shard as varchar) as shard, cast(w."row" as bigint) as "row"{inputs * whole}'
+        f" from {{}} w where w.shard is not null and w.row is not null{' order by 1, 2' * sort}"
+    )
+    batches = samples.stream(work.sql, work.params, around=around, rows=_CHUNK)
+    for number, table in _shard_by_shard(batches, place, work.kind.name):
+        steps = np.diff(table["row"].to_numpy())
+        if (steps < 0).any():
+            raise _Unordered(work.kind.name)
+        if (steps == 0).any():
+            row = table["row"][int(np.flatnonzero(steps == 0)[0])].as_py()
+            raise ConfigError(
+                f"work SQL returns row {row} of shard '{table['shard'][0].as_py()}' more than once",
+                where={"file": work.sql.origin},
+                fix="each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
+            )
+        yield number, table
 
 
-def _shard_by_shard(batches: Iterable[pa.RecordBatch], place: dict[str, int]) -> Iterator[tuple[int, pa.Table]]:
+def _shard_by_shard(
+    batches: Iterable[pa.RecordBatch], place: dict[str, int], name: str
+) -> Iterator[tuple[int, pa.Table]]:
     """The rows of every shard that an answer names, with the shard's number; unknown shards are left out.
 
     Raises:
-        _Unordered: a shard comes back.
+        _Unordered: a shard comes back; with `name`.
     """
     current = -1
     waiting: list[pa.Table] = []
@@ -306,7 +332,7 @@ def _shard_by_shard(batches: Iterable[pa.RecordBatch], place: dict[str, int]) ->
         for end, shard in zip(runs.run_ends.to_pylist(), runs.values.to_pylist(), strict=True):
             number = place.get(shard, current)
             if number < current:
-                raise _Unordered
+                raise _Unordered(name)
             if number > current and waiting:
                 yield current, pa.concat_tables(waiting)
                 waiting = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from builder import pipeline as pipelines
 from builder import table, workset
 from builder.errors import ConfigError, ConflictError
 from builder.layout import Layout, RunFiles
@@ -363,17 +365,40 @@ def test_windows_and_joins_mean_what_they_say(mixed: Layout) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("order", ["row, shard", "row desc", "shard desc, row", "shard, row desc", "hash(uid)"])
+def test_sql_in_any_order_loses_no_row(layout: Layout, order: str) -> None:
+    sql = f"{SQL} order by {order}"
+    assert frozen(layout, sql=sql) == ALL
+    assert frozen(layout, Choice(redo=True), sql) == ALL
+    assert count_of(layout, work_of(layout, Note(Options()), sql=sql)) == Counts(16, 16, 0, 0, 0, 2)
+
+
+def test_a_row_that_comes_back_later_is_a_double_too(layout: Layout) -> None:
+    with pytest.raises(ConfigError, match="row 3 of shard '00000000' more than once"):
+        plan(layout, Note(Options()), sql=f"{SQL} union all ({SQL} where row = 3 and shard = '00000000')")
+
+
+def test_shards_named_in_another_order_are_all_there(workspace: Make) -> None:
+    made = workspace(stages="")
+    ingest_here(made.load())
+    shards = json.dumps([f"{made.folder}/source/0000000{i}.tar" for i in (1, 0)])
+    pipeline = made.load(f"dataset.shards={shards}", "stages.lang={}")
+    counts = pipelines.plan(pipeline, Choice()).stages["lang"]
+    assert (counts.covered, counts.todo, counts.shards) == (16, 16, 2)
+
+
 def test_a_freeze_during_an_ingest_is_tried_again(dataset: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = dataset.load().layout
     real = workset._write
     again = [True]
 
-    def write(*args: Any) -> None:
-        real(*args)
+    def write(*args: Any) -> list[Slice]:
+        slices = real(*args)
         if again:
             again.pop()
             make_shard(dataset.folder / "source/00000001.tar", samples(3))
             ingest_here(dataset.load())
+        return slices
 
     monkeypatch.setattr(workset, "_write", write)
     run = plan(layout, Note(Options()))
@@ -385,12 +410,13 @@ def test_a_freeze_during_endless_ingests_gives_up(dataset: Workspace, monkeypatc
     real = workset._write
     count = [0]
 
-    def write(*args: Any) -> None:
-        real(*args)
+    def write(*args: Any) -> list[Slice]:
+        slices = real(*args)
         count[0] += 1
         make_shard(dataset.folder / "source/00000001.tar", samples(count[0]))
         time.sleep(0.01)
         ingest_here(dataset.load())
+        return slices
 
     monkeypatch.setattr(workset, "_write", write)
     with pytest.raises(ConflictError) as told:
