@@ -77,10 +77,10 @@ def write(root: str, durable: str, *shards: str) -> Work:
     layout = Layout(Path(root))
     if durable == "no":
         os.fsync = lambda descriptor: None  # type: ignore[assignment]
-    sql = read_sql("sql/write.sql")
+    sql, columns = read_sql("sql/write.sql"), hybrid_columns()
 
     def work() -> None:
-        for plan in writer.plans(layout, hybrid_columns(), shards, sql, {}):
+        for plan in writer.plans(layout, columns, shards, sql, {}):
             writer.write_shard(layout, plan)
 
     work()

@@ -12,7 +12,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,8 +22,8 @@ T = TypeVar("T")
 #: Buffer of copies that the kernel does not do itself. Larger writes are up to five times slower on a machine whose
 #: memory is handed out by a host: the page cache then asks for it in large pieces.
 COPY_BUFFER = 64 * 1024
-#: Buffers of one `writev`. Source: IOV_MAX of Linux is 1024.
-_MAX_PARTS = 1024
+#: Bytes that are asked for without looking at the length of the file first.
+_UNASKED = 1 << 20
 #: Temp files begin with a dot and end so, and never in `.parquet` or `.tar`: no glob of a reader catches them.
 TEMP_SUFFIX = ".tmp"
 #: A temp name says whose it is: `.NAME@HOST-PID-8 hex.tmp`.
@@ -269,25 +269,28 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
         ShardError: the file ends before (nothing is allocated for a size that it does not have), or the disk does not
             give the bytes.
     """
-    length = os.fstat(descriptor).st_size
-    if offset < 0 or size < 0 or offset + size > length:
-        raise ShardError(f"the file ends at byte {length}, inside a range that goes to {offset + size}")
+    if offset < 0 or size < 0 or size > _UNASKED:
+        length = os.fstat(descriptor).st_size
+        if offset < 0 or size < 0 or offset + size > length:
+            raise _ends(length, offset + size)
     data = b""
     while len(data) < size:
-        with _reading(offset + len(data)):
+        try:
             more = os.pread(descriptor, size - len(data), offset + len(data))
+        except OSError as error:
+            raise _unread(offset + len(data), error) from error
         if not more:
-            raise ShardError(f"the file ends at byte {offset + len(data)}, inside a range that goes to {offset + size}")
+            raise _ends(offset + len(data), offset + size)
         data = data + more if data else more
     return data
 
 
-@contextlib.contextmanager
-def _reading(offset: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ShardError(f"byte {offset} of the file cannot be read: {_strerror(error)}") from error
+def _ends(length: int, end: int) -> ShardError:
+    return ShardError(f"the file ends at byte {length}, inside a range that goes to {end}")
+
+
+def _unread(offset: int, error: OSError) -> ShardError:
+    return ShardError(f"byte {offset} of the file cannot be read: {_strerror(error)}")
 
 
 def copy_range(source: int, target: int, start: int, end: int) -> None:
@@ -321,10 +324,12 @@ def _copied_by_kernel(source: int, target: int, start: int, size: int) -> int:
 def _copy_through(source: int, target: int, start: int, end: int) -> None:
     buffer = memoryview(bytearray(min(COPY_BUFFER, end - start)))
     while start < end:
-        with _reading(start):
+        try:
             count = os.preadv(source, [buffer[: min(len(buffer), end - start)]], start)
+        except OSError as error:
+            raise _unread(start, error) from error
         if count == 0:
-            raise ShardError(f"the file ends at byte {start}, inside a range that goes to {end}")
+            raise _ends(start, end)
         write_all(target, buffer[:count])
         start += count
 
@@ -334,19 +339,6 @@ def write_all(target: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(target, view) :]
-
-
-def write_parts(target: int, parts: Sequence[bytes]) -> int:
-    """Writes buffers one after another with few calls; returns their bytes."""
-    written = 0
-    for start in range(0, len(parts), _MAX_PARTS):
-        some = parts[start : start + _MAX_PARTS]
-        size = sum(map(len, some))
-        done = os.writev(target, some)
-        if done < size:
-            write_all(target, memoryview(b"".join(some))[done:])
-        written += size
-    return written
 
 
 def gone(error: OSError) -> bool:

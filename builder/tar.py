@@ -230,7 +230,7 @@ def _members(
     file_size: int,
 ) -> Index | None:
     member = ~prefix
-    raw = np.ascontiguousarray(heads[member][:, :100]).view("S100").ravel().tolist()
+    raw = heads[:, :100][member].view("S100").ravel().tolist()
     joined = b"\n" + b"\n".join(raw) + b"\n"
     if b"\n\n" in joined or b"/\n" in joined or b"\0" in joined or joined.count(b"\n") != len(raw) + 1:
         return None

@@ -11,12 +11,11 @@ import decimal
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from builder import files, query, table, tar
+from builder.assembly import Assembly
 from builder.edits import EditsReader
 from builder.errors import BuilderError, ConfigError, ShardError, where
 from builder.layout import Layout, RunFiles
-from builder.members import by_extension, opened
+from builder.members import by_extension, check, opened
 from builder.query import Samples, Sql
 from builder.schema import IMAGE_EXTENSIONS, Column
 from builder.stage import pointers_of
 
 #: Raised when the same table gives other bytes; part of every manifest's digest.
-VERSION = "2"
+VERSION = "3"
 _POINTER = ("image_path", "image_offset", "image_size")
 _MADE = ("image_width", "image_height", "image_sha256", "image_seed", "image_model", "image_prompt", "prompt")
 _KEYS = ("shard", "row", "uid")
@@ -55,8 +55,6 @@ _SET = "set_"
 _EMPTIED = ("url", "exif")
 #: Bytes that an edited sample's json and headers may grow by, for the disk's sake.
 _ADDED = 4096
-#: Bytes after which what is written is synced in the background.
-_SYNCED = 64 << 20
 #: Bytes that are read at a time around an edited sample's headers: its json and txt lie next to each other.
 _NEAR = 8192
 _DIGEST = b"builder.digest"
@@ -280,7 +278,7 @@ def plan_shard(
         if (edit := _edit(row, provenance)) is not None:
             plan.stale += edit.image is not None and row["image_prompt"] != row["prompt"]
             plan.edits[edit.row] = edit
-            digest.update(json.dumps(_decisive(edit), sort_keys=True, default=str).encode())
+            digest.update(_decisive(edit))
     plan.digest = digest.hexdigest()
     return plan
 
@@ -293,10 +291,14 @@ def _on_disk(source: table.SourceShard) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _decisive(edit: Edit) -> list[Any]:
+def _decisive(edit: Edit) -> bytes:
     """What decides an edited sample's bytes: the image by its content, not by where it lies."""
     image = [edit.made.get("image_sha256"), edit.image[2]] if edit.image else None
-    return [edit.row, edit.dropped, image, edit.caption, edit.fields, edit.made]
+    values = [edit.row, edit.dropped, image, edit.caption, edit.fields, edit.made]
+    try:
+        return orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # an integer of more than 64 bits
+        return json.dumps(values, sort_keys=True).encode()
 
 
 def _edit(row: dict[str, Any], provenance: _Provenance) -> Edit | None:
@@ -472,8 +474,13 @@ def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Table, Path]:
             raise ShardError("the shard was ingested again while it was written", fix="run the same command again")
         check_apart(layout, [Path(plan.source.path)])
         splicer = _Splicer(source, edits, plan, places)
-        temp = files.write_temp(layout.hybrid(plan.shard), splicer.write)
-        return splicer.written, splicer.manifest(), temp
+
+        def write(path: Path) -> None:
+            splicer.write(path)
+            check(source, layout, plan.shard, plan.source)  # a mapping shows zeros where a file was cut meanwhile
+
+        temp = files.write_temp(layout.hybrid(plan.shard), write)
+        return splicer.written, splicer.manifest, temp
 
 
 def write_sizes(layout: Layout) -> None:
@@ -545,77 +552,77 @@ class _Prepared:
 
 
 class _Splicer:
-    """One hybrid shard in the making."""
+    """One hybrid shard in the making.
+
+    Attributes:
+        manifest: every member, once it is written.
+    """
 
     def __init__(self, source: int, edits: EditsReader, plan: ShardPlan, places: pa.Table) -> None:
         self._source, self._edits, self._plan = source, edits, plan
         self._members = _Members(places)
         self._window = (0, b"")
-        self._synced = 0  # bytes that a sync has been asked for
-        self._syncing: Future[None] | None = None
+        self.manifest: pa.Table
         self._made: list[tuple[int, str, str]] = []  # row, name and sha256 of every new member
         self.written = Written(rows=len(self._members.keys))
 
     def write(self, path: Path) -> None:
-        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "sync") as pool:
-            target = file.fileno()
+        with path.open("wb", buffering=0) as file, Assembly(self._source, file.fileno()) as made:
             at = 0
             for row in sorted(self._plan.edits):
                 prepared = self._prepare(self._plan.edits[row])
-                self._copy(target, at, prepared.ranges[0][0])
-                self.written.size += files.write_parts(target, prepared.parts)
+                made.copy(at, prepared.ranges[0][0])
+                made.add(prepared.parts)
                 at = prepared.ranges[0][1]
                 for start, stop in prepared.ranges[1:]:
-                    self._copy(target, at, start)  # members between that belong to no sample
+                    made.copy(at, start)  # members between that belong to no sample
                     at = stop
                 self.written.dropped += prepared.edit.dropped
                 self.written.edited += not prepared.edit.dropped
-                self._sync_behind(pool, target)
                 self._made += [(prepared.edit.row, *member) for member in prepared.members]
-            self._finish(target, at)
-            if self._syncing is not None:
-                self._syncing.result()
-
-    def _sync_behind(self, pool: ThreadPoolExecutor, target: int) -> None:
-        """Lets the disk write what is there while more is made: the fsync at the end has then little left to do."""
-        if self.written.size - self._synced >= _SYNCED and (self._syncing is None or self._syncing.done()):
-            if self._syncing is not None:
-                self._syncing.result()
-            self._synced = self.written.size
-            self._syncing = pool.submit(os.fsync, target)
+            self._finish(made, at)
+            self.manifest = self._manifest()  # while the last parts are still being written
+        self.written.size, self.written.copied = made.size, made.copied
 
     def _prepare(self, edit: Edit) -> _Prepared:
         members = self._members.of(edit.row)
+        parts: list[bytes] = []
+        made: list[tuple[str, str]] = []
+        if not edit.dropped:
+            key = self._members.keys[edit.row]
+            old = self._read(edit, members)
+            for extension, place, body, digest in self._bodies(edit, members, old):
+                name = f"{key}.{extension}"
+                head = tar.remake_record_head(old[place["header"]][0], name, len(body))
+                parts += (head, body, bytes(tar.padding(len(body))))
+                made.append((name, digest or hashlib.sha256(body).hexdigest()))
         ranges = sorted(
             (place["header"], place["data"] + place["size"] + tar.padding(place["size"])) for place in members
         )
-        parts: list[bytes] = []
-        made: list[tuple[str, str]] = []
-        for extension, place, body, digest in [] if edit.dropped else self._bodies(edit, members):
-            name = f"{self._members.keys[edit.row]}.{extension}"
-            old = self._near(place["header"], place["data"] - place["header"])
-            parts += (tar.remake_record_head(old, name, len(body)), body, bytes(tar.padding(len(body))))
-            made.append((name, digest or hashlib.sha256(body).hexdigest()))
         return _Prepared(edit, parts, ranges, made)
 
-    def _copy(self, target: int, start: int, stop: int) -> None:
-        files.copy_range(self._source, target, start, stop)
-        self.written.copied += stop - start
-        self.written.size += stop - start
-
-    def _finish(self, target: int, at: int) -> None:
+    def _finish(self, made: Assembly, at: int) -> None:
         """What follows the last edited sample: nothing edited copies the source's end, else the end is made anew."""
         if not self._plan.edits:
-            self._copy(target, at, self._plan.source.size)
+            made.copy(at, self._plan.source.size)
             return
         # Behind the last sample only a few members or zeros are left to walk.
-        end = max(at, tar.end_of_records(self._source, self._members.end, self._plan.source.size))
-        self._copy(target, at, end)
-        tail = tar.end_of_archive(self.written.size)
-        files.write_all(target, tail)
-        self.written.size += len(tail)
+        made.copy(at, tar.end_of_records(self._source, self._members.end, self._plan.source.size))
+        made.add([tar.end_of_archive(made.size)])
 
-    def _bodies(self, edit: Edit, members: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any], bytes, str]]:
+    def _read(self, edit: Edit, members: list[dict[str, Any]]) -> dict[int, tuple[bytes, bytes]]:
+        """Header and content of the members of an edited sample by offset of the header; no content of an image that is
+        replaced."""
+        old: dict[int, tuple[bytes, bytes]] = {}
+        for place in sorted(members, key=itemgetter("header")):
+            head = self._near(place["header"], place["data"] - place["header"])
+            is_replaced = edit.image is not None and place["ext"].lower() in IMAGE_EXTENSIONS
+            old[place["header"]] = head, b"" if is_replaced else self._near(place["data"], place["size"])
+        return old
+
+    def _bodies(
+        self, edit: Edit, members: list[dict[str, Any]], old: dict[int, tuple[bytes, bytes]]
+    ) -> list[tuple[str, dict[str, Any], bytes, str]]:
         """Of each member of an edited sample: extension, the member whose place it takes, content, and its sha256 where
         it is known; in the source's order, json and txt added where missing."""
         places = by_extension(members)
@@ -623,13 +630,13 @@ class _Splicer:
         json_place, txt_place = places.get("json"), places.get("txt")
         assert image is not None
         picture, digest = self._picture(edit)
-        text = edited_json(self._read(json_place), edit)
+        text = edited_json(None if json_place is None else old[json_place["header"]][1], edit)
         bodies: list[tuple[str, dict[str, Any], bytes, str]] = []
         for place in members:
             extension = place["ext"].lower()
             if place is image:
                 new = "jpg" if picture is not None and extension != "jpeg" else place["ext"]
-                bodies.append((new, place, self._read(place) or b"" if picture is None else picture, digest))
+                bodies.append((new, place, old[place["header"]][1] if picture is None else picture, digest))
             elif extension in IMAGE_EXTENSIONS and picture is not None:
                 continue  # another picture of the old sample
             elif place is json_place:
@@ -637,7 +644,7 @@ class _Splicer:
             elif place is txt_place and edit.caption is not None:
                 bodies.append((place["ext"], place, edit.caption.encode(), ""))
             else:
-                bodies.append((place["ext"], place, self._read(place) or b"", ""))
+                bodies.append((place["ext"], place, old[place["header"]][1], ""))
         if json_place is None:
             bodies.append(("json", image, text, ""))
         if txt_place is None and edit.caption is not None:
@@ -658,9 +665,6 @@ class _Splicer:
             )
         return picture, digest
 
-    def _read(self, place: dict[str, Any] | None) -> bytes | None:
-        return None if place is None else self._near(place["data"], place["size"])
-
     def _near(self, start: int, size: int) -> bytes:
         """Bytes of the source, out of those that were read last where they hold them."""
         at = start - self._window[0]
@@ -670,7 +674,7 @@ class _Splicer:
             at = 0
         return self._window[1][at : at + size]
 
-    def manifest(self) -> pa.Table:
+    def _manifest(self) -> pa.Table:
         """Every member of the hybrid shard: row, member, sha256 of edited ones, origin."""
         members = self._members
         counts = np.diff(members.first)

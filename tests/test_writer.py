@@ -273,6 +273,34 @@ def test_a_source_that_vanished_is_refused_and_the_others_are_written(workspace:
     assert not (made.root / "shards/00000000.tar").exists()
 
 
+def test_a_source_cut_while_it_is_copied_is_refused(
+    workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = workspace()
+    made.run("run")
+    before = (made.root / "shards/00000000.tar").read_bytes()
+    [first, _] = list(pipelines.write_plans(made.load(), ["00000000", "00000001"]))
+    source = made.folder / "source/00000000.tar"
+    size, real = source.stat().st_size, os.writev
+
+    def writev(target: int, parts: list[bytes]) -> int:
+        os.truncate(source, size - 100)  # in its last page, whose rest the kernel then shows as zeros
+        return real(target, parts)
+
+    monkeypatch.setattr(os, "writev", writev)
+    with pytest.raises(writer.ShardError) as caught:
+        writer.write_shard(made.load().layout, first)
+    assert str(caught.value) == (
+        "the source shard changed since it was ingested\n"
+        "  shard: 00000000\n"
+        f"  file: {source}\n"
+        f"  bytes: expected {size}, found {size - 100}\n"
+        "  fix: put it back, or ingest it as it is now: builder ingest"
+    )
+    assert (made.root / "shards/00000000.tar").read_bytes() == before
+    assert [path.name for path in (made.root / "shards").iterdir() if path.name.startswith(".")] == []
+
+
 def test_png_replaced_by_jpg_with_a_long_name(workspace: Callable[..., Workspace]) -> None:
     long_key = "folder/" * 15 + "f" * 32
     face = {"face_bboxes": [[0, 0, 1, 1]]}

@@ -1,0 +1,158 @@
+"""A file that is made of ranges of another file and of new bytes, written in the background.
+
+Owns how many parts reach a disk with few calls while more are made. Knows nothing of tars.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+from builder import files
+
+#: Bytes and parts that go out with one call. Source of the second: IOV_MAX of Linux is 1024.
+_BATCH = 16 << 20
+_MAX_PARTS = 1000
+#: Bytes after which what is written is synced in the background.
+_SYNCED = 64 << 20
+
+#: New bytes, or the range [start, end) of the source.
+Part = bytes | tuple[int, int]
+
+
+class Assembly:
+    """One file in the making; a context, at whose end all is written, though not synced.
+
+    A batch of parts is written by a thread, with one call that does without Python's lock, while the next is made.
+    Ranges are taken out of a mapping of the batch for that: a page that is there already is copied a third faster than
+    one that is looked up meanwhile. One large range is left to the kernel, which may share its blocks.
+
+    Args:
+        source: descriptor of the file that ranges are copied from.
+        target: descriptor of the new file, at its beginning.
+
+    Attributes:
+        size: bytes added.
+        copied: of these, bytes of the source.
+    """
+
+    def __init__(self, source: int, target: int) -> None:
+        self._source, self._target = source, target
+        self._parts: list[Part] = []
+        self._waiting = 0  # bytes of these
+        self._first: int | None = None  # where the first range among them begins
+        self._submitted = self._synced = 0  # bytes handed to the thread; of these, bytes that a sync was asked for
+        self._pool = ThreadPoolExecutor(2, "assembly")
+        self._writing: Future[None] | None = None
+        self._syncing: Future[None] | None = None
+        self.size = 0
+        self.copied = 0
+
+    def add(self, parts: list[bytes]) -> None:
+        """Appends new bytes.
+
+        Raises:
+            OSError: parts that were added before could not be written; so for all methods.
+        """
+        size = sum(map(len, parts))
+        self._parts += parts
+        self.size += size
+        self._count(size)
+
+    def copy(self, start: int, end: int) -> None:
+        """Appends the bytes [start, end) of the source, behind those that were copied before.
+
+        Raises:
+            ShardError: the source ends before the end of a range that was added before; so for all methods.
+        """
+        if end <= start:
+            return
+        if end - start >= _BATCH or (self._first is not None and end - self._first > 2 * _BATCH):
+            self._flush()
+        self._first = start if self._first is None else self._first
+        self._parts.append((start, end))
+        self.size += end - start
+        self.copied += end - start
+        self._count(end - start)
+
+    def _count(self, size: int) -> None:
+        self._waiting += size
+        if self._waiting >= _BATCH or len(self._parts) >= _MAX_PARTS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Hands the parts to the thread, as soon as it has written those before: at most two batches are in memory."""
+        if self._writing is not None:
+            self._writing.result()
+        if self._submitted - self._synced >= _SYNCED and (self._syncing is None or self._syncing.done()):
+            if self._syncing is not None:
+                self._syncing.result()
+            self._synced = self._submitted
+            self._syncing = self._pool.submit(os.fsync, self._target)
+        if self._parts:
+            self._writing = self._pool.submit(self._write, self._parts)
+            self._submitted += self._waiting
+            self._parts, self._waiting, self._first = [], 0, None
+
+    def _write(self, parts: list[Part]) -> None:
+        left = 0 if len(parts) == 1 else self._written_at_once(parts)
+        for part in parts:
+            size = len(part) if isinstance(part, bytes) else part[1] - part[0]
+            if left < size:
+                if isinstance(part, bytes):
+                    files.write_all(self._target, memoryview(part)[left:])
+                else:
+                    files.copy_range(self._source, self._target, part[0] + left, part[1])
+            left = max(left - size, 0)
+
+    def _written_at_once(self, parts: list[Part]) -> int:
+        """Bytes that one call wrote: fewer where the disk is full, or where the source cannot be read."""
+        ranges = [part for part in parts if isinstance(part, tuple)]
+        begin = os.lseek(self._target, 0, os.SEEK_CUR)
+        try:
+            if not ranges:
+                return os.writev(self._target, [part for part in parts if isinstance(part, bytes)])
+            first = ranges[0][0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            with _mapped(self._source, first, ranges[-1][1]) as window, memoryview(window) as view:
+                places = [p if isinstance(p, bytes) else view[p[0] - first : p[1] - first] for p in parts]
+                try:
+                    return os.writev(self._target, places)
+                finally:
+                    places.clear()
+        except OSError as error:
+            if error.errno not in (
+                errno.EFAULT,
+                errno.EIO,
+            ):  # writing part by part tells whether source or target fails
+                raise
+            return os.lseek(self._target, 0, os.SEEK_CUR) - begin
+
+    def __enter__(self) -> Assembly:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._pool:
+            if error is None:
+                self._flush()
+                for future in (self._writing, self._syncing):
+                    if future is not None:
+                        future.result()
+
+
+def _mapped(descriptor: int, start: int, end: int) -> mmap.mmap:
+    """The pages of the bytes [start, end), read from the disk without Python's lock before they are mapped.
+
+    Raises:
+        OSError: with EIO, where the disk does not give them or the file ends before.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+    if not os.pread(descriptor, 1, end - 1):
+        raise OSError(errno.EIO, "the file ends before")
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    return mmap.mmap(descriptor, end - start, flags, mmap.PROT_READ, offset=start)

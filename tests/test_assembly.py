@@ -1,0 +1,162 @@
+"""Files made in the background: every part arrives once and in order, whatever the kernel does of a call."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder import assembly
+from builder.assembly import Assembly
+from builder.errors import ShardError
+
+Writev = Callable[[int, Sequence[Any]], int]
+SOURCE = random.Random(5).randbytes(300_000)
+BATCH = 20_000
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "_BATCH", BATCH)
+    monkeypatch.setattr(assembly, "_SYNCED", 3 * BATCH)
+    monkeypatch.setattr(assembly, "_MAX_PARTS", 50)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "source").write_bytes(SOURCE)
+    return tmp_path / "source"
+
+
+def steps(seed: int) -> list[list[bytes] | tuple[int, int]]:
+    """New bytes and ascending ranges of the source: empty, small, larger than a batch, far apart."""
+    chance = random.Random(seed)
+    found: list[list[bytes] | tuple[int, int]] = []
+    at = 0
+    while at < len(SOURCE):
+        size = chance.choice((0, 1, 511, 4096, 6000, BATCH, 3 * BATCH))
+        end = min(at + size, len(SOURCE))
+        found.append((at, end))
+        found.append([chance.randbytes(chance.choice((0, 1, 700, BATCH + 3))) for _ in range(chance.randrange(4))])
+        at = end + chance.choice((0, 1, 512, 3 * BATCH))
+    return found
+
+
+def assembled(source: Path, parts: Sequence[list[bytes] | tuple[int, int]]) -> tuple[bytes, int, int]:
+    """The new file, with what the assembly says of its size and of the bytes it copied."""
+    target = source.with_name("target")
+    with source.open("rb") as old, target.open("wb", buffering=0) as new:
+        with Assembly(old.fileno(), new.fileno()) as made:
+            for part in parts:
+                if isinstance(part, tuple):
+                    made.copy(*part)
+                else:
+                    made.add(part)
+        return target.read_bytes(), made.size, made.copied
+
+
+def expected(parts: Sequence[list[bytes] | tuple[int, int]]) -> tuple[bytes, int, int]:
+    whole = b"".join(SOURCE[slice(*part)] if isinstance(part, tuple) else b"".join(part) for part in parts)
+    return whole, len(whole), sum(part[1] - part[0] for part in parts if isinstance(part, tuple))
+
+
+def cut_short(real: Writev, *, raising: int | None) -> Writev:
+    """A `writev` that writes 1,000 bytes of each call, and then says so or fails."""
+
+    def writev(target: int, parts: Sequence[Any]) -> int:
+        done = real(target, [b"".join(parts)[:1000]])
+        if raising is not None:
+            raise OSError(raising, os.strerror(raising))
+        return done
+
+    return writev
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kernel", ["writes all", "writes a little", "faults", "fails to read"])
+def test_every_part_arrives_once_and_in_order(
+    source: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, seed: int
+) -> None:
+    raising = {"faults": errno.EFAULT, "fails to read": errno.EIO}.get(kernel)
+    if kernel != "writes all":
+        monkeypatch.setattr(os, "writev", cut_short(os.writev, raising=raising))
+    assert assembled(source, steps(seed)) == expected(steps(seed))
+
+
+def test_nothing_at_all(source: Path) -> None:
+    assert assembled(source, []) == (b"", 0, 0)
+
+
+def test_memory_is_bounded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: list[int] = []
+    batches: list[int] = []
+    real, writev = assembly._mapped, os.writev
+
+    def mapped(descriptor: int, start: int, end: int) -> Any:
+        windows.append(end - start)
+        return real(descriptor, start, end)
+
+    def counted(target: int, parts: Sequence[Any]) -> int:
+        batches.append(sum(len(part) for part in parts))
+        return writev(target, parts)
+
+    monkeypatch.setattr(assembly, "_mapped", mapped)
+    monkeypatch.setattr(os, "writev", counted)
+    sparse = [(start, start + 10) for start in range(0, len(SOURCE), 5000)]
+    assert assembled(source, sparse) == expected(sparse)
+    many = [part for start in range(0, 200_000, 1000) for part in ((start, start + 700), [b"x" * 300])]
+    assert assembled(source, many) == expected(many)
+    assert len(windows) > 10 and max(windows) < 2 * BATCH + 4096 + 10
+    assert len(batches) > 10 and max(batches) < BATCH + 1000
+
+
+def test_a_source_that_is_cut_meanwhile(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.writev
+
+    def writev(target: int, parts: Sequence[Any]) -> int:
+        os.truncate(source, 4096)
+        return real(target, parts)
+
+    monkeypatch.setattr(os, "writev", writev)
+    with pytest.raises(ShardError) as refused:
+        assembled(source, [[b"new"], (0, 5000), [b"new"], (6000, 12_000)])
+    assert str(refused.value) == "the file ends at byte 4096, inside a range that goes to 5000"
+
+
+def test_a_disk_that_is_full_ends_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def writev(target: int, parts: Sequence[Any]) -> int:
+        calls.append(len(parts))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "writev", writev)
+    many = [part for start in range(0, 200_000, 1000) for part in ((start, start + 700), [b"x" * 300])]
+    with pytest.raises(OSError, match="No space left"):
+        assembled(source, many)
+    assert len(calls) == 1
+
+
+def test_a_sync_that_fails_is_told(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        assembled(source, [(0, 200_000), (200_000, 250_000)])
+
+
+def test_an_error_of_its_maker_ends_its_threads(source: Path) -> None:
+    with source.open("rb") as old, source.with_name("target").open("wb", buffering=0) as new:
+        with pytest.raises(ValueError, match="bad sample"), Assembly(old.fileno(), new.fileno()) as made:
+            made.copy(0, 100_000)
+            made.add([b"new"])
+            raise ValueError("bad sample")
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("assembly")]
+        assert new.tell() in (0, 100_000)
