@@ -33,6 +33,7 @@ from bench import corpus, faces, tables, work
 from bench.report import Result, compared, rounds_of, table, write
 from builder import table as tables_of
 from builder.edits import EditsTar
+from builder.executors.local import DEFAULTS
 from builder.layout import Layout
 from builder.sources import shards as tar_shards
 from builder.stage import columns_of
@@ -61,6 +62,7 @@ def run(*works: Sequence[object]) -> list[Ran]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**(DEFAULTS if one[0] in work.OF_WORKERS else {}), **os.environ},
         )
         for one in works
     ]
@@ -99,6 +101,14 @@ def fresh(*paths: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def heat(*paths: Path) -> None:
+    """Leaves files in the page cache as a reader does: in larger pieces than whoever wrote them did."""
+    shell("sync")
+    for path in paths:
+        forget(path)
+    shell(*(f"cat {path} >/dev/null" for path in paths))
+
+
 def forget(path: Path) -> None:
     """Drops a file from the page cache."""
     with path.open("rb") as file:
@@ -112,7 +122,7 @@ def measure_ingest(folder: Path, rounds: int, samples: int) -> list[Result]:
     pax = corpus.make(folder, corpus.Shards("pax", 2, samples))
     ustar = corpus.make(folder, corpus.Shards("ustar", 2, samples, is_pax=False))
     long = corpus.make(folder, corpus.Shards("long", 2, samples // 5, is_pax=False, has_long_names=True))
-    shell(*(f"cat {path} >/dev/null" for path in (*pax, *ustar)))
+    heat(*pax, *ustar)
     roots = [folder / f"ingest{i}" for i in range(2)]
     out = folder / "webdataset.parquet"
     values = rounds_of(
@@ -220,7 +230,7 @@ def measure_write(folder: Path, rounds: int, samples: int) -> list[Result]:
     shards = [path.stem for path in pax]
     copies = [folder / f"copy{i}.tar" for i in range(2)]
     peer_out = folder / "peer-%d.tar"
-    shell(*(f"cat {path} >/dev/null" for path in pax))
+    heat(*pax)
 
     def copied(count: int, *, durable: bool) -> float:
         fresh(*copies)

@@ -232,6 +232,9 @@ WORKS: dict[str, Callable[..., Work]] = {
     )
 }  # fmt: skip
 
+#: What runs in workers, and its peers.
+OF_WORKERS = {"ingest", "write", "commit", "webdataset_ingest", "webdataset_write", "rewrite"}
+
 
 def main() -> None:
     name, *arguments = sys.argv[1:]

@@ -15,10 +15,12 @@ from builder import files
 
 #: Bytes and parts that go out with one call. Source of the second: IOV_MAX of Linux is 1024.
 _BATCH = 16 << 20
-_MAX_PARTS = 1000
+_MAX_PARTS = 1024
 #: Bytes after which what is written is synced in the background.
 _SYNCED = 64 << 20
 
+#: Answers that may be about the source, which is read while the target is written.
+_OF_THE_SOURCE = {errno.EFAULT, errno.EIO, errno.ENODEV, errno.ENOMEM, errno.EACCES, errno.EINVAL}
 #: New bytes, or the range [start, end) of the source.
 Part = bytes | tuple[int, int]
 
@@ -109,24 +111,15 @@ class Assembly:
             left = max(left - size, 0)
 
     def _written_at_once(self, parts: list[Part]) -> int:
-        """Bytes that one call wrote: fewer where the disk is full, or where the source cannot be read."""
-        ranges = [part for part in parts if isinstance(part, tuple)]
+        """Bytes that one call wrote: fewer of very many parts, on a full disk, and of a source that cannot be read."""
+        parts = parts[:_MAX_PARTS]
         begin = os.lseek(self._target, 0, os.SEEK_CUR)
         try:
-            if not ranges:
-                return os.writev(self._target, [part for part in parts if isinstance(part, bytes)])
-            first = ranges[0][0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-            with _mapped(self._source, first, ranges[-1][1]) as window, memoryview(window) as view:
-                places = [p if isinstance(p, bytes) else view[p[0] - first : p[1] - first] for p in parts]
-                try:
-                    return os.writev(self._target, places)
-                finally:
-                    places.clear()
+            with _Window(self._source, [part for part in parts if isinstance(part, tuple)]) as window:
+                return os.writev(self._target, [p if isinstance(p, bytes) else window.part(*p) for p in parts])
         except OSError as error:
-            if error.errno not in (
-                errno.EFAULT,
-                errno.EIO,
-            ):  # writing part by part tells whether source or target fails
+            # Writing part by part tells whether the source or the target cannot be reached.
+            if error.errno not in _OF_THE_SOURCE:
                 raise
             return os.lseek(self._target, 0, os.SEEK_CUR) - begin
 
@@ -144,15 +137,32 @@ class Assembly:
                         future.result()
 
 
-def _mapped(descriptor: int, start: int, end: int) -> mmap.mmap:
-    """The pages of the bytes [start, end), read from the disk without Python's lock before they are mapped.
+class _Window:
+    """A mapping of the pages that ascending ranges of a file lie in, read from the disk without Python's lock before.
 
     Raises:
-        OSError: with EIO, where the disk does not give them or the file ends before.
+        OSError: the file ends before, its disk does not give them, or its file system has no mappings.
     """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
-    if not os.pread(descriptor, 1, end - 1):
-        raise OSError(errno.EIO, "the file ends before")
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    return mmap.mmap(descriptor, end - start, flags, mmap.PROT_READ, offset=start)
+
+    def __init__(self, descriptor: int, ranges: list[tuple[int, int]]) -> None:
+        self._view = memoryview(b"")
+        if not ranges:
+            return
+        end = ranges[-1][1]
+        self._start = ranges[0][0] // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, self._start, end - self._start, os.POSIX_FADV_WILLNEED)
+        if not os.pread(descriptor, 1, end - 1):
+            raise OSError(errno.EFAULT, "the file ends before")
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        self._view = memoryview(mmap.mmap(descriptor, end - self._start, flags, mmap.PROT_READ, offset=self._start))
+
+    def part(self, start: int, end: int) -> memoryview:
+        """One range. Nothing but the kernel may look at it: the process dies of a page that the disk does not give."""
+        return self._view[start - self._start : end - self._start]
+
+    def __enter__(self) -> _Window:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._view.release()  # the mapping goes with its last part

@@ -25,7 +25,6 @@ BATCH = 20_000
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "_BATCH", BATCH)
     monkeypatch.setattr(assembly, "_SYNCED", 3 * BATCH)
-    monkeypatch.setattr(assembly, "_MAX_PARTS", 50)
 
 
 @pytest.fixture
@@ -93,20 +92,35 @@ def test_nothing_at_all(source: Path) -> None:
     assert assembled(source, []) == (b"", 0, 0)
 
 
+def test_more_parts_than_one_call_takes(source: Path) -> None:
+    parts: list[list[bytes] | tuple[int, int]] = [(0, 100), [bytes([i % 251]) for i in range(3000)], (200, 300)]
+    assert assembled(source, parts) == expected(parts)
+    thin: list[list[bytes] | tuple[int, int]] = [(start, start + 1) for start in range(0, 20_000, 2)]
+    assert assembled(source, thin) == expected(thin)
+
+
+def test_a_file_system_without_mappings(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(assembly.mmap, "mmap", refuse)
+    assert assembled(source, steps(3)) == expected(steps(3))
+
+
 def test_memory_is_bounded(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     windows: list[int] = []
     batches: list[int] = []
-    real, writev = assembly._mapped, os.writev
+    real, writev = assembly.mmap.mmap, os.writev
 
-    def mapped(descriptor: int, start: int, end: int) -> Any:
-        windows.append(end - start)
-        return real(descriptor, start, end)
+    def mapped(descriptor: int, length: int, *arguments: Any, **options: Any) -> Any:
+        windows.append(length)
+        return real(descriptor, length, *arguments, **options)
 
     def counted(target: int, parts: Sequence[Any]) -> int:
         batches.append(sum(len(part) for part in parts))
         return writev(target, parts)
 
-    monkeypatch.setattr(assembly, "_mapped", mapped)
+    monkeypatch.setattr(assembly.mmap, "mmap", mapped)
     monkeypatch.setattr(os, "writev", counted)
     sparse = [(start, start + 10) for start in range(0, len(SOURCE), 5000)]
     assert assembled(source, sparse) == expected(sparse)
