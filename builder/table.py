@@ -449,7 +449,7 @@ def partition_state(layout: Layout, shard: str) -> State | None:
     def read() -> State | None:
         try:
             with layout.partition(shard).open("rb") as file:
-                found = _metadata(file)
+                found = footer_values(file, (_FOLDED, _SCHEMA, _ROWS, _SOURCE))
         except FileNotFoundError:
             return None
         return None if found is None else _state(found)
@@ -457,8 +457,9 @@ def partition_state(layout: Layout, shard: str) -> State | None:
     return files.retry_listing(read)
 
 
-def _metadata(file: BinaryIO) -> dict[bytes, bytes] | None:
-    """The metadata of a partition out of the end of its file; None if it is no whole parquet file.
+def footer_values(file: BinaryIO, keys: Sequence[bytes]) -> dict[bytes, bytes] | None:
+    """Metadata of a parquet file of ours, out of its end, with at least these keys where it has them; None if it is no
+    whole parquet file.
 
     All of a footer that pyarrow reads is 20 to 40 times as much work, and there are tens of thousands of partitions.
     Where the values do not stand as they are looked for, pyarrow reads it.
@@ -470,7 +471,7 @@ def _metadata(file: BinaryIO) -> dict[bytes, bytes] | None:
         return None
     file.seek(size - 8 - length)
     footer = file.read(length)
-    found = {key: _footer_value(footer, key) for key in (_FOLDED, _SCHEMA, _ROWS, _SOURCE)}
+    found = {key: _footer_value(footer, key) for key in keys}
     values = {key: value for key, value in found.items() if value is not None}
     if len(values) == len(found):
         return values

@@ -23,7 +23,6 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from builder import files, query, table, tar
 from builder.assembly import Assembly
@@ -400,8 +399,9 @@ def read_description(manifest: Path) -> tuple[str, dict[str, Any]]:
         FileNotFoundError: there is no manifest.
         pyarrow.ArrowInvalid: it is damaged, or no manifest.
     """
-    metadata = pq.read_schema(manifest).metadata or {}
-    if not {_DIGEST, _INFO} <= metadata.keys():
+    with manifest.open("rb") as file:
+        metadata = table.footer_values(file, (_DIGEST, _INFO))
+    if metadata is None or not {_DIGEST, _INFO} <= metadata.keys():
         raise pa.ArrowInvalid("it says nothing of a hybrid shard")
     return metadata[_DIGEST].decode(), dict(json.loads(metadata[_INFO]))
 
