@@ -10,7 +10,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -179,28 +179,30 @@ def ingest_here(pipeline: Pipeline) -> None:
         tar_shards.ingest_shard(pipeline.layout, path, pipeline.reading, "ingest-run")
 
 
+def make_workspace(
+    folder: Path,
+    shards: dict[str, Sequence[Sample]] | None = None,
+    *,
+    stages: str = STANDARD_STAGES,
+    workers: int = 1,
+    checkpoint_rows: int = 2048,
+    **options: Any,
+) -> Workspace:
+    """Fills a folder with shards, by name a list of samples each, and a pipeline."""
+    if shards is None:
+        shards = {"00000000": samples(8), "00000001": samples(8, start=8)}
+    for name, made in shards.items():
+        make_shard(folder / "source" / f"{name}.tar", made, **options)
+    file = folder / "pipeline.toml"
+    text = PIPELINE.format(folder=folder, stages=stages, workers=workers, checkpoint_rows=checkpoint_rows)
+    file.write_text(text, "utf-8")
+    return Workspace(folder, file)
+
+
 @pytest.fixture
 def workspace(tmp_path: Path) -> Callable[..., Workspace]:
-    """Makes a folder with shards and a pipeline; shards by name, each a list of samples."""
-
-    def make(
-        shards: dict[str, Sequence[Sample]] | None = None,
-        *,
-        stages: str = STANDARD_STAGES,
-        workers: int = 1,
-        checkpoint_rows: int = 2048,
-        **options: Any,
-    ) -> Workspace:
-        if shards is None:
-            shards = {"00000000": samples(8), "00000001": samples(8, start=8)}
-        for name, made in shards.items():
-            make_shard(tmp_path / "source" / f"{name}.tar", made, **options)
-        file = tmp_path / "pipeline.toml"
-        text = PIPELINE.format(folder=tmp_path, stages=stages, workers=workers, checkpoint_rows=checkpoint_rows)
-        file.write_text(text, "utf-8")
-        return Workspace(tmp_path, file)
-
-    return make
+    """`make_workspace` in the test's own folder."""
+    return partial(make_workspace, tmp_path)
 
 
 @pytest.fixture

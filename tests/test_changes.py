@@ -18,13 +18,11 @@ from builder.errors import ConfigError, ShardError
 from builder.progress import Talk
 from builder.workset import Choice
 from conftest import (
-    PIPELINE,
     STAGES,
-    STANDARD_STAGES,
     Workspace,
     builder,
     ingest_here,
-    make_shard,
+    make_workspace,
     read_tar,
     samples,
 )
@@ -68,12 +66,7 @@ def shards_of(made: Workspace) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Two shards and their hybrid shards; every test here leaves them as they should be."""
-    folder = tmp_path_factory.mktemp("written")
-    for name, start in (("00000000", 0), ("00000001", 8)):
-        make_shard(folder / "source" / f"{name}.tar", samples(8, start=start))
-    file = folder / "pipeline.toml"
-    file.write_text(PIPELINE.format(folder=folder, stages=STANDARD_STAGES, workers=1, checkpoint_rows=2048))
-    made = Workspace(folder, file)
+    made = make_workspace(tmp_path_factory.mktemp("written"))
     made.run("run")
     return made
 

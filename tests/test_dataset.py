@@ -19,7 +19,7 @@ import builder
 from builder import open_dataset
 from builder.dataset import Dataset
 from builder.errors import BuilderError, ConfigError, ShardError
-from conftest import Sample, Workspace, make_shard, picture, samples
+from conftest import Sample, Workspace, make_workspace, picture, samples
 
 Make = Callable[..., Workspace]
 Rows = list[tuple[Any, ...]]
@@ -28,14 +28,7 @@ Rows = list[tuple[Any, ...]]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Two shards that went the whole way, once for all tests here."""
-    from conftest import PIPELINE, STANDARD_STAGES
-
-    folder = tmp_path_factory.mktemp("finished")
-    for name, start in (("00000000", 0), ("00000001", 8)):
-        make_shard(folder / "source" / f"{name}.tar", samples(8, start=start))
-    file = folder / "pipeline.toml"
-    file.write_text(PIPELINE.format(folder=folder, stages=STANDARD_STAGES, workers=1, checkpoint_rows=2048))
-    made = Workspace(folder, file)
+    made = make_workspace(tmp_path_factory.mktemp("finished"))
     made.run("run")
     return made
 
