@@ -30,6 +30,8 @@ T = TypeVar("T")
 #: Rows of one read from DuckDB, and of one row group of the work set.
 _CHUNK = 20_000
 _KEYS = ("shard", "row", "uid")
+#: Stands among the names of stages for the table itself.
+_TABLE = ""
 #: How often a freeze is tried while shards are being ingested beside it.
 _ATTEMPTS = 5
 
@@ -224,7 +226,7 @@ def _write(parts: Iterator[pa.Table], path: Path, rows: dict[str, str]) -> list[
 
 
 class _Unordered(Exception):
-    """The answer of a stage's SQL is not in the order of the table."""
+    """The answer of a stage's SQL, or what a condition leaves of the table, is not in the table's order."""
 
 
 def _in_order(read: Callable[[set[str]], T]) -> T:
@@ -233,7 +235,7 @@ def _in_order(read: Callable[[set[str]], T]) -> T:
     What was read of it until then may lack rows that come later, so nothing of it is kept.
 
     Args:
-        read: is given the stages whose SQL DuckDB has to sort.
+        read: is given the stages whose answer DuckDB has to sort, `_TABLE` for the rows of the table.
     """
     sort: set[str] = set()
     while True:
@@ -251,10 +253,10 @@ def _side_by_side(
     """For every shard its name, the state of its rows, and the rows that the SQL of each work returns of it.
 
     Both are read once, in the order of the table, so that memory does not grow with it: SQL that filters keeps that
-    order.
+    order; joins, and conditions with subqueries, may not.
 
     Args:
-        sort: stages whose SQL DuckDB sorts, since it returns another order.
+        sort: what DuckDB sorts, since it comes in another order.
         whole: with the stage's inputs; else with them only where the choice asks for them.
 
     Raises:
@@ -266,7 +268,7 @@ def _side_by_side(
         _Answer(_answer(samples, work, place, sort=work.kind.name in sort, whole=whole or work.choice.stale))
         for work in works
     ]
-    for number, state in _shard_by_shard(_states(samples, works, whole=whole), place, "the table"):
+    for number, state in _shard_by_shard(_states(samples, works, sort, whole=whole), place, _TABLE):
         yield shards[number], state, [answer.of(number) for answer in answers]
     for answer in answers:
         answer.of(len(shards))  # to its end: rows that come back there count, too
@@ -303,11 +305,9 @@ def _answer(
     )
     batches = samples.stream(work.sql, work.params, around=around, rows=_CHUNK)
     for number, table in _shard_by_shard(batches, place, work.kind.name):
-        steps = np.diff(table["row"].to_numpy())
-        if (steps < 0).any():
-            raise _Unordered(work.kind.name)
-        if (steps == 0).any():
-            row = table["row"][int(np.flatnonzero(steps == 0)[0])].as_py()
+        again = np.flatnonzero(np.diff(table["row"].to_numpy()) == 0)
+        if len(again):
+            row = table["row"][int(again[0])].as_py()
             raise ConfigError(
                 f"work SQL returns row {row} of shard '{table['shard'][0].as_py()}' more than once",
                 where={"file": work.sql.origin},
@@ -322,8 +322,15 @@ def _shard_by_shard(
     """The rows of every shard that an answer names, with the shard's number; unknown shards are left out.
 
     Raises:
-        _Unordered: a shard comes back; with `name`.
+        _Unordered: a shard or a row comes back; with `name`.
     """
+
+    def whole() -> tuple[int, pa.Table]:
+        table = pa.concat_tables(waiting)
+        if (np.diff(table["row"].to_numpy()) < 0).any():
+            raise _Unordered(name)
+        return current, table
+
     current = -1
     waiting: list[pa.Table] = []
     for batch in batches:
@@ -334,21 +341,21 @@ def _shard_by_shard(
             if number < current:
                 raise _Unordered(name)
             if number > current and waiting:
-                yield current, pa.concat_tables(waiting)
+                yield whole()
                 waiting = []
             if shard in place:
                 current = number
                 waiting.append(pa.Table.from_batches([batch.slice(start, end - start)]))
             start = end
     if waiting:
-        yield current, pa.concat_tables(waiting)
+        yield whole()
 
 
 #: States of a row in a stage, as `_states` counts them: no answer, an answer, failed, failed with the class to retry.
 _OK, _FAILED, _RETRIED = 1, 2, 3
 
 
-def _states(samples: Samples, works: Sequence[Work], *, whole: bool) -> Iterator[pa.RecordBatch]:
+def _states(samples: Samples, works: Sequence[Work], sort: set[str], *, whole: bool) -> Iterator[pa.RecordBatch]:
     """Of every row whose source is fine: shard, row, and its state in each stage; what a freeze needs besides."""
     choice = works[0].choice
     parts = ["s.shard", "s.row"]
@@ -367,7 +374,8 @@ def _states(samples: Samples, works: Sequence[Work], *, whole: bool) -> Iterator
         if whole or choice.stale:
             parts += [f"s.{name}_inputs as {name}_previous", *_bytes_of(work.kind)]
     narrowed = _where(choice.where or "true")
-    around = f"select {', '.join(parts)} from {{}} s where s.source_status = 'ok'"
+    order = " order by s.shard, s.row" if _TABLE in sort else ""
+    around = f"select {', '.join(parts)} from {{}} s where s.source_status = 'ok'{order}"
     return samples.stream(narrowed, around=around, rows=_CHUNK)
 
 
@@ -441,8 +449,9 @@ def _where(condition: str) -> Sql:
 
 def _check_columns(samples: Samples, work: Work) -> None:
     """Refuses SQL that does not return exactly what the stage needs, and a condition that is none."""
-    if work.choice.where:
-        samples.select(_where(work.choice.where))
+    if condition := work.choice.where:
+        samples.select(Sql(f"select (\n{condition}\n) from samples", "--where"))  # nothing that leaves its brackets
+        samples.select(_where(condition))
     returned = samples.select(work.sql, work.params).columns
     wanted = [*_KEYS, *(field.name for field in work.kind.inputs)]
     place = {"file": work.sql.origin, "returned": ", ".join(returned)}

@@ -7,6 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from builder.layout import Layout, RunFiles
 from builder.sources.shards import Reading
 from builder.table import SourceShard
 from builder.workset import Choice, Counts, Slice, Work, cut
-from conftest import Workspace, ingest_here, make_shard, samples
+from conftest import Workspace, ingest_here, make_shard, make_workspace, samples
 from planned import SQL, do, plan, rows_of, section, work_of
 from stages import Base, Fails, Note, Options
 
@@ -371,6 +372,40 @@ def test_sql_in_any_order_loses_no_row(layout: Layout, order: str) -> None:
     assert frozen(layout, sql=sql) == ALL
     assert frozen(layout, Choice(redo=True), sql) == ALL
     assert count_of(layout, work_of(layout, Note(Options()), sql=sql)) == Counts(16, 16, 0, 0, 0, 2)
+
+
+@pytest.fixture(scope="module", params=[(1, 5000), (24, 4)], ids=["one shard", "24 shards"])
+def many(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Layout, int]:
+    """A table that DuckDB reads in pieces, and how many rows it has."""
+    shards, rows = request.param
+    [one] = samples(1)
+    made = make_workspace(
+        tmp_path_factory.mktemp("many"),
+        {f"{i:08d}": [replace(one, key=f"{i:04d}{row:06d}") for row in range(rows)] for i in range(shards)},
+    )
+    ingest_here(made.load())
+    return made.load().layout, shards * rows
+
+
+@pytest.mark.parametrize(
+    ("where", "share"),
+    [
+        ("uid in (select uid from samples where row % 2 = 0)", 2),
+        ("uid in (select s.uid from samples s, range(30))", 1),
+        ("exists (select 1 from samples t, range(40) where t.uid = samples.uid and t.row % 4 = 0)", 4),
+        ("uid in (select uid from samples where row < 3 union all from (select uid from samples union all"
+         " select uid from samples))", 1),
+    ],
+)  # fmt: skip
+def test_a_condition_with_a_subquery_loses_no_row(many: tuple[Layout, int], where: str, share: int) -> None:
+    layout, count = many
+    for choice in (Choice(where=where), Choice(where=where, redo=True)):
+        assert count_of(layout, work_of(layout, Note(Options()), choice)).todo == count // share
+        assert len(frozen(layout, choice)) == count // share
+
+
+def test_a_condition_stays_in_its_brackets(layout: Layout) -> None:
+    assert refusal(layout, SQL, Choice(where="true) order by (-row")).startswith("DuckDB refuses the SQL: Parser Error")
 
 
 def test_a_row_that_comes_back_later_is_a_double_too(layout: Layout) -> None:
