@@ -43,6 +43,7 @@ _IN_WORDS = {
     errno.EIO: ("the disk has an input/output error", "see dmesg for the disk, or ask whoever keeps the file server"),
     errno.EMFILE: ("this process has too many files open", "raise its limit: ulimit -n 4096"),
     errno.ENFILE: ("this machine has too many files open", "end other programs, or raise it: sysctl fs.file-max"),
+    errno.EAGAIN: ("the system gives this process no more threads", "end other programs, or raise it: ulimit -u"),
     errno.EFBIG: ("a file is larger than this process may write", "raise its limit: ulimit -f unlimited"),
     errno.EACCES: ("permission denied", "chmod or chown it, or set dataset.root to a folder of your own"),
     errno.EPERM: ("operation not permitted", "chown it, or set dataset.root to a folder of your own"),

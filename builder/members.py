@@ -52,19 +52,14 @@ def opened(layout: Layout, shard: str, source: table.SourceShard) -> Iterator[in
             f"the source shard cannot be read: {error.strerror}", where={"file": source.path}, fix=AGAIN
         ) from error
     try:
-        check(descriptor, layout, shard, source)
+        stat = os.fstat(descriptor)
+        if stat.st_size != source.size:
+            raise _changed(source, bytes=f"expected {source.size}, found {stat.st_size}")
+        if stat.st_mtime_ns != source.mtime_ns:
+            _check_heads(descriptor, layout, shard, source)
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def check(descriptor: int, layout: Layout, shard: str, source: table.SourceShard) -> None:
-    """Raises ShardError if an open source shard is not what was ingested."""
-    stat = os.fstat(descriptor)
-    if stat.st_size != source.size:
-        raise _changed(source, bytes=f"expected {source.size}, found {stat.st_size}")
-    if stat.st_mtime_ns != source.mtime_ns:
-        _check_heads(descriptor, layout, shard, source)
 
 
 def _changed(source: table.SourceShard, **place: object) -> ShardError:

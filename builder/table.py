@@ -477,6 +477,10 @@ def footer_values(file: BinaryIO, keys: Sequence[bytes]) -> dict[bytes, bytes] |
         return values
     try:
         return dict(pq.read_metadata(file).metadata or {})
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        return None  # pyarrow's word on a footer that it cannot parse
     except pa.ArrowInvalid:
         return None
 
@@ -502,14 +506,15 @@ def _footer_value(footer: bytes, key: bytes) -> bytes | None:
 
 
 def _state(metadata: dict[bytes, bytes]) -> State | None:
-    if not {_FOLDED, _SCHEMA, _ROWS, _SOURCE} <= set(metadata):
+    try:
+        return State(
+            generations=dict(json.loads(metadata[_FOLDED])),
+            schema_generation=int(metadata[_SCHEMA]),
+            rows=metadata[_ROWS].decode(),
+            source=SourceShard(**json.loads(metadata[_SOURCE])),
+        )
+    except (KeyError, ValueError, TypeError):  # damaged, or no partition
         return None
-    return State(
-        generations=json.loads(metadata[_FOLDED]),
-        schema_generation=int(metadata[_SCHEMA]),
-        rows=metadata[_ROWS].decode(),
-        source=SourceShard(**json.loads(metadata[_SOURCE])),
-    )
 
 
 def is_behind(layout: Layout, shard: str) -> bool:

@@ -11,6 +11,7 @@ import decimal
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +26,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from builder import files, query, table, tar
-from builder.assembly import Assembly
+from builder.assembly import Assembly, Part, length
 from builder.edits import EditsReader
 from builder.errors import BuilderError, ConfigError, ShardError, where
 from builder.layout import Layout, RunFiles
-from builder.members import by_extension, check, opened
+from builder.members import by_extension, opened
 from builder.query import Samples, Sql
 from builder.schema import IMAGE_EXTENSIONS, Column
 from builder.stage import pointers_of
@@ -56,6 +57,8 @@ _EMPTIED = ("url", "exif")
 _ADDED = 4096
 #: Bytes that are read at a time around an edited sample's headers: its json and txt lie next to each other.
 _NEAR = 8192
+#: Members of edited samples with more bytes are copied from the source and not read whole.
+_LARGE = 1 << 20
 _DIGEST = b"builder.digest"
 _INFO = b"builder.output"
 
@@ -401,9 +404,13 @@ def read_description(manifest: Path) -> tuple[str, dict[str, Any]]:
     """
     with manifest.open("rb") as file:
         metadata = table.footer_values(file, (_DIGEST, _INFO))
-    if metadata is None or not {_DIGEST, _INFO} <= metadata.keys():
-        raise pa.ArrowInvalid("it says nothing of a hybrid shard")
-    return metadata[_DIGEST].decode(), dict(json.loads(metadata[_INFO]))
+    try:
+        info = json.loads((metadata or {})[_INFO])
+        if not {"source", "size"} <= info.keys():
+            raise ValueError
+        return (metadata or {})[_DIGEST].decode(), info
+    except (KeyError, ValueError, AttributeError) as error:
+        raise pa.ArrowInvalid("it says nothing of a hybrid shard") from error
 
 
 def sizes_of(layout: Layout, plan: ShardPlan) -> tuple[int, int]:
@@ -475,12 +482,25 @@ def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Table, Path]:
         check_apart(layout, [Path(plan.source.path)])
         splicer = _Splicer(source, edits, plan, places)
 
+        before = _identity(source)
+
         def write(path: Path) -> None:
             splicer.write(path)
-            check(source, layout, plan.shard, plan.source)  # a mapping shows zeros where a file was cut meanwhile
+            if _identity(source) != before:
+                raise ShardError(
+                    "the source shard changed while it was copied",
+                    where={"file": plan.source.path},
+                    fix="run the same command again; if it stays so, ingest it as it is now: builder ingest",
+                )
 
         temp = files.write_temp(layout.hybrid(plan.shard), write)
         return splicer.written, splicer.manifest, temp
+
+
+def _identity(descriptor: int) -> tuple[int, int, int]:
+    """What differs once a file was written to: its time of change, unlike that of modification, cannot be put back."""
+    stat = os.fstat(descriptor)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def write_sizes(layout: Layout) -> None:
@@ -546,7 +566,7 @@ class _Prepared:
     """
 
     edit: Edit
-    parts: list[bytes]
+    parts: list[Part]
     ranges: list[tuple[int, int]]
     members: list[tuple[str, str]]
 
@@ -571,58 +591,76 @@ class _Splicer:
             at = 0
             for row in sorted(self._plan.edits):
                 prepared = self._prepare(self._plan.edits[row])
-                made.copy(at, prepared.ranges[0][0])
+                self._copy(made, at, prepared.ranges[0][0])
                 made.add(prepared.parts)
                 at = prepared.ranges[0][1]
                 for start, stop in prepared.ranges[1:]:
-                    made.copy(at, start)  # members between that belong to no sample
+                    self._copy(made, at, start)  # members between that belong to no sample
                     at = stop
                 self.written.dropped += prepared.edit.dropped
                 self.written.edited += not prepared.edit.dropped
                 self._made += [(prepared.edit.row, *member) for member in prepared.members]
             self._finish(made, at)
             self.manifest = self._manifest()  # while the last parts are still being written
-        self.written.size, self.written.copied = made.size, made.copied
+        self.written.size = made.size
 
     def _prepare(self, edit: Edit) -> _Prepared:
         members = self._members.of(edit.row)
-        parts: list[bytes] = []
+        parts: list[Part] = []
         made: list[tuple[str, str]] = []
         if not edit.dropped:
             key = self._members.keys[edit.row]
             old = self._read(edit, members)
             for extension, place, body, digest in self._bodies(edit, members, old):
                 name = f"{key}.{extension}"
-                head = tar.remake_record_head(old[place["header"]][0], name, len(body))
-                parts += (head, body, bytes(tar.padding(len(body))))
-                made.append((name, digest or hashlib.sha256(body).hexdigest()))
+                size = length(body)
+                head = tar.remake_record_head(old[place["header"]][0], name, size)
+                parts += (head, body, bytes(tar.padding(size)))
+                made.append((name, digest or self._sha256(body)))
         ranges = sorted(
             (place["header"], place["data"] + place["size"] + tar.padding(place["size"])) for place in members
         )
         return _Prepared(edit, parts, ranges, made)
 
+    def _copy(self, made: Assembly, start: int, end: int) -> None:
+        """Copies what belongs to no edited sample."""
+        made.copy(start, end)
+        self.written.copied += max(end - start, 0)
+
     def _finish(self, made: Assembly, at: int) -> None:
         """What follows the last edited sample: nothing edited copies the source's end, else the end is made anew."""
         if not self._plan.edits:
-            made.copy(at, self._plan.source.size)
+            self._copy(made, at, self._plan.source.size)
             return
         # Behind the last sample only a few members or zeros are left to walk.
-        made.copy(at, tar.end_of_records(self._source, self._members.end, self._plan.source.size))
+        self._copy(made, at, tar.end_of_records(self._source, self._members.end, self._plan.source.size))
         made.add([tar.end_of_archive(made.size)])
 
-    def _read(self, edit: Edit, members: list[dict[str, Any]]) -> dict[int, tuple[bytes, bytes]]:
-        """Header and content of the members of an edited sample by offset of the header; no content of an image that is
-        replaced."""
-        old: dict[int, tuple[bytes, bytes]] = {}
+    def _read(self, edit: Edit, members: list[dict[str, Any]]) -> dict[int, tuple[bytes, Part]]:
+        """Header and content of the members of an edited sample by offset of the header: of a large one its range, and
+        nothing of an image that is replaced."""
+        old: dict[int, tuple[bytes, Part]] = {}
         for place in sorted(members, key=itemgetter("header")):
-            head = self._near(place["header"], place["data"] - place["header"])
-            is_replaced = edit.image is not None and place["ext"].lower() in IMAGE_EXTENSIONS
-            old[place["header"]] = head, b"" if is_replaced else self._near(place["data"], place["size"])
+            start, size, extension = place["data"], place["size"], place["ext"].lower()
+            head = self._near(place["header"], start - place["header"])
+            content: Part = b""
+            if edit.image is None or extension not in IMAGE_EXTENSIONS:
+                is_large = size > _LARGE and extension not in ("json", "txt")
+                content = (start, start + size) if is_large else self._near(start, size)
+            old[place["header"]] = head, content
         return old
 
+    def _sha256(self, body: Part) -> str:
+        if isinstance(body, bytes):
+            return hashlib.sha256(body).hexdigest()
+        digest = hashlib.sha256()
+        for start in range(*body, _LARGE):
+            digest.update(files.read_at(self._source, start, min(_LARGE, body[1] - start)))
+        return digest.hexdigest()
+
     def _bodies(
-        self, edit: Edit, members: list[dict[str, Any]], old: dict[int, tuple[bytes, bytes]]
-    ) -> list[tuple[str, dict[str, Any], bytes, str]]:
+        self, edit: Edit, members: list[dict[str, Any]], old: dict[int, tuple[bytes, Part]]
+    ) -> list[tuple[str, dict[str, Any], Part, str]]:
         """Of each member of an edited sample: extension, the member whose place it takes, content, and its sha256 where
         it is known; in the source's order, json and txt added where missing."""
         places = by_extension(members)
@@ -630,8 +668,10 @@ class _Splicer:
         json_place, txt_place = places.get("json"), places.get("txt")
         assert image is not None
         picture, digest = self._picture(edit)
-        text = edited_json(None if json_place is None else old[json_place["header"]][1], edit)
-        bodies: list[tuple[str, dict[str, Any], bytes, str]] = []
+        raw = None if json_place is None else old[json_place["header"]][1]
+        assert not isinstance(raw, tuple)
+        text = edited_json(raw, edit)
+        bodies: list[tuple[str, dict[str, Any], Part, str]] = []
         for place in members:
             extension = place["ext"].lower()
             if place is image:

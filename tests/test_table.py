@@ -365,6 +365,21 @@ def test_a_partition_that_another_tool_wrote_is_folded_anew(root: Root) -> None:
     assert root.read("one_word") == ["r1", None, None, None]
 
 
+def test_a_partition_with_any_damaged_byte_in_its_footer_is_read_or_folded_anew(root: Root) -> None:
+    path = root.layout.partition(SHARD)
+    whole = path.read_bytes()
+    state = table.partition_state(root.layout, SHARD)
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    answers = set()
+    for at in range(len(whole) - footer, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        found = table.partition_state(root.layout, SHARD)
+        answers.add("none" if found is None else "same" if found == state else "other")
+    assert {"none", "same"} <= answers
+    path.write_bytes(whole[:-footer])
+    assert table.partition_state(root.layout, SHARD) is None
+
+
 def test_times_of_modification_prove_nothing(root: Root) -> None:
     root.commit("one", [0], "r1")
     os.utime(root.layout.partition(SHARD), (2e9, 2e9))

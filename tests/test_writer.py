@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
 import re
 import tarfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -273,32 +276,74 @@ def test_a_source_that_vanished_is_refused_and_the_others_are_written(workspace:
     assert not (made.root / "shards/00000000.tar").exists()
 
 
+@pytest.mark.parametrize("is_put_back", [False, True])
 def test_a_source_cut_while_it_is_copied_is_refused(
-    workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+    workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch, is_put_back: bool
 ) -> None:
     made = workspace()
     made.run("run")
     before = (made.root / "shards/00000000.tar").read_bytes()
     [first, _] = list(pipelines.write_plans(made.load(), ["00000000", "00000001"]))
     source = made.folder / "source/00000000.tar"
-    size, real = source.stat().st_size, os.writev
+    content, times, real = source.read_bytes(), source.stat(), os.writev
 
     def writev(target: int, parts: list[bytes]) -> int:
-        os.truncate(source, size - 100)  # in its last page, whose rest the kernel then shows as zeros
-        return real(target, parts)
+        os.truncate(source, len(content) - 100)  # in its last page, whose rest the kernel then shows as zeros
+        done = real(target, parts)
+        if is_put_back:
+            with source.open("r+b") as file:
+                file.write(content)
+            os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return done
 
     monkeypatch.setattr(os, "writev", writev)
     with pytest.raises(writer.ShardError) as caught:
         writer.write_shard(made.load().layout, first)
     assert str(caught.value) == (
-        "the source shard changed since it was ingested\n"
+        "the source shard changed while it was copied\n"
         "  shard: 00000000\n"
         f"  file: {source}\n"
-        f"  bytes: expected {size}, found {size - 100}\n"
-        "  fix: put it back, or ingest it as it is now: builder ingest"
+        "  fix: run the same command again; if it stays so, ingest it as it is now: builder ingest"
     )
     assert (made.root / "shards/00000000.tar").read_bytes() == before
     assert [path.name for path in (made.root / "shards").iterdir() if path.name.startswith(".")] == []
+
+
+def test_large_members_of_an_edited_sample_are_copied(workspace: Callable[..., Workspace], tmp_path: Path) -> None:
+    large = random.Random(3).randbytes(3_000_001)
+    content = [
+        ("0.jpg", picture(0)), ("0.npy", large), ("0.json", b'{"caption": "old"}'), ("0.txt", b"old"),
+        ("1.jpg", picture(1)), ("1.json", b"{}"), ("1.txt", b"other"),
+    ]  # fmt: skip
+    made = workspace({})
+    (tmp_path / "source").mkdir()
+    write_tar(tmp_path / "source/a.tar", content)
+    made.run("ingest")
+    sql = tmp_path / "write.sql"
+    sql.write_text("select shard, row, uid, 'new' as caption from samples where row = 0")
+    made.run("write", "--set", f"write.select={sql}")
+    made.run("verify", "--set", f"write.select={sql}")
+    hybrid = read_tar(made.root / "shards/a.tar")
+    assert list(hybrid) == [name for name, _ in content]
+    assert hybrid["0.npy"] == large and hybrid["0.txt"] == b"new" and hybrid["1.txt"] == b"other"
+    manifest = pq.read_table(made.root / "shards/manifest/a.parquet").to_pylist()
+    assert [row["sha256"] for row in manifest if row["member"] == "0.npy"] == [hashlib.sha256(large).hexdigest()]
+
+
+@pytest.mark.parametrize("value", [b"source", b"builder.output", b"builder.digest"])
+def test_a_damaged_manifest_is_written_again(workspace: Callable[..., Workspace], value: bytes) -> None:
+    made = workspace()
+    made.run("run")
+    manifest = made.load().layout.manifest("00000000")
+    raw = bytearray(manifest.read_bytes())
+    for shift in range(-2, len(value) + 4):
+        damaged = bytearray(raw)
+        damaged[raw.rfind(value) + shift] ^= 0xFF
+        manifest.write_bytes(damaged)
+        [first, *_] = list(pipelines.write_plans(made.load(), ["00000000"]))
+        assert not writer.is_written(made.load().layout, first), shift
+    assert "1 shards" in made.run("write").stderr
+    made.run("verify")
 
 
 def test_png_replaced_by_jpg_with_a_long_name(workspace: Callable[..., Workspace]) -> None:
