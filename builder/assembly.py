@@ -118,8 +118,7 @@ class Assembly:
             left = max(left - size, 0)
 
     def _written_at_once(self, parts: list[Part]) -> int:
-        """Bytes that one call wrote: fewer of parts that are many or far apart, on a full disk, of a lost source."""
-        parts = parts[:_MAX_PARTS]
+        """Bytes that one call wrote: fewer of parts that are far apart, on a full disk, and of a lost source."""
         try:
             window = _Window(self._source, [part for part in parts if isinstance(part, tuple)])
         except (OSError, ValueError):  # of mmap: the file ends before

@@ -135,6 +135,8 @@ def test_ranges_in_any_order(source: Path) -> None:
     parts = [(start, start + 900) for start in range(0, 290_000, 1000)]
     chance.shuffle(parts)
     assert assembled(source, parts) == expected(parts)
+    back = [(0, 900), (8000, 8900), (1000, 1900), (1900, 2000)]
+    assert assembled(source, back) == expected(back)
 
 
 def test_what_lies_between_ranges_far_apart_is_not_read(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
