@@ -19,6 +19,7 @@ from typing import cast
 
 import numpy as np
 
+from builder import files
 from builder.errors import ShardError
 from builder.progress import plain
 
@@ -794,6 +795,25 @@ def end_of_archive(length: int) -> bytes:
 
 
 def end_of_records(descriptor: int, start: int, size: int) -> int:
-    """First byte after the last record of a file of `size` bytes, walking from the end of any record."""
-    with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as view:
-        return _walk(view, start).end
+    """First byte after the last record of a file of `size` bytes, walking from the end of any record.
+
+    Raises:
+        ShardError: no records follow, or the file ends before `size`.
+    """
+    return _walk(cast(mmap.mmap, _File(descriptor, size)), start).end
+
+
+class _File:
+    """An open file as its mapping, of which a file that is cut meanwhile would make a crash."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor, self._size = descriptor, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: slice | int) -> bytes | int:
+        if isinstance(place, int):
+            return files.read_at(self._descriptor, place, 1)[0]
+        start, stop, _ = place.indices(self._size)
+        return files.read_at(self._descriptor, start, max(stop - start, 0))

@@ -748,3 +748,10 @@ def test_end_of_records(tmp_path: Path, after: str, end: bytes) -> None:
     path = written(tmp_path / "a.tar", first, rest, end)
     with path.open("rb") as file:
         assert tar.end_of_records(file.fileno(), len(first), path.stat().st_size) == len(first) + len(rest)
+
+
+def test_end_of_records_of_a_file_that_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(4096))
+    with path.open("rb") as file, pytest.raises(ShardError, match="the file ends at byte 4096, inside a range"):
+        tar.end_of_records(file.fileno(), 2048, 20_000)
