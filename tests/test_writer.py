@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builder import files, writer
 from builder import pipeline as pipelines
-from builder import writer
 from builder.errors import ConfigError
 from builder.progress import Talk
 from builder.writer import Edit, edited_json
@@ -309,7 +309,9 @@ def test_a_source_cut_while_it_is_copied_is_refused(
     assert [path.name for path in (made.root / "shards").iterdir() if path.name.startswith(".")] == []
 
 
-def test_large_members_of_an_edited_sample_are_copied(workspace: Callable[..., Workspace], tmp_path: Path) -> None:
+def test_large_members_of_an_edited_sample_are_copied(
+    workspace: Callable[..., Workspace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     large = random.Random(3).randbytes(3_000_001)
     content = [
         ("0.jpg", picture(0)), ("0.npy", large), ("0.json", b'{"caption": "old"}'), ("0.txt", b"old"),
@@ -328,6 +330,19 @@ def test_large_members_of_an_edited_sample_are_copied(workspace: Callable[..., W
     assert hybrid["0.npy"] == large and hybrid["0.txt"] == b"new" and hybrid["1.txt"] == b"other"
     manifest = pq.read_table(made.root / "shards/manifest/a.parquet").to_pylist()
     assert [row["sha256"] for row in manifest if row["member"] == "0.npy"] == [hashlib.sha256(large).hexdigest()]
+
+    sizes: list[int] = []
+    real = files.read_at
+
+    def read_at(descriptor: int, offset: int, size: int) -> bytes:
+        sizes.append(size)
+        return real(descriptor, offset, size)
+
+    monkeypatch.setattr(files, "read_at", read_at)
+    pipeline = made.load(f"write.select={sql}")
+    [plan] = pipelines.write_plans(pipeline, ["a"])
+    writer.write_shard(pipeline.layout, plan)
+    assert sum(sizes) > len(large) and max(sizes) <= 1 << 20  # read for its hash, a piece at a time
 
 
 @pytest.mark.parametrize("value", [b"source", b"builder.output", b"builder.digest"])
