@@ -123,3 +123,25 @@ def test_a_picture_beyond_the_limit_is_not_decoded(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pictures, "MAX_PIXELS", 64 * 48 - 1)
     assert told(encoded()) == "the picture has 64 x 48 pixels, the limit is 3071"
     assert fast == []
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
+@pytest.mark.parametrize("size", [(64, 48), (1000, 3), (3, 1000), (1, 1)])
+def test_pictures_are_converted_a_few_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, mode: str, size: tuple[int, int]
+) -> None:
+    data = encoded(size, mode, "TIFF" if mode == "CMYK" else "PNG")
+    with Image.open(io.BytesIO(data)) as image:
+        whole = np.asarray(image.convert("RGB"))
+    rows: list[int] = []
+    real = Image.Image.convert
+
+    def convert(image: Image.Image, *args: Any, **options: Any) -> Image.Image:
+        rows.append(image.height)
+        return real(image, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    monkeypatch.setattr(pictures, "_CONVERTED", 320)
+    found = decode(data)
+    assert found.dtype == np.uint8 and same(found, whole)
+    assert max(rows) == min(max(320 // size[0], 1), size[1])

@@ -16,6 +16,9 @@ Pixels = npt.NDArray[np.uint8]
 #: Pictures with more pixels are refused before they are decoded: a decompression bomb of a few KB fills the memory.
 MAX_PIXELS = 100_000_000
 
+#: Pixels that are converted to RGB at a time.
+_CONVERTED = 4_000_000
+
 #: simplejpeg comes with the extra `faces`; without it Pillow decodes everything.
 _HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
 
@@ -47,13 +50,24 @@ def decode(data: bytes) -> Pixels:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"the picture has {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
             fast = _jpeg(data, image)
-            return np.asarray(image.convert("RGB")) if fast is None else fast
+            return _rgb(image) if fast is None else fast
     except (ValueError, MemoryError):
         raise
     except UnidentifiedImageError:  # its own text holds an address in memory, which differs in every run
         raise ValueError("the picture does not decode: no image format begins so") from None
     except Exception as error:  # each of Pillow's decoders has its own: RuntimeError, SyntaxError, struct.error ...
         raise ValueError(f"the picture does not decode: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Pixels:
+    """The pixels of a picture, converted some rows at a time: at once the largest ones take twice the memory."""
+    image.load()
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(_CONVERTED // image.width, 1)
+    for top in range(0, image.height, rows):
+        part = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = np.asarray(part.convert("RGB"))
+    return pixels
 
 
 def _jpeg(data: bytes, image: Image.Image) -> Pixels | None:
