@@ -50,7 +50,12 @@ class Assembly:
 
     def __init__(self, source: int, target: int) -> None:
         # Of its own: a thread that outlives an interrupted wait must not write where another file has the number.
-        self._source, self._target = os.dup(source), os.dup(target)
+        self._source = os.dup(source)
+        try:
+            self._target = os.dup(target)
+        except OSError:
+            os.close(self._source)
+            raise
         self._parts: list[Part] = []
         self._waiting = 0  # bytes of these
         self._first: int | None = None  # where the first range among them begins

@@ -57,6 +57,8 @@ def opened(layout: Layout, shard: str, source: table.SourceShard) -> Iterator[in
             raise _changed(source, bytes=f"expected {source.size}, found {stat.st_size}")
         if stat.st_mtime_ns != source.mtime_ns:
             _check_heads(descriptor, layout, shard, source)
+            if os.fstat(descriptor).st_mtime_ns != stat.st_mtime_ns:
+                raise _changed(source, time="it is being written to")
         yield descriptor
     finally:
         os.close(descriptor)

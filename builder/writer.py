@@ -30,7 +30,7 @@ from builder.assembly import Assembly, Part, length
 from builder.edits import EditsReader
 from builder.errors import BuilderError, ConfigError, ShardError, where
 from builder.layout import Layout, RunFiles
-from builder.members import by_extension, opened
+from builder.members import AGAIN, by_extension, opened
 from builder.query import Samples, Sql
 from builder.schema import IMAGE_EXTENSIONS, Column
 from builder.stage import pointers_of
@@ -59,6 +59,8 @@ _ADDED = 4096
 _NEAR = 8192
 #: Members of edited samples with more bytes are copied from the source and not read whole.
 _LARGE = 1 << 20
+#: Times that a shard is written whose source's time of change, and nothing else, changes meanwhile.
+_TRIES = 3
 _DIGEST = b"builder.digest"
 _INFO = b"builder.output"
 
@@ -476,25 +478,32 @@ def write_shard(layout: Layout, plan: ShardPlan) -> Written:
 def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Table, Path]:
     """Makes a hybrid shard under a temp name, durably; returns what it holds, its manifest and that name."""
     with opened(layout, plan.shard, plan.source) as source, EditsReader(layout.root) as edits:
-        places, state = table.read_partition(layout, plan.shard, ["key", "source_members", "source_status"])
+        before = _identity(source)
+        places, state = table.read_partition(layout, plan.shard, ["key", "source_members"])
         if state.source != plan.source:
             raise ShardError("the shard was ingested again while it was written", fix="run the same command again")
         check_apart(layout, [Path(plan.source.path)])
-        splicer = _Splicer(source, edits, plan, places)
-
-        before = _identity(source)
+        made: list[_Splicer] = []
 
         def write(path: Path) -> None:
-            splicer.write(path)
-            if _identity(source) != before:
-                raise ShardError(
-                    "the source shard changed while it was copied",
-                    where={"file": plan.source.path},
-                    fix="run the same command again; if it stays so, ingest it as it is now: builder ingest",
-                )
+            was = before
+            for _ in range(_TRIES):
+                made.append(_Splicer(source, edits, plan, places))
+                made[-1].write(path)
+                now = _identity(source)
+                if now == was:
+                    return
+                if now[:2] != was[:2]:
+                    break
+                was = now  # a link or a mode may be all that changed
+            raise ShardError(
+                "the source shard changed while it was copied",
+                where={"file": plan.source.path},
+                fix="run the same command again; if it stays so, ingest it as it is now: builder ingest",
+            )
 
         temp = files.write_temp(layout.hybrid(plan.shard), write)
-        return splicer.written, splicer.manifest, temp
+        return made[-1].written, made[-1].manifest, temp
 
 
 def _identity(descriptor: int) -> tuple[int, int, int]:
@@ -670,7 +679,12 @@ class _Splicer:
         picture, digest = self._picture(edit)
         raw = None if json_place is None else old[json_place["header"]][1]
         assert not isinstance(raw, tuple)
-        text = edited_json(raw, edit)
+        try:
+            text = edited_json(raw, edit)
+        except ValueError as error:
+            raise ShardError(
+                f"the json of an edited sample is not what was ingested: {error}", where={"row": edit.row}, fix=AGAIN
+            ) from error
         bodies: list[tuple[str, dict[str, Any], Part, str]] = []
         for place in members:
             extension = place["ext"].lower()

@@ -177,6 +177,22 @@ def test_an_error_of_the_target_is_not_lost(source: Path, monkeypatch: pytest.Mo
     assert told.value.errno == error
 
 
+def test_no_descriptor_to_be_had(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, given = os.dup, []
+
+    def dup(descriptor: int) -> int:
+        if given:
+            raise OSError(errno.EMFILE, "Too many open files")
+        given.append(real(descriptor))
+        return given[0]
+
+    monkeypatch.setattr(os, "dup", dup)
+    with pytest.raises(OSError, match="Too many open files"):
+        assembled(source, [(0, 5000)])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(given[0])
+
+
 def test_no_thread_to_be_had(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

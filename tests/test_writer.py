@@ -10,6 +10,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -307,6 +308,63 @@ def test_a_source_cut_while_it_is_copied_is_refused(
     )
     assert (made.root / "shards/00000000.tar").read_bytes() == before
     assert [path.name for path in (made.root / "shards").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_source_that_is_linked_meanwhile_is_copied_again(
+    workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = workspace()
+    made.run("run")
+    before = (made.root / "shards/00000000.tar").read_bytes()
+    [first, _] = list(pipelines.write_plans(made.load(), ["00000000", "00000001"]))
+    source, real = made.folder / "source/00000000.tar", os.writev
+
+    def writev(target: int, parts: list[bytes]) -> int:
+        if not (made.folder / "backup.tar").exists():
+            os.link(source, made.folder / "backup.tar")
+        return real(target, parts)
+
+    monkeypatch.setattr(os, "writev", writev)
+    assert writer.write_shard(made.load().layout, first).edited == len(first.edits)
+    assert (made.root / "shards/00000000.tar").read_bytes() == before
+
+
+def test_a_source_that_changes_while_its_partition_is_read_is_refused(
+    workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = workspace()
+    made.run("run")
+    [first, _] = list(pipelines.write_plans(made.load(), ["00000000", "00000001"]))
+    source, real = made.folder / "source/00000000.tar", writer.table.read_partition
+
+    def read(*arguments: Any) -> Any:
+        with source.open("r+b") as file:
+            file.write(bytes(512))
+        return real(*arguments)
+
+    monkeypatch.setattr(writer.table, "read_partition", read)
+    with pytest.raises(writer.ShardError, match="the source shard changed while it was copied"):
+        writer.write_shard(made.load().layout, first)
+
+
+def test_json_that_is_not_what_was_ingested_is_refused_with_its_row(workspace: Callable[..., Workspace]) -> None:
+    made = workspace()
+    made.run("ingest")
+    source = made.folder / "source/00000000.tar"
+    times, content = source.stat(), source.read_bytes()
+    source.write_bytes(content.replace(b"{", b"!"))
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    sql = made.folder / "write.sql"
+    sql.write_text("select shard, row, uid, 'new' as caption from samples where row = 3")
+    [first, _] = list(pipelines.write_plans(made.load(f"write.select={sql}"), ["00000000", "00000001"]))
+    with pytest.raises(writer.ShardError) as caught:
+        writer.write_shard(made.load().layout, first)
+    assert str(caught.value) == (
+        "the json of an edited sample is not what was ingested: Expecting value: line 1 column 1 (char 0)\n"
+        "  shard: 00000000\n"
+        "  row: 3\n"
+        "  fix: put it back, or ingest it as it is now: builder ingest"
+    )
 
 
 def test_large_members_of_an_edited_sample_are_copied(
