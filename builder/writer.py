@@ -681,7 +681,7 @@ class _Splicer:
         assert not isinstance(raw, tuple)
         try:
             text = edited_json(raw, edit)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # the second of json, the first of json that is no object
             raise ShardError(
                 f"the json of an edited sample is not what was ingested: {error}", where={"row": edit.row}, fix=AGAIN
             ) from error

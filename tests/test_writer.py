@@ -30,6 +30,12 @@ MADE = {
 }  # fmt: skip
 
 
+def plan_of(made: Workspace, *sets: str) -> writer.ShardPlan:
+    """What is planned for the first hybrid shard."""
+    [plan] = pipelines.write_plans(made.load(*sets), ["00000000"])
+    return plan
+
+
 def test_edited_json_of_a_new_image_is_this_text() -> None:
     old = {
         "uid": "ab", "face_bboxes": [[0, 0, 1, 1]], "caption": "ein Mann", "url": "https://example.org/ä.jpg",
@@ -264,7 +270,7 @@ def test_a_source_that_vanished_is_refused_and_the_others_are_written(workspace:
     made.run("ingest")
     plan = pipelines.plan_write(made.load())
     assert [part.shard for part in plan.todo] == ["00000000", "00000001"]
-    [first, _] = list(pipelines.write_plans(made.load(), ["00000000", "00000001"]))
+    first = plan_of(made)
     (made.folder / "source/00000000.tar").unlink()
     with pytest.raises(writer.ShardError) as caught:
         writer.write_shard(made.load().layout, first)
@@ -284,7 +290,7 @@ def test_a_source_cut_while_it_is_copied_is_refused(
     made = workspace()
     made.run("run")
     before = (made.root / "shards/00000000.tar").read_bytes()
-    [first, _] = list(pipelines.write_plans(made.load(), ["00000000", "00000001"]))
+    first = plan_of(made)
     source = made.folder / "source/00000000.tar"
     content, times, real = source.read_bytes(), source.stat(), os.writev
 
@@ -316,7 +322,7 @@ def test_a_source_that_is_linked_meanwhile_is_copied_again(
     made = workspace()
     made.run("run")
     before = (made.root / "shards/00000000.tar").read_bytes()
-    [first, _] = list(pipelines.write_plans(made.load(), ["00000000", "00000001"]))
+    first = plan_of(made)
     source, real = made.folder / "source/00000000.tar", os.writev
 
     def writev(target: int, parts: list[bytes]) -> int:
@@ -334,7 +340,7 @@ def test_a_source_that_changes_while_its_partition_is_read_is_refused(
 ) -> None:
     made = workspace()
     made.run("run")
-    [first, _] = list(pipelines.write_plans(made.load(), ["00000000", "00000001"]))
+    first = plan_of(made)
     source, real = made.folder / "source/00000000.tar", writer.table.read_partition
 
     def read(*arguments: Any) -> Any:
@@ -356,7 +362,7 @@ def test_json_that_is_not_what_was_ingested_is_refused_with_its_row(workspace: C
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
     sql = made.folder / "write.sql"
     sql.write_text("select shard, row, uid, 'new' as caption from samples where row = 3")
-    [first, _] = list(pipelines.write_plans(made.load(f"write.select={sql}"), ["00000000", "00000001"]))
+    first = plan_of(made, f"write.select={sql}")
     with pytest.raises(writer.ShardError) as caught:
         writer.write_shard(made.load().layout, first)
     assert str(caught.value) == (
@@ -413,7 +419,7 @@ def test_a_damaged_manifest_is_written_again(workspace: Callable[..., Workspace]
         damaged = bytearray(raw)
         damaged[raw.rfind(value) + shift] ^= 0xFF
         manifest.write_bytes(damaged)
-        [first, *_] = list(pipelines.write_plans(made.load(), ["00000000"]))
+        first = plan_of(made)
         assert not writer.is_written(made.load().layout, first), shift
     assert "1 shards" in made.run("write").stderr
     made.run("verify")
