@@ -85,7 +85,7 @@ class Assembly:
             return
         is_far = self._first is not None and (start < self._end or end - self._first > 2 * _BATCH)
         if is_far or end - start >= _BATCH:
-            self._flush()
+            self.flush()
         self._first = start if self._first is None else self._first
         self._end = end
         self._append((start, end), end - start)
@@ -95,9 +95,9 @@ class Assembly:
         self.size += size
         self._waiting += size
         if self._waiting >= _BATCH or len(self._parts) >= _MAX_PARTS:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Hands the parts to the thread, as soon as it has written those before: two batches are in memory."""
         if self._writing is not None:
             self._writing.result()
@@ -152,7 +152,7 @@ class Assembly:
         try:
             with self._pool:
                 if error is None:
-                    self._flush()
+                    self.flush()
                     for future in self._futures():
                         future.result()
         finally:

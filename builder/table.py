@@ -204,7 +204,7 @@ def _read_rows(path: Path) -> str:
     return str((pq.read_schema(path).metadata or {})[_ROWS], "ascii")
 
 
-def write_parquet(table: pa.Table, metadata: dict[bytes, bytes], path: Path) -> None:
+def write_parquet(table: pa.Table, metadata: dict[bytes, bytes], path: Path | pa.NativeFile) -> None:
     """One row group, zstd 1, a dictionary only where values repeat: smallest and fastest of those measured."""
     pq.write_table(
         table.replace_schema_metadata(metadata),

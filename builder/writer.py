@@ -6,6 +6,7 @@ source's bytes and the table's write rows alone.
 
 from __future__ import annotations
 
+import codecs
 import datetime
 import decimal
 import hashlib
@@ -15,7 +16,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -468,14 +468,12 @@ def write_shard(layout: Layout, plan: ShardPlan) -> Written:
             files.sync_folder(layout.shards)
             stats = {"count": written.rows, "successes": written.rows - written.dropped, "edited": written.edited}
             files.write_atomic(layout.stats(plan.shard), json.dumps(stats).encode())
-            info = json.dumps({**vars(written), "source": plan.on_disk}).encode()
-            describe = partial(table.write_parquet, manifest, {_DIGEST: plan.digest.encode(), _INFO: info})
-            files.write_atomic(layout.manifest(plan.shard), describe)
+            files.write_atomic(layout.manifest(plan.shard), manifest)
             if layout.hybrid(plan.shard).stat().st_ino == inode:
                 return written
 
 
-def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Table, Path]:
+def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Buffer, Path]:
     """Makes a hybrid shard under a temp name, durably; returns what it holds, its manifest and that name."""
     with opened(layout, plan.shard, plan.source) as source, EditsReader(layout.root) as edits:
         before = _identity(source)
@@ -584,14 +582,14 @@ class _Splicer:
     """One hybrid shard in the making.
 
     Attributes:
-        manifest: every member, once it is written.
+        manifest: every member, as a parquet file, once it is written.
     """
 
     def __init__(self, source: int, edits: EditsReader, plan: ShardPlan, places: pa.Table) -> None:
         self._source, self._edits, self._plan = source, edits, plan
         self._members = _Members(places)
         self._window = (0, b"")
-        self.manifest: pa.Table
+        self.manifest: pa.Buffer
         self._made: list[tuple[int, str, str]] = []  # row, name and sha256 of every new member
         self.written = Written(rows=len(self._members.keys))
 
@@ -610,8 +608,8 @@ class _Splicer:
                 self.written.edited += not prepared.edit.dropped
                 self._made += [(prepared.edit.row, *member) for member in prepared.members]
             self._finish(made, at)
-            self.manifest = self._manifest()  # while the last parts are still being written
-        self.written.size = made.size
+            self.written.size = made.size
+            self.manifest = self._encoded(self._manifest())  # while the last parts are still being written
 
     def _prepare(self, edit: Edit) -> _Prepared:
         members = self._members.of(edit.row)
@@ -644,6 +642,7 @@ class _Splicer:
         # Behind the last sample only a few members or zeros are left to walk.
         self._copy(made, at, tar.end_of_records(self._source, self._members.end, self._plan.source.size))
         made.add([tar.end_of_archive(made.size)])
+        made.flush()
 
     def _read(self, edit: Edit, members: list[dict[str, Any]]) -> dict[int, tuple[bytes, Part]]:
         """Header and content of the members of an edited sample by offset of the header: of a large one its range, and
@@ -753,6 +752,12 @@ class _Splicer:
         )
         return table_.take(pa.array(np.argsort(rows, kind="stable")))
 
+    def _encoded(self, manifest: pa.Table) -> pa.Buffer:
+        info = json.dumps({**vars(self.written), "source": self._plan.on_disk}).encode()
+        sink = pa.BufferOutputStream()
+        table.write_parquet(manifest, {_DIGEST: self._plan.digest.encode(), _INFO: info}, sink)
+        return sink.getvalue()
+
 
 def edited_json(raw: bytes | None, edit: Edit) -> bytes:
     """A sample's json with its new caption and, for a new image, what describes it; indent 4, ASCII, as img2dataset.
@@ -792,13 +797,25 @@ def _pretty(value: dict[str, Any]) -> bytes:
         text = orjson.dumps(value, option=orjson.OPT_INDENT_2)
     except TypeError:  # an integer of more than 64 bits
         return json.dumps(value, indent=4).encode()
-    if not text.isascii() or b"\x7f" in text:
+    if b"\x7f" in text:
         return json.dumps(value, indent=4).encode()
+    if not text.isascii():
+        text = text.decode().encode("ascii", _ESCAPED)
     depth = 1
     while (line := b"\n" + b" " * (4 * depth - 2)) in text:  # strings hold no line end: it is escaped there
         text = text.replace(line, line + b"  ")
         depth += 1
     return text
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """A run of characters that ASCII lacks, as json escapes them."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+_ESCAPED = "builder.json"
+codecs.register_error(_ESCAPED, _escaped)
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def test_a_thread_that_outlives_its_maker_writes_nowhere_else(source: Path, monk
         made = Assembly(old.fileno(), new.fileno())
         with made:
             made.add([b"new" * 1000, b"new" * 1000])
-            made._flush()
+            made.flush()
             began.wait(10)
             monkeypatch.setattr(made._pool, "shutdown", interrupted)
             raise ValueError
