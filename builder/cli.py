@@ -618,15 +618,15 @@ def drop(column: str, scale: str | None, pipeline: str | None, sets: Sequence[st
     loaded = _load(scale, pipeline, sets)
     pipelines.drop(loaded, column)
     _hint(f"column '{column}' is dropped; {_again('fold', scale, pipeline, sets)} takes it out of the partitions")
-    owner = next((name for name, use in loaded.stages.items() if column in _outputs(use.kind)), None)
+    owner = next((name for name, use in loaded.stages.items() if column in _outputs(use.stage)), None)
     if owner is not None:
         click.echo(f"stage '{owner}' of this pipeline has it: its next run brings it back", err=True)
 
 
-def _outputs(kind: Any) -> list[str]:
+def _outputs(stage: Any) -> list[str]:
     from builder.stage import columns_of
 
-    return [column.name for column in columns_of(kind)]
+    return [column.name for column in columns_of(stage)]
 
 
 @main.command()

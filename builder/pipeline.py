@@ -26,7 +26,7 @@ from builder.errors import BuilderError, ConfigError, SchemaError, StageError, T
 from builder.layout import Layout, RunFiles, names
 from builder.members import MemberReader, place_of
 from builder.progress import Talk
-from builder.query import Samples, Sql, read_sql
+from builder.query import Samples, Sql, parameters, read_sql
 from builder.runs import Outcome
 from builder.schema import Column
 from builder.sources import shards as tar_shards
@@ -39,16 +39,23 @@ _ALIVE_ELSEWHERE_S = 48 * 3600
 
 @dataclass(frozen=True)
 class StageUse:
-    """A stage as a pipeline uses it."""
+    """A stage as a pipeline uses it; nothing of it is loaded."""
 
-    kind: type[Stage]
+    stage: Stage
     options: BaseModel
     run: configs.Run
     table: configs.StageTable
 
     @property
     def sql(self) -> Sql:
-        return read_sql(self.table.sql or f"sql/{self.kind.name}.sql")
+        default = getattr(self.stage, "sql", f"{self.stage.name}.sql")
+        return read_sql(self.table.sql or f"sql/{default}")
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Values of the $names in the work SQL: the pipeline's; of the stage's own those that the SQL uses."""
+        own = getattr(self.stage, "params", {})
+        return {**{name: own[name] for name in parameters(self.sql) if name in own}, **self.table.params}
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Pipeline:
     @property
     def own_columns(self) -> tuple[Column, ...]:
         """Columns of ingest and of every stage of the pipeline."""
-        return reduce(schema.merge, (columns_of(use.kind) for use in self.stages.values()), self.asked.columns)
+        return reduce(schema.merge, (columns_of(use.stage) for use in self.stages.values()), self.asked.columns)
 
     def columns(self) -> tuple[Column, ...]:
         """The root's columns with those that the pipeline will add: these read as typed nulls until then."""
@@ -100,7 +107,10 @@ def load(path: Path, sets: Sequence[str] = ()) -> Pipeline:
         options = configs.check(kind.Options, section.options, ("stages", name), config.problems)
         run = configs.run_of(config, name)
         if options is not None:
-            stages[name] = StageUse(kind, options, run, section)
+            try:
+                stages[name] = StageUse(kind(options), options, run, section)  # type: ignore[call-arg]
+            except BuilderError as error:
+                config.problems.add(("stages", name), "\n".join([error.what, error.fix]))
     fields = configs.fields_of(config.dataset, config.problems)
     config.problems.raise_any()
     pipeline = Pipeline(config, stages, tar_shards.Reading(fields, config.dataset.boxes))
@@ -199,8 +209,8 @@ def use_of(pipeline: Pipeline, name: str) -> StageUse:
 def work_of(pipeline: Pipeline, name: str, choice: Choice, shards: Sequence[str]) -> Work:
     """The work of one stage over certain shards."""
     use = use_of(pipeline, name)
-    signature = options_hash(use.kind, use.options)
-    return Work(use.kind, use.sql, use.table.params, choice, shards, pipeline.columns(), signature)
+    signature = options_hash(use.stage, use.options)
+    return Work(use.stage, use.sql, use.params, choice, shards, pipeline.columns(), signature)
 
 
 def shards_of(pipeline: Pipeline) -> list[str]:
@@ -227,7 +237,7 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     layout, use = pipeline.layout, use_of(pipeline, name)
     shards = table_shards(pipeline)
     work = work_of(pipeline, name, choice, shards)
-    table.extend_schema(layout, columns_of(use.kind))
+    table.extend_schema(layout, columns_of(use.stage))
     table.heal(layout, shards)
     [counts] = workset.count(layout, [work])
     if counts.todo == 0:
@@ -267,13 +277,13 @@ def _describe_stage(pipeline: Pipeline, run: RunFiles, use: StageUse, work: Work
         "checkpoint_rows": use.run.checkpoint_rows,
         "checkpoint_seconds": use.run.checkpoint_seconds,
         "max_failed": use.run.max_failed,
-        "batch_rows": use.run.batch_rows or use.kind.resources.batch_rows,
+        "batch_rows": use.run.batch_rows or use.stage.resources.batch_rows,
     }
     runs.describe(
         run,
         "stage",
-        stage=use.kind.name,
-        version=use.kind.version,
+        stage=use.stage.name,
+        version=use.stage.version,
         options=use.options.model_dump(mode="json"),
         options_hash=work.signature,
         python_file=use.table.python and str(_absolute(use.table.python)),
@@ -642,7 +652,7 @@ def run(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
     done = _done_stages(pipeline)
     for name, use in pipeline.stages.items():
         if name in done:
-            table.extend_schema(pipeline.layout, columns_of(use.kind))
+            table.extend_schema(pipeline.layout, columns_of(use.stage))
             yield name, _nothing_to_do(name, done[name], talk)
         else:
             yield name, run_stage(pipeline, name, Choice(), talk)

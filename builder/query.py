@@ -155,6 +155,15 @@ def guarded(sql: Sql, error: duckdb.Error) -> BuilderError:
     return _refused(sql, error, 1)
 
 
+def parameters(sql: Sql) -> list[str]:
+    """The $names of a text; none of one that is no SQL, which `checked` refuses."""
+    try:
+        statements = duckdb.extract_statements(sql.text)
+    except duckdb.Error:
+        return []
+    return sorted({name for statement in statements for name in statement.named_parameters})
+
+
 def checked(sql: Sql, params: dict[str, Any]) -> str:
     """The text with blanks for its semicolons, if it is exactly one SELECT with exactly these parameters."""
     try:

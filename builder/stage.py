@@ -14,7 +14,7 @@ import inspect
 import json
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -45,25 +45,62 @@ class Resources:
         gpus: accelerators.
         memory_gb: main memory.
         batch_rows: rows of one `process` call.
+        ahead: batches that are read, and prepared, before the one in hand is answered.
     """
 
     cpus: int = 1
     gpus: int = 0
     memory_gb: float = 2.0
     batch_rows: int = 64
+    ahead: int = 1
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Parquet files beside the samples, which the work SQL of a stage may join by uid.
+
+    Attributes:
+        files: a path, or a glob of paths.
+        columns: of each column of the view its type, and the names under which the files may have it.
+    """
+
+    files: str
+    columns: Mapping[str, tuple[pa.DataType, tuple[str, ...]]]
+
+
+class RowsFailed(Exception):
+    """Raised by `process` where some rows of a batch have no answer and the others need not be asked again.
+
+    Attributes:
+        result: an answer of every row; those of the failed ones are not looked at.
+        errors: why, by position in the batch.
+    """
+
+    def __init__(self, result: pa.RecordBatch, errors: Mapping[int, Exception]) -> None:
+        super().__init__(f"{len(errors)} of {result.num_rows} rows failed")
+        self.result = result
+        self.errors = dict(errors)
 
 
 @runtime_checkable
 class Stage(Protocol):
-    """Code: a batch in, new columns out. Built as `Class(options)`.
+    """Code: a batch in, new columns out. Built as `Class(options)`, which loads nothing: plans build it, too.
 
     A row that the stage cannot answer is told by raising from `process` for a batch of that row alone: the engine
-    halves a batch that raises until the bad rows stand alone.
+    halves a batch that raises until the bad rows stand alone. Where asking twice is dear, it raises `RowsFailed`.
 
     A stage that can do some of its work ahead, such as decoding, has `prepare` too: see `Preparing`.
 
-    A stage that needs bytes of some rows only may have `needs_bytes(batch) -> list[bool]`: it is given the inputs, and
-    the other rows arrive with null in the member columns.
+    What a stage may have besides:
+
+    - `needs_bytes(batch) -> list[bool]`, where only some rows need bytes: it is given the inputs, and the other rows
+      arrive with null in the member columns.
+    - `inputs` and `resources` of its own in an instance, where its options decide them.
+    - `sql`: the name of its work SQL, where that is not `sql/<name>.sql`.
+    - `params`: values of $names in that SQL, where the pipeline gives none.
+    - `lookups`: parquet files that its work SQL may join, by the name of the view.
+    - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart; see `selftest`.
+    - `take_notes() -> list[dict]`: what the run's log should keep beside the answers, since it was last asked.
     """
 
     #: Its name in `[stages.<name>]` and `sql/<name>.sql`.
@@ -243,9 +280,9 @@ def with_built_in(columns: Iterable[schema.Column]) -> tuple[schema.Column, ...]
     return (*have, *(column for name in own for column in columns_of(find(name)) if column.name not in names))
 
 
-def columns_of(kind: type[Stage]) -> tuple[schema.Column, ...]:
+def columns_of(stage: Stage | type[Stage]) -> tuple[schema.Column, ...]:
     """The columns that a stage adds to the table."""
-    return schema.output_columns(kind.name, kind.outputs)
+    return schema.output_columns(stage.name, stage.outputs)
 
 
 def pointers_of(columns: Iterable[schema.Column]) -> dict[str, list[str]]:
@@ -259,19 +296,29 @@ def pointers_of(columns: Iterable[schema.Column]) -> dict[str, list[str]]:
     return found
 
 
-def options_hash(kind: type[Stage], options: BaseModel) -> str:
+def options_hash(stage: Stage, options: BaseModel) -> str:
     """16 hex digits over a stage's name, version, inputs, outputs and the options that decide its result.
 
-    An option whose field says `json_schema_extra={"decides": False}` (a timeout, a thread count) is left out.
+    An option whose field says `json_schema_extra={"decides": False}` (a timeout, a thread count) is left out, in models
+    within models too.
     """
-    deciding = {
-        name: value
-        for name, value in options.model_dump(mode="json").items()
-        if (kind.Options.model_fields[name].json_schema_extra or {}).get("decides", True)  # type: ignore[union-attr]
-    }
-    columns = [[(field.name, str(field.type)) for field in side] for side in (kind.inputs, kind.outputs)]
-    text = json.dumps([kind.name, kind.version, columns, deciding], sort_keys=True)
+    columns = [[(field.name, str(field.type)) for field in side] for side in (stage.inputs, stage.outputs)]
+    text = json.dumps([stage.name, stage.version, columns, _deciding(options)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _deciding(value: Any, dumped: Any = None) -> Any:
+    """An option's value as json, less what decides nothing."""
+    if isinstance(value, BaseModel):
+        dumped, fields = value.model_dump(mode="json"), type(value).model_fields
+        return {
+            name: _deciding(getattr(value, name), dumped[name])
+            for name, field in fields.items()
+            if (field.json_schema_extra or {}).get("decides", True)  # type: ignore[union-attr]
+        }
+    if isinstance(value, list | tuple):
+        return [_deciding(*pair) for pair in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def inputs_hashes(signature: str, columns: Sequence[Sequence[Any]]) -> pa.UInt64Array:

@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from builder.errors import BuilderError, ConflictError, ShardError, StageError, 
 from builder.layout import Layout, RunFiles
 from builder.members import MemberReader
 from builder.schema import Column
-from builder.stage import Preparing, Stage, check_result, columns_of
+from builder.stage import Preparing, RowsFailed, Stage, check_result, columns_of
 from builder.table import Swept
 from builder.workset import Slice, read_slice, read_task
 
@@ -336,7 +336,7 @@ class _Shard:
         ahead = work["row"].to_pylist() if preparing else []
         if in_hand or ahead:
             self._task._deaths.begin(self._part.shard, in_hand, ahead)
-        return pool.submit(reader.batches, work, self._task._kind.inputs, preparing)
+        return pool.submit(reader.batches, work, self._task._stage.inputs, preparing)
 
     def _todo(self) -> pa.Table:
         """The rows of the work set that nobody has answered since the freeze, `row` their place in the shard."""
@@ -531,6 +531,9 @@ def answer(
     """
     try:
         result = _patiently(stage, batch, ahead)
+    except RowsFailed as partial:
+        yield from _apart(check_result(type(stage), batch, partial.result), partial.errors, first)
+        return
     except Exception as error:
         if batch.num_rows == 1:
             yield first, _Failure(error_text(error))
@@ -540,6 +543,19 @@ def answer(
         yield from answer(stage, batch.slice(middle), first + middle)
         return
     yield first, check_result(type(stage), batch, result)
+
+
+def _apart(
+    result: pa.RecordBatch, errors: Mapping[int, Exception], first: int
+) -> Iterator[tuple[int, pa.RecordBatch | _Failure]]:
+    """The answers of a batch some of whose rows failed: each of these alone, the rows between them together."""
+    start = 0
+    for row in [*sorted(errors), result.num_rows]:
+        if row > start:
+            yield first + start, result.slice(start, row - start)
+        if row < result.num_rows:
+            yield first + row, _Failure(error_text(errors[row]))
+        start = row + 1
 
 
 def _patiently(stage: Stage, batch: pa.RecordBatch, ahead: Future[Any] | None) -> pa.RecordBatch:

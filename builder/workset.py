@@ -106,7 +106,7 @@ class Work:
         signature: `stage.options_hash`, half of every row's inputs hash.
     """
 
-    kind: type[Stage]
+    stage: Stage
     sql: Sql
     params: dict[str, Any]
     choice: Choice
@@ -135,7 +135,7 @@ def _counted(samples: Samples, works: Sequence[Work], sort: set[str]) -> list[Co
 
 def _added(counts: Counts, work: Work, state: pa.Table, wanted: pa.Table | None) -> Counts:
     """`counts` and one shard's rows."""
-    states = state[f"{work.kind.name}_state"].to_numpy()
+    states = state[f"{work.stage.name}_state"].to_numpy()
     answered = int(np.count_nonzero(states == _OK))
     if wanted is None:
         return replace(counts, outside=counts.outside + answered)
@@ -187,7 +187,7 @@ def _frozen(samples: Samples, work: Work, sort: set[str]) -> Iterator[pa.Table]:
     """The rows to try, shard by shard, as the work set holds them."""
     for _, state, (wanted,) in _side_by_side(samples, [work], sort, whole=True):
         if wanted is not None and (rows := _to_do(work, _covered(state, wanted))).num_rows:
-            names = [field.name for field in work.kind.inputs]
+            names = [field.name for field in work.stage.inputs]
             yield _with_inputs(rows, work).select([*_KEYS, *names, "previous_run", "inputs"])
 
 
@@ -265,7 +265,7 @@ def _side_by_side(
     shards = sorted(works[0].shards)
     place = {shard: number for number, shard in enumerate(shards)}
     answers = [
-        _Answer(_answer(samples, work, place, sort=work.kind.name in sort, whole=whole or work.choice.stale))
+        _Answer(_answer(samples, work, place, sort=work.stage.name in sort, whole=whole or work.choice.stale))
         for work in works
     ]
     for number, state in _shard_by_shard(_states(samples, works, sort, whole=whole), place, _TABLE):
@@ -297,14 +297,14 @@ def _answer(
 ) -> Iterator[tuple[int, pa.Table]]:
     """What a work's SQL returns, by number of the shard; no row twice."""
     inputs = "".join(
-        f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"' for field in work.kind.inputs
+        f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"' for field in work.stage.inputs
     )
     around = (
         f'select cast(w.shard as varchar) as shard, cast(w."row" as bigint) as "row"{inputs * whole}'
         f" from {{}} w where w.shard is not null and w.row is not null{' order by 1, 2' * sort}"
     )
     batches = samples.stream(work.sql, work.params, around=around, rows=_CHUNK)
-    for number, table in _shard_by_shard(batches, place, work.kind.name):
+    for number, table in _shard_by_shard(batches, place, work.stage.name):
         again = np.flatnonzero(np.diff(table["row"].to_numpy()) == 0)
         if len(again):
             row = table["row"][int(again[0])].as_py()
@@ -360,7 +360,7 @@ def _states(samples: Samples, works: Sequence[Work], sort: set[str], *, whole: b
     choice = works[0].choice
     parts = ["s.shard", "s.row"]
     for work in works:
-        name = work.kind.name
+        name = work.stage.name
         retried = "false"
         if choice.retry:
             kind = choice.retry.replace("'", "''")
@@ -372,21 +372,21 @@ def _states(samples: Samples, works: Sequence[Work], sort: set[str], *, whole: b
         if whole:
             parts += ["s.uid", f"s.{name}_run as previous_run"]
         if whole or choice.stale:
-            parts += [f"s.{name}_inputs as {name}_previous", *_bytes_of(work.kind)]
+            parts += [f"s.{name}_inputs as {name}_previous", *_bytes_of(work.stage)]
     narrowed = _where(choice.where or "true")
     order = " order by s.shard, s.row" if _TABLE in sort else ""
     around = f"select {', '.join(parts)} from {{}} s where s.source_status = 'ok'{order}"
     return samples.stream(narrowed, around=around, rows=_CHUNK)
 
 
-def _bytes_of(kind: type[Stage]) -> list[str]:
+def _bytes_of(stage: Stage) -> list[str]:
     """What identifies the bytes that a stage reads: extension and size of source members, sha256 of generated ones."""
     parts = []
-    if set(kind.members) - {"edit"}:
+    if set(stage.members) - {"edit"}:
         places = "list_transform(s.source_members, lambda m: m.ext || ' ' || m.size)::varchar"
-        parts.append(f"{places} as {kind.name}_member_bytes")
-    if "edit" in kind.members:
-        parts.append(f"s.image_sha256 as {kind.name}_edit_bytes")
+        parts.append(f"{places} as {stage.name}_member_bytes")
+    if "edit" in stage.members:
+        parts.append(f"s.image_sha256 as {stage.name}_edit_bytes")
     return parts
 
 
@@ -417,7 +417,7 @@ def _is_open(states: np.ndarray) -> np.ndarray:
 
 def _to_do(work: Work, covered: pa.Table) -> pa.Table:
     """The rows that the choice tries."""
-    choice, name = work.choice, work.kind.name
+    choice, name = work.choice, work.stage.name
     if choice.redo:
         return covered
     if choice.stale:
@@ -429,15 +429,15 @@ def _to_do(work: Work, covered: pa.Table) -> pa.Table:
 
 def _inputs_of(rows: pa.Table, work: Work) -> pa.UInt64Array:
     """The inputs hash of every row."""
-    bytes_ = [f"{work.kind.name}_{name}" for name in ("member_bytes", "edit_bytes")]
-    names = [*(field.name for field in work.kind.inputs), *(name for name in bytes_ if name in rows.column_names)]
+    bytes_ = [f"{work.stage.name}_{name}" for name in ("member_bytes", "edit_bytes")]
+    names = [*(field.name for field in work.stage.inputs), *(name for name in bytes_ if name in rows.column_names)]
     columns = [rows[name].to_pylist() for name in names] or [[None] * rows.num_rows]
     return inputs_hashes(work.signature, columns)
 
 
 def _with_inputs(rows: pa.Table, work: Work) -> pa.Table:
     result = rows.append_column("inputs", _inputs_of(rows, work))
-    for field in work.kind.inputs:
+    for field in work.stage.inputs:
         at = result.column_names.index(field.name)
         result = result.set_column(at, field.name, result[field.name].cast(field.type))
     return result
@@ -453,21 +453,21 @@ def _check_columns(samples: Samples, work: Work) -> None:
         samples.select(Sql(f"select (\n{condition}\n) from samples", "--where"))  # nothing that leaves its brackets
         samples.select(_where(condition))
     returned = samples.select(work.sql, work.params).columns
-    wanted = [*_KEYS, *(field.name for field in work.kind.inputs)]
+    wanted = [*_KEYS, *(field.name for field in work.stage.inputs)]
     place = {"file": work.sql.origin, "returned": ", ".join(returned)}
     for name in wanted:
         if name not in returned:
             have = {column.name for column in work.columns}
             given = [name if name in have else f"caption as {name}" for name in wanted]
             raise ConfigError(
-                f"work SQL returned no column '{name}', which stage '{work.kind.name}' needs",
+                f"work SQL returned no column '{name}', which stage '{work.stage.name}' needs",
                 where=place,
                 fix=f"add it, for example: select {', '.join(given)}",
             )
     extra = [name for name in returned if name not in wanted]
     if extra:
         raise ConfigError(
-            f"work SQL returned a column '{extra[0]}', which stage '{work.kind.name}' does not take",
+            f"work SQL returned a column '{extra[0]}', which stage '{work.stage.name}' does not take",
             where=place,
             fix=f"return exactly: {', '.join(wanted)}",
         )

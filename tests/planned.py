@@ -28,10 +28,9 @@ def section(kind: str, sql: str = "note.sql", *, name: str = "note", **options: 
 
 def work_of(layout: Layout, stage: Stage, choice: Choice = Choice(), sql: str = SQL, **params: Any) -> Work:  # noqa: B008
     """The work of a stage over the whole table."""
-    kind = type(stage)
-    columns = schema.merge(table.load_schema(layout)[1], columns_of(kind))
-    signature = options_hash(kind, stage.options)  # type: ignore[attr-defined]
-    return Work(kind, Sql(sql, "work.sql"), params, choice, layout.shard_names(), columns, signature)
+    columns = schema.merge(table.load_schema(layout)[1], columns_of(stage))
+    signature = options_hash(stage, stage.options)  # type: ignore[attr-defined]
+    return Work(stage, Sql(sql, "work.sql"), params, choice, layout.shard_names(), columns, signature)
 
 
 def plan(layout: Layout, stage: Stage, choice: Choice = Choice(), sql: str = SQL, **params: Any) -> RunFiles:  # noqa: B008
@@ -65,7 +64,7 @@ def described(pipeline: Pipeline, name: str, choice: Choice, tasks: int) -> RunF
     layout, use = pipeline.layout, pipeline.stages[name]
     shards = pipelines.shards_of(pipeline)
     work = pipelines.work_of(pipeline, name, choice, shards)
-    table.extend_schema(layout, columns_of(use.kind))
+    table.extend_schema(layout, columns_of(use.stage))
     table.heal(layout, shards)
     run = runs.new_run(layout, name)
     pipelines._describe_stage(pipeline, run, use, work)
