@@ -11,16 +11,18 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
 
-from builder import Strict, files, output, schema, table, tar, task
-from builder.errors import StageError, TransientError
+from builder import Resources, Strict, files, output, schema, table, tar, task
+from builder.errors import ShardError, StageError, TransientError
 from builder.layout import Layout, RunFiles
+from builder.stage import RowsFailed
+from builder.table import Swept
 from builder.task import Deaths, Result, error_text
 from builder.workset import Choice
 from conftest import Workspace, ingest_here, make_shard, samples
@@ -270,8 +272,8 @@ def test_a_row_whose_process_dies_fails_alone(workspace: Make) -> None:
     assert {number: seen.count(uid(number)) for number in range(8, 16)} == dict.fromkeys(range(8, 16), 1)
 
 
-def died(path: Path, shard: str, rows: list[int], ahead: Sequence[int] = ()) -> Deaths:
-    """What the next process knows after one that died in a batch, perhaps with another one prepared ahead."""
+def died(path: Path, shard: str, rows: list[int], *ahead: tuple[str, list[int]]) -> Deaths:
+    """What the next process knows after one that died in a batch, perhaps with others prepared ahead."""
     pid = subprocess.Popen([sys.executable, "-c", ""])
     pid.wait()
     Deaths(path).begin(shard, rows, ahead)
@@ -338,6 +340,7 @@ class Ahead(Base):
         super().__init__(options)
         self.prepared: list[tuple[list[int], bool]] = []
         self.before: Callable[[], object] = lambda: None
+        self.waits = False
         self.began = {number: threading.Event() for number in range(16)}
 
     def prepare(self, batch: pa.RecordBatch) -> list[str]:
@@ -352,8 +355,9 @@ class Ahead(Base):
         assert prepared is not None
         self.before()
         following = int(batch.column("uid")[-1].as_py(), 16) + 1
-        if following % 8 and batch.num_rows == 2:
-            assert self.began[following].wait(60)  # the next batch is prepared while this one is processed
+        last = min(following + 2 * self.resources.ahead, 16) - 1
+        if following < 16 and self.waits:  # the next ones are prepared while this one is processed
+            assert self.began[last].wait(60)
         return pa.RecordBatch.from_pydict({"note": prepared}, schema=self.outputs)
 
 
@@ -372,11 +376,81 @@ class AheadBusy(Ahead):
             raise TransientError("the endpoint is busy")
 
 
-def test_the_next_batch_is_prepared_while_one_is_processed(layout: Layout) -> None:
+@pytest.mark.parametrize("ahead", [1, 3, 100])
+def test_the_next_batches_are_prepared_while_one_is_processed(layout: Layout, ahead: int) -> None:
+    """Those of the next shard, too."""
     stage = Ahead()
+    stage.resources = Resources(ahead=ahead)  # type: ignore[misc]
+    stage.waits = True
     do(layout, plan(layout, stage), stage, batch_rows=2)
     assert notes(layout) == [f"ahead: {caption(i)}" for i in range(16)]
     assert stage.prepared == [([i, i + 1], False) for i in range(0, 16, 2)]
+
+
+def test_a_shard_that_is_left_takes_what_was_read_of_it_along(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batches that are prepared are not processed, and the next shard is done."""
+    commit = table.commit
+
+    def refused(layout: Layout, shard: str, *args: Any, **options: Any) -> Any:
+        if shard == "00000000":
+            raise ShardError("it cannot be used")
+        return commit(layout, shard, *args, **options)
+
+    monkeypatch.setattr(table, "commit", refused)
+    stage = Ahead()
+    stage.resources = Resources(ahead=3)  # type: ignore[misc]
+    result = do(layout, plan(layout, stage), stage, batch_rows=2, checkpoint_rows=2)
+    assert (result.left, result.ok) == ({"00000000": "it cannot be used"}, 8)
+    assert notes(layout) == [None] * 8 + [f"ahead: {caption(i)}" for i in range(8, 16)]
+
+
+def test_a_swept_attempt_is_done_again_behind_what_was_read_ahead(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, attempts = table.commit, []
+
+    def swept(*args: Any, attempt: str, **options: Any) -> Any:
+        attempts.append(attempt)
+        if len(attempts) == 1:
+            raise Swept("this attempt was swept")
+        return commit(*args, attempt=attempt, **options)
+
+    monkeypatch.setattr(table, "commit", swept)
+    stage = Ahead()
+    stage.resources = Resources(ahead=5)  # type: ignore[misc]
+    assert do(layout, plan(layout, stage), stage, batch_rows=2).ok == 16
+    assert notes(layout) == [f"ahead: {caption(i)}" for i in range(16)]
+    assert len(set(attempts)) == 3  # the swept one, that of the other shard, a new one
+
+
+class Some(Base):
+    """Has no answer for the bad keys, and counts how often it is asked."""
+
+    asked = 0
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        self.asked += 1
+        keys = batch.column("key").to_pylist()
+        errors = {i: Slow("no answer within 60 s") for i, key in enumerate(keys) if key in self.options.bad}
+        result = super().process(batch)
+        if errors:
+            raise RowsFailed(result, errors)
+        return result
+
+
+class Slow(Exception):
+    kind = "timeout"
+
+
+@pytest.mark.parametrize("bad", [[0], [7], [2, 3], list(range(8)), [0, 2, 4, 6]], ids=str)
+def test_rows_that_fail_beside_others_are_not_asked_again(layout: Layout, bad: list[int]) -> None:
+    stage = Some(Options(bad=[key(number) for number in bad]))
+    result = do(layout, plan(layout, stage), stage, batch_rows=8)
+    assert (result.ok, result.failed, stage.asked) == (16 - len(bad), len(bad), 2)
+    assert read(layout, "note_status", "note_error", "note") == [
+        ("failed", "timeout: no answer within 60 s", None) if i in bad else ("ok", None, f"seen: {caption(i)}")
+        for i in range(16)
+    ]
 
 
 def test_a_row_that_cannot_be_prepared_fails_alone(layout: Layout) -> None:
@@ -401,16 +475,19 @@ def test_rows_are_in_hand_before_they_are_prepared(layout: Layout) -> None:
     """Whatever batch the process dies in, the file names it."""
     stage = Ahead()
     run = plan(layout, stage)
-    told: list[tuple[list[int], list[int]]] = []
+    told: list[tuple[tuple[str, list[int]], list[tuple[str, list[int]]]]] = []
 
     def look(batch: pa.RecordBatch) -> None:
         data = json.loads(run.in_hand(0).read_text())["in_hand"]
-        assert set(batch.column("row").to_pylist()) <= {*data["rows"], *data["ahead"]}
-        told.append((data["rows"], data["ahead"]))
+        groups = [(group["shard"], group["rows"]) for group in (data, *data["ahead"])]
+        assert (batch.column("shard")[0].as_py(), batch.column("row").to_pylist()) in groups
+        told.append((groups[0], groups[1:]))
 
     stage.check = look  # type: ignore[method-assign]
     do(layout, run, stage, batch_rows=4)
-    assert told == [([], [0, 1, 2, 3]), ([0, 1, 2, 3], [4, 5, 6, 7])] * 2
+    first, second = ("00000000", [0, 1, 2, 3]), ("00000000", [4, 5, 6, 7])
+    third, fourth = ("00000001", [0, 1, 2, 3]), ("00000001", [4, 5, 6, 7])
+    assert told == [(("", []), [first]), (first, [second]), (second, [third]), (third, [fourth])]
 
 
 def test_a_batch_that_died_is_not_prepared_ahead(layout: Layout) -> None:
@@ -419,16 +496,19 @@ def test_a_batch_that_died_is_not_prepared_ahead(layout: Layout) -> None:
     died(run.in_hand(0), "00000000", [4, 5])
     do(layout, run, stage, batch_rows=4)
     assert stage.prepared[:3] == [([0, 1, 2, 3], False), ([6, 7], False), ([4, 5], True)]
+    assert stage.prepared[3:] == [([8, 9, 10, 11], False), ([12, 13, 14, 15], False)]
 
 
 def test_of_two_batches_in_hand_neither_is_blamed(tmp_path: Path) -> None:
     """Each stands alone from then on, and only a death in which it was alone counts."""
     path = tmp_path / "batch.json"
-    known = died(path, "a", [1, 2], [3, 4])
+    known = died(path, "a", [1, 2], ("a", [3, 4]))
     assert known.groups("a") == [[1, 2], [3, 4]]
     assert died(path, "a", [3, 4]).groups("a") == [[1, 2], [3, 4]]
     assert died(path, "a", [3, 4]).groups("a") == [[1, 2], [3], [4]]
-    assert died(tmp_path / "single.json", "a", [1], [2]).kills("a", [1]) is False
+    across = died(tmp_path / "across.json", "a", [1, 2], ("a", [3]), ("b", [1, 2]))
+    assert (across.groups("a"), across.groups("b")) == ([[1, 2], [3]], [[1, 2]])
+    assert died(tmp_path / "single.json", "a", [1], ("a", [2])).kills("a", [1]) is False
     assert died(tmp_path / "single.json", "a", [1]).kills("a", [1]) is False
     assert died(tmp_path / "single.json", "a", [1]).kills("a", [1]) is True
 
