@@ -99,7 +99,9 @@ class Stage(Protocol):
     - `sql`: the name of its work SQL, where that is not `sql/<name>.sql`.
     - `params`: values of $names in that SQL, where the pipeline gives none.
     - `lookups`: parquet files that its work SQL may join, by the name of the view.
-    - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart; see `selftest`.
+    - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart, by its own
+      `difference(alone, within) -> float` or `asking.difference`: it declares itself deterministic so, and is held
+      to it.
     - `take_notes() -> list[dict]`: what the run's log should keep beside the answers, since it was last asked.
     """
 

@@ -10,41 +10,35 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
 import secrets
-import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from builder import files, schema, table
+from builder.asking import Failure, answer, check_alone, error_text
+from builder.deaths import Deaths
 from builder.edits import EditsTar
 from builder.errors import BuilderError, ConflictError, ShardError, StageError, TransientError
 from builder.layout import Layout, RunFiles
 from builder.members import MemberReader
 from builder.schema import Column
-from builder.stage import Preparing, RowsFailed, Stage, check_result, columns_of
+from builder.stage import Preparing, Stage, columns_of
 from builder.table import Swept
 from builder.workset import Slice, read_slice, read_task
 
 #: Rows of a task after which the share of failures is judged.
 JUDGED_AFTER = 100
-#: Tries of a row whose stage raises TransientError, and the pause before the second, in seconds.
-TRANSIENT_TRIES, TRANSIENT_PAUSE_S = 3, 0.5
 #: Batches in a checkpoint from which a commit starts one batch early, so that this batch can be processed meanwhile.
 #: Where a checkpoint holds fewer, that would be many more commits, and each is waited for.
 EARLY_FROM = 8
 #: Shards in a row that a full disk or the like keeps from being done, after which a task stops.
 SETBACKS = 3
-#: An error text in the table is cut at this length.
-MAX_ERROR = 500
 
 Progress = Callable[[int, int], None]
 
@@ -71,6 +65,7 @@ class Result:
         dropped: rows that another run answered meanwhile.
         left: shards that were ingested again meanwhile, or whose bytes cannot be read, with the reason.
         stopped: whether it was asked to stop before its end.
+        difference: the largest one between an answer alone and in a batch; None for a stage that names no tolerance.
     """
 
     rows: int = 0
@@ -81,6 +76,7 @@ class Result:
     left: dict[str, str] = field(default_factory=dict)
     stopped: bool = False
     seconds: float = 0.0
+    difference: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -144,13 +140,6 @@ class Setbacks:
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """Why one row has no answer."""
-
-    error: str
-
-
-@dataclass(frozen=True)
 class _Group:
     """Positions in a shard's work that form a batch; `alone`: the process died in it, nothing else may be in hand."""
 
@@ -166,7 +155,7 @@ class _Batch:
     """
 
     rows: list[int]
-    given: pa.RecordBatch | _Failure
+    given: pa.RecordBatch | Failure
     prepared: Future[Any] | None = None
 
 
@@ -183,7 +172,7 @@ class _Pending:
     """Rows that are answered and not committed."""
 
     rows: list[int] = field(default_factory=list)
-    answers: list[pa.RecordBatch | _Failure] = field(default_factory=list)
+    answers: list[pa.RecordBatch | Failure] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
 
 
@@ -254,7 +243,7 @@ class _Task:
             shard.collect()
         shard.make_room(len(group.positions))
         self._close_before(shard, shard.exposed + len(group.positions))
-        good = [row for batch in batches if not isinstance(batch.given, _Failure) for row in batch.rows]
+        good = [row for batch in batches if not isinstance(batch.given, Failure) for row in batch.rows]
         kills = group.alone and self._deaths.kills(shard.part.shard, good)
         self._read_ahead(step, [] if kills else good)
         shard.ask(batches, kills)
@@ -383,6 +372,17 @@ class _Task:
         runs, statuses = (have[name].take(work["row"]).to_pylist() for name in names)
         return work, runs, statuses
 
+    def compare(self, batch: pa.RecordBatch, answers: Sequence[tuple[int, pa.RecordBatch | Failure]]) -> None:
+        """On the first batch that allows it: a stage that names a tolerance has to keep it, or nothing is committed."""
+        if self.result.difference is None:
+            self.result.difference = check_alone(self._stage, batch, answers)
+
+    def keep_notes(self) -> None:
+        """Writes what the stage wants to be kept beside its answers to the run's log."""
+        take = getattr(self._stage, "take_notes", None)
+        if take is not None:
+            files.append_lines(self._run.notes(self._number), take())
+
     def count(self, rows: int, failed: int) -> None:
         self._done += rows
         self._failed += failed
@@ -446,22 +446,24 @@ class _Shard:
     def ask(self, batches: list[_Batch], kills: bool) -> None:
         """Asks the stage about the batches of one group; `kills`: they are one row in which the process dies."""
         for batch in batches:
-            if isinstance(batch.given, _Failure):
-                answers: Iterable[tuple[int, pa.RecordBatch | _Failure]] = [(0, batch.given)]
+            if isinstance(batch.given, Failure):
+                answers: Iterable[tuple[int, pa.RecordBatch | Failure]] = [(0, batch.given)]
             elif kills:
-                answers = [(0, _Failure("ProcessDied: the process died twice in this row"))]
+                answers = [(0, Failure("ProcessDied: the process died twice in this row"))]
             else:
                 answers = list(answer(self._stage, batch.given, ahead=batch.prepared))
+                self._task.compare(batch.given, answers)
             failed = 0
             for first, result in answers:
-                count = 1 if isinstance(result, _Failure) else result.num_rows
-                failed += isinstance(result, _Failure)
+                count = 1 if isinstance(result, Failure) else result.num_rows
+                failed += isinstance(result, Failure)
                 self._pending.rows += batch.rows[first : first + count]
                 self._pending.answers.append(
-                    result if isinstance(result, _Failure) else self._with_edits(result, batch.rows[first:])
+                    result if isinstance(result, Failure) else self._with_edits(result, batch.rows[first:])
                 )
             self._seen += len(batch.rows)
             self._task.count(len(batch.rows), failed)
+        self._task.keep_notes()
         self._task.show(self._seen)
         if self._task.too_many_failed():
             self._stop_for_failures()
@@ -557,14 +559,11 @@ class _Shard:
             return
         self._task.result.kept += len(kept)
         errors = dict(zip(done["row"].to_pylist(), done[f"{self._name}_error"].to_pylist(), strict=True))
-        path = self._task._run.failures(self._task._number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as log:
-            for row in kept:
-                log.write(json.dumps({"shard": self.part.shard, "row": row, "error": errors[row]}) + "\n")
+        lines = [{"shard": self.part.shard, "row": row, "error": errors[row]} for row in kept]
+        files.append_lines(self._task._run.failures(self._task._number), lines)
 
     def _stop_for_failures(self) -> None:
-        errors = [answer.error for answer in self._pending.answers if isinstance(answer, _Failure)]
+        errors = [answer.error for answer in self._pending.answers if isinstance(answer, Failure)]
         self.checkpoint(failures=False)
         done, failed, limit = self._task._done, self._task._failed, self._task._settings.max_failed
         raise StageError(
@@ -594,8 +593,8 @@ def _without_failures(pending: _Pending) -> _Pending:
     kept = _Pending()
     at = 0
     for answer_ in pending.answers:
-        count = 1 if isinstance(answer_, _Failure) else answer_.num_rows
-        if not isinstance(answer_, _Failure):
+        count = 1 if isinstance(answer_, Failure) else answer_.num_rows
+        if not isinstance(answer_, Failure):
             kept.rows += pending.rows[at : at + count]
             kept.answers.append(answer_)
         at += count
@@ -607,7 +606,7 @@ def _answers(pending: _Pending, work: pa.Table, columns: tuple[Column, ...], run
     parts = []
     own = [column for column in columns if column.name not in {c.name for c in schema.status_columns(stage)}]
     for answer_ in pending.answers:
-        if isinstance(answer_, _Failure):
+        if isinstance(answer_, Failure):
             part = {column.name: pa.nulls(1, column.type) for column in own}
             part |= {f"{stage}_status": pa.array(["failed"]), f"{stage}_error": pa.array([answer_.error])}
         else:
@@ -619,133 +618,6 @@ def _answers(pending: _Pending, work: pa.Table, columns: tuple[Column, ...], run
     done = done.append_column(f"{stage}_run", pa.array([run] * len(pending.rows)))
     done = done.append_column(f"{stage}_inputs", work["inputs"])
     return done.append_column("row", pa.array(pending.rows, pa.int64()))
-
-
-# --- asking the stage ---
-
-
-def answer(
-    stage: Stage, batch: pa.RecordBatch, first: int = 0, *, ahead: Future[Any] | None = None
-) -> Iterator[tuple[int, pa.RecordBatch | _Failure]]:
-    """Answers of a batch in order, with the position of their first row; a batch that raises is halved.
-
-    Args:
-        ahead: what the stage's `prepare` returned or raised for this batch; without it, `prepare` is called here.
-
-    Raises:
-        StageError: the stage broke its contract.
-    """
-    try:
-        result = _patiently(stage, batch, ahead)
-    except RowsFailed as partial:
-        yield from _apart(check_result(type(stage), batch, partial.result), partial.errors, first)
-        return
-    except Exception as error:
-        if batch.num_rows == 1:
-            yield first, _Failure(error_text(error))
-            return
-        middle = batch.num_rows // 2
-        yield from answer(stage, batch.slice(0, middle), first)
-        yield from answer(stage, batch.slice(middle), first + middle)
-        return
-    yield first, check_result(type(stage), batch, result)
-
-
-def _apart(
-    result: pa.RecordBatch, errors: Mapping[int, Exception], first: int
-) -> Iterator[tuple[int, pa.RecordBatch | _Failure]]:
-    """The answers of a batch some of whose rows failed: each of these alone, the rows between them together."""
-    start = 0
-    for row in [*sorted(errors), result.num_rows]:
-        if row > start:
-            yield first + start, result.slice(start, row - start)
-        if row < result.num_rows:
-            yield first + row, _Failure(error_text(errors[row]))
-        start = row + 1
-
-
-def _patiently(stage: Stage, batch: pa.RecordBatch, ahead: Future[Any] | None) -> pa.RecordBatch:
-    for attempt in range(1, TRANSIENT_TRIES):
-        try:
-            return _asked(stage, batch, ahead)
-        except TransientError:
-            ahead = None
-            time.sleep(TRANSIENT_PAUSE_S * attempt)
-    return _asked(stage, batch, ahead)
-
-
-def _asked(stage: Stage, batch: pa.RecordBatch, ahead: Future[Any] | None) -> pa.RecordBatch:
-    if isinstance(stage, Preparing):
-        return stage.process(batch, ahead.result() if ahead is not None else stage.prepare(batch))
-    return stage.process(batch)
-
-
-def error_text(error: Exception) -> str:
-    """`class: message` on one line of printable text; the class is what the error calls its `kind`, if it does."""
-    message = error.what if isinstance(error, BuilderError) else str(error)
-    clean = "".join(char if char.isprintable() else " " for char in message)
-    kind = getattr(error, "kind", type(error).__name__)
-    return f"{kind}: {' '.join(clean.split())}"[:MAX_ERROR]
-
-
-class Deaths:
-    """The batch in hand, on disk, so that the next process knows in which rows the last one died.
-
-    A batch in which the process died twice is halved; a single row in which it died twice has failed. A batch in the
-    hand of a process that lives is a copy's of the task, and no death. Where others were being prepared ahead, it is
-    not known which of them killed: each stands alone from then on, and no death is counted yet.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._groups: list[dict[str, Any]] = []
-        try:
-            data = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            return
-        self._groups = data["groups"]
-        if not files.process_lives(data["host"], data["pid"]):
-            self._died(data["in_hand"])
-
-    def _died(self, last: dict[str, Any]) -> None:
-        shard, rows, deaths = last["shard"], last["rows"], last["deaths"]
-        ahead = [(group["shard"], group["rows"]) for group in last["ahead"]]
-        known = {(name, row) for name, found in [(shard, rows), *ahead] for row in found}
-        self._groups = [
-            {**group, "rows": [row for row in group["rows"] if (group["shard"], row) not in known]}
-            for group in self._groups
-        ]
-        if ahead:
-            found = [(shard, rows, deaths), *((name, others, 0) for name, others in ahead)]
-        elif deaths + 1 < 2 or len(rows) == 1:
-            found = [(shard, rows, deaths + 1)]
-        else:
-            middle = len(rows) // 2
-            found = [(shard, rows[:middle], 0), (shard, rows[middle:], 0)]
-        self._groups += [{"shard": name, "rows": part, "deaths": count} for name, part, count in found]
-        self._groups = [group for group in self._groups if group["rows"]]
-
-    def groups(self, shard: str) -> list[list[int]]:
-        """Rows of a shard that go into batches of their own."""
-        return [group["rows"] for group in self._groups if group["shard"] == shard]
-
-    def _deaths_of(self, shard: str, rows: list[int]) -> int:
-        """Deaths in a batch: those of the group that it belongs to."""
-        wanted = set(rows)
-        groups = (group for group in self._groups if group["shard"] == shard and wanted <= set(group["rows"]))
-        return next((group["deaths"] for group in groups), 0) if rows else 0
-
-    def kills(self, shard: str, rows: list[int]) -> bool:
-        """Whether this is one row that kills the process."""
-        return self._deaths_of(shard, rows) >= 2
-
-    def begin(self, shard: str, rows: list[int], ahead: Sequence[tuple[str, list[int]]] = ()) -> None:
-        """Notes the batch that is processed now, and those that are prepared meanwhile, by shard."""
-        others = [{"shard": name, "rows": found} for name, found in ahead]
-        in_hand = {"shard": shard, "rows": rows, "ahead": others, "deaths": self._deaths_of(shard, rows)}
-        owner = {"host": socket.gethostname(), "pid": os.getpid()}
-        text = json.dumps({"groups": self._groups, "in_hand": in_hand, **owner})
-        files.write_atomic(self._path, text.encode(), durable=False)
 
 
 # --- reading rows ---
@@ -771,7 +643,7 @@ class Reader:
             try:
                 data = [self._members.read(row, name) if needed[i] else None for name in self._names]
             except BuilderError as error:
-                failures.append(_Batch([row], _Failure(error_text(error))))
+                failures.append(_Batch([row], Failure(error_text(error))))
                 continue
             good.append(i)
             for name, value in zip(self._names, data, strict=True):

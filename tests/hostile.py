@@ -35,6 +35,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from builder import table, tar
+from builder.asking import MAX_ERROR, answer
 from builder.cli import main as builder_command
 from builder.edits import EditsTar
 from builder.errors import ShardError
@@ -43,7 +44,7 @@ from builder.models import pictures
 from builder.models.pictures import decode
 from builder.progress import plain
 from builder.stages.faces import Faces, FacesOptions
-from builder.task import MAX_ERROR, Reader, answer
+from builder.task import Reader
 from conftest import PIPELINE, Sample, Workspace, ingest_here, picture, write_tar
 from tars import by_builder, by_webdataset, rows_of
 

@@ -18,12 +18,14 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pytest
 
-from builder import Resources, Strict, files, output, schema, table, tar, task
+from builder import Resources, Strict, asking, files, output, schema, table, tar
+from builder.asking import error_text
+from builder.deaths import Deaths
 from builder.errors import ShardError, StageError, TransientError
 from builder.layout import Layout, RunFiles
 from builder.stage import RowsFailed
 from builder.table import Swept
-from builder.task import Deaths, Result, error_text
+from builder.task import Result
 from builder.workset import Choice
 from conftest import Workspace, ingest_here, make_shard, samples
 from planned import SQL, do, plan, section
@@ -108,7 +110,7 @@ def test_a_batch_is_halved_and_not_done_row_by_row(layout: Layout) -> None:
 def test_an_error_is_one_line_of_printable_text() -> None:
     assert error_text(ValueError("a\n\tb  \x1b[31mc")) == "ValueError: a b [31mc"
     assert error_text(StageError("what", where={"shard": "a"}, fix="do")) == "StageError: what"
-    assert error_text(KeyError("x" * 1000)) == ("KeyError: '" + "x" * 1000)[: task.MAX_ERROR]
+    assert error_text(KeyError("x" * 1000)) == ("KeyError: '" + "x" * 1000)[: asking.MAX_ERROR]
 
 
 def test_a_failing_redo_keeps_the_answers_and_tells_the_log(layout: Layout) -> None:
@@ -242,7 +244,7 @@ class Busy(Base):
 def test_a_transient_error_is_tried_again(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, times: int, failed: int
 ) -> None:
-    monkeypatch.setattr(task, "TRANSIENT_PAUSE_S", 0.001)
+    monkeypatch.setattr(asking, "TRANSIENT_PAUSE_S", 0.001)
     stage = Busy(Options(word=str(times), bad=[key(2)]))
     result = do(layout, plan(layout, stage), stage, batch_rows=1)
     assert (result.ok, result.failed) == (16 - failed, failed)
@@ -465,7 +467,7 @@ def test_a_row_that_cannot_be_prepared_fails_alone(layout: Layout) -> None:
 
 
 def test_a_transient_error_of_prepare_is_tried_again(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task, "TRANSIENT_PAUSE_S", 0.001)
+    monkeypatch.setattr(asking, "TRANSIENT_PAUSE_S", 0.001)
     stage = AheadBusy(Options(bad=[key(5)]))
     assert do(layout, plan(layout, stage), stage).ok == 16
     assert [numbers for numbers, here in stage.prepared if here] == [[4, 5, 6, 7]]
@@ -511,6 +513,114 @@ def test_of_two_batches_in_hand_neither_is_blamed(tmp_path: Path) -> None:
     assert died(tmp_path / "single.json", "a", [1], ("a", [2])).kills("a", [1]) is False
     assert died(tmp_path / "single.json", "a", [1]).kills("a", [1]) is False
     assert died(tmp_path / "single.json", "a", [1]).kills("a", [1]) is True
+
+
+# --- alone and in a batch ---
+
+
+class Leaking(Base):
+    """Adds a number that depends on how many rows stand beside; it says by how much it may."""
+
+    outputs = pa.schema([output("note", pa.string(), "text"), output("number", pa.list_(pa.float64()), "a number")])
+    leak = 0.0
+
+    def __init__(self, tolerance: float | None, leak: float) -> None:
+        super().__init__(Options())
+        self.leak, self.sizes = leak, []
+        if tolerance is not None:
+            self.tolerance = tolerance
+
+    sizes: list[int]
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        self.sizes.append(batch.num_rows)
+        values = [[1.0 + self.leak * batch.num_rows]] * batch.num_rows
+        return pa.RecordBatch.from_pydict({"note": ["a"] * batch.num_rows, "number": values}, schema=self.outputs)
+
+
+def test_a_stage_that_lets_rows_change_each_other_is_refused(layout: Layout) -> None:
+    stage = Leaking(0.25, 0.125)
+    with pytest.raises(StageError) as caught:
+        do(layout, plan(layout, stage), stage, batch_rows=4)
+    assert str(caught.value) == (
+        "stage 'note' gives a row another answer alone than in a batch of 4\n"
+        "  shard: 00000000\n"
+        "  row: 0\n"
+        "  alone: {'note': 'a', 'number': [1.125]}\n"
+        "  in the batch: {'note': 'a', 'number': [1.5]}\n"
+        "  difference: 0.375\n"
+        "  tolerance: 0.25\n"
+        "  fix: its model lets rows of one batch change each other: use another model, or batch_rows = 1 in "
+        "[stages.note.run]"
+    )
+    assert notes(layout) == [None] * 16
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "batch_rows", "difference", "sizes"),
+    [
+        (0.375, 4, 0.375, [4, 1, 1, 1, 4, 4, 4]),
+        (0.375, 2, 0.125, [2, 1, 1, 2, 2, 2, 2, 2, 2, 2]),
+        (0.0, 1, None, [1] * 16),
+        (None, 4, None, [4] * 4),
+    ],
+)
+def test_a_stage_that_keeps_its_tolerance_goes_on(
+    layout: Layout, tolerance: float | None, batch_rows: int, difference: float | None, sizes: list[int]
+) -> None:
+    stage = Leaking(tolerance, 0.125)
+    result = do(layout, plan(layout, stage), stage, batch_rows=batch_rows)
+    assert (result.ok, result.difference, stage.sizes) == (16, difference, sizes)
+
+
+def test_a_stage_may_measure_the_difference_itself(layout: Layout) -> None:
+    stage = Leaking(7.0, 0.125)
+    stage.difference = lambda alone, within: 8.0  # type: ignore[attr-defined]
+    with pytest.raises(StageError) as caught:
+        do(layout, plan(layout, stage), stage, batch_rows=4)
+    assert caught.value.where["difference"] == "8"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (1.0, 1.5, 0.5),
+        (float("nan"), float("nan"), 0.0),
+        (float("nan"), 1.0, float("inf")),
+        (None, 1.0, float("inf")),
+        ("a", "a", 0.0),
+        ("a", "b", float("inf")),
+        ([1.0, 2.0], [1.0, 2.25], 0.25),
+        ([1.0], [1.0, 2.0], float("inf")),
+        ({"x": 1.0, "y": "a"}, {"x": 3.0, "y": "a"}, 2.0),
+        (b"a", b"b", float("inf")),
+        (1, 2, float("inf")),
+    ],
+    ids=str,
+)
+def test_differences_of_answers(a: Any, b: Any, expected: float) -> None:
+    batches = [pa.RecordBatch.from_pylist([{"value": value}]) for value in (a, b)]
+    assert asking.difference(*batches) == expected
+
+
+# --- notes ---
+
+
+class Noting(Base):
+    """Has something to say of every batch."""
+
+    def take_notes(self) -> list[dict[str, Any]]:
+        return [{"kind": "refusal", "text": "I cannot — no"}] * self.notes.pop(0)
+
+    notes: ClassVar[list[int]] = []
+
+
+def test_what_a_stage_notes_is_kept_beside_the_run(layout: Layout) -> None:
+    stage = Noting(Options())
+    Noting.notes[:] = [1, 0, 2, 0]
+    run = plan(layout, stage)
+    do(layout, run, stage, batch_rows=4)
+    assert run.notes(0).read_text() == '{"kind": "refusal", "text": "I cannot — no"}\n' * 3
 
 
 # --- checkpoints ---
@@ -952,7 +1062,7 @@ def test_ctrl_c_keeps_what_is_committed(workspace: Make) -> None:
 def test_a_result_is_json() -> None:
     assert json.loads(json.dumps(Result(rows=3, left={"a": "gone"}).to_json())) == {
         "rows": 3, "ok": 0, "failed": 0, "kept": 0, "dropped": 0, "left": {"a": "gone"}, "stopped": False,
-        "seconds": 0.0,
+        "seconds": 0.0, "difference": None,
     }  # fmt: skip
 
 
