@@ -94,7 +94,7 @@ def describe(run: RunFiles, kind: str, **facts: Any) -> None:
         **facts,
         "builder": __version__,
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": versions(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -118,7 +118,8 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that decide answers."""
     found = {}
     for name in _RECORDED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -97,6 +97,7 @@ class Stage(Protocol):
       arrive with null in the member columns.
     - `inputs` and `resources` of its own in an instance, where its options decide them.
     - `sql`: the name of its work SQL, where that is not `sql/<name>.sql`.
+    - `recorded`: its own columns that hold an input as it was when a row was answered, by input.
     - `params`: values of $names in that SQL, where the pipeline gives none.
     - `lookups`: parquet files that its work SQL may join, by the name of the view.
     - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart, by its own

@@ -148,7 +148,7 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Rows with what the stage is given, prepared ahead if it can be; one row whose bytes cannot be read as a failure.
 
     `prepared` holds the result of the stage's `prepare`, or what it raised.
@@ -182,7 +182,7 @@ class _Step:
 
     shard: _Shard
     group: _Group
-    following: Future[list[_Batch]]
+    following: Future[list[Batch]]
 
 
 class _Task:
@@ -437,13 +437,13 @@ class _Shard:
         rows: list[int] = self._work["row"].take(pa.array(group.positions)).to_pylist()
         return rows
 
-    def read(self, group: _Group, preparing: Preparing | None) -> list[_Batch]:
+    def read(self, group: _Group, preparing: Preparing | None) -> list[Batch]:
         """In the reader: a group as batches with their bytes."""
         if self._reader is None:
             self._reader = Reader(self._task._layout, self.part.shard, self._stage)
         return self._reader.batches(self._work.take(pa.array(group.positions)), self._stage.inputs, preparing)
 
-    def ask(self, batches: list[_Batch], kills: bool) -> None:
+    def ask(self, batches: list[Batch], kills: bool) -> None:
         """Asks the stage about the batches of one group; `kills`: they are one row in which the process dies."""
         for batch in batches:
             if isinstance(batch.given, Failure):
@@ -631,19 +631,19 @@ class Reader:
         self._needs: Callable[[pa.RecordBatch], list[bool]] | None = getattr(stage, "needs_bytes", None)
         self._members = MemberReader(layout, shard, stage.members)
 
-    def batches(self, work: pa.Table, inputs: pa.Schema, preparing: Preparing | None) -> list[_Batch]:
+    def batches(self, work: pa.Table, inputs: pa.Schema, preparing: Preparing | None) -> list[Batch]:
         """One batch of rows with their bytes, prepared; each row whose bytes cannot be read as a failure of its own."""
         rows = work["row"].to_pylist()
         chosen = work.select(["shard", "row", "uid", *inputs.names]).combine_chunks()
         needed = self._needs(chosen.to_batches()[0]) if self._needs else [True] * len(rows)
         good: list[int] = []
         found: dict[str, list[bytes | None]] = {name: [] for name in self._names}
-        failures: list[_Batch] = []
+        failures: list[Batch] = []
         for i, row in enumerate(rows):
             try:
                 data = [self._members.read(row, name) if needed[i] else None for name in self._names]
             except BuilderError as error:
-                failures.append(_Batch([row], Failure(error_text(error))))
+                failures.append(Batch([row], Failure(error_text(error))))
                 continue
             good.append(i)
             for name, value in zip(self._names, data, strict=True):
@@ -654,10 +654,19 @@ class Reader:
         for name, values in found.items():
             batch = batch.append_column(name, pa.array(values, pa.large_binary()))
         prepared = None if preparing is None else _prepared(preparing, batch)
-        return [_Batch([rows[i] for i in good], batch, prepared), *failures]
+        return [Batch([rows[i] for i in good], batch, prepared), *failures]
 
     def close(self) -> None:
         self._members.__exit__(None, None, None)
+
+
+def read_once(layout: Layout, shard: str, stage: Stage, work: pa.Table) -> list[Batch]:
+    """A batch of rows of a work set, and a failure for each row whose bytes cannot be read."""
+    reader = Reader(layout, shard, stage)
+    try:
+        return reader.batches(work, stage.inputs, None)
+    finally:
+        reader.close()
 
 
 def _prepared(stage: Preparing, batch: pa.RecordBatch) -> Future[Any]:
