@@ -340,7 +340,7 @@ class Mine:
 def test_an_own_stage_is_found(file: Path) -> None:
     Path("mine.py").write_text(MINE)
     file.write_text(GOOD + '\n[stages.mine]\npython = "mine.py:Mine"\n')
-    assert pipelines.load(file).stages["mine"].kind.version == "1"
+    assert pipelines.load(file).stages["mine"].stage.version == "1"
 
 
 def test_an_own_stage_without_file_or_class(file: Path) -> None:
