@@ -442,6 +442,15 @@ def test_run_of_a_stage_overrides_that_of_all(file: Path) -> None:
     assert (pipeline.stages["faces"].run.workers, pipeline.stages["lang"].run.workers) == (1, 5)
 
 
+@pytest.mark.parametrize(("more", "workers"), [("", 4), ("workers = 2\n", 2)])
+def test_a_stage_with_devices_of_its_own_has_a_worker_for_each(file: Path, more: str, workers: int) -> None:
+    devices = ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    file.write_text(GOOD + f"\n[stages.lang.run]\ndevices = {devices}\n{more}".replace("'", '"'))
+    pipeline = pipelines.load(file)
+    assert (pipeline.stages["faces"].run.workers, pipeline.stages["lang"].run.workers) == (1, workers)
+    assert pipeline.stages["lang"].run.devices == devices
+
+
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
