@@ -254,6 +254,8 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     [counts] = workset.count(layout, [work])
     if counts.todo == 0:
         return _nothing_to_do(name, counts, talk)
+    if notice := getattr(use.stage, "notice", ""):
+        talk.say(f"{name}: {notice}")
     run = runs.new_run(layout, name)
     _describe_stage(pipeline, run, use, work)
     with files.naming(run.workset):

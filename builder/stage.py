@@ -103,6 +103,7 @@ class Stage(Protocol):
     - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart, by its own
       `difference(alone, within) -> float` or `asking.difference`: it declares itself deterministic so, and is held
       to it.
+    - `notice`: what a run says of it before it starts, such as a licence.
     - `take_notes() -> list[dict]`: what the run's log should keep beside the answers, since it was last asked.
     """
 

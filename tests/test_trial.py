@@ -151,6 +151,19 @@ def test_a_stored_image_that_is_gone_is_made_again(drawn: Workspace) -> None:
     assert Image.open(io.BytesIO((drawn.folder / "again.jpg").read_bytes())).size == (64, 64)
 
 
+# --- notices ---
+
+
+def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None:
+    made = workspace(stages=section("Licensed"))
+    (made.folder / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
+    made.run("ingest")
+    talk = made.run("stage", "note", cwd=made.folder).stderr
+    assert talk.count("its weights are for research only") == 1
+    assert talk.startswith("note: its weights are for research only\n")
+    assert "research" not in made.run("stage", "note", cwd=made.folder).stderr  # there is nothing to do
+
+
 # --- draws and classes of failures ---
 
 
