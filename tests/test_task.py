@@ -496,7 +496,15 @@ def test_a_batch_that_died_is_not_prepared_ahead(layout: Layout) -> None:
     stage = Ahead()
     run = plan(layout, stage)
     died(run.in_hand(0), "00000000", [4, 5])
+    beside = []
+
+    def look() -> None:
+        data = json.loads(run.in_hand(0).read_text())["in_hand"]
+        beside.append((data["rows"], [group["rows"] for group in data["ahead"]]))
+
+    stage.before = look
     do(layout, run, stage, batch_rows=4)
+    assert beside[2] == ([4, 5], [])  # nor is another one prepared beside it
     assert stage.prepared[:3] == [([0, 1, 2, 3], False), ([6, 7], False), ([4, 5], True)]
     assert stage.prepared[3:] == [([8, 9, 10, 11], False), ([12, 13, 14, 15], False)]
 
