@@ -62,10 +62,8 @@ class Frames:
 
         height, width = self.blobs.shape[2:]
         ratio = image.shape[0] / image.shape[1]
-        if ratio > height / width:
-            size = (max(int(height / ratio), 1), height)
-        else:
-            size = (width, max(int(width * ratio), 1))
+        is_tall = ratio > height / width
+        size = (max(int(height / ratio), 1), height) if is_tall else (width, max(int(width * ratio), 1))
         canvas = np.zeros((height, width, 3), np.uint8)
         canvas[: size[1], : size[0]] = cv2.resize(image, size)
         self.blobs[place] = cv2.dnn.blobFromImage(canvas, _SCALE, (width, height), (_MEAN, _MEAN, _MEAN))[0]
@@ -79,7 +77,7 @@ class Scrfd:
     Args:
         model: an .onnx file, a folder with one, or the name of a pack in `PACKS`. Nothing is downloaded.
         device: `cpu`, `cuda` or `cuda:N`.
-        input_px: side of the square that a picture is fitted into; the graph's own where that is fixed, else `INPUT_PX`.
+        input_px: side of the square that a picture is fitted into; what the graph is fixed to, else `INPUT_PX`.
         threshold: least score of a box that is reported.
         batch: pictures a call; every call has exactly so many, the last one blank frames, so that an answer does not
             depend on its neighbours' number. Where the graph takes one at a time, it is 1.
@@ -114,7 +112,7 @@ class Scrfd:
             raise StageError(
                 f"onnxruntime cannot start {providers[0][0]} on device '{device}'",
                 where={"it would take": ", ".join(self._session.get_providers())},
-                fix="install the CUDA and cuDNN libraries that this onnxruntime-gpu needs; its own words are in the log",
+                fix="install the CUDA and cuDNN libraries that onnxruntime-gpu needs; its own words are in the log",
             )
         self._input = self._session.get_inputs()[0].name
         self._outputs = [output.name for output in self._session.get_outputs()]
@@ -133,8 +131,8 @@ class Scrfd:
         """Finds the faces of every picture that was put.
 
         Returns:
-            For each place boxes, float64 (n, 4), x1, y1, x2, y2 in pixels of the picture, not clipped to it, and scores,
-            float64 (n,), best first.
+            For each place boxes, float64 (n, 4), x1, y1, x2, y2 in pixels of the picture, not clipped to it, and their
+            scores, float64 (n,), best first.
         """
         found = []
         for start in range(0, len(frames.blobs), self.batch):
@@ -176,7 +174,7 @@ class Scrfd:
         return kept[:, :4], kept[:, 4]
 
     def _level(self, scores: Boxes, distances: Boxes, stride: int) -> tuple[Boxes, Boxes]:
-        """Boxes (n, 4) in pixels of the frame and scores (n, 1) of one stride: distances count from the cell's corner."""
+        """Boxes (n, 4) in pixels of the frame and scores (n, 1) of one stride."""
         columns, rows = self.width // stride, self.height // stride
         anchors = len(scores) // (columns * rows)
         keep = np.flatnonzero(scores[:, 0] >= self.threshold)
@@ -224,7 +222,7 @@ def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
         raise StageError(
             f"onnxruntime has no CUDAExecutionProvider for device '{device}'",
             where={"it has": ", ".join(have)},
-            fix="pip uninstall onnxruntime and pip install onnxruntime-gpu, or set devices = [\"cpu\"]",
+            fix='pip uninstall onnxruntime and pip install onnxruntime-gpu, or set devices = ["cpu"]',
         )
     cuda = {"device_id": int(number or 0), "cudnn_conv_algo_search": "HEURISTIC"}  # by shape, not by a race of timings
     return [("CUDAExecutionProvider", cuda), ("CPUExecutionProvider", {})]
@@ -277,7 +275,7 @@ def _files(model: str) -> list[Path]:
         raise StageError(
             f"there is no face model '{model}'",
             where={"looked for": folder if path.suffix == ".onnx" else folder / "*.onnx"},
-            fix="put the file there, or name another with model = \"FILE.onnx\"; builder downloads no models",
+            fix='put the file there, or name another with model = "FILE.onnx"; builder downloads no models',
         )
     return files
 

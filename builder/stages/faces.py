@@ -30,7 +30,7 @@ class Faces:
     """Adds `face_count`, `face_boxes`, `face_scores`, `face_source`."""
 
     name: ClassVar[str] = "faces"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "1"
     Options = FacesOptions
     inputs: ClassVar[pa.Schema] = pa.schema(
         [("boxes", BOXES), ("boxes_from", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
