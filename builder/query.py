@@ -275,7 +275,7 @@ def _look_up(connection: duckdb.DuckDBPyConnection, name: str, lookup: Lookup) -
     differ = " or ".join(f'min("{column}") <> max("{column}")' for column in others)
     try:
         connection.execute(
-            f'create temp table "{name}" as select uid, {values}, coalesce({differ}, false) as is_ambiguous '
+            f'create table "{name}" as select uid, {values}, coalesce({differ}, false) as is_ambiguous '
             f"from ({rows}) where uid in (select uid from samples) group by uid"
         )
         count, uids = connection.execute(
@@ -288,18 +288,19 @@ def _look_up(connection: duckdb.DuckDBPyConnection, name: str, lookup: Lookup) -
             ).fetchall()
             raise ConfigError(
                 f"{count} uids of the samples are ambiguous in '{name}': the files say different things of them",
-                where={f"uid {i}": _told(row, lookup) for i, row in enumerate(found, 1)},
+                where={f"row {i}": ", ".join([*map(str, row[:-1]), f"in {row[-1]}"]) for i, row in enumerate(found, 1)},
                 fix=f"name files in '{lookup.files}' that agree, or take the wrong rows out of them",
             )
         connection.execute(f'alter table "{name}" drop column is_ambiguous')
     except duckdb.Error as error:
-        raise _refused(Sql("", lookup.files), error) from error
-
-
-def _told(row: Sequence[Any], lookup: Lookup) -> str:
-    """One row of the files in a message."""
-    *values, file = row
-    return ", ".join([*map(str, values), f"in {file}"])
+        if isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException):
+            raise _refused(Sql("", lookup.files), error) from error
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the files of '{name}' do not fit: {first}",
+            where={"files": lookup.files, **{c: schema.type_text(kind) for c, (kind, _) in lookup.columns.items()}},
+            fix="name files whose columns have these types",
+        ) from error
 
 
 def _rows_of(name: str, lookup: Lookup) -> str:
@@ -326,7 +327,9 @@ def _names_in(path: str, lookup: Lookup) -> tuple[str, ...]:
         found = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:
         first = str(error).splitlines()[0]
-        raise ConfigError(f"the parquet file cannot be read: {first}", where={"file": path}, fix="mend it") from error
+        raise ConfigError(
+            f"the parquet file cannot be read: {first}", where={"file": path}, fix="mend it, or name other files"
+        ) from error
     names = []
     for column, (_, known) in lookup.columns.items():
         name = next((name for name in known if name in found), None)

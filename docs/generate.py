@@ -142,7 +142,7 @@ def _models(model: type[BaseModel]) -> list[type[BaseModel]]:
 
 
 def field_docs(model: type[BaseModel]) -> dict[str, str]:
-    """The `#:` comment above each field that a model has of its own; one comment covers the fields that follow it line by line.
+    """The `#:` comment above each field that a model has of its own; one covers the fields that follow line by line.
 
     Raises:
         SystemExit: a field has none.

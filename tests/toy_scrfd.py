@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image, ImageDraw
 
 #: How the outputs lie: (cells, values) as in insightface's det_10g.onnx; the same with a true axis for pictures in
 #: front; and with such an axis whose values are of all pictures mixed.
@@ -16,6 +19,16 @@ STRIDES = (8, 16, 32)
 #: By stride: a face where the mean colour of a cell is magenta. -30 silences a stride.
 BIASES = {8: (-30.0, -30.0), 16: (-8.0, -9.0), 32: (-30.0, -30.0)}
 LANDMARKS = (-1, -1, 1, -1, 0, 0, -1, 1, 1, 1)
+
+
+def magenta(width: int, height: int, squares: Sequence[tuple[int, int, int, int]]) -> bytes:
+    """A grey PNG with magenta boxes, x1, y1, x2, y2."""
+    image = Image.new("RGB", (width, height), (128, 128, 128))
+    for x1, y1, x2, y2 in squares:
+        ImageDraw.Draw(image).rectangle((x1, y1, x2 - 1, y2 - 1), fill=(255, 0, 255))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
 
 
 def write_toy(path: Path, form: Form = "flat", *, size: int | None = None, fixed_batch: bool = False) -> Path:

@@ -24,8 +24,7 @@ from builder.models.scrfd import GRAIN_PX, LICENCE, Scrfd
 
 #: Digits of a coordinate in 0..1: finer than a pixel of any picture.
 DIGITS = 6
-#: Pixels that are decoded at a time, but for the picture that goes beyond: 96 MB. A batch of 32 pictures of 512 px has 8
-#: million.
+#: Pixels that are decoded at a time, but for the picture that goes beyond: 96 MB. 32 pictures of 512 px are 8 million.
 AHEAD_PIXELS = 32_000_000
 #: `min_score` where the options do not say it: what counts as a face, by detector.
 MIN_SCORES = {"mtcnn": 0.9, "scrfd": 0.5}
