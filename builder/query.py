@@ -5,11 +5,12 @@ Owns every DuckDB connection of the package. Knows nothing of stages and runs.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from builder import layout as places
 from builder import schema
@@ -30,6 +32,21 @@ DuckError = duckdb.Error
 _FORBIDDEN = "json_execute_serialized_sql"
 #: What DuckDB takes for a pattern in a file name.
 _MAGIC = re.compile(r"([*?\[])")
+#: Uids that the message about ambiguous ones names.
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Parquet files beside the samples, which SQL may join by uid.
+
+    Attributes:
+        files: a path, or a glob of paths.
+        columns: of each column of the view its type, and the names under which the files may have it. `uid` is one.
+    """
+
+    files: str
+    columns: Mapping[str, tuple[pa.DataType, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -73,24 +90,37 @@ class Samples:
     Args:
         columns: the columns of the view; those that a partition lacks read as typed nulls.
         shards: the partitions, in order; files are named one by one, so no listing happens in a query.
+        lookups: files to join, by the name of their view: a row for each uid that these shards have and the files too.
+            They are read here, once, and what is kept of them spills to disk.
+
+    Raises:
+        ConfigError: files of a lookup that do not exist, lack a column or say different things of one uid.
     """
 
-    def __init__(self, layout: Layout, columns: Sequence[Column], shards: Iterable[str]) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        columns: Sequence[Column],
+        shards: Iterable[str],
+        lookups: Mapping[str, Lookup] | None = None,
+    ) -> None:
         paths = [str(layout.partition(shard)) for shard in shards]
         self._connection = duckdb.connect()
         try:
-            self._open(columns, paths)
+            self._open(columns, paths, lookups or {})
         except BaseException:
             self._connection.close()
             raise
 
-    def _open(self, columns: Sequence[Column], paths: Sequence[str]) -> None:
+    def _open(self, columns: Sequence[Column], paths: Sequence[str], lookups: Mapping[str, Lookup]) -> None:
         run = self._connection.execute
         run("set autoinstall_known_extensions = false")
         run("set autoload_known_extensions = false")
         run("set preserve_insertion_order = true")  # so that LIMIT alone takes the same rows every time
         run(f"set temp_directory = {_quoted(_spill_folder())}")
         run(_view(columns, paths))
+        for name, lookup in lookups.items():
+            _look_up(self._connection, name, lookup)
         allowed = dict.fromkeys([*paths, *map(_literal, paths)])  # DuckDB asks for the name that it was given, too
         run(f"set allowed_paths = [{', '.join(_quoted(path) for path in allowed)}]")
         run("set enable_external_access = false")
@@ -232,6 +262,104 @@ def _view(columns: Sequence[Column], paths: Sequence[str]) -> str:
     )
     names = ", ".join(_quoted(_literal(path)) for path in paths)
     return f"create view samples as select * from read_parquet([{names}], schema = map {{{types}}})"
+
+
+# --- lookups ---
+
+
+def _look_up(connection: duckdb.DuckDBPyConnection, name: str, lookup: Lookup) -> None:
+    """Makes the table of a lookup: one row a uid of `samples`, a null giving way to what another row knows."""
+    rows = _rows_of(name, lookup)
+    others = [column for column in lookup.columns if column != "uid"]
+    values = ", ".join(f'any_value("{column}") as "{column}"' for column in others)
+    differ = " or ".join(f'min("{column}") <> max("{column}")' for column in others)
+    try:
+        connection.execute(
+            f'create table "{name}" as select uid, {values}, coalesce({differ}, false) as is_ambiguous '
+            f"from ({rows}) where uid in (select uid from samples) group by uid"
+        )
+        count, uids = connection.execute(
+            f'select count(*), min(uid, {_EXAMPLES}) from "{name}" where is_ambiguous'
+        ).fetchall()[0]
+        if count:
+            listed = ", ".join(map(_quoted, uids))
+            found = connection.execute(
+                f"select distinct * from ({rows}) where uid in ({listed}) order by all limit {3 * _EXAMPLES}"
+            ).fetchall()
+            raise ConfigError(
+                f"{count} uids of the samples are ambiguous in '{name}': the files say different things of them",
+                where={f"row {i}": ", ".join([*map(str, row[:-1]), f"in {row[-1]}"]) for i, row in enumerate(found, 1)},
+                fix=f"name files in '{lookup.files}' that agree, or take the wrong rows out of them",
+            )
+        connection.execute(f'alter table "{name}" drop column is_ambiguous')
+    except duckdb.Error as error:
+        if isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException):
+            raise _refused(Sql("", lookup.files), error) from error
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the files of '{name}' do not fit: {first}",
+            where={"files": lookup.files, **{c: schema.type_text(kind) for c, (kind, _) in lookup.columns.items()}},
+            fix="name files whose columns have these types",
+        ) from error
+
+
+def _rows_of(name: str, lookup: Lookup) -> str:
+    """A SELECT of all rows of a lookup's files: its columns with their types, and the file.
+
+    Raises:
+        ConfigError: there is no file, one is no parquet file, or lacks a column.
+    """
+    paths = sorted(path for path in glob.glob(lookup.files) if os.path.isfile(path))  # noqa: PTH113, PTH207 - as given
+    if not paths:
+        raise ConfigError(
+            f"no file matches '{lookup.files}', which '{name}' is to be read from",
+            fix="name parquet files, relative to the working directory: a path, or a glob such as 'metadata/*.parquet'",
+        )
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for path in paths:
+        alike.setdefault(_names_in(path, lookup), []).append(path)
+    return " union all ".join(_selected(lookup, names, files) for names, files in alike.items())
+
+
+def _names_in(path: str, lookup: Lookup) -> tuple[str, ...]:
+    """The names that a file has for the columns of a lookup; reads its footer."""
+    try:
+        found = pq.read_schema(path).names
+    except (pa.ArrowInvalid, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the parquet file cannot be read: {first}", where={"file": path}, fix="mend it, or name other files"
+        ) from error
+    names = []
+    for column, (_, known) in lookup.columns.items():
+        name = next((name for name in known if name in found), None)
+        if name is None:
+            raise ConfigError(
+                f"the file has no column '{column}'",
+                where={"file": path, "names looked for": ", ".join(known), "columns found": ", ".join(found) or "none"},
+                fix="write the column into the file, or name other files"
+                + (" (dataset2metadata: add uid to additional_fields)" if column == "uid" else ""),
+            )
+        names.append(name)
+    return tuple(names)
+
+
+def _selected(lookup: Lookup, names: Sequence[str], paths: Sequence[str]) -> str:
+    """A SELECT over files that name their columns alike."""
+    kinds = [schema.duckdb_type(kind) for kind, _ in lookup.columns.values()]
+    columns = ", ".join(
+        f'cast("{name}" as {kind}) as "{column}"'
+        for name, kind, column in zip(names, kinds, lookup.columns, strict=True)
+    )
+    types = ", ".join(
+        f"{_quoted(name)}: {{name: {_quoted(name)}, type: {_quoted(kind)}, default_value: NULL}}"
+        for name, kind in zip(names, kinds, strict=True)
+    )
+    files = ", ".join(_quoted(_literal(path)) for path in paths)
+    return f"select {columns}, filename from read_parquet([{files}], schema = map {{{types}}})"
+
+
+# --- names ---
 
 
 def _literal(path: str) -> str:

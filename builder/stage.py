@@ -55,19 +55,6 @@ class Resources:
     ahead: int = 1
 
 
-@dataclass(frozen=True)
-class Lookup:
-    """Parquet files beside the samples, which the work SQL of a stage may join by uid.
-
-    Attributes:
-        files: a path, or a glob of paths.
-        columns: of each column of the view its type, and the names under which the files may have it.
-    """
-
-    files: str
-    columns: Mapping[str, tuple[pa.DataType, tuple[str, ...]]]
-
-
 class RowsFailed(Exception):
     """Raised by `process` where some rows of a batch have no answer and the others need not be asked again.
 
@@ -99,7 +86,7 @@ class Stage(Protocol):
     - `sql`: the name of its work SQL, where that is not `sql/<name>.sql`.
     - `recorded`: its own columns that hold an input as it was when a row was answered, by input.
     - `params`: values of $names in that SQL, where the pipeline gives none.
-    - `lookups`: parquet files that its work SQL may join, by the name of the view.
+    - `lookups`: parquet files that its work SQL may join (`query.Lookup`), by the name of the view.
     - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart, by its own
       `difference(alone, within) -> float` or `asking.difference`: it declares itself deterministic so, and is held
       to it.

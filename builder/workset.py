@@ -7,7 +7,7 @@ one run will try.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from builder import files, schema
 from builder.errors import ConfigError, ConflictError
 from builder.layout import Layout, RunFiles
-from builder.query import Samples, Sql
+from builder.query import Lookup, Samples, Sql
 from builder.schema import Column
 from builder.stage import Stage, inputs_hashes
 from builder.table import partition_state
@@ -120,13 +120,37 @@ class Work:
     columns: Sequence[Column]
     signature: str
 
+    @property
+    def lookups(self) -> Mapping[str, Lookup]:
+        """The files that the SQL may join."""
+        found: Mapping[str, Lookup] = getattr(self.stage, "lookups", {})
+        return found
+
+
+def _lookups_of(works: Sequence[Work]) -> dict[str, Lookup]:
+    """The files that the SQL of any of the works may join, by the name of the view.
+
+    Raises:
+        ConfigError: two stages have other files under one name.
+    """
+    found: dict[str, Lookup] = {}
+    for work in works:
+        for name, lookup in work.lookups.items():
+            if found.setdefault(name, lookup) != lookup:
+                raise ConfigError(
+                    f"two stages look things up in '{name}', but in other files",
+                    where={"stage": work.stage.name, "files": f"{found[name].files} and {lookup.files}"},
+                    fix="name the same files in both",
+                )
+    return found
+
 
 def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
     """Counts the rows of several stages' works, over the same shards and with one choice; starts nothing."""
     if not works:
         return []
     first = works[0]
-    with Samples(layout, first.columns, sorted(first.shards)) as samples:
+    with Samples(layout, first.columns, sorted(first.shards), _lookups_of(works)) as samples:
         for work in works:
             _check_columns(samples, work)
         return _in_order(partial(_counted, samples, works))
@@ -173,7 +197,7 @@ def freeze(layout: Layout, run: RunFiles, work: Work) -> list[Slice]:
         run.folder.mkdir(parents=True, exist_ok=True)
         temp = files.temp_path(run.workset)
         try:
-            with Samples(layout, work.columns, sorted(work.shards)) as samples:
+            with Samples(layout, work.columns, sorted(work.shards), work.lookups) as samples:
                 _check_columns(samples, work)
                 before = {shard: _rows_of(layout, shard) for shard in work.shards}
                 slices = _in_order(partial(_frozen_to, temp, samples, work, before))

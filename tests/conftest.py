@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from builder import pipeline as pipelines
 from builder import table
 from builder.pipeline import Pipeline
+from builder.schema import BOXES
 from builder.sources import shards as tar_shards
 
 STAGES = Path(__file__).parent / "stages.py"
@@ -105,6 +108,19 @@ def read_tar(path: Path) -> dict[str, bytes]:
     """Every regular member's bytes, by Python's tarfile."""
     with tarfile.open(path) as archive:
         return {info.name: archive.extractfile(info).read() for info in archive if info.isreg()}  # type: ignore[union-attr]
+
+
+def metadata(path: Path, boxes: dict[str, Any] | Sequence[tuple[str, Any]], *, name: str = "face_bboxes") -> Path:
+    """A parquet file as DataComp's: uid, url and boxes."""
+    pairs = list(boxes.items()) if isinstance(boxes, dict) else list(boxes)
+    columns = {
+        "uid": pa.array([uid for uid, _ in pairs], pa.string()),
+        "url": pa.array(["https://example.org/a.jpg"] * len(pairs)),
+        name: pa.array([found for _, found in pairs], BOXES),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
 
 
 PIPELINE = """\

@@ -24,7 +24,7 @@ from builder.stage import columns_of, find
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text("utf-8")
-STAGES = ("faces", "lang", "prompts", "generate")
+STAGES = ("faces", "lang", "prompts", "generate", "check")
 COMMANDS = {name: command for name, command in main.commands.items() if not command.hidden}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 

@@ -1,21 +1,27 @@
-"""The stage `faces` on batches made by hand: decoded ahead or not, the same answers."""
+"""The stage `faces` on batches made by hand: decoded ahead or not, in threads or not, the same answers."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import skimage.data
 from PIL import Image
 
+from builder.errors import ConfigError, StageError
+from builder.models import detectors
 from builder.schema import BOXES
-from builder.stage import Preparing
-from builder.stages import faces
+from builder.stage import Preparing, RowsFailed
 from builder.stages.faces import Faces, FacesOptions
-from conftest import picture
+from conftest import Sample, Workspace, metadata, picture, samples
+from toy_scrfd import magenta, write_toy
+
+Make = Callable[..., Workspace]
 
 
 def astronaut() -> bytes:
@@ -32,45 +38,348 @@ def stage() -> Iterator[Faces]:
     made.close()
 
 
-def batch(*images: bytes | None) -> pa.RecordBatch:
-    """Rows with these bytes; one without bytes has a box of its own in the source."""
-    boxes = [[[0.1, 0.1, 0.5, 0.9]] if image is None else None for image in images]
+def batch(*images: bytes | None, boxes: object = ((0.1, 0.1, 0.5, 0.9),)) -> pa.RecordBatch:
+    """Rows with these bytes; one without bytes has boxes of its own in the source."""
+    known = [boxes if image is None else None for image in images]
     return pa.RecordBatch.from_arrays(
         [
-            pa.array(boxes, BOXES), pa.array([48] * len(images), pa.int32()), pa.array([32] * len(images), pa.int32()),
+            pa.array(known, BOXES), pa.array([None if box is None else "json" for box in known], pa.string()),
+            pa.array([48] * len(images), pa.int32()), pa.array([32] * len(images), pa.int32()),
             pa.array(images, pa.large_binary()),
         ],
-        names=["boxes", "width", "height", "image"],
+        names=["boxes", "boxes_from", "width", "height", "image"],
     )  # fmt: skip
+
+
+def told(caught: pytest.ExceptionInfo[RowsFailed]) -> dict[int, str]:
+    return {row: str(error) for row, error in caught.value.errors.items()}
+
+
+# --- decoding ahead ---
 
 
 def test_pictures_are_decoded_ahead(stage: Faces) -> None:
     assert isinstance(stage, Preparing)
     ahead = stage.prepare(batch(astronaut(), None, picture()))
-    assert [None if image is None else image.shape for image in ahead] == [(512, 512, 3), None, (32, 48, 3)]
+    assert ahead is not None
+    assert (ahead.start, ahead.stop, ahead.places) == (0, 3, [0, 2])
+    assert [image.shape for image in ahead.frames.images] == [(512, 512, 3), (32, 48, 3)]
 
 
 @pytest.mark.parametrize(("limit", "ahead"), [(1, 1), (512 * 512, 1), (512 * 512 + 1, 3), (10**9, 4)])
+@pytest.mark.parametrize("threads", [None, 2])
 def test_what_is_decoded_ahead_is_bounded_and_changes_no_answer(
-    stage: Faces, monkeypatch: pytest.MonkeyPatch, limit: int, ahead: int
+    monkeypatch: pytest.MonkeyPatch, limit: int, ahead: int, threads: int | None
 ) -> None:
-    monkeypatch.setattr(faces, "AHEAD_PIXELS", limit)
+    monkeypatch.setattr(detectors, "AHEAD_PIXELS", limit)
+    stage = Faces(FacesOptions(decode_threads=threads))
+    stage.setup("cpu")
     rows = batch(astronaut(), None, astronaut(), picture())
     prepared = stage.prepare(rows)
-    assert len(prepared) == ahead
+    assert prepared is not None
+    assert prepared.stop == ahead
     answers = stage.process(rows, prepared)
     assert answers.column("face_count").to_pylist() == [1, 1, 1, 0]
     assert answers.column("face_source").to_pylist() == ["mtcnn", "json", "mtcnn", "mtcnn"]
     assert answers.equals(stage.process(rows))
     assert answers.column("face_boxes")[0] == answers.column("face_boxes")[2]
-    assert not any(isinstance(image, np.ndarray) for image in prepared)  # freed one by one
+    assert not any(image is not None for image in prepared.frames.images)  # freed one by one
+    stage.close()
 
 
-def test_bytes_that_do_not_decode_raise_ahead_and_in_turn(stage: Faces, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = batch(picture(), b"no picture")
-    with pytest.raises(ValueError, match="no image format begins so"):
-        stage.prepare(rows)
-    monkeypatch.setattr(faces, "AHEAD_PIXELS", 1)
-    prepared = stage.prepare(rows)
-    with pytest.raises(ValueError, match="no image format begins so"):
-        stage.process(rows, prepared)
+@pytest.mark.parametrize("limit", [1, 10**9])
+def test_bytes_that_do_not_decode_fail_alone(stage: Faces, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(detectors, "AHEAD_PIXELS", limit)
+    cut_short = astronaut()[:5000]  # its header is whole
+    rows = batch(astronaut(), b"no picture", None, cut_short, picture())
+    for prepared in (stage.prepare(rows), None):
+        with pytest.raises(RowsFailed, match="2 of 5 rows failed") as caught:
+            stage.process(rows, prepared)
+        errors = told(caught)
+        assert errors[1] == "the picture does not decode: no image format begins so"
+        assert errors[3].startswith("the picture does not decode: ")
+        assert [caught.value.result.column("face_count")[row].as_py() for row in (0, 2, 4)] == [1, 1, 0]
+
+
+# --- boxes that are known ---
+
+
+@pytest.mark.parametrize(
+    ("boxes", "count", "kept"),
+    [
+        (None, None, None),
+        ([], 0, []),
+        ([[0.1, 0.1, 0.5, 0.9]], 1, [[0.1, 0.1, 0.5, 0.9]]),
+        ([[0.1, 0.1, 0.12, 0.12]], 0, [[0.1, 0.1, 0.12, 0.12]]),
+        ([[-0.2, 0.1, 1.5, 0.9]], 1, [[0.0, 0.1, 1.0, 0.9]]),
+    ],
+)
+def test_boxes_an_empty_list_and_unknown_stay_apart(boxes: object, count: int | None, kept: object) -> None:
+    stage = Faces(FacesOptions(source="json"))
+    stage.setup("cpu")
+    rows = batch(None, boxes=boxes)
+    assert stage.needs_bytes(rows) == [False]
+    assert stage.process(rows, stage.prepare(rows)).to_pylist() == [
+        {
+            "face_count": count,
+            "face_boxes": kept,
+            "face_scores": None,
+            "face_source": "unknown" if boxes is None else "json",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "box", [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3, float("nan")], [0.5, 0.1, 0.4, 0.9], [0.1, None, 0.3, 0.4]]
+)
+def test_a_box_that_is_none_fails_its_row(box: list[float | None]) -> None:
+    stage = Faces(FacesOptions(source="metadata", metadata="*.parquet"))
+    with pytest.raises(RowsFailed) as caught:
+        stage.process(batch(None, boxes=[box]))
+    assert told(caught) == {0: f"{box} is no box [x1, y1, x2, y2]"}
+
+
+def test_metadata_goes_with_the_sources_that_read_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Faces(FacesOptions(source="metadata"))
+    assert str(caught.value) == (
+        "source = 'metadata', but no metadata is named\n  fix: add metadata = \"DIR/*.parquet\" to [stages.faces]"
+    )
+    with pytest.raises(ConfigError) as caught:
+        Faces(FacesOptions(source="json", metadata="x"))
+    assert str(caught.value) == (
+        "metadata is named, but source = 'json' does not read it\n"
+        "  fix: leave metadata out, or set source = 'auto' or 'metadata'"
+    )
+
+
+# --- metadata, through the command line ---
+
+
+def faces_of(made: Workspace) -> list[tuple[str, int, object, object, str]]:
+    sql = "select shard, row, face_count, face_boxes, face_source from samples order by shard, row"
+    return [tuple(row) for row in made.rows(sql)]  # type: ignore[misc]
+
+
+def three_states(made: Make, stages: str) -> Workspace:
+    """Two shards: json boxes, an empty list and none at all, by row."""
+    own = samples(3)
+    for sample, boxes in zip(own, ([[0.2, 0.2, 0.6, 0.6]], [], None), strict=True):
+        sample.fields = {} if boxes is None else {"face_bboxes": boxes}
+    rest = samples(4, start=3, boxes=False)
+    return made({"a": own, "b": rest}, stages=stages)
+
+
+def test_metadata_is_joined_by_uid(workspace: Make, tmp_path: Path) -> None:
+    made = three_states(workspace, f'[stages.faces]\nsource = "metadata"\nmetadata = "{tmp_path}/meta/*.parquet"\n')
+    box = [[0.0, 0.0, 0.5, 0.5]]
+    uid = [f"{i:032x}" for i in range(9)]
+    # in reverse, in files of both kinds, with uids that no sample has, and a row said twice
+    metadata(tmp_path / "meta/one.parquet", [(uid[8], box), (uid[6], box), (uid[5], None), (uid[2], box)])
+    metadata(tmp_path / "meta/two.parquet", [(uid[4], []), (uid[2], box), (uid[0], box)], name="face-boxes")
+    made.run("ingest")
+    made.run("stage", "faces")
+    assert faces_of(made) == [
+        ("a", 0, 1, box, "metadata"),
+        ("a", 1, None, None, "unknown"),
+        ("a", 2, 1, box, "metadata"),
+        ("b", 0, None, None, "unknown"),
+        ("b", 1, 0, [], "metadata"),
+        ("b", 2, None, None, "unknown"),
+        ("b", 3, 1, box, "metadata"),
+    ]
+    assert "nothing to do" in made.run("stage", "faces").stderr
+
+
+def test_auto_takes_json_then_metadata_then_the_detector(workspace: Make, tmp_path: Path) -> None:
+    made = three_states(workspace, f'[stages.faces]\nmetadata = "{tmp_path}/meta.parquet"\n')
+    box = [[0.0, 0.0, 0.5, 0.5]]
+    metadata(tmp_path / "meta.parquet", {f"{i:032x}": box if i != 4 else [] for i in (4, 3, 1, 0)})
+    made.run("ingest")
+    made.run("stage", "faces")
+    assert faces_of(made) == [
+        ("a", 0, 1, [[0.2, 0.2, 0.6, 0.6]], "json"),
+        ("a", 1, 0, [], "json"),
+        ("a", 2, 0, [], "mtcnn"),
+        ("b", 0, 1, box, "metadata"),
+        ("b", 1, 0, [], "metadata"),
+        ("b", 2, 0, [], "mtcnn"),
+        ("b", 3, 0, [], "mtcnn"),
+    ]
+
+
+def test_an_ambiguous_uid_is_refused_with_examples(workspace: Make, tmp_path: Path) -> None:
+    made = three_states(workspace, f'[stages.faces]\nsource = "metadata"\nmetadata = "{tmp_path}/meta/*.parquet"\n')
+    uid = [f"{i:032x}" for i in range(9)]
+    metadata(tmp_path / "meta/one.parquet", {uid[1]: [], uid[4]: [[0, 0, 1, 1]], uid[8]: [], uid[2]: None})
+    metadata(tmp_path / "meta/two.parquet", {uid[1]: [[0, 0, 1, 1]], uid[4]: [], uid[8]: [[0, 0, 1, 1]], uid[2]: []})
+    made.run("ingest")
+    message = (
+        "error: 2 uids of the samples are ambiguous in 'metadata': the files say different things of them\n"
+        f"  row: {uid[1]}, [], in {tmp_path}/meta/one.parquet\n"
+        f"  row: {uid[1]}, [[0.0, 0.0, 1.0, 1.0]], in {tmp_path}/meta/two.parquet\n"
+        f"  row: {uid[4]}, [], in {tmp_path}/meta/two.parquet\n"
+        f"  row: {uid[4]}, [[0.0, 0.0, 1.0, 1.0]], in {tmp_path}/meta/one.parquet\n"
+        f"  fix: name files in '{tmp_path}/meta/*.parquet' that agree, or take the wrong rows out of them\n"
+    ).replace("row: ", "{}: ")
+    for command in ("plan", "stage faces"):
+        done = made.run(*command.split(), check=False)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr == message.format(*(f"row {i}" for i in range(1, 5)))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            "missing*.parquet",
+            "no file matches '{folder}/missing*.parquet', which 'metadata' is to be read from\n  fix: name parquet "
+            "files, relative to the working directory: a path, or a glob such as 'metadata/*.parquet'",
+        ),
+        (
+            "nouid.parquet",
+            "the file has no column 'uid'\n  file: {folder}/nouid.parquet\n  names looked for: uid\n"
+            "  columns found: face-boxes\n  fix: write the column into the file, or name other files "
+            "(dataset2metadata: add uid to additional_fields)",
+        ),
+        (
+            "noboxes.parquet",
+            "the file has no column 'boxes'\n  file: {folder}/noboxes.parquet\n"
+            "  names looked for: face_bboxes, face-boxes\n  columns found: uid, url, faces\n"
+            "  fix: write the column into the file, or name other files",
+        ),
+        (
+            "text.parquet",
+            "the parquet file cannot be read: Parquet magic bytes not found in footer. Either the file is corrupted or "
+            "this is not a parquet file.\n  file: {folder}/text.parquet\n  fix: mend it, or name other files",
+        ),
+        (
+            "strings.parquet",
+            "the files of 'metadata' do not fit: Conversion Error: Error while reading file "
+            '"{folder}/strings.parquet"',
+        ),
+    ],
+)
+def test_files_that_cannot_be_joined_are_refused(dataset: Workspace, files: str, message: str) -> None:
+    folder = dataset.folder / "meta"
+    metadata(folder / "noboxes.parquet", {"a": []}, name="faces")
+    pq.write_table(pa.table({"face-boxes": pa.array([[]], BOXES)}), folder / "nouid.parquet")
+    uids = pa.array([f"{0:032x}"])
+    pq.write_table(pa.table({"uid": uids, "face_bboxes": ["none"]}), folder / "strings.parquet")
+    (folder / "text.parquet").write_text("no parquet file\n")
+    section = f'source = "metadata"\nmetadata = "{folder}/{files}"'
+    dataset.file.write_text(dataset.file.read_text().replace('source = "json"', section))
+    done = dataset.run("stage", "faces", check=False)
+    assert done.returncode == 2
+    wanted = f"error: {message.format(folder=folder)}"
+    assert done.stderr.startswith(wanted)
+    assert files == "strings.parquet" or done.stderr == wanted + "\n"
+
+
+# --- SCRFD, through the command line ---
+
+
+def test_scrfd_through_the_command_line(workspace: Make, tmp_path: Path) -> None:
+    """Magenta squares are faces of the toy, in batches that are not full too; workers and order change nothing."""
+    model = write_toy(tmp_path / "toy.onnx", "batched")
+    stages = f"""[stages.faces]
+source = "detector"
+detector = "scrfd"
+model = "{model}"
+input_px = 320
+detector_batch = 4
+decode_threads = 2
+
+[stages.faces.run]
+batch_rows = 3
+"""
+    made = [Sample(f"{i:032x}-0", image=magenta(320, 320, [(32 * i, 64, 32 * i + 16, 80)])) for i in range(5)]
+    made.insert(2, Sample(f"{9:032x}-0", image=b"no picture"))
+    plain = [Sample(f"{i:032x}-0", image=magenta(64, 48, [])) for i in (20, 21)]
+    first = workspace({"a": made, "b": plain}, stages=stages)
+    first.run("ingest")
+    done = first.run("stage", "faces", check=False)
+    assert done.returncode == 3, done.stderr
+    found = first.rows(
+        "select face_count, face_source, face_boxes[1], faces_status, faces_error from samples order by shard, row"
+    )
+    assert [row[0] for row in found] == [1, 1, None, 1, 1, 1, 0, 0]
+    assert [row[1] for row in found] == ["scrfd", "scrfd", None, *["scrfd"] * 5]
+    assert found[2][3:] == ("failed", "ValueError: the picture does not decode: no image format begins so")
+    assert [row[2] for row in found[:2]] == [[0, 0.1, 0.1, 0.3], [0, 0.1, 0.2, 0.3]]
+    logs = "".join(path.read_text() for path in (first.root / "runs").glob("*faces*/logs/*"))
+    assert logs.count("are licensed for non-commercial research only") == 1
+    one = faces_of(first)
+    for more in ("--set", "stages.faces.run.batch_rows=1"), ("--set", "stages.faces.run.workers=2"):
+        first.run("stage", "faces", "--redo", *more, check=False)
+        assert faces_of(first) == one
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            'model = "{folder}/none.onnx"',
+            "there is no face model '{folder}/none.onnx'\n  looked for: {folder}/none.onnx\n{log}"
+            '  fix: put the file there, or name another with model = "FILE.onnx"; builder downloads no models\n',
+        ),
+        (
+            'model = "nobodys"',
+            "there is no face model 'nobodys'\n  looked for: {home}/.insightface/models/nobodys/*.onnx\n{log}"
+            '  fix: put the file there, or name another with model = "FILE.onnx"; builder downloads no models\n',
+        ),
+        (
+            'model = "{folder}/toy.onnx"\n[stages.faces.run]\ndevices = ["cuda:0"]',
+            "onnxruntime has no CUDAExecutionProvider for device 'cuda:0'\n"
+            "  it has: AzureExecutionProvider, CPUExecutionProvider\n{log}"
+            '  fix: pip uninstall onnxruntime and pip install onnxruntime-gpu, or set devices = ["cpu"]\n',
+        ),
+    ],
+)
+def test_a_detector_that_cannot_start_marks_no_row(dataset: Workspace, lines: str, message: str) -> None:
+    write_toy(dataset.folder / "toy.onnx")
+    section = f'source = "detector"\ndetector = "scrfd"\n{lines.format(folder=dataset.folder)}'
+    dataset.file.write_text(dataset.file.read_text().replace('source = "json"', section))
+    done = dataset.run("stage", "faces", check=False)
+    assert done.returncode == 1
+    [log] = (dataset.root / "runs").glob("*faces*/logs/00000.log")
+    told = done.stderr[done.stderr.index("error: ") :]
+    assert told == f"error: {message.format(folder=dataset.folder, home=Path.home(), log=f'  log: {log}' + chr(10))}"
+    assert dataset.rows("select count(*) from samples where faces_status is not null") == [(0,)]
+
+
+def test_a_stage_says_how_far_its_answers_may_be_apart(tmp_path: Path) -> None:
+    assert Faces(FacesOptions(source="json")).tolerance == 0
+    assert Faces(FacesOptions()).tolerance == 0
+    assert Faces(FacesOptions(detector="scrfd")).tolerance == 0.001
+
+
+@pytest.mark.parametrize("form", ["flat", "batched", "leaking"])
+def test_a_row_alone_and_in_a_batch_agree(tmp_path: Path, form: str) -> None:
+    """Within the tolerance: coordinates in 0..1 and scores."""
+    model = write_toy(tmp_path / "toy.onnx", form)  # type: ignore[arg-type]
+    options = FacesOptions(
+        source="detector", detector="scrfd", model=str(model), input_px=320, detector_batch=4, threshold=0.1
+    )
+    stage = Faces(options)
+    stage.setup("cpu")
+    images = [magenta(300 + 20 * i, 250, [(30 * i, 40, 30 * i + 90, 150)]) for i in range(6)]
+    together = stage.process(batch(*images))
+    assert together.column("face_count").to_pylist() != [0] * 6
+    for i, image in enumerate(images):
+        [alone], row = stage.process(batch(image)).to_pylist(), together.slice(i, 1).to_pylist()[0]
+        assert len(alone["face_boxes"]) == len(row["face_boxes"])
+        assert np.array(alone["face_boxes"]) == pytest.approx(np.array(row["face_boxes"]), abs=stage.tolerance)
+        assert alone["face_scores"] == pytest.approx(row["face_scores"], abs=stage.tolerance)
+
+
+def test_no_insightface_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from builder.models import scrfd
+
+    monkeypatch.setattr(scrfd.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StageError) as caught:
+        Faces(FacesOptions(source="detector", detector="scrfd")).setup("cpu")
+    assert str(caught.value) == (
+        "package 'insightface' is not installed, which detector 'scrfd' needs\n"
+        "  fix: pip install 'hybrid-shard-builder[insightface]'"
+    )

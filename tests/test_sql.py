@@ -13,15 +13,18 @@ import pytest
 from builder import layout, schema
 from builder import pipeline as pipelines
 from builder.errors import ConfigError
-from builder.query import Sql, checked, read_sql
+from builder.query import Samples, Sql, checked, read_sql
 from builder.stage import columns_of, find
-from conftest import Workspace, ingest_here, samples
+from builder.stages.faces import Faces, FacesOptions
+from conftest import Workspace, ingest_here, metadata, samples
 
 FOLDER = layout.installed("sql")
 FILES = sorted(path.name for path in FOLDER.glob("*.sql"))
-STAGES = ("faces", "lang", "prompts", "generate")
+STAGES = ("faces", "lang", "prompts", "generate", "check")
 KEYS = ["shard", "row", "uid"]
-PARAMS = {"min_faces": 1, "lang": "en"}
+#: Files beside those of the stages, the writer and the statistics: what a stage takes instead of its own.
+MORE = ("faces_metadata.sql",)
+PARAMS = {"min_faces": 1, "lang": "en", "source": "auto"}
 
 
 def header(name: str) -> dict[str, list[str]]:
@@ -52,7 +55,7 @@ def params_of(name: str) -> dict[str, Any]:
 
 
 def test_there_is_a_file_for_every_stage_the_writer_and_the_statistics() -> None:
-    assert sorted(f"{stage}.sql" for stage in (*STAGES, "write", "stats")) == FILES
+    assert sorted([*(f"{stage}.sql" for stage in (*STAGES, "write", "stats")), *MORE]) == FILES
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -77,16 +80,29 @@ def test_it_takes_the_parameters_that_its_header_says(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_it_runs_and_returns_what_its_header_says(name: str, dataset: Workspace) -> None:
     """On a table that no stage has worked on: columns of later stages read as nulls."""
-    names, rows = pipelines.answer(dataset.load(), read_sql(name), params_of(name))
+    files = str(metadata(dataset.folder / "published.parquet", {f"{i:032x}": [[0, 0, 1, 1]] for i in range(4)}))
+    pipeline = dataset.load()
+    lookups = Faces(FacesOptions(metadata=files)).lookups
+    with Samples(pipeline.layout, pipeline.known_columns(), pipeline.layout.partitions(), lookups) as asked:
+        names = list(asked.select(read_sql(name), params_of(name)).columns)
+        rows = asked.rows(read_sql(name), params_of(name))
     assert names == header(name)["returns"]
-    covered = {"faces.sql": 16, "lang.sql": 16, "prompts.sql": 0, "generate.sql": 0, "write.sql": 0}
+    covered = {
+        "faces.sql": 16,
+        "faces_metadata.sql": 16,
+        "check.sql": 0,
+        "lang.sql": 16,
+        "prompts.sql": 0,
+        "generate.sql": 0,
+        "write.sql": 0,
+    }
     if name in covered:
         assert len(rows) == covered[name]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_work_sql_returns_the_inputs_of_its_stage(stage: str) -> None:
-    assert header(f"{stage}.sql")["returns"] == [*KEYS, *find(stage).inputs.names]
+@pytest.mark.parametrize(("stage", "name"), [*((s, f"{s}.sql") for s in STAGES), ("faces", "faces_metadata.sql")])
+def test_work_sql_returns_the_inputs_of_its_stage(stage: str, name: str) -> None:
+    assert header(name)["returns"] == [*KEYS, *find(stage).inputs.names]
 
 
 def test_statistics_of_a_fresh_and_of_a_finished_dataset(workspace: Callable[..., Workspace]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import warnings
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -45,12 +47,29 @@ def decode(data: bytes) -> Pixels:
     Raises:
         ValueError: no picture that Pillow knows, damaged, cut short, or more than `MAX_PIXELS`.
     """
+    with _opened(data) as image:
+        fast = _jpeg(data, image)
+        return _rgb(image) if fast is None else fast
+
+
+def pixels_of(data: bytes) -> int:
+    """How many pixels a picture has, by its header.
+
+    Raises:
+        ValueError: as `decode`, as far as the header tells.
+    """
+    with _opened(data) as image:
+        return image.width * image.height
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture whose pixels are not decoded yet; whatever its decoder raises is a ValueError."""
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"the picture has {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
-            fast = _jpeg(data, image)
-            return _rgb(image) if fast is None else fast
+            yield image
     except (ValueError, MemoryError):
         raise
     except UnidentifiedImageError:  # its own text holds an address in memory, which differs in every run

@@ -1,39 +1,29 @@
-"""Faces of every sample: from the source's own boxes, or by a detector."""
+"""Faces of every sample: from the source's own boxes, from published metadata, or by a detector."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import Field
 
-from builder.config import Strict
-from builder.models.mtcnn import Mtcnn
-from builder.models.pictures import Pixels, decode
+from builder.errors import ConfigError
+from builder.models.detectors import TOLERANCES, Block, DetectorOptions, FaceFinder, Seen, is_large
+from builder.models.scrfd import LICENCE
+from builder.query import Lookup
 from builder.schema import BOXES, output
-from builder.stage import Resources
-
-#: Digits of a coordinate in 0..1: finer than a pixel of any picture.
-_DIGITS = 6
-#: Pixels of a batch that are decoded ahead, but for the picture that goes beyond: 96 MB. The rest of a batch is decoded
-#: one by one when it is their turn. A batch of 32 pictures of 512 px has 8 million.
-AHEAD_PIXELS = 32_000_000
+from builder.stage import Resources, RowsFailed
 
 
-class FacesOptions(Strict):
+class FacesOptions(DetectorOptions):
     """Options of `[stages.faces]`."""
 
-    #: Where faces come from: auto takes the source's boxes and detects where there are none; json never detects;
-    #: detector always does.
-    source: Literal["auto", "json", "detector"] = "auto"
-    #: mtcnn: embedded, CPU.
-    detector: Literal["mtcnn"] = "mtcnn"
-    #: Score from which a box counts as a face; boxes without a score always do.
-    min_score: float = Field(default=0.9, ge=0, le=1)
-    #: Size from which a box counts: its long side as a share of the picture's long side.
-    min_size: float = Field(default=0.03, ge=0, le=1)
-    #: Smallest face that the detector looks for, px.
-    min_face_px: int = Field(default=20, ge=12)
+    #: Where faces come from: auto takes the source's boxes, then the metadata's, and detects where neither has any;
+    #: json takes the source's alone, metadata the metadata's alone, detector always detects.
+    source: Literal["auto", "json", "metadata", "detector"] = "auto"
+    #: Parquet files with uid and face_bboxes (DataComp's) or face-boxes (dataset2metadata's): a path or a glob.
+    metadata: str | None = None
 
 
 class Faces:
@@ -42,7 +32,9 @@ class Faces:
     name: ClassVar[str] = "faces"
     version: ClassVar[str] = "1"
     Options = FacesOptions
-    inputs: ClassVar[pa.Schema] = pa.schema([("boxes", BOXES), ("width", pa.int32()), ("height", pa.int32())])
+    inputs: ClassVar[pa.Schema] = pa.schema(
+        [("boxes", BOXES), ("boxes_from", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
+    )
     members: ClassVar[tuple[str, ...]] = ("image",)
     outputs: ClassVar[pa.Schema] = pa.schema(
         [
@@ -51,76 +43,114 @@ class Faces:
             output(
                 "face_scores", pa.list_(pa.float64()), "the detector's score of each box; null if the source has none"
             ),
-            output("face_source", pa.string(), "json, mtcnn, or unknown"),
+            output("face_source", pa.string(), "json, metadata, mtcnn, scrfd, or unknown"),
         ]
     )
-    resources: ClassVar[Resources] = Resources(cpus=1, memory_gb=1, batch_rows=32)
+    resources: Resources = Resources(cpus=1, memory_gb=1, batch_rows=32)
 
     def __init__(self, options: FacesOptions) -> None:
         self.options = options
-        self._detector: Mtcnn | None = None
+        self._finder: FaceFinder | None = None
+        self._check_source()
+        if options.metadata is not None:
+            self.sql = "faces_metadata.sql"
+            self.params = {"source": options.source}
+            boxes = (BOXES, ("face_bboxes", "face-boxes"))
+            self.lookups = {"metadata": Lookup(options.metadata, {"uid": (pa.string(), ("uid",)), "boxes": boxes})}
+        if self._detects:
+            self.tolerance = TOLERANCES[options.detector]
+            if options.detector == "scrfd":
+                self.notice = LICENCE
+                self.resources = Resources(cpus=1, memory_gb=3, batch_rows=64, ahead=2)
+        else:
+            self.tolerance = 0.0
+
+    def _check_source(self) -> None:
+        source, metadata = self.options.source, self.options.metadata
+        if source == "metadata" and metadata is None:
+            raise ConfigError(
+                "source = 'metadata', but no metadata is named", fix='add metadata = "DIR/*.parquet" to [stages.faces]'
+            )
+        if source in ("json", "detector") and metadata is not None:
+            raise ConfigError(
+                f"metadata is named, but source = '{source}' does not read it",
+                fix="leave metadata out, or set source = 'auto' or 'metadata'",
+            )
+
+    @property
+    def _detects(self) -> bool:
+        return self.options.source in ("auto", "detector")
 
     def setup(self, device: str) -> None:
-        if self.options.source != "json":
-            self._detector = Mtcnn(min_face_px=self.options.min_face_px)
+        if self._detects:
+            self._finder = FaceFinder(self.options, device, stage=self.name)
 
     def needs_bytes(self, batch: pa.RecordBatch) -> list[bool]:
         """Only samples that the detector looks at are read."""
-        if self.options.source == "detector":
-            return [True] * batch.num_rows
-        if self.options.source == "json":
-            return [False] * batch.num_rows
-        return [boxes is None for boxes in batch.column("boxes").to_pylist()]
+        if self.options.source == "auto":
+            known: list[bool] = batch.column("boxes").is_null().to_pylist()
+            return known
+        return [self.options.source == "detector"] * batch.num_rows
 
-    def prepare(self, batch: pa.RecordBatch) -> list[Pixels | None]:
-        """Decodes the first pictures of a batch, as many as `AHEAD_PIXELS` hold; None for a sample without bytes."""
-        ahead: list[Pixels | None] = []
-        pixels = 0
-        for data in batch.column("image"):
-            if pixels >= AHEAD_PIXELS:
-                break
-            image = decode(data.as_py()) if data.is_valid else None
-            pixels += 0 if image is None else image.shape[0] * image.shape[1]
-            ahead.append(image)
-        return ahead
+    def prepare(self, batch: pa.RecordBatch) -> Block | None:
+        """Decodes the first pictures of a batch."""
+        return None if self._finder is None else self._finder.ahead(batch.column("image").to_pylist())
 
-    def process(self, batch: pa.RecordBatch, prepared: list[Pixels | None] | None = None) -> pa.RecordBatch:
-        ahead = self.prepare(batch) if prepared is None else prepared
-        known = zip(*(batch.column(name).to_pylist() for name in ("boxes", "width", "height")), strict=True)
-        rows = []
-        for i, (data, (boxes, width, height)) in enumerate(zip(batch.column("image"), known, strict=True)):
-            if i < len(ahead):
-                image, ahead[i] = ahead[i], None  # memory is free again as soon as a picture is done
-            else:
-                image = decode(data.as_py()) if data.is_valid else None
-            rows.append(self._from_source(boxes, width, height) if image is None else self._detected(image))
+    def process(self, batch: pa.RecordBatch, prepared: Block | None = None) -> pa.RecordBatch:
+        """Answers a batch.
+
+        Raises:
+            RowsFailed: pictures that do not decode, and boxes that are none.
+        """
+        seen: list[Seen | None] = [None] * batch.num_rows
+        errors: dict[int, Exception] = {}
+        if self._finder is not None:
+            seen, errors = self._finder.find(batch.column("image").to_pylist(), prepared)
+        known = zip(*(batch.column(name).to_pylist() for name in self.inputs.names), strict=True)
+        rows: list[tuple[Any, ...]] = []
+        for place, (found, given) in enumerate(zip(seen, known, strict=True)):
+            row: tuple[Any, ...] = (None, None, None, "unknown")
+            if found is not None:
+                faces = found.faces
+                row = (faces.count, faces.boxes, faces.scores, self.options.detector)
+            elif place not in errors and self.options.source != "detector":
+                try:
+                    row = self._given(*given)
+                except ValueError as error:
+                    errors[place] = error
+            rows.append(row)
         columns = zip(*rows, strict=True)
-        return pa.RecordBatch.from_arrays(
+        result = pa.RecordBatch.from_arrays(
             [pa.array(list(column), field.type) for column, field in zip(columns, self.outputs, strict=True)],
             schema=self.outputs,
         )
+        if errors:
+            raise RowsFailed(result, errors)
+        return result
 
-    def _from_source(self, boxes: list[list[float]] | None, width: int | None, height: int | None) -> tuple[Any, ...]:
+    def _given(
+        self, boxes: list[list[float]] | None, boxes_from: str | None, width: int | None, height: int | None
+    ) -> tuple[Any, ...]:
+        """The answer out of boxes that are known; a picture of unknown size counts as square."""
         if boxes is None:
             return None, None, None, "unknown"
-        count = sum(self._is_large(box, width or 1, height or 1) for box in boxes)
-        return count, boxes, None, "json"
-
-    def _detected(self, image: Pixels) -> tuple[Any, ...]:
-        assert self._detector is not None
-        height, width = image.shape[:2]
-        found, scores = self._detector.detect(image)
-        boxes = (found / [width, height, width, height]).clip(0, 1).round(_DIGITS).tolist()
-        count = sum(
-            score >= self.options.min_score and self._is_large(box, width, height)
-            for box, score in zip(boxes, scores.tolist(), strict=True)
-        )
-        return count, boxes, scores.round(_DIGITS).tolist(), self.options.detector
-
-    def _is_large(self, box: list[float], width: int, height: int) -> bool:
-        """Whether a box's long side is min_size of the picture's; a picture of unknown size counts as square."""
-        long_side = max((box[2] - box[0]) * width, (box[3] - box[1]) * height)
-        return long_side >= self.options.min_size * max(width, height)
+        checked = [_checked(box) for box in boxes]
+        count = sum(is_large(box, width or 1, height or 1, self.options.min_size) for box in checked)
+        return count, checked, None, boxes_from
 
     def close(self) -> None:
-        self._detector = None
+        if self._finder is not None:
+            self._finder.close()
+        self._finder = None
+
+
+def _checked(box: Sequence[float | None] | None) -> list[float]:
+    """A box of a file, within the picture.
+
+    Raises:
+        ValueError: it is no box.
+    """
+    edges = [edge for edge in box or () if edge is not None and math.isfinite(edge)]
+    if box is None or len(box) != 4 or len(edges) != 4 or edges[0] > edges[2] or edges[1] > edges[3]:
+        raise ValueError(f"{box} is no box [x1, y1, x2, y2]")
+    return [min(max(edge, 0.0), 1.0) for edge in edges]

@@ -1,0 +1,268 @@
+"""Faces in many pictures: decoded in threads, in blocks of bounded memory, found by the configured detector.
+
+What the stages `faces` and `check` share: the options of the detectors, and how boxes are counted. Knows pictures as
+bytes and boxes; knows no columns and no table.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from builder.config import Strict
+from builder.models.mtcnn import Mtcnn
+from builder.models.pictures import Pixels, decode, pixels_of
+from builder.models.scrfd import GRAIN_PX, LICENCE, Scrfd
+
+#: Digits of a coordinate in 0..1: finer than a pixel of any picture.
+DIGITS = 6
+#: Pixels that are decoded at a time, but for the picture that goes beyond: 96 MB. 32 pictures of 512 px are 8 million.
+AHEAD_PIXELS = 32_000_000
+#: `min_score` where the options do not say it: what counts as a face, by detector.
+MIN_SCORES = {"mtcnn": 0.9, "scrfd": 0.5}
+#: How far the answers for one picture may be apart when the pictures beside it change, in shares of its sides and in
+#: scores. MTCNN looks at one at a time. SCRFD's calls have one size whatever they hold, yet a GPU may add up the places
+#: of a call in another order.
+TOLERANCES = {"mtcnn": 0.0, "scrfd": 0.001}
+
+Floats = npt.NDArray[np.float64]
+
+
+class DetectorOptions(Strict):
+    """Options of a stage that detects faces."""
+
+    #: mtcnn: embedded, CPU; scrfd: insightface's detectors on onnxruntime, CPU or GPU.
+    detector: Literal["mtcnn", "scrfd"] = "mtcnn"
+    #: Score from which a box counts as a face; absent: 0.9 for mtcnn, 0.5 for scrfd.
+    min_score: float | None = Field(default=None, ge=0, le=1)
+    #: Size from which a box counts: its long side as a share of the picture's long side.
+    min_size: float = Field(default=0.03, ge=0, le=1)
+    #: mtcnn: the smallest face that it looks for, px.
+    min_face_px: int = Field(default=20, ge=12)
+    #: scrfd: an .onnx file, a folder with one, or a pack in ~/.insightface/models; nothing is downloaded.
+    model: str = "buffalo_l"
+    #: scrfd: side of the square that a picture is fitted into, px; absent: what the model is fixed to, else 640.
+    input_px: int | None = Field(default=None, ge=GRAIN_PX, multiple_of=GRAIN_PX)
+    #: scrfd: least score of a box that is reported.
+    threshold: float = Field(default=0.3, ge=0, le=1)
+    #: scrfd: pictures a call, where the model takes several; absent: 1 on a CPU, 32 on a GPU.
+    detector_batch: int | None = Field(default=None, ge=1, le=1024)
+    #: Threads that decode pictures ahead; absent: 1 on a CPU, on a GPU as many as there are cores.
+    decode_threads: int | None = Field(default=None, ge=1, le=256, json_schema_extra={"decides": False})
+
+
+@dataclass(frozen=True)
+class Faces:
+    """What was found in one picture.
+
+    Attributes:
+        boxes: [x1, y1, x2, y2] in 0..1 of its width and height, those without area left out.
+        scores: the detector's, best first.
+        count: boxes that pass `min_score` and `min_size`.
+    """
+
+    boxes: list[list[float]]
+    scores: list[float]
+    count: int
+
+
+class Frames(Protocol):
+    """Room for pictures as a detector takes them."""
+
+    def put(self, place: int, image: Pixels) -> None:
+        """Puts a picture into its own place; in any thread. A place may stay empty."""
+
+
+class Detector(Protocol):
+    """Finds faces in several pictures."""
+
+    @property
+    def most_frames(self) -> int:
+        """Pictures that it is given at a time."""
+
+    def frames(self, count: int) -> Any:
+        """`Frames` for so many pictures."""
+
+    def detect(self, frames: Any) -> list[tuple[Floats, Floats]]:
+        """By place the boxes, (n, 4) in pixels, and their scores, best first; nothing where no picture was put."""
+
+
+class _Images:
+    """Pictures as they are."""
+
+    def __init__(self, count: int) -> None:
+        self.images: list[Pixels | None] = [None] * count
+
+    def put(self, place: int, image: Pixels) -> None:
+        self.images[place] = image
+
+
+class _Cascade:
+    """MTCNN, picture by picture."""
+
+    most_frames = sys.maxsize
+
+    def __init__(self, min_face_px: int) -> None:
+        self._mtcnn = Mtcnn(min_face_px=min_face_px)
+
+    def frames(self, count: int) -> _Images:
+        return _Images(count)
+
+    def detect(self, frames: _Images) -> list[tuple[Floats, Floats]]:
+        found = []
+        for place, image in enumerate(frames.images):
+            found.append((np.zeros((0, 4)), np.zeros(0)) if image is None else self._mtcnn.detect(image))
+            frames.images[place] = image = None  # memory is free again as soon as a picture is done
+        return found
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some pictures of a batch, decoded: those from `start` to `stop` that have bytes.
+
+    Attributes:
+        places: which pictures of the batch are in `frames`, in order.
+        sizes: width and height of each of these.
+        looked: what `look` said of each of these.
+        errors: why a picture does not decode, by its place in the batch.
+    """
+
+    start: int
+    stop: int
+    places: list[int]
+    frames: Any
+    sizes: list[tuple[int, int]]
+    looked: list[Any]
+    errors: dict[int, Exception]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture's faces, and what `look` said of it."""
+
+    faces: Faces
+    looked: Any
+
+
+class FaceFinder:
+    """Finds the faces of batches of pictures.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`; MTCNN runs on the CPU whatever it says.
+        stage: the name in what is written to the log.
+        look: what else is wanted of every decoded picture; called in threads.
+
+    Raises:
+        StageError: the detector cannot start.
+    """
+
+    def __init__(
+        self, options: DetectorOptions, device: str, *, stage: str, look: Callable[[Pixels], Any] = lambda image: None
+    ) -> None:
+        self._options, self._look = options, look
+        self._detector = _started(options, device, stage)
+        on_gpu = options.detector == "scrfd" and device != "cpu"
+        threads = options.decode_threads or (len(os.sched_getaffinity(0)) if on_gpu else 1)
+        self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
+
+    def ahead(self, pictures: Sequence[bytes | None], start: int = 0) -> Block:
+        """Decodes the first pictures from `start` on, as many as `AHEAD_PIXELS` hold; may run beside `find`."""
+        places: list[int] = []
+        errors: dict[int, Exception] = {}
+        pixels, stop = 0, start
+        while stop < len(pictures) and pixels < AHEAD_PIXELS and len(places) < self._detector.most_frames:
+            data, place = pictures[stop], stop
+            stop += 1
+            if data is None:
+                continue
+            try:
+                pixels += pixels_of(data)
+            except ValueError as error:
+                errors[place] = error
+            else:
+                places.append(place)
+        frames = self._detector.frames(len(places))
+
+        def put(at: int) -> tuple[tuple[int, int], Any]:
+            data = pictures[places[at]]
+            assert data is not None
+            try:
+                image = decode(data)
+            except ValueError as error:
+                errors[places[at]] = error
+                return (1, 1), None
+            frames.put(at, image)
+            return (image.shape[1], image.shape[0]), self._look(image)
+
+        each = map if self._pool is None else self._pool.map
+        done = list(each(put, range(len(places))))
+        return Block(start, stop, places, frames, [size for size, _ in done], [said for _, said in done], errors)
+
+    def find(
+        self, pictures: Sequence[bytes | None], ahead: Block | None = None
+    ) -> tuple[list[Seen | None], dict[int, Exception]]:
+        """Of every picture its faces, None where there are no bytes; and why some do not decode, by place.
+
+        Args:
+            ahead: the first block of this batch, if it was decoded before.
+        """
+        seen: list[Seen | None] = [None] * len(pictures)
+        errors: dict[int, Exception] = {}
+        at = 0
+        while at < len(pictures):
+            block = ahead if ahead is not None and at == 0 else self.ahead(pictures, at)
+            errors |= block.errors
+            found = self._detector.detect(block.frames)
+            for place, (boxes, scores), size, said in zip(block.places, found, block.sizes, block.looked, strict=True):
+                if place not in errors:
+                    seen[place] = Seen(self._faces(boxes, scores, size), said)
+            at = block.stop
+        return seen, errors
+
+    def _faces(self, boxes: Floats, scores: Floats, size: tuple[int, int]) -> Faces:
+        width, height = size
+        relative = (boxes / [width, height, width, height]).clip(0, 1).round(DIGITS)
+        inside = (relative[:, 2] > relative[:, 0]) & (relative[:, 3] > relative[:, 1])
+        listed, kept = relative[inside].tolist(), scores[inside]
+        least = self._options.min_score
+        least = MIN_SCORES[self._options.detector] if least is None else least
+        count = sum(
+            score >= least and is_large(box, width, height, self._options.min_size)
+            for box, score in zip(listed, kept.tolist(), strict=True)
+        )
+        return Faces(listed, kept.round(DIGITS).tolist(), count)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def _started(options: DetectorOptions, device: str, stage: str) -> Detector:
+    if options.detector == "mtcnn":
+        return _Cascade(options.min_face_px)
+    scrfd = Scrfd(
+        options.model,
+        device=device,
+        input_px=options.input_px,
+        threshold=options.threshold,
+        batch=options.detector_batch,
+    )
+    print(f"{stage}: {scrfd.file}; {LICENCE}", file=sys.stderr, flush=True)
+    if scrfd.why_single and (options.detector_batch or device != "cpu"):
+        print(f"{stage}: {scrfd.file.name} gets one picture at a time: {scrfd.why_single}", file=sys.stderr, flush=True)
+    return scrfd
+
+
+def is_large(box: Sequence[float], width: int, height: int, min_size: float) -> bool:
+    """Whether the long side of a box in 0..1 is that share of the long side of its picture."""
+    long_side = max((box[2] - box[0]) * width, (box[3] - box[1]) * height)
+    return long_side >= min_size * max(width, height)

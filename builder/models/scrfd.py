@@ -1,0 +1,302 @@
+"""SCRFD face detectors out of ONNX files: insightface loads and recognizes them, frames are made and read here.
+
+Knows pixels and boxes; knows nothing of stages, columns and tables. The method is Guo, Deng, Lattas, Zafeiriou: "Sample
+and Computation Redistribution for Efficient Face Detection", ICLR 2022. What is done before and after the network is
+what insightface's `SCRFD.detect` does, for several pictures at once where the graph can.
+
+insightface's code is MIT; the models that it publishes are for non-commercial research only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from builder.errors import StageError, missing_extra
+from builder.models.pictures import Pixels
+
+Blobs = npt.NDArray[np.float32]
+Boxes = npt.NDArray[np.float32]
+
+#: Where insightface keeps its packs, a folder each.
+PACKS = Path("~/.insightface/models")
+#: Said once by every worker that loads such a model.
+LICENCE = (
+    "insightface's pretrained face models (buffalo_l and the other packs, det_*.onnx, scrfd_*.onnx) are licensed for "
+    "non-commercial research only"
+)
+#: Side of the square that a picture is fitted into where neither the options nor the graph say it, px. Source:
+#: insightface's default.
+INPUT_PX = 640
+#: A side that the largest stride does not divide would shift the cells.
+GRAIN_PX = 32
+#: Pictures of one call on a GPU; on a CPU, where more are no faster, it is one.
+GPU_BATCH = 32
+#: Frames that are made at a time, px of 640 x 640 as float32: 315 MB.
+_FRAMES = 64
+#: What the network takes: (v - 127.5) / 128. Source: insightface's `SCRFD`.
+_MEAN, _SCALE = 127.5, 1 / 128
+#: Strides by the number of outputs: scores, boxes and perhaps landmarks of each. Source: insightface's `SCRFD`.
+_STRIDES = {6: (8, 16, 32), 9: (8, 16, 32), 10: (8, 16, 32, 64, 128), 15: (8, 16, 32, 64, 128)}
+#: Difference, as a share of 1 + the value, from which outputs of a picture alone and beside another are not the same:
+#: rounding in TF32 stays below, another picture's values are far beyond.
+_LEAK = 1e-2
+
+
+class Frames:
+    """Room for pictures as the network takes them; each is put into its own place, in any thread."""
+
+    def __init__(self, count: int, width: int, height: int) -> None:
+        self.blobs: Blobs = np.empty((count, 3, height, width), np.float32)
+        self.scales = [1.0] * count
+        self.is_put = [False] * count
+
+    def put(self, place: int, image: Pixels) -> None:
+        """Fits a picture, uint8 (H, W, 3) RGB, into the top left corner of its frame; the rest is black."""
+        import cv2
+
+        height, width = self.blobs.shape[2:]
+        ratio = image.shape[0] / image.shape[1]
+        is_tall = ratio > height / width
+        size = (max(int(height / ratio), 1), height) if is_tall else (width, max(int(width * ratio), 1))
+        canvas = np.zeros((height, width, 3), np.uint8)
+        canvas[: size[1], : size[0]] = cv2.resize(image, size)
+        self.blobs[place] = cv2.dnn.blobFromImage(canvas, _SCALE, (width, height), (_MEAN, _MEAN, _MEAN))[0]
+        self.scales[place] = size[1] / image.shape[0]
+        self.is_put[place] = True
+
+
+class Scrfd:
+    """Finds faces in several pictures at once, or one by one where the graph takes no more.
+
+    Args:
+        model: an .onnx file, a folder with one, or the name of a pack in `PACKS`. Nothing is downloaded.
+        device: `cpu`, `cuda` or `cuda:N`.
+        input_px: side of the square that a picture is fitted into; what the graph is fixed to, else `INPUT_PX`.
+        threshold: least score of a box that is reported.
+        batch: pictures a call; every call has exactly so many, the last one blank frames, so that an answer does not
+            depend on its neighbours' number. Where the graph takes one at a time, it is 1.
+
+    Attributes:
+        why_single: why the graph takes one picture at a time; None where it takes more.
+
+    Raises:
+        StageError: insightface is not installed, there is no such model or device, or the file is no SCRFD detector.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str = "cpu",
+        input_px: int | None = None,
+        threshold: float = 0.5,
+        batch: int | None = None,
+    ) -> None:
+        for package in ("insightface", "onnx", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise missing_extra(package, "insightface", "detector 'scrfd'")
+        import cv2
+
+        cv2.setNumThreads(1)
+        self.threshold = threshold
+        providers = _providers(device)
+        self.file, self._model = _loaded(model, providers)
+        self._session = self._model.session
+        if self._session.get_providers()[0] != providers[0][0]:
+            raise StageError(
+                f"onnxruntime cannot start {providers[0][0]} on device '{device}'",
+                where={"it would take": ", ".join(self._session.get_providers())},
+                fix="install the CUDA and cuDNN libraries that onnxruntime-gpu needs; its own words are in the log",
+            )
+        self._input = self._session.get_inputs()[0].name
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._strides = _STRIDES[len(self._outputs)]
+        self.width, self.height = _size(self.file, self._model.static_input_size, input_px)
+        self.why_single = self._why_single()
+        wanted = batch or (1 if device == "cpu" else GPU_BATCH)
+        self.batch = 1 if self.why_single else wanted
+        self.most_frames = self.batch * max(_FRAMES // self.batch, 1)
+
+    def frames(self, count: int) -> Frames:
+        """Room for so many pictures."""
+        return Frames(count, self.width, self.height)
+
+    def detect(self, frames: Frames) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+        """Finds the faces of every picture that was put.
+
+        Returns:
+            For each place boxes, float64 (n, 4), x1, y1, x2, y2 in pixels of the picture, not clipped to it, and their
+            scores, float64 (n,), best first.
+        """
+        found = []
+        for start in range(0, len(frames.blobs), self.batch):
+            places = range(start, min(start + self.batch, len(frames.blobs)))
+            answers = self._run(self._filled(frames, places))
+            for i, place in enumerate(places):
+                if frames.is_put[place]:
+                    found.append(self._faces([answer[i] for answer in answers], frames.scales[place]))
+                else:
+                    found.append((np.zeros((0, 4)), np.zeros(0)))
+        return found
+
+    def _filled(self, frames: Frames, places: range) -> Blobs:
+        """The frames of one call: blank ones for pictures that are not there."""
+        blobs = frames.blobs[places.start : places.stop]
+        for i, place in enumerate(places):
+            if not frames.is_put[place]:
+                blobs[i] = 0
+        if len(blobs) == self.batch:
+            return blobs
+        return np.concatenate([blobs, np.zeros((self.batch - len(blobs), *blobs.shape[1:]), np.float32)])
+
+    def _run(self, blobs: Blobs) -> list[npt.NDArray[np.float32]]:
+        """The outputs, (n, cells, values) each."""
+        answers = self._session.run(self._outputs, {self._input: blobs})
+        return [answer if answer.ndim == 3 else answer[None] for answer in answers]
+
+    def _faces(
+        self, answers: Sequence[npt.NDArray[np.float32]], scale: float
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Boxes and scores of one picture out of its outputs."""
+        levels = len(self._strides)
+        found = [self._level(answers[i], answers[i + levels], stride) for i, stride in enumerate(self._strides)]
+        boxes = np.concatenate([boxes for boxes, _ in found]) / scale
+        scores = np.concatenate([scores for _, scores in found])
+        both = np.hstack([boxes, scores]).astype(np.float32)
+        both = both[np.argsort(-both[:, 4], kind="stable")]
+        kept = both[self._model.nms(both)].astype(np.float64)
+        return kept[:, :4], kept[:, 4]
+
+    def _level(self, scores: Boxes, distances: Boxes, stride: int) -> tuple[Boxes, Boxes]:
+        """Boxes (n, 4) in pixels of the frame and scores (n, 1) of one stride."""
+        columns, rows = self.width // stride, self.height // stride
+        anchors = len(scores) // (columns * rows)
+        keep = np.flatnonzero(scores[:, 0] >= self.threshold)
+        cell = keep // anchors
+        corners = np.stack([cell % columns, cell // columns], axis=1).astype(np.float32) * stride
+        sides = distances[keep] * stride
+        return np.concatenate([corners - sides[:, :2], corners + sides[:, 2:]], axis=1), scores[keep]
+
+    def _why_single(self) -> str | None:
+        """Why several pictures cannot go through the graph together; None if they can.
+
+        The shapes alone do not say it: a graph may take two pictures and mix them. So it is tried.
+        """
+        shapes = [self._session.get_inputs()[0].shape, *(output.shape for output in self._session.get_outputs())]
+        if isinstance(shapes[0][0], int):
+            return f"its input is fixed to {shapes[0][0]} a call"
+        if any(len(shape) != 3 for shape in shapes[1:]):
+            return "its outputs have no axis for pictures"
+        if any(isinstance(shape[0], int) for shape in shapes[1:]):
+            return "its outputs are fixed to one picture"
+        pair = _test_frames(self.width, self.height)
+        alone = [self._run(pair[i : i + 1]) for i in range(2)]
+        try:
+            together = self._run(pair)
+        except Exception as error:
+            return f"it fails on two pictures: {' '.join(str(error).split())}"
+        for i in range(2):
+            for one, both in zip(alone[i], together, strict=True):
+                if both.shape != (2, *one.shape[1:]) or (np.abs(both[i] - one[0]) > _LEAK * (1 + np.abs(one[0]))).any():
+                    return "its outputs for a picture depend on the pictures beside it"
+        return None
+
+
+def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
+    """onnxruntime's providers for a device, best first."""
+    import onnxruntime
+
+    kind, _, number = device.partition(":")
+    if device == "cpu":
+        return [("CPUExecutionProvider", {})]
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise StageError(f"detector 'scrfd' knows no device '{device}'", fix="devices: cpu, cuda, cuda:0, cuda:1 ...")
+    have = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" not in have:
+        raise StageError(
+            f"onnxruntime has no CUDAExecutionProvider for device '{device}'",
+            where={"it has": ", ".join(have)},
+            fix='pip uninstall onnxruntime and pip install onnxruntime-gpu, or set devices = ["cpu"]',
+        )
+    cuda = {"device_id": int(number or 0), "cudnn_conv_algo_search": "HEURISTIC"}  # by shape, not by a race of timings
+    return [("CUDAExecutionProvider", cuda), ("CPUExecutionProvider", {})]
+
+
+def _loaded(model: str, providers: list[tuple[str, dict[str, Any]]]) -> tuple[Path, Any]:
+    """The file and what insightface makes of it."""
+    import onnxruntime
+    from insightface import model_zoo
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    files = _files(model)
+    for file in files:
+        try:
+            found = model_zoo.get_model(str(file), providers=providers, sess_options=options)
+        except Exception as error:
+            raise StageError(
+                f"insightface cannot load the model: {' '.join(str(error).split())}",
+                where={"file": file},
+                fix="name an SCRFD detector as ONNX, for example det_10g.onnx",
+            ) from error
+        if getattr(found, "taskname", "") == "detection" and _is_scrfd(found.session):
+            return file, found
+    raise StageError(
+        f"'{model}' has no SCRFD detector",
+        where={"looked at": ", ".join(file.name for file in files)},
+        fix="name an ONNX file with one float32 input and 6, 9, 10 or 15 outputs, for example det_10g.onnx",
+    )
+
+
+def _is_scrfd(session: Any) -> bool:
+    [first, *others] = session.get_inputs()
+    return not others and first.type == "tensor(float)" and len(session.get_outputs()) in _STRIDES
+
+
+def _files(model: str) -> list[Path]:
+    """The ONNX files that a model's name stands for, likely detectors first.
+
+    Raises:
+        StageError: there is none.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return [path]
+    folder = path if path.is_dir() or path.suffix == ".onnx" else PACKS.expanduser() / model
+    files = sorted(folder.glob("*.onnx"), key=lambda file: (not file.name.startswith(("det", "scrfd")), file.name))
+    if not files:
+        raise StageError(
+            f"there is no face model '{model}'",
+            where={"looked for": folder if path.suffix == ".onnx" else folder / "*.onnx"},
+            fix='put the file there, or name another with model = "FILE.onnx"; builder downloads no models',
+        )
+    return files
+
+
+def _size(file: Path, fixed: tuple[int, int] | None, input_px: int | None) -> tuple[int, int]:
+    """Width and height of a frame."""
+    if fixed is None:
+        return (input_px or INPUT_PX, input_px or INPUT_PX)
+    if input_px is not None and fixed != (input_px, input_px):
+        raise StageError(
+            f"input_px is {input_px}, but the graph takes {fixed[0]} x {fixed[1]} px alone",
+            where={"file": file},
+            fix="leave input_px out",
+        )
+    return int(fixed[0]), int(fixed[1])
+
+
+def _test_frames(width: int, height: int) -> Blobs:
+    """Two frames of large blocks in full colours, none like the other: (2, 3, height, width)."""
+    block = 32
+    grid = (2, 3, -(-height // block), -(-width // block))
+    signs = np.random.default_rng(0).integers(0, 2, grid) * 2 - 1
+    frames = np.kron(signs, np.ones((block, block)))[:, :, :height, :width]
+    return np.ascontiguousarray(frames, np.float32)

@@ -1,0 +1,187 @@
+"""SCRFD out of a toy ONNX file by insightface's own loader: what it finds is what insightface's own code finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from builder.errors import StageError
+from builder.models import scrfd
+from builder.models.pictures import Pixels, decode
+from builder.models.scrfd import Scrfd
+from toy_scrfd import Form, magenta, write_toy
+
+FORMS: list[Form] = ["flat", "batched", "leaking"]
+#: Width, height and the magenta squares of pictures; one tall, one wide, one smaller than the input, one without.
+SCENES: list[tuple[int, int, list[tuple[int, int, int, int]]]] = [
+    (320, 320, [(64, 96, 80, 112)]),
+    (640, 480, [(10, 20, 150, 160), (300, 300, 340, 340)]),
+    (123, 457, [(3, 400, 90, 450)]),
+    (700, 90, [(600, 10, 690, 80)]),
+    (50, 40, [(10, 10, 30, 30)]),
+    (320, 320, []),
+    (1, 900, []),
+]
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("toy") / "toy.onnx", request.param)
+
+
+def pictures() -> list[Pixels]:
+    return [decode(magenta(*scene)) for scene in SCENES]
+
+
+def found(detector: Scrfd, images: list[Pixels | None]) -> list[Any]:
+    frames = detector.frames(len(images))
+    for place, image in enumerate(images):
+        if image is not None:
+            frames.put(place, image)
+    return detector.detect(frames)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 16])
+def test_it_finds_what_insightface_finds(toy: Path, batch: int) -> None:
+    """Bit for bit, in batches that are full and that are not."""
+    from insightface import model_zoo
+
+    theirs = model_zoo.get_model(str(toy), providers=["CPUExecutionProvider"])
+    theirs.prepare(ctx_id=-1, input_size=(320, 320), det_thresh=0.3)
+    detector = Scrfd(str(toy), input_px=320, threshold=0.3, batch=batch)
+    counts = []
+    for image, (boxes, scores) in zip(pictures()[:6], found(detector, list(pictures()[:6])), strict=True):
+        wanted, _ = theirs.detect(np.ascontiguousarray(image[:, :, ::-1]))
+        assert np.array_equal(boxes.astype(np.float32), wanted[:, :4])
+        assert np.array_equal(scores.astype(np.float32), wanted[:, 4])
+        counts.append(len(boxes))
+    assert counts[0] == 1
+    assert counts[5] == 0
+    assert min(counts[1:4]) > 1
+
+
+def test_the_face_is_where_the_square_is(toy: Path) -> None:
+    """A cell of 16 px, and from its corner 2 strides to each side."""
+    [(boxes, scores)] = found(Scrfd(str(toy), input_px=320), [pictures()[0]])
+    assert boxes.tolist() == [[32, 64, 96, 128]]
+    assert scores == pytest.approx([1 / (1 + np.exp(-4))], abs=1e-6)  # 4 - -4 + 4, less 8
+
+
+def test_a_picture_that_is_too_thin_has_no_face(toy: Path) -> None:
+    [(boxes, scores)] = found(Scrfd(str(toy), input_px=64), [pictures()[6]])
+    assert (boxes.shape, scores.shape) == ((0, 4), (0,))
+
+
+def test_places_that_stay_empty_have_no_faces(toy: Path) -> None:
+    detector = Scrfd(str(toy), input_px=320, batch=4)
+    one = pictures()[0]
+    alone = found(detector, [one])
+    for images in ([None, one], [one, None, None], [None, None, None, None, one, None]):
+        for image, (boxes, scores) in zip(images, found(detector, images), strict=True):
+            assert boxes.tolist() == ([] if image is None else alone[0][0].tolist())
+            assert len(scores) == len(boxes)
+    assert found(detector, []) == []
+
+
+def test_a_graph_is_batched_where_that_changes_nothing(tmp_path: Path) -> None:
+    """Shapes alone do not tell: the third one has an axis for pictures and mixes them."""
+    reasons = {
+        form: Scrfd(str(write_toy(tmp_path / f"{form}.onnx", form)), input_px=64, batch=8).why_single for form in FORMS
+    }
+    assert reasons == {
+        "flat": "its outputs have no axis for pictures",
+        "batched": None,
+        "leaking": "its outputs for a picture depend on the pictures beside it",
+    }
+    one = write_toy(tmp_path / "one.onnx", "batched", fixed_batch=True)
+    assert Scrfd(str(one), input_px=64, batch=8).why_single == "its input is fixed to 1 a call"
+    detectors = [Scrfd(str(tmp_path / f"{form}.onnx"), input_px=64, batch=8) for form in FORMS]
+    assert [detector.batch for detector in detectors] == [1, 8, 1]
+    assert [detector.most_frames for detector in detectors] == [64, 64, 64]
+
+
+def test_the_leaking_graph_would_give_wrong_boxes(tmp_path: Path) -> None:
+    """Were it batched, a picture without a face would have its neighbour's."""
+    detector = Scrfd(str(write_toy(tmp_path / "toy.onnx", "leaking")), input_px=320)
+    images = [pictures()[5], pictures()[0]]
+    assert [len(boxes) for boxes, _ in found(detector, list(images))] == [0, 1]
+    detector.batch = 2
+    frames = detector.frames(2)
+    for place, image in enumerate(images):
+        frames.put(place, image)
+    assert [len(boxes) for boxes, _ in detector.detect(frames)] != [0, 1]
+
+
+def test_the_size_is_the_graphs_where_it_has_one(tmp_path: Path) -> None:
+    free, fixed = write_toy(tmp_path / "free.onnx"), write_toy(tmp_path / "fixed.onnx", size=96)
+    assert (Scrfd(str(free)).width, Scrfd(str(free), input_px=128).height) == (640, 128)
+    assert (Scrfd(str(fixed)).width, Scrfd(str(fixed), input_px=96).height) == (96, 96)
+    with pytest.raises(StageError) as caught:
+        Scrfd(str(fixed), input_px=128)
+    assert str(caught.value) == (
+        f"input_px is 128, but the graph takes 96 x 96 px alone\n  file: {fixed}\n  fix: leave input_px out"
+    )
+
+
+# --- models that are none ---
+
+
+def other_model(path: Path, outputs: int) -> Path:
+    """A graph with some outputs of its input."""
+    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 64, 64])
+    names = [f"out{i}" for i in range(outputs)]
+    made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 64, 64]) for name in names]
+    graph = helper.make_graph([helper.make_node("Relu", ["input"], [name]) for name in names], "x", [given], made)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize("outputs", [1, 4, 12])
+def test_another_network_is_refused(tmp_path: Path, outputs: int) -> None:
+    path = other_model(tmp_path / "other.onnx", outputs)
+    with pytest.raises(StageError) as caught:
+        Scrfd(str(path))
+    assert str(caught.value) == (
+        f"'{path}' has no SCRFD detector\n  looked at: other.onnx\n"
+        "  fix: name an ONNX file with one float32 input and 6, 9, 10 or 15 outputs, for example det_10g.onnx"
+    )
+
+
+def test_a_file_that_is_no_network_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(b"no network")
+    with pytest.raises(StageError) as caught:
+        Scrfd(str(path))
+    assert str(caught.value).startswith("insightface cannot load the model: ")
+    assert str(caught.value).endswith(
+        f"\n  file: {path}\n  fix: name an SCRFD detector as ONNX, for example det_10g.onnx"
+    )
+
+
+def test_a_pack_is_a_folder_and_its_detector_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By folder, and by name where insightface keeps its packs; the file that sorts last is not the detector."""
+    folder = tmp_path / "packs" / "mine"
+    folder.mkdir(parents=True)
+    other_model(folder / "1k3d68.onnx", 1)
+    other_model(folder / "w600k_r50.onnx", 1)
+    detector = write_toy(folder / "det_toy.onnx")
+    monkeypatch.setattr(scrfd, "PACKS", tmp_path / "packs")
+    assert Scrfd(str(folder)).file == Scrfd("mine").file == detector
+    detector.unlink()
+    with pytest.raises(StageError) as caught:
+        Scrfd("mine")
+    assert str(caught.value).startswith("'mine' has no SCRFD detector\n  looked at: 1k3d68.onnx, w600k_r50.onnx\n")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:1", ""])
+def test_a_device_that_is_none_is_refused(tmp_path: Path, device: str) -> None:
+    with pytest.raises(StageError) as caught:
+        Scrfd(str(write_toy(tmp_path / "toy.onnx")), device=device)
+    assert str(caught.value) == (
+        f"detector 'scrfd' knows no device '{device}'\n  fix: devices: cpu, cuda, cuda:0, cuda:1 ..."
+    )
