@@ -181,6 +181,8 @@ def _type(annotation: Any) -> str:
     parts = get_args(annotation)
     if str(annotation).startswith("typing.Literal"):
         return " or ".join(f"`{json.dumps(part)}`" for part in parts)
+    if hasattr(annotation, "__metadata__"):
+        return _type(annotation.__origin__)
     origin = getattr(annotation, "__origin__", None)
     if origin is list:
         return f"list of {_type(parts[0])}"

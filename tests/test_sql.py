@@ -23,8 +23,8 @@ FILES = sorted(path.name for path in FOLDER.glob("*.sql"))
 STAGES = ("faces", "lang", "prompts", "generate", "check")
 KEYS = ["shard", "row", "uid"]
 #: Files beside those of the stages, the writer and the statistics: what a stage takes instead of its own.
-MORE = ("faces_metadata.sql",)
-PARAMS = {"min_faces": 1, "lang": "en", "source": "auto"}
+MORE = ("faces_metadata.sql", "generate_aspect.sql")
+PARAMS = {"min_faces": 1, "lang": "en", "source": "auto", "draw": 0}
 
 
 def header(name: str) -> dict[str, list[str]]:
