@@ -484,7 +484,7 @@ def test_an_endpoint_that_fails_in_a_row_rests_and_is_probed_by_one_request(serv
             assert times[3] - times[2] >= 0.49  # an answer and a rest
             assert times[4] - times[3] >= 0.49  # the probe failed: another rest
             assert times[5] - times[4] >= 0.19  # the probe alone
-            assert times[8] - times[5] < 0.19  # then all
+            assert server.most_at_once == 4  # then all
             rests = f"{server.base_url} rests for 0.3 s: status 500: boom"
             assert list(pool.notices) == [rests, rests, f"{server.base_url} answers again"]
 
@@ -517,16 +517,16 @@ def test_a_pool_that_is_down_waits_and_then_fails_what_waits(serve: Serve) -> No
     server = serve()
 
     async def work() -> None:
-        async with started(server, rest_after=1, patience_s=0.7, rest_s=0.2, attempts=20) as pool:
+        async with started(server, rest_after=1, patience_s=1.2, rest_s=0.5, attempts=20) as pool:
             server.die()
             began = time.monotonic()
             assert await ask_all(pool, 20) == ["unreachable"] * 20
-            assert time.monotonic() - began >= 0.7
+            assert time.monotonic() - began >= 0.99  # two rests; a third would be too long
             with pytest.raises(AskFailed) as failed:
                 await asyncio.gather(ask(pool), ask(pool))
             assert str(failed.value).startswith(f"no endpoint is open; {server.base_url}: no connection: ")
             server.come_back()
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.6)
             assert (await ask(pool)).text == "re: a house"
 
     run(work)
