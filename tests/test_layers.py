@@ -25,6 +25,7 @@ HEAVY = {
     "onnxruntime",
     "vllm",
     "openai",
+    "aiohttp",
     "insightface",
     "cv2",
     "onnx",

@@ -1,0 +1,314 @@
+"""A pool of OpenAI-compatible chat endpoints: each request goes where there is room, and comes back answered or failed.
+
+Owns which endpoint is asked, when, and how often. Knows nothing of prompts: what an answer is worth, its caller says.
+Everything happens in one event loop, so nothing here is locked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from builder.errors import StageError
+from builder.models.chat import AskFailed, Http, Reply, read_reply, read_status
+from builder.models.endpoint import (
+    BACK_OFF_S,
+    LONGEST_BACK_OFF_S,
+    Cost,
+    Endpoint,
+    Request,
+    Served,
+    check,
+    is_pushed_back,
+)
+
+__all__ = ["AskFailed", "Endpoint", "Pool", "Reply"]
+
+TIERS = ("free", "local", "paid")
+#: Tokens of an answer, at most, where the request does not say.
+_TOKENS_OUT = 1024
+#: Notices that are kept where nobody takes them.
+_NOTICES = 1000
+
+
+class Pool:
+    """Endpoints that are asked as one. All but `__init__`, `totals` and `capacity` runs in one event loop.
+
+    A failed request is sent to another endpoint where one is open, else again after a pause. Pushed back (429, or 503
+    with `Retry-After`) it waits as long as it is asked to and has used up no attempt.
+
+    Args:
+        timeout_s: seconds from sending a request to the last byte of its answer; waiting for room does not count.
+        attempts: how often one `ask` may fail before it does.
+        rest_after: failures in a row after which an endpoint rests.
+        rest_s: seconds of a rest.
+        patience_s: seconds that one `ask` goes on being pushed back, and that the pool waits while no endpoint is open;
+            after them what waits fails. By default ten rests.
+
+    Attributes:
+        notices: what a person should know of endpoints, oldest first; whoever shows them takes them out.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        *,
+        timeout_s: float,
+        attempts: int = 4,
+        rest_after: int = 5,
+        rest_s: float = 30.0,
+        patience_s: float | None = None,
+    ) -> None:
+        if not endpoints:
+            raise ValueError("a pool needs an endpoint")
+        self.notices: deque[str] = deque(maxlen=_NOTICES)
+        self._endpoints = list(endpoints)
+        self._timeout_s = timeout_s
+        self._attempts = attempts
+        self._rest_after = rest_after
+        self._rest_s = rest_s
+        self._patience_s = 10 * rest_s if patience_s is None else patience_s
+        self._served: list[Served] = []
+        self._tiers: list[list[Served]] = []
+        self._waiting: deque[tuple[Request, asyncio.Future[tuple[Served, float]]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        #: Since when no endpoint is open.
+        self._dark_since: float | None = None
+        #: Its kind and message.
+        self._last_failure = ("unreachable", "none has failed")
+
+    # --- start and end ---
+
+    async def start(self) -> None:
+        """Opens connections and asks every endpoint whether it serves its model.
+
+        An endpoint that does not answer rests, and is told in `notices`, as long as another one does.
+
+        Raises:
+            StageError: aiohttp or a key is missing; a key is refused; a model is unknown; no endpoint answers.
+        """
+        self._loop = asyncio.get_running_loop()
+        now = self._loop.time()
+        names = _names(self._endpoints)
+        self._served = [Served(one, name, now) for one, name in zip(self._endpoints, names, strict=True)]
+        self._tiers = [[one for one in self._served if one.endpoint.tier == tier] for tier in TIERS]
+        self._http = Http(self._timeout_s)
+        try:
+            failures = await asyncio.gather(*(check(one, self._http) for one in self._served))
+            if all(failures):
+                raise StageError(
+                    "no endpoint answers",
+                    where={one.name: failure for one, failure in zip(self._served, failures, strict=True)},
+                    fix="start a server there, or mend 'base_url'",
+                )
+        except BaseException:
+            await self._http.close()
+            raise
+        for one, failure in zip(self._served, failures, strict=True):
+            if failure:
+                self._tell(one.rest(failure, self._loop.time(), self._rest_s))
+                self._last_failure = ("unreachable", f"{one.name}: {failure}")
+
+    async def close(self) -> None:
+        """Closes the connections; what still waits for room is cancelled."""
+        for _, future in self._waiting:
+            future.cancel()
+        self._waiting.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._http.close()
+
+    # --- what is told ---
+
+    @property
+    def capacity(self) -> int:
+        """Requests that may be in flight at present, over endpoints that answer; at least 1."""
+        return max(1, sum(one.concurrency.limit for one in self._served if not one.closed and not one.is_resting))
+
+    def totals(self) -> dict[str, dict[str, Any]]:
+        """By endpoint: requests, answers, failures by kind, tokens, what was spent, the present limit, the state."""
+        return {one.name: one.totals() for one in self._served}
+
+    def _tell(self, notice: str | None) -> None:
+        if notice is not None:
+            self.notices.append(notice)
+
+    # --- asking ---
+
+    async def ask(self, messages: list[dict[str, str]], **body: Any) -> Reply:
+        """Sends a chat request until it is answered.
+
+        Args:
+            body: further fields: temperature, max_tokens, seed, response_format.
+
+        Raises:
+            AskFailed: it was rejected, or it failed as often as allowed, or no endpoint was open for too long; of
+                several failures the last.
+        """
+        most_out = body.get("max_completion_tokens") or body.get("max_tokens") or _TOKENS_OUT
+        request = Request(messages, body, Cost(len(orjson.dumps(messages)), most_out))
+        while True:
+            one, taken = await self._room(request)
+            sent = self._loop.time()
+            try:
+                reply = await self._send(one, request)
+                self._dark_since = None
+                self._tell(one.answered(request, reply, taken))
+                return reply
+            except AskFailed as error:
+                failure, now = error, self._loop.time()
+                error.message = one.told(error.message)
+                self._tell(one.failed(request, error, sent, now, rest_after=self._rest_after, rest_s=self._rest_s))
+                error.message = f"{one.name}: {error.message}"
+                self._last_failure = (error.kind, error.message)
+            finally:
+                one.end(request)
+                self._dispatch()
+            await self._again(request, one, failure, now)
+
+    async def _send(self, one: Served, request: Request) -> Reply:
+        content = orjson.dumps({"model": one.endpoint.model, "messages": request.messages, **request.body})
+        began = self._loop.time()
+        status, headers, body = await self._http.request(
+            "POST", f"{one.endpoint.base_url}/chat/completions", one.headers, content
+        )
+        ms = round(1000 * (self._loop.time() - began))
+        read_status(status, headers, body)
+        return read_reply(body, asked=one.endpoint.model, endpoint=one.name, ms=ms)
+
+    async def _again(self, request: Request, one: Served, error: AskFailed, now: float) -> None:
+        """Returns when a failed request may look for room again; raises its error if it may not."""
+        if error.is_final:
+            raise error
+        request.tried.append(one)
+        if is_pushed_back(error):
+            request.pushed_back = request.pushed_back or now
+            if now - request.pushed_back > self._patience_s:
+                raise error
+            return
+        request.attempts += 1
+        if request.attempts >= self._attempts or now > self._end_of_patience(now):
+            raise error
+        if one.is_open(now) and not self._others(request, now):
+            await asyncio.sleep(min(BACK_OFF_S * 2.0 ** (request.attempts - 1), LONGEST_BACK_OFF_S))
+
+    def _others(self, request: Request, now: float) -> bool:
+        """Whether an endpoint is open that has not failed the request."""
+        return any(one.is_open(now) and one not in request.tried for one in self._served)
+
+    # --- room ---
+
+    async def _room(self, request: Request) -> tuple[Served, float]:
+        """The endpoint that a request is to be sent to, its place there taken, and the tokens taken for it."""
+        if not self._waiting:
+            one, _ = self._choose(request, self._loop.time())
+            if one is not None:
+                return one, one.begin(request)
+        future: asyncio.Future[tuple[Served, float]] = self._loop.create_future()
+        if request.pushed_back is not None:
+            self._waiting.appendleft((request, future))
+        else:
+            self._waiting.append((request, future))
+        self._dispatch()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result()[0].end(request)
+                self._dispatch()
+            raise
+
+    def _choose(self, request: Request, now: float) -> tuple[Served | None, float]:
+        """The least loaded endpoint with room, of the highest tier that has one; else seconds until there may be room.
+
+        An endpoint that has failed the request comes last: not while another one is open.
+        """
+        avoided = request.tried if request.tried and self._others(request, now) else ()
+        soonest = float("inf")
+        for tier in self._tiers:
+            found, least = None, (float("inf"), 0)
+            for one in tier:
+                if one in avoided:
+                    continue
+                wait = one.wait(request.cost, now)
+                if wait > 0:
+                    soonest = min(soonest, wait)
+                elif (load := (one.concurrency.load, one.asked)) < least:
+                    found, least = one, load
+            if found is not None:
+                return found, 0.0
+        return None, soonest
+
+    def _dispatch(self) -> None:
+        """Gives room to those who wait, first come, first served; those pushed back stand in front."""
+        if not self._waiting:
+            return
+        now = self._loop.time()
+        soonest = float("inf")
+        passed = []
+        while self._waiting:
+            request, future = self._waiting[0]
+            if not future.done():
+                one, wait = self._choose(request, now)
+                if one is not None:
+                    future.set_result((one, one.begin(request)))
+                else:
+                    soonest = min(soonest, wait)
+                    if not request.tried:
+                        break  # those behind it can go nowhere else
+                    passed.append((request, future))
+            self._waiting.popleft()
+        self._waiting.extendleft(reversed(passed))
+        if self._waiting:
+            self._wait(now, soonest)
+
+    def _wait(self, now: float, soonest: float) -> None:
+        """Sees to it that those who wait are looked at again, or fails them where nothing is to be hoped for."""
+        self._close_spent()
+        if all(one.closed for one in self._served):
+            kind = "no_budget" if any(one.closed == "no_budget" for one in self._served) else "rejected"
+            return self._fail_waiting(kind, "no endpoint is left")
+        end = self._end_of_patience(now)
+        if now >= end or min(one.opens() for one in self._served) > end:
+            return self._fail_waiting(self._last_failure[0], "no endpoint is open")
+        soonest = min(soonest, end - now)
+        if soonest < float("inf") and (self._timer is None or now + soonest < self._timer.when()):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(now + soonest, self._look_again)
+        return None
+
+    def _end_of_patience(self, now: float) -> float:
+        """Until when it is waited for an endpoint to open; infinite while one is open."""
+        if any(one.is_open(now) for one in self._served):
+            self._dark_since = None
+            return float("inf")
+        self._dark_since = now if self._dark_since is None else self._dark_since
+        return self._dark_since + self._patience_s
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self._dispatch()
+
+    def _close_spent(self) -> None:
+        """Closes endpoints whose budget has no room for the first request that waits."""
+        cost = self._waiting[0][0].cost
+        for one in self._served:
+            if one.closed is None and one.is_spent(cost):
+                self._tell(one.close("no_budget", f"its budget of {one.endpoint.budget:g} allows no further request"))
+
+    def _fail_waiting(self, kind: str, what: str) -> None:
+        for _, future in self._waiting:
+            if not future.done():
+                future.set_exception(AskFailed(kind, f"{what}; {self._last_failure[1]}"))
+        self._waiting.clear()
+
+
+def _names(endpoints: Sequence[Endpoint]) -> list[str]:
+    """The base_url of each; where several have the same, with their place among all."""
+    urls = [one.base_url for one in endpoints]
+    return [f"{url} #{i + 1}" if urls.count(url) > 1 else url for i, url in enumerate(urls)]
