@@ -20,7 +20,7 @@ from builder.models.refusals import is_refusal
 #: prompts with names in them stay. Source: bench/languages.py.
 OTHER_LANGUAGE = 0.8
 #: Classes of a rejection.
-KINDS = ("empty", "lines", "length", "refusal", "echo", "group", "language", "schema")
+KINDS = ("no_text", "empty", "lines", "length", "refusal", "echo", "group", "language", "schema")
 
 #: Words that mean a value of a group, beside its own: what models write for it. A pipeline adds to them.
 SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -44,7 +44,7 @@ Detect = Callable[[str], tuple[str, float]]
 
 
 class Rejected(Exception):
-    """An answer that does not become a prompt.
+    """An answer that does not become a prompt; with `no_text`, a sample that there is nothing to ask about.
 
     Attributes:
         kind: one of KINDS.

@@ -9,6 +9,7 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from builder.errors import ConfigError
@@ -26,8 +27,8 @@ GROUP_SYSTEM = (
 GROUP_USER = 'sentence: "{text}" group: "{group}"'
 #: Where no groups are given.
 PLAIN_SYSTEM = (
-    "You write prompts for an image generator. You are given the caption of a picture from the web. Describe the picture "
-    "in one plain sentence: people, place, action, objects, as far as the caption tells them. Leave out addresses, "
+    "You write prompts for an image generator. You are given the caption of a picture from the web. Describe the "
+    "picture in one plain sentence: people, place, action, objects, as far as the caption tells them. Leave out addresses, "
     "prices, credits and words of advertising. {language}"
     "Answer with the sentence alone, on one line: no explanation, no quotation marks, no labels."
 )
@@ -139,6 +140,40 @@ class Rewrites:
         return messages, Request(plain["text"], user, self._user.labels, tuple(group))
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A prompt, and what was paid for it.
+
+    Attributes:
+        model: as the server calls it.
+        endpoint: the server's address; None in process.
+        tokens_in, tokens_out: of the request that gave the prompt; None if the server does not say.
+        ms: milliseconds from sending that request to the last byte of its answer; None if it had no time of its own.
+    """
+
+    prompt: str
+    lang: str | None
+    model: str
+    endpoint: str | None
+    tokens_in: int | None
+    tokens_out: int | None
+    ms: int | None
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A rejected answer.
+
+    Attributes:
+        kind: class of the rejection.
+        endpoint: the server's address; None in process.
+    """
+
+    kind: str
+    text: str
+    endpoint: str | None
+
+
 class Talk:
     """What is said about one sample until its answer is a prompt.
 
@@ -147,30 +182,32 @@ class Talk:
 
     Attributes:
         messages: what to ask next.
+        turned: answers that were rejected.
     """
 
     def __init__(self, contract: Contract, messages: Messages, request: Request, *, retries: int) -> None:
         self.messages = messages
-        self._contract, self._request, self._left, self._begin = contract, request, retries, messages
+        self.turned: list[Turned] = []
+        self._contract, self._request, self._retries, self._begin = contract, request, retries, messages
 
-    def hear(self, answer: str) -> Accepted | Rejected:
-        """The prompt, or why the answer is none; `messages` then ask again.
+    def hear(self, text: str, endpoint: str | None = None) -> Accepted | None:
+        """The prompt; None if the answer is none and `messages` now asks again.
 
         Raises:
             Rejected: it is none, and it was asked for often enough.
         """
         try:
-            return self._contract.read(answer, self._request)
+            return self._contract.read(text, self._request)
         except Rejected as rejected:
-            if self._left == 0:
+            self.turned.append(Turned(rejected.kind, text, endpoint))
+            if len(self.turned) > self._retries:
                 raise
-            self._left -= 1
             self.messages = [
                 *self._begin,
-                {"role": "assistant", "content": answer[:_SAID_BACK]},
+                {"role": "assistant", "content": text[:_SAID_BACK]},
                 {"role": "user", "content": f"{rejected} Answer the first request again, as it was asked."},
             ]
-            return rejected
+            return None
 
 
 def _plain(value: Any) -> str:
