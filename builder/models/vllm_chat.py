@@ -14,10 +14,13 @@ from typing import Any
 
 from builder.errors import StageError, missing_extra
 from builder.models.answers import Rejected
+from builder.models.chat import AskFailed
 from builder.models.rewrites import Answer, Talk
 
 #: The engine's own process is left out, so that what kills the worker leaves nothing behind; nothing is reported home.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+#: What a model's own configuration may say about sampling.
+_SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class VllmChat:
@@ -53,9 +56,10 @@ class VllmChat:
             os.environ.setdefault(name, value)
         _choose(device)
         import vllm
-        from vllm.sampling_params import StructuredOutputsParams
+        from vllm.platforms import current_platform
 
         package: Any = vllm
+        _check(device, current_platform.device_type)
         try:
             self._engine = package.LLM(
                 model=os.path.expanduser(model),  # noqa: PTH111
@@ -65,23 +69,23 @@ class VllmChat:
             raise StageError(
                 f"vLLM cannot start: {type(error).__name__}: {' '.join(str(error).split())[:500]}",
                 where={"model": model, "device": device},
-                fix="mend 'model', 'run.devices' or the keys of 'vllm'; what vLLM itself says stands above this",
+                fix="mend 'model', 'run.devices' or the keys of 'engine'; what vLLM itself says stands in the log",
             ) from error
         self._model, self._template = model, dict(template)
-        self._sampling = self._engine.get_default_sampling_params()
-        for name, value in sampling.items():
-            if value is not None:
-                setattr(self._sampling, name, value)
+        base = self._engine.get_default_sampling_params()
+        wanted = {name: getattr(base, name) for name in _SAMPLED}
+        wanted |= {name: value for name, value in sampling.items() if value is not None}
         if json_schema is not None:
-            self._sampling.structured_outputs = StructuredOutputsParams(json=dict(json_schema))
+            wanted["structured_outputs"] = package.sampling_params.StructuredOutputsParams(json=dict(json_schema))
+        self._sampling = package.SamplingParams(**wanted)
 
-    def answer(self, talks: Sequence[Talk]) -> list[Answer | Rejected]:
+    def answer(self, talks: Sequence[Talk]) -> list[Answer | AskFailed | Rejected]:
         """The outcomes of talks, in order; what is rejected is asked again together.
 
         Raises:
             ValueError: a request is longer than the model takes.
         """
-        outcomes: dict[int, Answer | Rejected] = {}
+        outcomes: dict[int, Answer | AskFailed | Rejected] = {}
         while open_ := [i for i in range(len(talks)) if i not in outcomes]:
             replies = self._engine.chat(
                 [talks[i].messages for i in open_],
@@ -95,10 +99,12 @@ class VllmChat:
                     outcomes[i] = outcome
         return [outcomes[i] for i in range(len(talks))]
 
-    def _heard(self, talk: Talk, reply: Any) -> Answer | Rejected | None:
+    def _heard(self, talk: Talk, reply: Any) -> Answer | AskFailed | Rejected | None:
         output = reply.outputs[0]
+        if output.finish_reason == "length":
+            return AskFailed("bad_reply", "the answer is cut: 'max_tokens' is too small", is_final=True)
         try:
-            accepted = talk.hear(output.text, is_cut=output.finish_reason == "length")
+            accepted = talk.hear(output.text)
         except Rejected as rejected:
             return rejected
         if accepted is None:
@@ -135,3 +141,15 @@ def _choose(device: str) -> None:
             f"there is no device '{device}'", where={"CUDA_VISIBLE_DEVICES": visible}, fix="name fewer run.devices"
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = (number or "0") if names is None else names[int(number or 0)]
+
+
+def _check(device: str, have: str) -> None:
+    """Refuses a device that this build of vLLM does not run on: it would take another one."""
+    wanted = device.partition(":")[0]
+    if wanted != have:
+        raise StageError(
+            f"vLLM runs on '{have}' here, not on '{device}'",
+            fix='a GPU a worker: devices = ["cuda:0", "cuda:1"] in [stages.prompts.run]'
+            if have == "cuda"
+            else f'devices = ["{have or "cpu"}"] in [stages.prompts.run]; for GPUs, vLLM and a driver for CUDA',
+        )
