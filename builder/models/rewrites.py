@@ -28,8 +28,8 @@ GROUP_USER = 'sentence: "{text}" group: "{group}"'
 #: Where no groups are given.
 PLAIN_SYSTEM = (
     "You write prompts for an image generator. You are given the caption of a picture from the web. Describe the "
-    "picture in one plain sentence: people, place, action, objects, as far as the caption tells them. Leave out addresses, "
-    "prices, credits and words of advertising. {language}"
+    "picture in one plain sentence: people, place, action, objects, as far as the caption tells them. Leave out "
+    "addresses, prices, credits and words of advertising. {language}"
     "Answer with the sentence alone, on one line: no explanation, no quotation marks, no labels."
 )
 PLAIN_USER = 'caption: "{text}"'

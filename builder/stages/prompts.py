@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
+from pydantic.config import JsonDict
 
 from builder.config import Strict
 from builder.errors import ConfigError
@@ -27,7 +28,7 @@ from builder.stage import Resources, RowsFailed
 ASKED_ROWS = 256
 #: Rows of a batch that vLLM does in process: it fills its own batches the better the more it is given.
 IN_PROCESS_ROWS = 4096
-_SAME_ANSWER = {"decides": False}
+_SAME_ANSWER: JsonDict = {"decides": False}
 
 
 class PromptsOptions(Strict):
@@ -39,7 +40,7 @@ class PromptsOptions(Strict):
     #: Of template: the prompt, with {caption} where the tidied caption goes.
     style: str = DEFAULT_STYLE
     #: Of openai: servers, each a section [[stages.prompts.endpoints]].
-    endpoints: list[Endpoint] = []
+    endpoints: list[Endpoint] = Field(default=[])
     #: Of openai: a short form for Ollama servers on one host, by their ports; all serve `model`.
     ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(default=[], json_schema_extra=_SAME_ANSWER)
     #: The host of `ports`.
@@ -61,7 +62,7 @@ class PromptsOptions(Strict):
     #: Seed of sampling, where the server has one; its own if absent.
     seed: int | None = None
     #: Of openai: further fields of every request; of vllm, its `chat_template_kwargs` alone.
-    body: dict[str, Any] = {}
+    body: dict[str, Any] = Field(default={})
     #: Of vllm: further arguments of vllm.LLM, such as max_model_len.
     engine: dict[str, Any] = Field(default={}, json_schema_extra=_SAME_ANSWER)
     #: The system message, with {column} fields; the built-in one if absent, none if empty.
@@ -75,7 +76,7 @@ class PromptsOptions(Strict):
     #: Whether a prompt has to mention all values of its group, any of them, or none.
     mention: Literal["all", "any", "off"] = "all"
     #: Words that count as a value of a group, by the value; they add to the built-in ones.
-    synonyms: dict[str, list[str]] = {}
+    synonyms: dict[str, list[str]] = Field(default={})
     #: Bounds of a prompt's length, in characters.
     min_chars: int = Field(default=8, ge=1)
     max_chars: int = Field(default=400, ge=1)
