@@ -21,8 +21,8 @@ from builder.errors import missing_extra
 MAX_BYTES = 8 * 2**20
 #: Seconds that an idle connection is kept: less than the 5 s after which uvicorn, and so vLLM, closes it.
 _KEEP_ALIVE_S = 4.0
-#: Characters of a server's own words in a message.
-_WORDS = 200
+#: Bytes of a server's own words that are looked at where they are no json.
+_WORDS = 4000
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ class Http:
         except TimeoutError:
             raise AskFailed("timeout", f"no whole answer within {self._timeout_s:g} s") from None
         except aiohttp.ClientConnectorError as error:
-            why = error.os_error.strerror or str(error.os_error)
-            raise AskFailed("unreachable", f"no connection: {why}") from None
+            why = getattr(error, "certificate_error", None) or error.os_error
+            raise AskFailed("unreachable", f"no connection: {getattr(why, 'strerror', None) or why}") from None
         except aiohttp.ClientPayloadError:
             raise AskFailed("bad_reply", "the connection was closed within the answer") from None
         except aiohttp.ClientConnectionError:
@@ -166,7 +166,7 @@ def read_retry_after(value: str | None) -> float | None:
 
 def said(body: bytes) -> str:
     """What the server says of an error, on one line; its json's message where there is one."""
-    text = body[: 20 * _WORDS].decode("utf-8", "replace")
+    text = body[:_WORDS].decode("utf-8", "replace")
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -175,8 +175,7 @@ def said(body: bytes) -> str:
         error = data.get("error", data)
         found = [error.get(key) for key in ("message", "detail", "code")] if isinstance(error, dict) else [error]
         text = next((str(value) for value in found if value), text)
-    text = " ".join(text.split())
-    return text if len(text) <= _WORDS else text[: _WORDS - 3] + "..."
+    return " ".join(text.split())
 
 
 def read_reply(body: bytes, *, asked: str, endpoint: str, ms: int) -> Reply:
