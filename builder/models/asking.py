@@ -1,0 +1,95 @@
+"""Talks with a pool of endpoints, in an event loop that runs in a thread of its own.
+
+Owns the thread. A caller that is no coroutine hands talks over and comes back for the answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from builder.models.answers import Rejected
+from builder.models.endpoints import AskFailed, Pool
+from builder.models.rewrites import Answer, Talk
+
+#: What came of a talk.
+Outcome = Answer | AskFailed | Rejected
+
+
+class Asking:
+    """Asks the endpoints of a pool.
+
+    Args:
+        pool: not yet started; it belongs to this object from now on.
+        body: fields of every request besides model and messages.
+
+    Raises:
+        StageError: as `Pool.start`.
+    """
+
+    def __init__(self, pool: Pool, body: dict[str, Any]) -> None:
+        self._pool, self._body = pool, body
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="asking", daemon=True)
+        self._thread.start()
+        try:
+            self._wait(pool.start)
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def submit(self, talks: Sequence[Talk]) -> Future[list[Outcome]]:
+        """Begins all of these talks and returns at once; the result has their outcomes in order."""
+        return asyncio.run_coroutine_threadsafe(self._all(talks), self._loop)
+
+    async def _all(self, talks: Sequence[Talk]) -> list[Outcome]:
+        return list(await asyncio.gather(*(self._one(talk) for talk in talks)))
+
+    async def _one(self, talk: Talk) -> Outcome:
+        try:
+            while True:
+                reply = await self._pool.ask(talk.messages, **self._body)
+                if accepted := talk.hear(reply.text, reply.endpoint):
+                    return Answer(
+                        accepted.prompt,
+                        accepted.lang,
+                        reply.model,
+                        reply.endpoint,
+                        reply.tokens_in,
+                        reply.tokens_out,
+                        reply.ms,
+                    )
+        except (AskFailed, Rejected) as error:
+            return error
+
+    def notices(self) -> list[str]:
+        """What the pool has to tell of its endpoints, since it was last asked."""
+        taken = []
+        while self._pool.notices:
+            taken.append(self._pool.notices.popleft())
+        return taken
+
+    def close(self) -> None:
+        """Gives up what is not answered, and closes the connections."""
+        try:
+            self._wait(self._give_up)
+        finally:
+            self._end_loop()
+
+    async def _give_up(self) -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._pool.close()
+
+    def _wait(self, function: Callable[[], Any]) -> None:
+        asyncio.run_coroutine_threadsafe(function(), self._loop).result()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

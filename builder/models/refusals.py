@@ -1,0 +1,67 @@
+"""Whether an answer declines, or talks about the request, instead of doing what was asked.
+
+Owns the patterns. They are looked for at the start of an answer, and each names what a model is asked for, so that a
+caption about what somebody cannot do ("I can't help falling in love") is not taken for one.
+"""
+
+from __future__ import annotations
+
+import re
+
+_SORRY = (
+    r"(?:no[,.]? |unfortunately,? |regrettably,? |(?:(?:i'?m|i am|we'?re) )?(?:(?:very|so|really|truly) )?sorry\b"
+    r"|(?:(?:i|my|our) )?(?:(?:sincere|deepest) )?apolog\w+)"
+)
+_NOT = (
+    r"(?:can(?:no|')?t|can not|could(?: not|n't)|won'?t|will not|would(?: not|n't)|do(?: not|n't)|refuse to|decline to"
+    r"|(?:am|'m) (?:unable|not (?:able|comfortable|allowed|permitted|designed|programmed|going|willing)) ?(?:to|with)?"
+    r"|(?:must|have to|need to|will)(?: respectfully)? decline(?: to)?|'m going to have to decline(?: to)?)"
+)
+_THING = (
+    r"(?:requests?|captions?|prompts?|sentences?|content|material|images?|texts?|instructions?|information|changes?"
+    r"|modifications?|conversations?|tasks?|stereotyp\w+|descriptions?|rewrites?)\b"
+)
+_REWRITE = (
+    r"(?:provid|creat|generat|produc|rewrit|modif|rephras|edit|alter|complet|process|engag|participat|fulfil|continu"
+    r"|respond|answer|chang|mak|writ|describ|discuss|portray|depict|adjust|do|carry out|go along|proceed)\w*"
+)
+_END = r"\W*(?:$|as\b|because\b|since\b|for you\b|due to\b|[.,;!])"
+#: What stands behind "I cannot": an activity that only somebody who is asked can decline.
+_ASKED = (
+    rf"(?:assist\w*|comply|accommodate)\b|help(?: you\b| with\b|{_END})"
+    rf"|{_REWRITE} (?:[\w'-]+ ){{0,4}}?{_THING}"
+    rf"|{_REWRITE}(?: with)? (?:it|this|that){_END}"
+    r"|have (?:enough|access|the ability|personal|opinions|feelings)\b|understand (?:the|your|what)\b"
+    r"|feel comfortable\b"
+)
+_REQUEST = (
+    r"(?:this|the|that|your) (?:(?:given|provided|original|requested|input) )?"
+    r"(?:request|prompt|sentence|caption|content|input|text|description)\b"
+)
+_PATTERNS = (
+    rf"(?:{_SORRY}.{{0,60}}?)?\b(?:i|we) ?{_NOT} (?:{_ASKED})",
+    rf"{_SORRY}.{{0,20}}?\b(?:i|we) ?{_NOT}\W*$",
+    rf"{_SORRY}[\W_]*(?:but )?(?:{_REQUEST}|as an? (?:ai|language)\b|i (?:need|don't understand|do not understand)\b)",
+    rf"{_SORRY} for (?:the|any|my) (?:confusion|misunderstanding|inconvenience|mistake|error)\b",
+    r"as an? (?:(?:ai|artificial intelligence)(?: (?:language model|assistant|model|system)\b|,)"
+    r"|(?:large )?language model\b)",
+    r"i(?:'m| am) (?:just |only )?an? (?:ai|artificial intelligence|(?:large )?language model)\b",
+    rf"{_REQUEST}.{{0,60}}?\b(?:violat\w+|inappropriate|(?:cannot|can't|can not) be|(?:goes )?against (?:my|our|the)\b"
+    r"|not (?:appropriate|allowed|possible|permitted|applicable)|(?:does not|doesn't|did not|didn't) "
+    r"(?:mention|contain|refer|describe|include|specify|depict|portray)|has no|contains no"
+    r"|already (?:mentions|portrays))\b",
+    r"(?:it|this|that)(?: is| would be|'s) (?:not |in)(?:appropriate|possible|ethical|acceptable|permitted)\b",
+    r"(?:there (?:is|are) )?no (?:person|people|human|one|individual)s? (?:(?:is|are|was|were) )?"
+    r"(?:mentioned|described|depicted|in (?:the|this) (?:sentence|caption|text))\b",
+    r"(?:please|could you|can you) (?:please )?(?:provide|clarify|specify|give me)\b",
+    r"(?:n/?a|none|null|nil|undefined|error|no (?:change|answer|output|response)s?|unchanged|empty(?: string)?)\W*$",
+    r"(?:lo siento|(?:je suis )?d[eé]sol[eé]e?|es tut mir leid|mi dispiace|sinto muito|desculpe)\b"
+    r".{0,40}?\b(?:no pued|ne peux|kann|non posso|n[aã]o posso)",
+    r"很?(?:抱歉|对不起|對不起)[,， ]*我(?:无法|無法|不能)",
+)
+_REFUSAL = re.compile(r"\W*(?:" + "|".join(f"(?:{pattern})" for pattern in _PATTERNS) + ")", re.I)
+
+
+def is_refusal(answer: str) -> bool:
+    """Whether an answer of one line declines at its start, or is a remark on the request."""
+    return _REFUSAL.match(answer.replace("’", "'").replace("‘", "'")) is not None

@@ -1,0 +1,221 @@
+"""Requests that ask a language model to turn a caption into a prompt, and the talk about one sample until it did.
+
+Owns the wording: the built-in system and user messages, fields of columns in them, and asking again with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from builder.errors import ConfigError
+from builder.models.answers import Accepted, Contract, Rejected, Request
+from builder.models.groups import text_of
+
+#: Where groups are given: the caption's meaning stays, the people in it are those of the group.
+GROUP_SYSTEM = (
+    "You edit image captions. You are given a sentence and a group of people. Rewrite the sentence with as few changes "
+    "as possible so that it explicitly portrays people of that group. If it names another group, put the given one in "
+    "its place. Names of persons may be adapted to the group. If it names nobody, add a person of the group in a way "
+    "that suits the scene. Keep everything else: place, action, objects, style. {language}"
+    "Answer with the rewritten sentence alone, on one line: no explanation, no quotation marks, no labels."
+)
+GROUP_USER = 'sentence: "{text}" group: "{group}"'
+#: Where no groups are given.
+PLAIN_SYSTEM = (
+    "You write prompts for an image generator. You are given the caption of a picture from the web. Describe the "
+    "picture in one plain sentence: people, place, action, objects, as far as the caption tells them. Leave out "
+    "addresses, prices, credits and words of advertising. {language}"
+    "Answer with the sentence alone, on one line: no explanation, no quotation marks, no labels."
+)
+PLAIN_USER = 'caption: "{text}"'
+#: Fields that need no column of the work SQL: the group is assigned, and every batch has the others.
+GIVEN = ("group", "shard", "row", "uid")
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+#: A rejected answer is said back to the model up to this length, so that a request does not grow with it.
+_SAID_BACK = 500
+
+Messages = list[dict[str, str]]
+
+
+class Template:
+    """A text with `{column}` fields.
+
+    Args:
+        name: the option that holds it, for messages.
+
+    Raises:
+        ConfigError: a field is no plain name, or the text is no format text.
+    """
+
+    def __init__(self, name: str, text: str) -> None:
+        where = {name: repr(text)}
+        fix = f"write columns as {{text}}, and a brace as {{{{ or }}}}, for example: {name} = '{GROUP_USER}'"
+        try:
+            parsed = list(string.Formatter().parse(text))
+        except ValueError as error:
+            raise ConfigError(f"'{name}' is not a format text: {error}", where=where, fix=fix) from None
+        for _, field, spec, cast in parsed:
+            if field is not None and (not _NAME.fullmatch(field) or spec or cast):
+                raise ConfigError(f"'{name}' has a field '{{{field}}}' that is no column", where=where, fix=fix)
+        self._parts = [(literal, field) for literal, field, _, _ in parsed]
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of its fields, each once, in order."""
+        return list(dict.fromkeys(field for _, field in self._parts if field is not None))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Words that stand before a colon in front of a field: `sentence` in `sentence: "{text}"`."""
+        found = []
+        for literal, field in self._parts:
+            if field is not None and (label := re.search(r"([^\W\d_][\w ]*?)\s*:\s*[\"'“‘(\[<]*\s*$", literal)):
+                found.append(label[1])
+        return tuple(found)
+
+    def fill(self, values: Mapping[str, str]) -> str:
+        return "".join(literal + ("" if field is None else values[field]) for literal, field in self._parts)
+
+
+class Rewrites:
+    """The messages of samples.
+
+    Args:
+        system, user: templates; None takes the built-in ones, an empty `system` sends none.
+        has_groups: whether every sample has a group.
+        lang: ISO 639-1 code of the wanted language; None: any.
+        json_schema: what the answer has to be; the built-in system message says so to servers that do not enforce it.
+
+    Raises:
+        ConfigError: a template is none, or has `{group}` where no groups are given.
+    """
+
+    def __init__(
+        self,
+        *,
+        system: str | None,
+        user: str | None,
+        has_groups: bool,
+        lang: str | None,
+        json_schema: Mapping[str, Any] | None,
+    ) -> None:
+        if system is None:
+            system = (GROUP_SYSTEM if has_groups else PLAIN_SYSTEM).replace("{language}", _in_language(lang))
+            if json_schema is not None:
+                schema = json.dumps(json_schema, ensure_ascii=False).replace("{", "{{").replace("}", "}}")
+                system += f" Put it into a JSON object of this schema, and answer with that object alone: {schema}"
+        self._system = Template("system", system)
+        self._user = Template("user", user if user is not None else GROUP_USER if has_groups else PLAIN_USER)
+        for name, template in (("system", self._system), ("user", self._user)):
+            if "group" in template.fields and not has_groups:
+                raise ConfigError(
+                    f"'{name}' has a field '{{group}}', but no groups are given",
+                    fix='give them, for example: groups = [["Black", "white", "Asian"], ["man", "woman"]]',
+                )
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the templates read, `text` first."""
+        fields = ["text", *self._system.fields, *self._user.fields]
+        return [field for field in dict.fromkeys(fields) if field not in GIVEN]
+
+    def begin(self, values: Mapping[str, Any], group: Sequence[str]) -> tuple[Messages, Request]:
+        """The first messages about a sample, and what the answer is held against.
+
+        A value loses line breaks and double quotes, so that it cannot leave its place in the message.
+
+        Args:
+            values: of every column that the templates read, and shard, row, uid.
+        """
+        plain = {name: _plain(value) for name, value in values.items()} | {"group": text_of(group)}
+        user = self._user.fill(plain)
+        system = self._system.fill(plain)
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": user})
+        return messages, Request(plain["text"], user, self._user.labels, tuple(group))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt, and what was paid for it.
+
+    Attributes:
+        model: as the server calls it.
+        endpoint: the server's address; None in process.
+        tokens_in, tokens_out: of the request that gave the prompt; None if the server does not say.
+        ms: milliseconds from sending that request to the last byte of its answer; None if it had no time of its own.
+    """
+
+    prompt: str
+    lang: str | None
+    model: str
+    endpoint: str | None
+    tokens_in: int | None
+    tokens_out: int | None
+    ms: int | None
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A rejected answer.
+
+    Attributes:
+        kind: class of the rejection.
+        endpoint: the server's address; None in process.
+    """
+
+    kind: str
+    text: str
+    endpoint: str | None
+
+
+class Talk:
+    """What is said about one sample until its answer is a prompt.
+
+    Args:
+        retries: how often a rejected answer is asked for again.
+
+    Attributes:
+        messages: what to ask next.
+        turned: answers that were rejected.
+    """
+
+    def __init__(self, contract: Contract, messages: Messages, request: Request, *, retries: int) -> None:
+        self.messages = messages
+        self.turned: list[Turned] = []
+        self._contract, self._request, self._retries, self._begin = contract, request, retries, messages
+
+    def hear(self, text: str, endpoint: str | None = None) -> Accepted | None:
+        """The prompt; None if the answer is none and `messages` now asks again.
+
+        Raises:
+            Rejected: it is none, and it was asked for often enough.
+        """
+        try:
+            return self._contract.read(text, self._request)
+        except Rejected as rejected:
+            self.turned.append(Turned(rejected.kind, text, endpoint))
+            if len(self.turned) > self._retries:
+                raise
+            self.messages = [
+                *self._begin,
+                {"role": "assistant", "content": text[:_SAID_BACK]},
+                {"role": "user", "content": f"{rejected} Answer the first request again, as it was asked."},
+            ]
+            return None
+
+
+def _plain(value: Any) -> str:
+    """One line without double quotes; null is empty."""
+    return "" if value is None else " ".join(str(value).replace('"', "").split())
+
+
+def _in_language(lang: str | None) -> str:
+    if lang is None:
+        return ""
+    return "Answer in English. " if lang == "en" else f'Answer in the language with the ISO 639-1 code "{lang}". '

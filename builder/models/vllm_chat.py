@@ -1,0 +1,155 @@
+"""Talks with a model that vLLM runs in this process, a whole batch at a time.
+
+Owns the engine: one on one GPU, or on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from builder.errors import StageError, missing_extra
+from builder.models.answers import Rejected
+from builder.models.chat import AskFailed
+from builder.models.rewrites import Answer, Talk
+
+#: The engine's own process is left out, so that what kills the worker leaves nothing behind; nothing is reported home.
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+#: What a model's own configuration may say about sampling.
+_SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class VllmChat:
+    """An engine with its model.
+
+    Args:
+        model: a folder, or a hub's id.
+        device: `cuda`, `cuda:1` or `cpu`.
+        sampling: temperature, max_tokens, seed; None takes the model's own.
+        json_schema: every answer is JSON of this schema: the engine takes no token that leads elsewhere.
+        template: further variables of the model's chat template.
+        engine: further arguments of `vllm.LLM`, such as max_model_len.
+
+    Raises:
+        StageError: vLLM is not installed, there is no such device or model, or the engine does not start.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        device: str,
+        *,
+        sampling: Mapping[str, Any],
+        json_schema: Mapping[str, Any] | None,
+        template: Mapping[str, Any],
+        engine: Mapping[str, Any],
+    ) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise missing_extra("vllm", "vllm", "backend 'vllm' of stage 'prompts'")
+        if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):  # noqa: PTH111, PTH112
+            raise StageError(f"there is no model folder '{model}'", fix="name one that exists, or a hub's id")
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        _choose(device)
+        import vllm
+        from vllm.platforms import current_platform
+
+        package: Any = vllm
+        _check(device, current_platform.device_type)
+        try:
+            self._engine = package.LLM(
+                model=os.path.expanduser(model),  # noqa: PTH111
+                **{"enable_prefix_caching": True, **engine},
+            )
+        except Exception as error:
+            raise StageError(
+                f"vLLM cannot start: {type(error).__name__}: {' '.join(str(error).split())[:500]}",
+                where={"model": model, "device": device},
+                fix="mend 'model', 'run.devices' or the keys of 'engine'; what vLLM itself says stands in the log",
+            ) from error
+        self._model, self._template = model, dict(template)
+        base = self._engine.get_default_sampling_params()
+        wanted = {name: getattr(base, name) for name in _SAMPLED}
+        wanted |= {name: value for name, value in sampling.items() if value is not None}
+        if json_schema is not None:
+            wanted["structured_outputs"] = package.sampling_params.StructuredOutputsParams(json=dict(json_schema))
+        self._sampling = package.SamplingParams(**wanted)
+
+    def answer(self, talks: Sequence[Talk]) -> list[Answer | AskFailed | Rejected]:
+        """The outcomes of talks, in order; what is rejected is asked again together.
+
+        Raises:
+            ValueError: a request is longer than the model takes.
+        """
+        outcomes: dict[int, Answer | AskFailed | Rejected] = {}
+        while open_ := [i for i in range(len(talks)) if i not in outcomes]:
+            replies = self._engine.chat(
+                [talks[i].messages for i in open_],
+                self._sampling,
+                use_tqdm=False,
+                chat_template_kwargs=self._template or None,
+            )
+            for i, reply in zip(open_, replies, strict=True):
+                outcome = self._heard(talks[i], reply)
+                if outcome is not None:
+                    outcomes[i] = outcome
+        return [outcomes[i] for i in range(len(talks))]
+
+    def _heard(self, talk: Talk, reply: Any) -> Answer | AskFailed | Rejected | None:
+        output = reply.outputs[0]
+        if output.finish_reason == "length":
+            return AskFailed("bad_reply", "the answer is cut: 'max_tokens' is too small", is_final=True)
+        try:
+            accepted = talk.hear(output.text)
+        except Rejected as rejected:
+            return rejected
+        if accepted is None:
+            return None
+        tokens = len(reply.prompt_token_ids), len(output.token_ids)
+        return Answer(accepted.prompt, accepted.lang, self._model, None, *tokens, None)
+
+    def close(self) -> None:
+        """Frees the model's memory."""
+        del self._engine
+        gc.collect()
+        with contextlib.suppress(ImportError):
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _choose(device: str) -> None:
+    """Lets vLLM see one GPU alone; it must not be imported yet.
+
+    Raises:
+        StageError: there is no such GPU.
+    """
+    if device == "cpu":
+        return
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise StageError(f"vLLM cannot run on device '{device}'", fix='use "cuda:0", "cuda:1" ... or "cpu"')
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    if names is not None and int(number or 0) >= len(names):
+        raise StageError(
+            f"there is no device '{device}'", where={"CUDA_VISIBLE_DEVICES": visible}, fix="name fewer run.devices"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = (number or "0") if names is None else names[int(number or 0)]
+
+
+def _check(device: str, have: str) -> None:
+    """Refuses a device that this build of vLLM does not run on: it would take another one."""
+    wanted = device.partition(":")[0]
+    if wanted != have:
+        raise StageError(
+            f"vLLM runs on '{have}' here, not on '{device}'",
+            fix='a GPU a worker: devices = ["cuda:0", "cuda:1"] in [stages.prompts.run]'
+            if have == "cuda"
+            else f'devices = ["{have or "cpu"}"] in [stages.prompts.run]; for GPUs, vLLM and a driver for CUDA',
+        )

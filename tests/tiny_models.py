@@ -1,0 +1,141 @@
+"""Tiny real models, made where a test runs: no weights are downloaded.
+
+Run as a program it makes one in a folder: `python tests/tiny_models.py FOLDER`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+#: The groups of the talks that `group_talks` has; the refused one is never portrayed.
+GROUPS = [["Black", "Asian"], ["man", "woman"]]
+REFUSED = "Asian woman"
+REFUSAL = "I'm sorry, but I can't help with that."
+SYSTEM = "Rewrite the sentence."
+
+Talks = Sequence[tuple[list[dict[str, str]], str]]
+
+
+def caption(number: int) -> str:
+    return f"a person with a hat is standing in the street number {number}"
+
+
+def group_talks(captions: Sequence[str]) -> Talks:
+    """Every caption with every group, and its answer: a sentence that portrays the group, or a refusal."""
+    talks = []
+    for text, group in itertools.product(captions, map(" ".join, itertools.product(*GROUPS))):
+        user = f'sentence: "{text}" group: "{group}"'
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
+        talks.append((messages, REFUSAL if group == REFUSED else portrait(group)))
+    return talks
+
+
+def portrait(group: str) -> str:
+    return f"A {group} with a hat is standing in the street."
+
+
+def tiny_llama(folder: Path, talks: Talks, *, steps: int = 400) -> Path:
+    """A Llama of 0.4 million parameters that gives the answers of these talks, with a tokenizer of its own.
+
+    Raises:
+        RuntimeError: it has not learnt them.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer(text for messages, answer in talks for text in (*_contents(messages), answer))
+    torch.set_num_threads(1)  # more only wait for one another at this size
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    examples = [_example(tokenizer, messages, answer) for messages, answer in talks]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    order = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        chosen = torch.randint(len(examples), (8,), generator=order).tolist()
+        loss = model(**_padded([examples[i] for i in chosen], tokenizer.eos_token_id)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.02:
+            break
+    else:
+        raise RuntimeError(f"the tiny model has not learnt its answers in {steps} steps: loss {loss.item():.4f}")
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _contents(messages: Sequence[dict[str, str]]) -> list[str]:
+    return [message["content"] for message in messages]
+
+
+def _tokenizer(texts: Any) -> Any:
+    """Byte-level BPE with three roles."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.BPE(unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bare.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=special[3:],
+        model_max_length=2048,
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return tokenizer
+
+
+def _example(tokenizer: Any, messages: list[dict[str, str]], answer: str) -> tuple[list[int], list[int]]:
+    """Tokens of a talk with its answer, and what is to be learnt of them: the answer alone."""
+    asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    head = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    tail = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return head + tail, [-100] * len(head) + tail
+
+
+def _padded(examples: list[tuple[list[int], list[int]]], pad: int) -> dict[str, Any]:
+    import torch
+
+    longest = max(len(tokens) for tokens, _ in examples)
+    missing = [longest - len(tokens) for tokens, _ in examples]
+    return {
+        "input_ids": torch.tensor([tokens + [pad] * n for (tokens, _), n in zip(examples, missing, strict=True)]),
+        "labels": torch.tensor([labels + [-100] * n for (_, labels), n in zip(examples, missing, strict=True)]),
+        "attention_mask": torch.tensor(
+            [[1] * len(tokens) + [0] * n for (tokens, _), n in zip(examples, missing, strict=True)]
+        ),
+    }
+
+
+if __name__ == "__main__":
+    tiny_llama(Path(sys.argv[1]), group_talks([caption(i) for i in range(4)]))
