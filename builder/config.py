@@ -61,7 +61,7 @@ class Run(Strict):
 
     #: Where tasks run; this version has `local` only.
     executor: Literal["local", "slurm", "ray"] = "local"
-    #: Worker processes.
+    #: Worker processes; one a device for a stage whose own section names devices and not this.
     workers: int = Field(default=2, ge=1)
     #: Most rows that a task answers without committing them: what a kill costs.
     checkpoint_rows: int = Field(default=2048, ge=1)
@@ -264,7 +264,9 @@ def find_pipeline(scale: str | None, pipeline: str | None) -> Path:
 
 def run_of(config: Config, stage: str) -> Run:
     """`[run]` with what `[stages.<name>.run]` overrides."""
-    own = config.stages[stage].run
+    own = dict(config.stages[stage].run)
+    if isinstance(own.get("devices"), list) and own["devices"]:
+        own.setdefault("workers", len(own["devices"]))
     keys = ("stages", stage, "run")
     merged = _section(Run, {"run": {**config.run.model_dump(), **own}}, keys, config.problems)
     if "executor" in own and merged.executor not in EXECUTORS:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from builder.errors import ConfigError, ShardError, TransientError
 
@@ -172,6 +173,14 @@ def write_atomic(path: Path, write: bytes | Callable[[Path], object], *, durable
             raise
         if durable:
             sync_folder(path.parent)
+
+
+def append_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
+    """Appends values to a log, one json a line; not durable."""
+    if values:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(path), path.open("a", encoding="utf-8") as log:
+            log.writelines(json.dumps(value, ensure_ascii=False, default=str) + "\n" for value in values)
 
 
 def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:

@@ -128,6 +128,10 @@ class RunFiles:
         """Failures that did not replace an answer, one json a line."""
         return self.logs / f"{number:05d}.failures.jsonl"
 
+    def notes(self, number: int) -> Path:
+        """What a stage wanted to be kept beside its answers, such as rejected texts, one json a line."""
+        return self.logs / f"{number:05d}.notes.jsonl"
+
 
 def names(folder: Path) -> list[str]:
     """Names in a folder, sorted, temp files left out; none if there is no folder."""

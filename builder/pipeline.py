@@ -210,7 +210,19 @@ def work_of(pipeline: Pipeline, name: str, choice: Choice, shards: Sequence[str]
     """The work of one stage over certain shards."""
     use = use_of(pipeline, name)
     signature = options_hash(use.stage, use.options)
-    return Work(use.stage, use.sql, use.params, choice, shards, pipeline.columns(), signature)
+    params = _next_draw(use) if choice.next_draw else use.params
+    return Work(use.stage, use.sql, params, choice, shards, pipeline.columns(), signature)
+
+
+def _next_draw(use: StageUse) -> dict[str, Any]:
+    """The parameters of the work SQL with one more for $draw, which it adds to the draw of a row's answer."""
+    if not isinstance(use.params.get("draw"), int):
+        raise ConfigError(
+            f"stage '{use.stage.name}' has no draws: its work SQL uses no $draw",
+            where={"file": use.sql.origin},
+            fix="select coalesce(image_draw, 0) + $draw as draw, as the generate stage's own SQL does",
+        )
+    return {**use.params, "draw": use.params["draw"] + 1}
 
 
 def shards_of(pipeline: Pipeline) -> list[str]:
@@ -242,6 +254,8 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     [counts] = workset.count(layout, [work])
     if counts.todo == 0:
         return _nothing_to_do(name, counts, talk)
+    if notice := getattr(use.stage, "notice", ""):
+        talk.say(f"{name}: {notice}")
     run = runs.new_run(layout, name)
     _describe_stage(pipeline, run, use, work)
     with files.naming(run.workset):

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from builder import __version__, errors, files, table, workset, writer
+from builder.asking import error_text
 from builder.config import Run
+from builder.deaths import Deaths
 from builder.errors import BuilderError, ShardError, StageError
 from builder.executors import local
 from builder.layout import Layout, RunFiles, shard_name
@@ -32,7 +34,7 @@ from builder.progress import Talk, plain_lines
 from builder.query import Sql
 from builder.sources import shards as tar_shards
 from builder.stage import find
-from builder.task import Deaths, Setbacks, TaskSettings, error_text, run_stage_task
+from builder.task import Setbacks, TaskSettings, run_stage_task
 
 #: Packages whose versions decide answers; those that are installed are recorded.
 _RECORDED = (
@@ -92,7 +94,7 @@ def describe(run: RunFiles, kind: str, **facts: Any) -> None:
         **facts,
         "builder": __version__,
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": versions(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -116,7 +118,8 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that decide answers."""
     found = {}
     for name in _RECORDED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -84,9 +84,13 @@ class Stage(Protocol):
       arrive with null in the member columns.
     - `inputs` and `resources` of its own in an instance, where its options decide them.
     - `sql`: the name of its work SQL, where that is not `sql/<name>.sql`.
+    - `recorded`: its own columns that hold an input as it was when a row was answered, by input.
     - `params`: values of $names in that SQL, where the pipeline gives none.
     - `lookups`: parquet files that its work SQL may join (`query.Lookup`), by the name of the view.
-    - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart; see `selftest`.
+    - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart, by its own
+      `difference(alone, within) -> float` or `asking.difference`: it declares itself deterministic so, and is held
+      to it.
+    - `notice`: what a run says of it before it starts, such as a licence.
     - `take_notes() -> list[dict]`: what the run's log should keep beside the answers, since it was last asked.
     """
 

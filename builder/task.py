@@ -1,48 +1,44 @@
 """One task: read rows ahead, ask the stage, commit checkpoints.
 
 Owns status, retries, checkpoints and edits tars of a run's rows. A task is a run directory and a number; it keeps one
-stage instance for all its shards. Three threads: while the main one asks the stage about a batch, one reads the next
-batch (and prepares it, if the stage can), and one makes the last checkpoint durable and commits it.
+stage instance for all its shards. Three threads: while the main one asks the stage about a batch, one reads the batches
+that follow (and prepares them, if the stage can), also those of the next shard, and one makes the last checkpoint
+durable and commits it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
 import secrets
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from builder import files, schema, table
+from builder.asking import Failure, answer, check_alone, error_text
+from builder.deaths import Deaths
 from builder.edits import EditsTar
 from builder.errors import BuilderError, ConflictError, ShardError, StageError, TransientError
 from builder.layout import Layout, RunFiles
 from builder.members import MemberReader
 from builder.schema import Column
-from builder.stage import Preparing, RowsFailed, Stage, check_result, columns_of
+from builder.stage import Preparing, Stage, columns_of
 from builder.table import Swept
 from builder.workset import Slice, read_slice, read_task
 
 #: Rows of a task after which the share of failures is judged.
 JUDGED_AFTER = 100
-#: Tries of a row whose stage raises TransientError, and the pause before the second, in seconds.
-TRANSIENT_TRIES, TRANSIENT_PAUSE_S = 3, 0.5
 #: Batches in a checkpoint from which a commit starts one batch early, so that this batch can be processed meanwhile.
 #: Where a checkpoint holds fewer, that would be many more commits, and each is waited for.
 EARLY_FROM = 8
 #: Shards in a row that a full disk or the like keeps from being done, after which a task stops.
 SETBACKS = 3
-#: An error text in the table is cut at this length.
-MAX_ERROR = 500
 
 Progress = Callable[[int, int], None]
 
@@ -69,6 +65,7 @@ class Result:
         dropped: rows that another run answered meanwhile.
         left: shards that were ingested again meanwhile, or whose bytes cannot be read, with the reason.
         stopped: whether it was asked to stop before its end.
+        difference: the largest one between an answer alone and in a batch; None for a stage that names no tolerance.
     """
 
     rows: int = 0
@@ -79,6 +76,7 @@ class Result:
     left: dict[str, str] = field(default_factory=dict)
     stopped: bool = False
     seconds: float = 0.0
+    difference: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,21 +100,10 @@ def run_stage_task(
         TransientError: a full disk or the like was in the way of shard after shard.
     """
     started = time.monotonic()
-    setbacks = Setbacks()
     task = _Task(layout, run, number, stage, settings, progress, stopping)
-    slices = read_task(run, number)
     stage.setup(device)
     try:
-        for part in slices:
-            if stopping():
-                break
-            try:
-                task.do_shard(part)
-                setbacks.end()
-            except (ConflictError, ShardError) as error:
-                task.result.left[part.shard] = str(error)
-            except OSError as error:
-                task.result.left[part.shard] = str(setbacks.told(error))
+        task.run()
     finally:
         stage.close()
         with contextlib.suppress(OSError):  # it is of no use any more, and no reason to hide another error
@@ -153,13 +140,6 @@ class Setbacks:
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """Why one row has no answer."""
-
-    error: str
-
-
-@dataclass(frozen=True)
 class _Group:
     """Positions in a shard's work that form a batch; `alone`: the process died in it, nothing else may be in hand."""
 
@@ -168,14 +148,14 @@ class _Group:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Rows with what the stage is given, prepared ahead if it can be; one row whose bytes cannot be read as a failure.
 
     `prepared` holds the result of the stage's `prepare`, or what it raised.
     """
 
     rows: list[int]
-    given: pa.RecordBatch | _Failure
+    given: pa.RecordBatch | Failure
     prepared: Future[Any] | None = None
 
 
@@ -192,11 +172,22 @@ class _Pending:
     """Rows that are answered and not committed."""
 
     rows: list[int] = field(default_factory=list)
-    answers: list[pa.RecordBatch | _Failure] = field(default_factory=list)
+    answers: list[pa.RecordBatch | Failure] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A group of rows of one shard, and what is being read for it."""
+
+    shard: _Shard
+    group: _Group
+    following: Future[list[Batch]]
+
+
 class _Task:
+    """The groups of a task, shard after shard: one in hand, those behind it read and prepared ahead."""
+
     def __init__(
         self,
         layout: Layout,
@@ -213,21 +204,144 @@ class _Task:
         self._columns = columns_of(self._kind)
         self._generated = [output.name for output in self._kind.outputs if output.type == schema.GENERATED]
         self._deaths = Deaths(run.in_hand(number))
+        self._setbacks = Setbacks()
+        self._waiting = deque(read_task(run, number))
+        self._groups = self._grouped()
+        self._window: deque[_Step] = deque()
+        self._shards: list[_Shard] = []  # that are open, in order
+        self._reader = ThreadPoolExecutor(1, "reader")
         self._done = self._failed = self._behind = 0
         self.result = Result()
 
-    def do_shard(self, part: Slice) -> None:
-        """Does the rows of one shard; starts again under a new name if a sweep has named the attempt."""
-        while True:
-            table.heal(self._layout, [part.shard])
+    def run(self) -> None:
+        """Asks the stage about every row that is left, and commits checkpoints."""
+        with self._reader:
             try:
-                with _Shard(self, part) as shard:
-                    shard.run()
+                self._read_ahead(None, [])
+                while self._window and not self._stopping():
+                    step = self._window.popleft()
+                    with self._leaving(step.shard.part):
+                        self._do(step)
+                    if not self._window:
+                        self._read_ahead(None, [])
+                self._forget(self._window)
+                for shard in list(self._shards):
+                    with self._leaving(shard.part):
+                        shard.checkpoint()
+                        self._close(shard)
+            finally:
+                self._forget(self._window)
+                for shard in self._shards:
+                    shard.abandon()
+
+    def _do(self, step: _Step) -> None:
+        """Asks the stage about one group, while those behind it are read."""
+        shard, group = step.shard, step.group
+        batches = step.following.result()
+        if group.alone:
+            shard.checkpoint()  # what is answered is safe if the process dies here again
+            shard.collect()
+        shard.make_room(len(group.positions))
+        self._close_before(shard, shard.exposed + len(group.positions))
+        good = [row for batch in batches if not isinstance(batch.given, Failure) for row in batch.rows]
+        kills = group.alone and self._deaths.kills(shard.part.shard, good)
+        self._read_ahead(step, [] if kills else good)
+        shard.ask(batches, kills)
+        if group is shard.groups[-1]:
+            shard.checkpoint()  # it is closed once that is committed
+            self._behind += shard.part.count
+        elif shard.is_due():
+            shard.checkpoint()
+
+    def _read_ahead(self, step: _Step | None, in_hand: list[int]) -> None:
+        """Notes the rows in hand, and starts reading what follows; it is prepared too, unless it has to stand alone."""
+        new: list[tuple[_Shard, _Group]] = []
+        last = self._window[-1].group if self._window else step.group if step else None
+        while len(self._window) + len(new) < max(self._stage.resources.ahead, 1) and not (last and last.alone):
+            following = self._next_group()
+            if following is None:
                 break
-            except Swept:
-                continue
-        table.heal(self._layout, [part.shard])
-        self._tally(part)
+            new.append(following)
+            last = following[1]
+        preparing = self._stage if isinstance(self._stage, Preparing) else None
+        ahead = [(shard, group) for shard, group in (*((s.shard, s.group) for s in self._window), *new) if preparing]
+        told = [(shard.part.shard, shard.rows_of(group)) for shard, group in ahead if not group.alone]
+        if step is not None or told:
+            self._deaths.begin(step.shard.part.shard if step else "", in_hand, told)
+        for shard, group in new:
+            read = self._reader.submit(shard.read, group, None if group.alone else preparing)
+            self._window.append(_Step(shard, group, read))
+
+    def _next_group(self) -> tuple[_Shard, _Group] | None:
+        found = next(self._groups, None)
+        if found is None and self._waiting:  # a shard that has to be done again
+            self._groups = self._grouped()
+            found = next(self._groups, None)
+        return found
+
+    def _grouped(self) -> Iterator[tuple[_Shard, _Group]]:
+        """The groups of every shard, each shard opened when it is its turn."""
+        while self._waiting:
+            part = self._waiting.popleft()
+            opened: list[_Shard] = []
+            with self._leaving(part):
+                table.heal(self._layout, [part.shard])
+                opened.append(_Shard(self, part))
+                if not opened[0].groups:
+                    self._tally(part)
+                    self._behind += part.count
+            for shard in opened:
+                if shard.groups:
+                    self._shards.append(shard)
+                for group in shard.groups:
+                    if shard not in self._shards:
+                        break  # it was left
+                    yield shard, group
+
+    def _close_before(self, shard: _Shard, exposed: int) -> None:
+        """Closes the shards before one that are committed, and those that a kill could cost too many rows with."""
+        for older in self._shards[: self._shards.index(shard)]:
+            is_last = self._shards[self._shards.index(older) + 1] is shard
+            if not is_last or older.is_committed() or older.exposed + exposed > self._settings.checkpoint_rows:
+                with self._leaving(older.part):
+                    self._close(older)
+
+    def _close(self, shard: _Shard) -> None:
+        """Waits until what a shard's rows got is in the table, and counts it."""
+        shard.collect()
+        table.heal(self._layout, [shard.part.shard])
+        self._shards.remove(shard)
+        shard.close()
+        self._tally(shard.part)
+        self._setbacks.end()
+
+    @contextlib.contextmanager
+    def _leaving(self, part: Slice) -> Iterator[None]:
+        """Leaves a shard of which nothing more can be done now; does it again if a sweep has named the attempt."""
+        try:
+            yield
+        except Swept:
+            self._drop(part)
+            self._waiting.appendleft(part)
+        except (ConflictError, ShardError) as error:
+            self._drop(part)
+            self.result.left[part.shard] = str(error)
+        except OSError as error:
+            self._drop(part)
+            self.result.left[part.shard] = str(self._setbacks.told(error))
+
+    def _drop(self, part: Slice) -> None:
+        self._forget([step for step in self._window if step.shard.part is part])
+        for shard in [shard for shard in self._shards if shard.part is part]:
+            self._shards.remove(shard)
+            shard.abandon()
+
+    def _forget(self, steps: Iterable[_Step]) -> None:
+        """Takes steps out of the window; none of them is being read any more then."""
+        for step in list(steps):
+            self._window.remove(step)
+            if not step.following.cancel():
+                wait([step.following])
 
     def _tally(self, part: Slice) -> None:
         """Adds what the table says of a shard's rows now to the result."""
@@ -239,7 +353,6 @@ class _Task:
         self.result.failed += own.count("failed")
         self.result.dropped += changed - len(own)
         self.result.rows = self.result.ok + self.result.failed + self.result.kept
-        self._behind += part.count
 
     def look(self, part: Slice) -> tuple[pa.Table, list[str | None], list[str | None]]:
         """The work set's rows of a shard, with the run and the status that the table has for each of them now.
@@ -259,8 +372,16 @@ class _Task:
         runs, statuses = (have[name].take(work["row"]).to_pylist() for name in names)
         return work, runs, statuses
 
-    def new_attempt(self) -> str:
-        return f"{self._run.folder.name}-{secrets.token_hex(3)}"
+    def compare(self, batch: pa.RecordBatch, answers: Sequence[tuple[int, pa.RecordBatch | Failure]]) -> None:
+        """On the first batch that allows it: a stage that names a tolerance has to keep it, or nothing is committed."""
+        if self.result.difference is None:
+            self.result.difference = check_alone(self._stage, batch, answers)
+
+    def keep_notes(self) -> None:
+        """Writes what the stage wants to be kept beside its answers to the run's log."""
+        take = getattr(self._stage, "take_notes", None)
+        if take is not None:
+            files.append_lines(self._run.notes(self._number), take())
 
     def count(self, rows: int, failed: int) -> None:
         self._done += rows
@@ -275,106 +396,74 @@ class _Task:
 
 
 class _Shard:
-    """The rows of one shard in one attempt."""
+    """The rows of one shard in one attempt.
+
+    Attributes:
+        groups: batch by batch what nobody has answered since the freeze; rows in which the process died stand in
+            batches of their own, behind all others.
+    """
 
     def __init__(self, task: _Task, part: Slice) -> None:
-        self._task, self._part = task, part
-        self._stage, self._name = task._stage, task._kind.name
-        self._attempt = task.new_attempt()
+        self.part = part
+        self._task, self._stage, self._name = task, task._stage, task._kind.name
+        self._attempt = f"{task._run.folder.name}-{secrets.token_hex(3)}"
         self._checkpoints = self._seen = 0
-        self._work = pa.table({})
+        self._work = self._todo()
+        self.groups = self._grouped()
         self._pending = _Pending()
         self._edits: EditsTar | None = None
+        self._reader: Reader | None = None
         self._committer = ThreadPoolExecutor(1, "committer")
         self._in_flight: _InFlight | None = None
 
-    def __enter__(self) -> _Shard:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Waits for the committer. A commit in flight that fails beside another error leaves its rows to be done."""
-        self._committer.shutdown()
-        self._abandon_edits()
-        if self._in_flight is not None and self._in_flight.result.exception() is None:
-            self._collect()
-
-    def run(self) -> None:
-        """Asks the stage about every row that is left, and commits checkpoints."""
-        self._work = work = self._todo()
-        if work.num_rows == 0:
-            return
-        groups = self._groups(work)
-        reader = Reader(self._task._layout, self._part.shard, self._stage)
-        with reader, ThreadPoolExecutor(1, "reader") as pool:
-            following = self._read_ahead(pool, reader, [], groups[0])
-            for group, after in zip(groups, [*groups[1:], None], strict=True):
-                if self._task._stopping():
-                    break
-                batches = following.result()
-                if group.alone:
-                    self._checkpoint()  # what is answered is safe if the process dies here again
-                    self._collect()
-                self._make_room(len(group.positions))
-                good = [row for batch in batches if not isinstance(batch.given, _Failure) for row in batch.rows]
-                kills = group.alone and self._task._deaths.kills(self._part.shard, good)
-                if after is not None:
-                    following = self._read_ahead(pool, reader, [] if kills else good, after)
-                else:
-                    self._task._deaths.begin(self._part.shard, [] if kills else good)
-                self._do(batches, kills)
-                if self._due():
-                    self._checkpoint()
-        self._checkpoint()
-        self._collect()
-
-    def _read_ahead(
-        self, pool: ThreadPoolExecutor, reader: Reader, in_hand: list[int], group: _Group
-    ) -> Future[list[_Batch]]:
-        """Notes the rows in hand, and starts reading a group; it is prepared too, unless it has to stand alone."""
-        work = self._work.take(pa.array(group.positions))
-        preparing = self._stage if isinstance(self._stage, Preparing) and not group.alone else None
-        ahead = work["row"].to_pylist() if preparing else []
-        if in_hand or ahead:
-            self._task._deaths.begin(self._part.shard, in_hand, ahead)
-        return pool.submit(reader.batches, work, self._task._stage.inputs, preparing)
-
     def _todo(self) -> pa.Table:
         """The rows of the work set that nobody has answered since the freeze, `row` their place in the shard."""
-        work, runs, _ = self._task.look(self._part)
+        work, runs, _ = self._task.look(self.part)
         same = [now == then for now, then in zip(runs, work["previous_run"].to_pylist(), strict=True)]
         self._seen = same.count(False)
         return work.filter(pa.array(same, pa.bool_()))
 
-    def _groups(self, work: pa.Table) -> list[_Group]:
-        """Batch by batch; rows in which the process died stand in batches of their own, behind all others."""
+    def _grouped(self) -> list[_Group]:
         size = self._task._settings.batch_rows
-        rows = work["row"].to_pylist()
-        alone = [set(group) for group in self._task._deaths.groups(self._part.shard)]
+        rows = self._work["row"].to_pylist()
+        alone = [set(group) for group in self._task._deaths.groups(self.part.shard)]
         special = set().union(*alone) if alone else set()
         normal = [i for i, row in enumerate(rows) if row not in special]
         groups = [_Group(normal[i : i + size]) for i in range(0, len(normal), size)]
         own = [[i for i, row in enumerate(rows) if row in group] for group in alone]
         return groups + [_Group(group, alone=True) for group in own if group]
 
-    def _do(self, batches: list[_Batch], kills: bool) -> None:
+    def rows_of(self, group: _Group) -> list[int]:
+        rows: list[int] = self._work["row"].take(pa.array(group.positions)).to_pylist()
+        return rows
+
+    def read(self, group: _Group, preparing: Preparing | None) -> list[Batch]:
+        """In the reader: a group as batches with their bytes."""
+        if self._reader is None:
+            self._reader = Reader(self._task._layout, self.part.shard, self._stage)
+        return self._reader.batches(self._work.take(pa.array(group.positions)), self._stage.inputs, preparing)
+
+    def ask(self, batches: list[Batch], kills: bool) -> None:
         """Asks the stage about the batches of one group; `kills`: they are one row in which the process dies."""
         for batch in batches:
-            if isinstance(batch.given, _Failure):
-                answers: Iterable[tuple[int, pa.RecordBatch | _Failure]] = [(0, batch.given)]
+            if isinstance(batch.given, Failure):
+                answers: Iterable[tuple[int, pa.RecordBatch | Failure]] = [(0, batch.given)]
             elif kills:
-                answers = [(0, _Failure("ProcessDied: the process died twice in this row"))]
+                answers = [(0, Failure("ProcessDied: the process died twice in this row"))]
             else:
                 answers = list(answer(self._stage, batch.given, ahead=batch.prepared))
+                self._task.compare(batch.given, answers)
             failed = 0
             for first, result in answers:
-                count = 1 if isinstance(result, _Failure) else result.num_rows
-                failed += isinstance(result, _Failure)
+                count = 1 if isinstance(result, Failure) else result.num_rows
+                failed += isinstance(result, Failure)
                 self._pending.rows += batch.rows[first : first + count]
                 self._pending.answers.append(
-                    result if isinstance(result, _Failure) else self._with_edits(result, batch.rows[first:])
+                    result if isinstance(result, Failure) else self._with_edits(result, batch.rows[first:])
                 )
             self._seen += len(batch.rows)
             self._task.count(len(batch.rows), failed)
+        self._task.keep_notes()
         self._task.show(self._seen)
         if self._task.too_many_failed():
             self._stop_for_failures()
@@ -399,32 +488,41 @@ class _Shard:
         if data is None:
             return (None, None, None, None)
         if self._edits is None:
-            self._edits = EditsTar(self._task._layout, self._part.shard, self._attempt, self._checkpoints)
+            self._edits = EditsTar(self._task._layout, self.part.shard, self._attempt, self._checkpoints)
         pointer = self._edits.add(name, data)
         return pointer.path, pointer.offset, pointer.size, hashlib.sha256(data).hexdigest()
 
-    def _due(self) -> bool:
+    def is_due(self) -> bool:
+        """Whether a checkpoint is."""
         settings = self._task._settings
         age = time.monotonic() - self._pending.since
         early = settings.batch_rows if settings.checkpoint_rows >= EARLY_FROM * settings.batch_rows else 0
         return len(self._pending.rows) + early >= settings.checkpoint_rows or age >= settings.checkpoint_seconds
 
-    def _make_room(self, rows: int) -> None:
+    @property
+    def exposed(self) -> int:
+        """Rows that a kill would cost now."""
+        return len(self._pending.rows) + (self._in_flight.rows if self._in_flight else 0)
+
+    def is_committed(self) -> bool:
+        """Whether nothing is pending, and no commit being made."""
+        return not self._pending.rows and (self._in_flight is None or self._in_flight.result.done())
+
+    def make_room(self, rows: int) -> None:
         """Waits for the commit in flight if a kill could cost more than a checkpoint with these rows in hand."""
         if self._in_flight is None:
             return
-        exposed = self._in_flight.rows + len(self._pending.rows) + rows
-        if exposed > self._task._settings.checkpoint_rows or self._in_flight.result.done():
-            self._collect()
+        if self.exposed + rows > self._task._settings.checkpoint_rows or self._in_flight.result.done():
+            self.collect()
 
-    def _checkpoint(self, *, failures: bool = True) -> None:
+    def checkpoint(self, *, failures: bool = True) -> None:
         """Hands the pending rows over to be committed; the commit before is through then."""
         pending, self._pending = self._pending, _Pending()
         if not failures:
             pending = _without_failures(pending)
         if not pending.rows:
             return
-        self._collect()
+        self.collect()
         edits, self._edits = self._edits, None
         self._checkpoints += edits is not None
         self._in_flight = _InFlight(len(pending.rows), self._committer.submit(self._commit, pending, edits))
@@ -439,17 +537,17 @@ class _Shard:
         done = _answers(pending, chosen, self._task._columns, self._task._run.folder.name, self._name)
         committed = table.commit(
             self._task._layout,
-            self._part.shard,
+            self.part.shard,
             self._name,
             self._task._columns,
             done,
             chosen["previous_run"].to_pylist(),
-            rows=self._part.rows,
+            rows=self.part.rows,
             attempt=self._attempt,
         )
         return done, committed.kept
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
         """Waits for the commit in flight, and raises what it raised."""
         if self._in_flight is not None:
             flight, self._in_flight = self._in_flight, None
@@ -461,35 +559,42 @@ class _Shard:
             return
         self._task.result.kept += len(kept)
         errors = dict(zip(done["row"].to_pylist(), done[f"{self._name}_error"].to_pylist(), strict=True))
-        path = self._task._run.failures(self._task._number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as log:
-            for row in kept:
-                log.write(json.dumps({"shard": self._part.shard, "row": row, "error": errors[row]}) + "\n")
+        lines = [{"shard": self.part.shard, "row": row, "error": errors[row]} for row in kept]
+        files.append_lines(self._task._run.failures(self._task._number), lines)
 
     def _stop_for_failures(self) -> None:
-        errors = [answer.error for answer in self._pending.answers if isinstance(answer, _Failure)]
-        self._checkpoint(failures=False)
+        errors = [answer.error for answer in self._pending.answers if isinstance(answer, Failure)]
+        self.checkpoint(failures=False)
         done, failed, limit = self._task._done, self._task._failed, self._task._settings.max_failed
         raise StageError(
             f"stage '{self._name}' failed on {failed} of {done} rows, more than max_failed = {limit}",
-            where={"shard": self._part.shard, "last error": errors[-1] if errors else "see the table"},
+            where={"shard": self.part.shard, "last error": errors[-1] if errors else "see the table"},
             fix="mend the cause and run again (no row of the last checkpoint was marked failed), "
             f"or raise max_failed in [stages.{self._name}.run]",
         )
 
-    def _abandon_edits(self) -> None:
+    def close(self) -> None:
+        """Ends a shard of which all is committed."""
+        self._committer.shutdown()
+        if self._reader is not None:
+            self._reader.close()
         if self._edits is not None:
             self._edits.__exit__(None, None, None)
             self._edits = None
+
+    def abandon(self) -> None:
+        """Ends a shard of which not all is committed. A commit in flight that fails leaves its rows to be done."""
+        self.close()
+        if self._in_flight is not None and self._in_flight.result.exception() is None:
+            self.collect()
 
 
 def _without_failures(pending: _Pending) -> _Pending:
     kept = _Pending()
     at = 0
     for answer_ in pending.answers:
-        count = 1 if isinstance(answer_, _Failure) else answer_.num_rows
-        if not isinstance(answer_, _Failure):
+        count = 1 if isinstance(answer_, Failure) else answer_.num_rows
+        if not isinstance(answer_, Failure):
             kept.rows += pending.rows[at : at + count]
             kept.answers.append(answer_)
         at += count
@@ -501,7 +606,7 @@ def _answers(pending: _Pending, work: pa.Table, columns: tuple[Column, ...], run
     parts = []
     own = [column for column in columns if column.name not in {c.name for c in schema.status_columns(stage)}]
     for answer_ in pending.answers:
-        if isinstance(answer_, _Failure):
+        if isinstance(answer_, Failure):
             part = {column.name: pa.nulls(1, column.type) for column in own}
             part |= {f"{stage}_status": pa.array(["failed"]), f"{stage}_error": pa.array([answer_.error])}
         else:
@@ -515,130 +620,6 @@ def _answers(pending: _Pending, work: pa.Table, columns: tuple[Column, ...], run
     return done.append_column("row", pa.array(pending.rows, pa.int64()))
 
 
-# --- asking the stage ---
-
-
-def answer(
-    stage: Stage, batch: pa.RecordBatch, first: int = 0, *, ahead: Future[Any] | None = None
-) -> Iterator[tuple[int, pa.RecordBatch | _Failure]]:
-    """Answers of a batch in order, with the position of their first row; a batch that raises is halved.
-
-    Args:
-        ahead: what the stage's `prepare` returned or raised for this batch; without it, `prepare` is called here.
-
-    Raises:
-        StageError: the stage broke its contract.
-    """
-    try:
-        result = _patiently(stage, batch, ahead)
-    except RowsFailed as partial:
-        yield from _apart(check_result(type(stage), batch, partial.result), partial.errors, first)
-        return
-    except Exception as error:
-        if batch.num_rows == 1:
-            yield first, _Failure(error_text(error))
-            return
-        middle = batch.num_rows // 2
-        yield from answer(stage, batch.slice(0, middle), first)
-        yield from answer(stage, batch.slice(middle), first + middle)
-        return
-    yield first, check_result(type(stage), batch, result)
-
-
-def _apart(
-    result: pa.RecordBatch, errors: Mapping[int, Exception], first: int
-) -> Iterator[tuple[int, pa.RecordBatch | _Failure]]:
-    """The answers of a batch some of whose rows failed: each of these alone, the rows between them together."""
-    start = 0
-    for row in [*sorted(errors), result.num_rows]:
-        if row > start:
-            yield first + start, result.slice(start, row - start)
-        if row < result.num_rows:
-            yield first + row, _Failure(error_text(errors[row]))
-        start = row + 1
-
-
-def _patiently(stage: Stage, batch: pa.RecordBatch, ahead: Future[Any] | None) -> pa.RecordBatch:
-    for attempt in range(1, TRANSIENT_TRIES):
-        try:
-            return _asked(stage, batch, ahead)
-        except TransientError:
-            ahead = None
-            time.sleep(TRANSIENT_PAUSE_S * attempt)
-    return _asked(stage, batch, ahead)
-
-
-def _asked(stage: Stage, batch: pa.RecordBatch, ahead: Future[Any] | None) -> pa.RecordBatch:
-    if isinstance(stage, Preparing):
-        return stage.process(batch, ahead.result() if ahead is not None else stage.prepare(batch))
-    return stage.process(batch)
-
-
-def error_text(error: Exception) -> str:
-    """`class: message` on one line of printable text."""
-    message = error.what if isinstance(error, BuilderError) else str(error)
-    clean = "".join(char if char.isprintable() else " " for char in message)
-    return f"{type(error).__name__}: {' '.join(clean.split())}"[:MAX_ERROR]
-
-
-class Deaths:
-    """The batch in hand, on disk, so that the next process knows in which rows the last one died.
-
-    A batch in which the process died twice is halved; a single row in which it died twice has failed. A batch in the
-    hand of a process that lives is a copy's of the task, and no death. Where another batch was being prepared ahead, it
-    is not known which of the two killed: both stand alone from then on, and no death is counted yet.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._groups: list[dict[str, Any]] = []
-        try:
-            data = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            return
-        self._groups = data["groups"]
-        if not files.process_lives(data["host"], data["pid"]):
-            self._died(data["in_hand"])
-
-    def _died(self, last: dict[str, Any]) -> None:
-        shard, rows, ahead, deaths = last["shard"], last["rows"], last.get("ahead", []), last["deaths"]
-        known = {*rows, *ahead}
-        self._groups = [
-            {**group, "rows": [row for row in group["rows"] if group["shard"] != shard or row not in known]}
-            for group in self._groups
-        ]
-        if ahead:
-            found = [(rows, deaths), (ahead, 0)]
-        elif deaths + 1 < 2 or len(rows) == 1:
-            found = [(rows, deaths + 1)]
-        else:
-            middle = len(rows) // 2
-            found = [(rows[:middle], 0), (rows[middle:], 0)]
-        self._groups += [{"shard": shard, "rows": part, "deaths": count} for part, count in found]
-        self._groups = [group for group in self._groups if group["rows"]]
-
-    def groups(self, shard: str) -> list[list[int]]:
-        """Rows of a shard that go into batches of their own."""
-        return [group["rows"] for group in self._groups if group["shard"] == shard]
-
-    def _deaths_of(self, shard: str, rows: list[int]) -> int:
-        """Deaths in a batch: those of the group that it belongs to."""
-        wanted = set(rows)
-        groups = (group for group in self._groups if group["shard"] == shard and wanted <= set(group["rows"]))
-        return next((group["deaths"] for group in groups), 0) if rows else 0
-
-    def kills(self, shard: str, rows: list[int]) -> bool:
-        """Whether this is one row that kills the process."""
-        return self._deaths_of(shard, rows) >= 2
-
-    def begin(self, shard: str, rows: list[int], ahead: Sequence[int] = ()) -> None:
-        """Notes the batch that is processed now, and the one that is prepared meanwhile."""
-        in_hand = {"shard": shard, "rows": rows, "ahead": list(ahead), "deaths": self._deaths_of(shard, rows)}
-        owner = {"host": socket.gethostname(), "pid": os.getpid()}
-        text = json.dumps({"groups": self._groups, "in_hand": in_hand, **owner})
-        files.write_atomic(self._path, text.encode(), durable=False)
-
-
 # --- reading rows ---
 
 
@@ -650,19 +631,19 @@ class Reader:
         self._needs: Callable[[pa.RecordBatch], list[bool]] | None = getattr(stage, "needs_bytes", None)
         self._members = MemberReader(layout, shard, stage.members)
 
-    def batches(self, work: pa.Table, inputs: pa.Schema, preparing: Preparing | None) -> list[_Batch]:
+    def batches(self, work: pa.Table, inputs: pa.Schema, preparing: Preparing | None) -> list[Batch]:
         """One batch of rows with their bytes, prepared; each row whose bytes cannot be read as a failure of its own."""
         rows = work["row"].to_pylist()
         chosen = work.select(["shard", "row", "uid", *inputs.names]).combine_chunks()
         needed = self._needs(chosen.to_batches()[0]) if self._needs else [True] * len(rows)
         good: list[int] = []
         found: dict[str, list[bytes | None]] = {name: [] for name in self._names}
-        failures: list[_Batch] = []
+        failures: list[Batch] = []
         for i, row in enumerate(rows):
             try:
                 data = [self._members.read(row, name) if needed[i] else None for name in self._names]
             except BuilderError as error:
-                failures.append(_Batch([row], _Failure(error_text(error))))
+                failures.append(Batch([row], Failure(error_text(error))))
                 continue
             good.append(i)
             for name, value in zip(self._names, data, strict=True):
@@ -673,13 +654,19 @@ class Reader:
         for name, values in found.items():
             batch = batch.append_column(name, pa.array(values, pa.large_binary()))
         prepared = None if preparing is None else _prepared(preparing, batch)
-        return [_Batch([rows[i] for i in good], batch, prepared), *failures]
+        return [Batch([rows[i] for i in good], batch, prepared), *failures]
 
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._members.__exit__(None, None, None)
+
+
+def read_once(layout: Layout, shard: str, stage: Stage, work: pa.Table) -> list[Batch]:
+    """A batch of rows of a work set, and a failure for each row whose bytes cannot be read."""
+    reader = Reader(layout, shard, stage)
+    try:
+        return reader.batches(work, stage.inputs, None)
+    finally:
+        reader.close()
 
 
 def _prepared(stage: Preparing, batch: pa.RecordBatch) -> Future[Any]:

@@ -41,16 +41,18 @@ class Choice:
     """Which of the rows that the SQL covers a run tries; rows without an answer always.
 
     Attributes:
-        retry: failed rows too: `failed` for all, else the class of the error.
+        retry: failed rows too: `failed` for all, `failed:CLASS` or the class of the error for some.
         redo: rows with an answer too.
         stale: rows whose inputs, stage version or options differ from those of their answer.
         where: a condition over `samples` that narrows any of these.
+        next_draw: with another draw than that of the answer, for stages whose SQL uses $draw.
     """
 
     retry: str | None = None
     redo: bool = False
     stale: bool = False
     where: str | None = None
+    next_draw: bool = False
 
     def __post_init__(self) -> None:
         given = [f"--{name}" for name in ("retry", "redo", "stale") if getattr(self, name)]
@@ -58,6 +60,10 @@ class Choice:
             raise ConfigError(
                 f"{' and '.join(given)} say different things",
                 fix="give one: --retry failed rows, --redo all rows, --stale rows whose inputs or options changed",
+            )
+        if self.next_draw and not self.redo:
+            raise ConfigError(
+                "--draw next is for rows with an answer", fix="--redo --draw next --where 'check_faces = 0'"
             )
 
 
@@ -201,6 +207,23 @@ def freeze(layout: Layout, run: RunFiles, work: Work) -> list[Slice]:
         finally:
             temp.unlink(missing_ok=True)
     raise ConflictError("shards were ingested again while the work set was frozen", fix="run the same command again")
+
+
+def first_rows(layout: Layout, work: Work, count: int) -> pa.Table:
+    """The first rows that a freeze would write; writes nothing."""
+    with Samples(layout, work.columns, sorted(work.shards), work.lookups) as samples:
+        _check_columns(samples, work)
+
+        def read(sort: set[str]) -> list[pa.Table]:
+            parts: list[pa.Table] = []
+            for part in _frozen(samples, work, sort):
+                parts.append(part)
+                if sum(table.num_rows for table in parts) >= count:
+                    break
+            return parts
+
+        parts = _in_order(read)
+    return pa.concat_tables(parts).slice(0, count) if parts else pa.table({})
 
 
 def _frozen_to(path: Path, samples: Samples, work: Work, rows: dict[str, str], sort: set[str]) -> list[Slice]:
@@ -387,7 +410,7 @@ def _states(samples: Samples, works: Sequence[Work], sort: set[str], *, whole: b
         name = work.stage.name
         retried = "false"
         if choice.retry:
-            kind = choice.retry.replace("'", "''")
+            kind = choice.retry.removeprefix("failed:").replace("'", "''")
             retried = "true" if kind == "failed" else f"starts_with(s.{name}_error, '{kind}:')"
         parts.append(
             f"(case s.{name}_status when 'ok' then {_OK} when 'failed' then"

@@ -35,6 +35,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from builder import table, tar
+from builder.asking import MAX_ERROR, answer
 from builder.cli import main as builder_command
 from builder.edits import EditsTar
 from builder.errors import ShardError
@@ -43,7 +44,7 @@ from builder.models import pictures
 from builder.models.pictures import decode
 from builder.progress import plain
 from builder.stages.faces import Faces, FacesOptions
-from builder.task import MAX_ERROR, Reader, answer
+from builder.task import read_once
 from conftest import PIPELINE, Sample, Workspace, ingest_here, picture, write_tar
 from tars import by_builder, by_webdataset, rows_of
 
@@ -296,8 +297,7 @@ def try_image(path: Path, folder: Path) -> Outcome:
     nothing = pa.nulls(rows.num_rows)
     for name, type_ in zip(stage.inputs.names, stage.inputs.types, strict=True):
         rows = rows.append_column(name, nothing.cast(type_))
-    with Reader(made.load().layout, "shard", stage) as reader:
-        [found] = reader.batches(rows, stage.inputs, None)
+    [found] = read_once(made.load().layout, "shard", stage, rows)
     batch = found.given
     if batch.column("image").to_pylist() != [data]:
         return Outcome("wrong", "the bytes that the stage gets are not the image's")

@@ -66,6 +66,12 @@ class Note(Base):
     """The stage that works."""
 
 
+class Licensed(Base):
+    """Says something before it starts."""
+
+    notice = "its weights are for research only"
+
+
 class Fails(Base):
     """Raises for the bad keys."""
 

@@ -268,6 +268,20 @@ def test_a_sync_that_fails_is_told(source: Path, monkeypatch: pytest.MonkeyPatch
         assembled(source, [(0, 200_000), (200_000, 250_000)])
 
 
+def test_a_sync_that_fails_is_told_though_a_later_one_does_not(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(assembly, "_SYNCED", 1000)
+    with pytest.raises(OSError, match="Input/output error"):
+        assembled(source, [(start, start + 900) for start in range(0, 250_000, 1000)] * 20)
+
+
 def test_an_error_of_its_maker_ends_its_threads(source: Path) -> None:
     with source.open("rb") as old, source.with_name("target").open("wb", buffering=0) as new:
         with pytest.raises(ValueError, match="bad sample"), Assembly(old.fileno(), new.fileno()) as made:

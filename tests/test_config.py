@@ -50,7 +50,7 @@ def test_a_good_pipeline_is_taken(file: Path) -> None:
     assert (pipeline.config.patterns, str(pipeline.config.root), list(pipeline.stages)) == (
         ["data/*.tar"], "out", ["faces", "lang"],
     )  # fmt: skip
-    assert pipeline.stages["faces"].options.model_dump()["min_score"] == 0.9
+    assert pipeline.stages["faces"].options.model_dump()["min_size"] == 0.03
 
 
 def test_unknown_key_with_suggestion_and_line(file: Path) -> None:
@@ -126,12 +126,12 @@ def test_unknown_section(file: Path) -> None:
         ),
         (
             'source = "auto"', 'source = "x"',
-            "'source' in [stages.faces] is 'x'\n  file: p.toml:9\n  fix: valid: auto, detector, json",
+            "'source' in [stages.faces] is 'x'\n  file: p.toml:9\n  fix: valid: auto, detector, json, metadata",
         ),
         (
-            'source = "auto"', "min_score = 2",
-            "'min_score' in [stages.faces] is 2: it should be less than or equal to 1\n  file: p.toml:9\n"
-            "  fix: for example: min_score = 0.9",
+            'source = "auto"', "min_size = 2",
+            "'min_size' in [stages.faces] is 2: it should be less than or equal to 1\n  file: p.toml:9\n"
+            "  fix: for example: min_size = 0.03",
         ),
         (
             'source = "auto"', "run = {worker = 2}",
@@ -184,7 +184,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(file: Path) -> None:
         "  p.toml:10: unknown key 'sourc' in [stages.faces]\n"
         "    fix: did you mean 'source'?\n"
         "  p.toml:14: there is no stage 'genrate'\n"
-        "    fix: did you mean 'generate'? stages: faces, generate, lang, prompts; or name your own in "
+        "    fix: did you mean 'generate'? stages: check, faces, generate, lang, prompts; or name your own in "
         '[stages.genrate]: python = "my_stage.py:MyStage"\n'
         "  p.toml:17: unknown key 'selct' in [write]\n"
         "    fix: did you mean 'select'?\n"
@@ -298,7 +298,7 @@ def test_a_bad_override_is_named(file: Path, item: str, message: str) -> None:
 
 def test_unknown_stage(file: Path) -> None:
     assert refusal(file, GOOD.replace("stages.faces", "stages.fases")) == (
-        "there is no stage 'fases'\n  file: p.toml:8\n  fix: did you mean 'faces'? stages: faces, generate, lang, "
+        "there is no stage 'fases'\n  file: p.toml:8\n  fix: did you mean 'faces'? stages: check, faces, generate, lang, "
         'prompts; or name your own in [stages.fases]: python = "my_stage.py:MyStage"'
     )
 
@@ -340,7 +340,7 @@ class Mine:
 def test_an_own_stage_is_found(file: Path) -> None:
     Path("mine.py").write_text(MINE)
     file.write_text(GOOD + '\n[stages.mine]\npython = "mine.py:Mine"\n')
-    assert pipelines.load(file).stages["mine"].kind.version == "1"
+    assert pipelines.load(file).stages["mine"].stage.version == "1"
 
 
 def test_an_own_stage_without_file_or_class(file: Path) -> None:
@@ -440,6 +440,15 @@ def test_run_of_a_stage_overrides_that_of_all(file: Path) -> None:
     file.write_text(GOOD + "\n[stages.lang.run]\nworkers = 5\n")
     pipeline = pipelines.load(file)
     assert (pipeline.stages["faces"].run.workers, pipeline.stages["lang"].run.workers) == (1, 5)
+
+
+@pytest.mark.parametrize(("more", "workers"), [("", 4), ("workers = 2\n", 2)])
+def test_a_stage_with_devices_of_its_own_has_a_worker_for_each(file: Path, more: str, workers: int) -> None:
+    devices = ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
+    file.write_text(GOOD + f"\n[stages.lang.run]\ndevices = {devices}\n{more}".replace("'", '"'))
+    pipeline = pipelines.load(file)
+    assert (pipeline.stages["faces"].run.workers, pipeline.stages["lang"].run.workers) == (1, workers)
+    assert pipeline.stages["lang"].run.devices == devices
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,21 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
 
-from builder import Strict, files, output, schema, table, tar, task
-from builder.errors import StageError, TransientError
+from builder import Resources, Strict, asking, files, output, schema, table, tar
+from builder.asking import error_text
+from builder.deaths import Deaths
+from builder.errors import ShardError, StageError, TransientError
 from builder.layout import Layout, RunFiles
-from builder.task import Deaths, Result, error_text
+from builder.stage import RowsFailed
+from builder.table import Swept
+from builder.task import Result
 from builder.workset import Choice
 from conftest import Workspace, ingest_here, make_shard, samples
 from planned import SQL, do, plan, section
@@ -106,7 +110,7 @@ def test_a_batch_is_halved_and_not_done_row_by_row(layout: Layout) -> None:
 def test_an_error_is_one_line_of_printable_text() -> None:
     assert error_text(ValueError("a\n\tb  \x1b[31mc")) == "ValueError: a b [31mc"
     assert error_text(StageError("what", where={"shard": "a"}, fix="do")) == "StageError: what"
-    assert error_text(KeyError("x" * 1000)) == ("KeyError: '" + "x" * 1000)[: task.MAX_ERROR]
+    assert error_text(KeyError("x" * 1000)) == ("KeyError: '" + "x" * 1000)[: asking.MAX_ERROR]
 
 
 def test_a_failing_redo_keeps_the_answers_and_tells_the_log(layout: Layout) -> None:
@@ -240,7 +244,7 @@ class Busy(Base):
 def test_a_transient_error_is_tried_again(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, times: int, failed: int
 ) -> None:
-    monkeypatch.setattr(task, "TRANSIENT_PAUSE_S", 0.001)
+    monkeypatch.setattr(asking, "TRANSIENT_PAUSE_S", 0.001)
     stage = Busy(Options(word=str(times), bad=[key(2)]))
     result = do(layout, plan(layout, stage), stage, batch_rows=1)
     assert (result.ok, result.failed) == (16 - failed, failed)
@@ -270,8 +274,8 @@ def test_a_row_whose_process_dies_fails_alone(workspace: Make) -> None:
     assert {number: seen.count(uid(number)) for number in range(8, 16)} == dict.fromkeys(range(8, 16), 1)
 
 
-def died(path: Path, shard: str, rows: list[int], ahead: Sequence[int] = ()) -> Deaths:
-    """What the next process knows after one that died in a batch, perhaps with another one prepared ahead."""
+def died(path: Path, shard: str, rows: list[int], *ahead: tuple[str, list[int]]) -> Deaths:
+    """What the next process knows after one that died in a batch, perhaps with others prepared ahead."""
     pid = subprocess.Popen([sys.executable, "-c", ""])
     pid.wait()
     Deaths(path).begin(shard, rows, ahead)
@@ -338,6 +342,7 @@ class Ahead(Base):
         super().__init__(options)
         self.prepared: list[tuple[list[int], bool]] = []
         self.before: Callable[[], object] = lambda: None
+        self.waits = False
         self.began = {number: threading.Event() for number in range(16)}
 
     def prepare(self, batch: pa.RecordBatch) -> list[str]:
@@ -352,8 +357,9 @@ class Ahead(Base):
         assert prepared is not None
         self.before()
         following = int(batch.column("uid")[-1].as_py(), 16) + 1
-        if following % 8 and batch.num_rows == 2:
-            assert self.began[following].wait(60)  # the next batch is prepared while this one is processed
+        last = min(following + 2 * self.resources.ahead, 16) - 1
+        if following < 16 and self.waits:  # the next ones are prepared while this one is processed
+            assert self.began[last].wait(60)
         return pa.RecordBatch.from_pydict({"note": prepared}, schema=self.outputs)
 
 
@@ -372,11 +378,81 @@ class AheadBusy(Ahead):
             raise TransientError("the endpoint is busy")
 
 
-def test_the_next_batch_is_prepared_while_one_is_processed(layout: Layout) -> None:
+@pytest.mark.parametrize("ahead", [1, 3, 100])
+def test_the_next_batches_are_prepared_while_one_is_processed(layout: Layout, ahead: int) -> None:
+    """Those of the next shard, too."""
     stage = Ahead()
+    stage.resources = Resources(ahead=ahead)  # type: ignore[misc]
+    stage.waits = True
     do(layout, plan(layout, stage), stage, batch_rows=2)
     assert notes(layout) == [f"ahead: {caption(i)}" for i in range(16)]
     assert stage.prepared == [([i, i + 1], False) for i in range(0, 16, 2)]
+
+
+def test_a_shard_that_is_left_takes_what_was_read_of_it_along(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batches that are prepared are not processed, and the next shard is done."""
+    commit = table.commit
+
+    def refused(layout: Layout, shard: str, *args: Any, **options: Any) -> Any:
+        if shard == "00000000":
+            raise ShardError("it cannot be used")
+        return commit(layout, shard, *args, **options)
+
+    monkeypatch.setattr(table, "commit", refused)
+    stage = Ahead()
+    stage.resources = Resources(ahead=3)  # type: ignore[misc]
+    result = do(layout, plan(layout, stage), stage, batch_rows=2, checkpoint_rows=2)
+    assert (result.left, result.ok) == ({"00000000": "it cannot be used"}, 8)
+    assert notes(layout) == [None] * 8 + [f"ahead: {caption(i)}" for i in range(8, 16)]
+
+
+def test_a_swept_attempt_is_done_again_behind_what_was_read_ahead(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, attempts = table.commit, []
+
+    def swept(*args: Any, attempt: str, **options: Any) -> Any:
+        attempts.append(attempt)
+        if len(attempts) == 1:
+            raise Swept("this attempt was swept")
+        return commit(*args, attempt=attempt, **options)
+
+    monkeypatch.setattr(table, "commit", swept)
+    stage = Ahead()
+    stage.resources = Resources(ahead=5)  # type: ignore[misc]
+    assert do(layout, plan(layout, stage), stage, batch_rows=2).ok == 16
+    assert notes(layout) == [f"ahead: {caption(i)}" for i in range(16)]
+    assert len(set(attempts)) == 3  # the swept one, that of the other shard, a new one
+
+
+class Some(Base):
+    """Has no answer for the bad keys, and counts how often it is asked."""
+
+    asked = 0
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        self.asked += 1
+        keys = batch.column("key").to_pylist()
+        errors = {i: Slow("no answer within 60 s") for i, key in enumerate(keys) if key in self.options.bad}
+        result = super().process(batch)
+        if errors:
+            raise RowsFailed(result, errors)
+        return result
+
+
+class Slow(Exception):
+    kind = "timeout"
+
+
+@pytest.mark.parametrize("bad", [[0], [7], [2, 3], list(range(8)), [0, 2, 4, 6]], ids=str)
+def test_rows_that_fail_beside_others_are_not_asked_again(layout: Layout, bad: list[int]) -> None:
+    stage = Some(Options(bad=[key(number) for number in bad]))
+    result = do(layout, plan(layout, stage), stage, batch_rows=8)
+    assert (result.ok, result.failed, stage.asked) == (16 - len(bad), len(bad), 2)
+    assert read(layout, "note_status", "note_error", "note") == [
+        ("failed", "timeout: no answer within 60 s", None) if i in bad else ("ok", None, f"seen: {caption(i)}")
+        for i in range(16)
+    ]
 
 
 def test_a_row_that_cannot_be_prepared_fails_alone(layout: Layout) -> None:
@@ -391,7 +467,7 @@ def test_a_row_that_cannot_be_prepared_fails_alone(layout: Layout) -> None:
 
 
 def test_a_transient_error_of_prepare_is_tried_again(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task, "TRANSIENT_PAUSE_S", 0.001)
+    monkeypatch.setattr(asking, "TRANSIENT_PAUSE_S", 0.001)
     stage = AheadBusy(Options(bad=[key(5)]))
     assert do(layout, plan(layout, stage), stage).ok == 16
     assert [numbers for numbers, here in stage.prepared if here] == [[4, 5, 6, 7]]
@@ -401,36 +477,158 @@ def test_rows_are_in_hand_before_they_are_prepared(layout: Layout) -> None:
     """Whatever batch the process dies in, the file names it."""
     stage = Ahead()
     run = plan(layout, stage)
-    told: list[tuple[list[int], list[int]]] = []
+    told: list[tuple[tuple[str, list[int]], list[tuple[str, list[int]]]]] = []
 
     def look(batch: pa.RecordBatch) -> None:
         data = json.loads(run.in_hand(0).read_text())["in_hand"]
-        assert set(batch.column("row").to_pylist()) <= {*data["rows"], *data["ahead"]}
-        told.append((data["rows"], data["ahead"]))
+        groups = [(group["shard"], group["rows"]) for group in (data, *data["ahead"])]
+        assert (batch.column("shard")[0].as_py(), batch.column("row").to_pylist()) in groups
+        told.append((groups[0], groups[1:]))
 
     stage.check = look  # type: ignore[method-assign]
     do(layout, run, stage, batch_rows=4)
-    assert told == [([], [0, 1, 2, 3]), ([0, 1, 2, 3], [4, 5, 6, 7])] * 2
+    first, second = ("00000000", [0, 1, 2, 3]), ("00000000", [4, 5, 6, 7])
+    third, fourth = ("00000001", [0, 1, 2, 3]), ("00000001", [4, 5, 6, 7])
+    assert told == [(("", []), [first]), (first, [second]), (second, [third]), (third, [fourth])]
 
 
 def test_a_batch_that_died_is_not_prepared_ahead(layout: Layout) -> None:
     stage = Ahead()
     run = plan(layout, stage)
     died(run.in_hand(0), "00000000", [4, 5])
+    beside = []
+
+    def look() -> None:
+        data = json.loads(run.in_hand(0).read_text())["in_hand"]
+        beside.append((data["rows"], [group["rows"] for group in data["ahead"]]))
+
+    stage.before = look
     do(layout, run, stage, batch_rows=4)
+    assert beside[2] == ([4, 5], [])  # nor is another one prepared beside it
     assert stage.prepared[:3] == [([0, 1, 2, 3], False), ([6, 7], False), ([4, 5], True)]
+    assert stage.prepared[3:] == [([8, 9, 10, 11], False), ([12, 13, 14, 15], False)]
 
 
 def test_of_two_batches_in_hand_neither_is_blamed(tmp_path: Path) -> None:
     """Each stands alone from then on, and only a death in which it was alone counts."""
     path = tmp_path / "batch.json"
-    known = died(path, "a", [1, 2], [3, 4])
+    known = died(path, "a", [1, 2], ("a", [3, 4]))
     assert known.groups("a") == [[1, 2], [3, 4]]
     assert died(path, "a", [3, 4]).groups("a") == [[1, 2], [3, 4]]
     assert died(path, "a", [3, 4]).groups("a") == [[1, 2], [3], [4]]
-    assert died(tmp_path / "single.json", "a", [1], [2]).kills("a", [1]) is False
+    across = died(tmp_path / "across.json", "a", [1, 2], ("a", [3]), ("b", [1, 2]))
+    assert (across.groups("a"), across.groups("b")) == ([[1, 2], [3]], [[1, 2]])
+    assert died(tmp_path / "single.json", "a", [1], ("a", [2])).kills("a", [1]) is False
     assert died(tmp_path / "single.json", "a", [1]).kills("a", [1]) is False
     assert died(tmp_path / "single.json", "a", [1]).kills("a", [1]) is True
+
+
+# --- alone and in a batch ---
+
+
+class Leaking(Base):
+    """Adds a number that depends on how many rows stand beside; it says by how much it may."""
+
+    outputs = pa.schema([output("note", pa.string(), "text"), output("number", pa.list_(pa.float64()), "a number")])
+    leak = 0.0
+
+    def __init__(self, tolerance: float | None, leak: float) -> None:
+        super().__init__(Options())
+        self.leak, self.sizes = leak, []
+        if tolerance is not None:
+            self.tolerance = tolerance
+
+    sizes: list[int]
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        self.sizes.append(batch.num_rows)
+        values = [[1.0 + self.leak * batch.num_rows]] * batch.num_rows
+        return pa.RecordBatch.from_pydict({"note": ["a"] * batch.num_rows, "number": values}, schema=self.outputs)
+
+
+def test_a_stage_that_lets_rows_change_each_other_is_refused(layout: Layout) -> None:
+    stage = Leaking(0.25, 0.125)
+    with pytest.raises(StageError) as caught:
+        do(layout, plan(layout, stage), stage, batch_rows=4)
+    assert str(caught.value) == (
+        "stage 'note' gives a row another answer alone than in a batch of 4\n"
+        "  shard: 00000000\n"
+        "  row: 0\n"
+        "  alone: {'note': 'a', 'number': [1.125]}\n"
+        "  in the batch: {'note': 'a', 'number': [1.5]}\n"
+        "  difference: 0.375\n"
+        "  tolerance: 0.25\n"
+        "  fix: its model lets rows of one batch change each other: use another model, or batch_rows = 1 in "
+        "[stages.note.run]"
+    )
+    assert notes(layout) == [None] * 16
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "batch_rows", "difference", "sizes"),
+    [
+        (0.375, 4, 0.375, [4, 1, 1, 1, 4, 4, 4]),
+        (0.375, 2, 0.125, [2, 1, 1, 2, 2, 2, 2, 2, 2, 2]),
+        (0.0, 1, None, [1] * 16),
+        (None, 4, None, [4] * 4),
+    ],
+)
+def test_a_stage_that_keeps_its_tolerance_goes_on(
+    layout: Layout, tolerance: float | None, batch_rows: int, difference: float | None, sizes: list[int]
+) -> None:
+    stage = Leaking(tolerance, 0.125)
+    result = do(layout, plan(layout, stage), stage, batch_rows=batch_rows)
+    assert (result.ok, result.difference, stage.sizes) == (16, difference, sizes)
+
+
+def test_a_stage_may_measure_the_difference_itself(layout: Layout) -> None:
+    stage = Leaking(7.0, 0.125)
+    stage.difference = lambda alone, within: 8.0  # type: ignore[attr-defined]
+    with pytest.raises(StageError) as caught:
+        do(layout, plan(layout, stage), stage, batch_rows=4)
+    assert caught.value.where["difference"] == "8"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (1.0, 1.5, 0.5),
+        (float("nan"), float("nan"), 0.0),
+        (float("nan"), 1.0, float("inf")),
+        (None, 1.0, float("inf")),
+        ("a", "a", 0.0),
+        ("a", "b", float("inf")),
+        ([1.0, 2.0], [1.0, 2.25], 0.25),
+        ([1.0], [1.0, 2.0], float("inf")),
+        ({"x": 1.0, "y": "a"}, {"x": 3.0, "y": "a"}, 2.0),
+        (b"a", b"b", float("inf")),
+        (1, 2, float("inf")),
+    ],
+    ids=str,
+)
+def test_differences_of_answers(a: Any, b: Any, expected: float) -> None:
+    batches = [pa.RecordBatch.from_pylist([{"value": value}]) for value in (a, b)]
+    assert asking.difference(*batches) == expected
+
+
+# --- notes ---
+
+
+class Noting(Base):
+    """Has something to say of every batch."""
+
+    def take_notes(self) -> list[dict[str, Any]]:
+        return [{"kind": "refusal", "text": "I cannot — no"}] * self.notes.pop(0)
+
+    notes: ClassVar[list[int]] = []
+
+
+def test_what_a_stage_notes_is_kept_beside_the_run(layout: Layout) -> None:
+    stage = Noting(Options())
+    Noting.notes[:] = [1, 0, 2, 0]
+    run = plan(layout, stage)
+    do(layout, run, stage, batch_rows=4)
+    assert run.notes(0).read_text() == '{"kind": "refusal", "text": "I cannot — no"}\n' * 3
 
 
 # --- checkpoints ---
@@ -872,7 +1070,7 @@ def test_ctrl_c_keeps_what_is_committed(workspace: Make) -> None:
 def test_a_result_is_json() -> None:
     assert json.loads(json.dumps(Result(rows=3, left={"a": "gone"}).to_json())) == {
         "rows": 3, "ok": 0, "failed": 0, "kept": 0, "dropped": 0, "left": {"a": "gone"}, "stopped": False,
-        "seconds": 0.0,
+        "seconds": 0.0, "difference": None,
     }  # fmt: skip
 
 

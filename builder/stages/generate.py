@@ -47,6 +47,7 @@ class Generate:
         ]
     )
     resources: ClassVar[Resources] = Resources(cpus=1, memory_gb=0.5, batch_rows=32)
+    recorded: ClassVar[dict[str, str]] = {"prompt": "image_prompt"}
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options

@@ -38,6 +38,7 @@ class Lang:
         ]
     )
     resources: ClassVar[Resources] = Resources(cpus=1, memory_gb=0.5, batch_rows=1024)
+    tolerance: ClassVar[float] = 0.0
 
     def __init__(self, options: LangOptions) -> None:
         self.options = options

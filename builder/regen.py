@@ -1,0 +1,170 @@
+"""One generated image again, from the table alone, and how it differs from the one that is stored.
+
+Owns `builder regen`. What made an image is in its row and in the description of its run: nothing else is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from builder import pipeline as pipelines
+from builder import runs, workset, writer
+from builder.asking import Failure, answer
+from builder.errors import ConfigError, ShardError, StageError
+from builder.executors.local import DEFAULTS
+from builder.members import EDIT, MemberReader
+from builder.pipeline import Pipeline
+from builder.query import Sql
+from builder.stage import Stage, find, options_hash
+from builder.workset import Choice, Work
+
+#: The option that the batch size of a row's own batch, image_batch_size, takes the place of.
+_BATCH = "batch_size"
+
+
+@dataclass
+class Again:
+    """An image that was made again.
+
+    Attributes:
+        stored: the bytes that the table points at; None if they are gone.
+        made: the bytes of now.
+        mean: mean absolute difference of their pixels, 0 to 255; None for pictures of different sizes.
+        most: the largest difference of a pixel.
+        reasons: what is not as it was when the image was made.
+    """
+
+    shard: str
+    row: int
+    uid: str
+    stored: bytes | None
+    made: bytes
+    mean: float | None = None
+    most: int | None = None
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def is_same(self) -> bool:
+        return self.stored == self.made
+
+
+def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Again:
+    """Makes the image of one sample again, as its run made it.
+
+    Args:
+        uid: of the sample, or SHARD:ROW.
+        device: what to make it on; the stage's first device if absent.
+
+    Raises:
+        ConfigError: no such sample, or none with a generated image; its run, or the model's package, is gone.
+        StageError: the stage cannot start, or fails on the row.
+    """
+    stage_name = writer.image_stage(pipeline.known_columns())
+    rows = [row for row in pipelines.show(pipeline, uid) if row.get("image_path") is not None]
+    if not rows or stage_name is None:
+        raise ConfigError(
+            f"sample '{uid}' has no generated image",
+            fix="builder sql 'select uid from samples where image_path is not null limit 5'",
+        )
+    if len(rows) > 1:
+        places = ", ".join(f"{row['shard']}:{row['row']}" for row in rows)
+        raise ConfigError(
+            f"{len(rows)} samples have the uid '{uid}'", where={"places": places}, fix="name one of these"
+        )
+    [row] = rows
+    run = runs.read(pipeline.layout.run(row[f"{stage_name}_run"]))
+    stage = _stage_of(run, row)
+    inputs = _inputs(pipeline, run, stage, row)
+    for variable, value in DEFAULTS.items():
+        os.environ.setdefault(variable, value)
+    place = device or (pipeline.stages[stage_name].run.devices[0] if stage_name in pipeline.stages else "cpu")
+    stage.setup(place)
+    try:
+        [(_, found)] = list(answer(stage, inputs))
+    finally:
+        stage.close()
+    if isinstance(found, Failure):
+        raise StageError(
+            f"the image cannot be made again: {found.error}",
+            where={"shard": row["shard"], "row": row["row"]},
+            fix="see builder show",
+        )
+    values = found.to_pylist()[0]
+    again = Again(row["shard"], row["row"], row["uid"], _stored(pipeline, row), values["image"])
+    again.reasons = _reasons(run, stage, row, values)
+    if again.stored is not None and not again.is_same:
+        _compare(again)
+    return again
+
+
+def _stored(pipeline: Pipeline, row: dict[str, Any]) -> bytes | None:
+    with MemberReader(pipeline.layout, row["shard"], [EDIT]) as reader, contextlib.suppress(ShardError):
+        return reader.read(row["row"], EDIT)
+    return None
+
+
+def _stage_of(run: dict[str, Any], row: dict[str, Any]) -> Stage:
+    """The stage with the options of its run, and the batch size of the row's own batch."""
+    kind = find(run["stage"], run["python_file"])
+    options = dict(run["options"])
+    if _BATCH in kind.Options.model_fields and row.get("image_batch_size"):
+        options[_BATCH] = row["image_batch_size"]
+    return kind(kind.Options.model_validate_json(json.dumps(options)))  # type: ignore[call-arg]
+
+
+def _inputs(pipeline: Pipeline, run: dict[str, Any], stage: Stage, row: dict[str, Any]) -> pa.RecordBatch:
+    """The row's inputs: as the run's SQL gives them, and those that its answer has recorded as they were then."""
+    sql = Sql(run["sql"]["text"], run["sql"]["origin"])
+    condition = f"shard = '{row['shard'].replace(chr(39), 2 * chr(39))}' and row = {row['row']}"
+    work = Work(
+        stage, sql, run["params"], Choice(redo=True, where=condition), [row["shard"]], pipeline.known_columns(),
+        options_hash(stage, stage.options),  # type: ignore[attr-defined]
+    )  # fmt: skip
+    found = workset.first_rows(pipeline.layout, work, 1)
+    if found.num_rows == 0:
+        raise ConfigError(
+            "the work SQL of the image's run does not return its sample any more",
+            where={"shard": row["shard"], "row": row["row"], "sql": sql.origin},
+            fix="what it asks for has changed in the table since: see builder show",
+        )
+    names = ["shard", "row", "uid", *(field.name for field in stage.inputs)]
+    batch = found.select(names).combine_chunks().to_batches()[0]
+    for name, column in getattr(stage, "recorded", {}).items():
+        if name in batch.schema.names:
+            at = batch.schema.get_field_index(name)
+            batch = batch.set_column(at, batch.schema.field(at), pa.array([row[column]], batch.schema.field(at).type))
+    return batch
+
+
+def _reasons(run: dict[str, Any], stage: Stage, row: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """What is not as it was: the stage's version, packages, the device, what the answer says of how it was made."""
+    found = []
+    if run["version"] != stage.version:
+        found.append(f"stage '{stage.name}': version {run['version']}, now {stage.version}")
+    now = runs.versions()
+    for name in sorted({*run["packages"], *now}):
+        then = run["packages"].get(name, "not installed")
+        if then != now.get(name, "not installed"):
+            found.append(f"{name}: {then}, now {now.get(name, 'not installed')}")
+    for name, value in values.items():
+        if name != "image" and name in row and row[name] != value:
+            found.append(f"{name}: {row[name]}, now {value}")
+    return found
+
+
+def _compare(again: Again) -> None:
+    """Measures how far the pixels are apart."""
+    from builder.models.pictures import decode
+
+    assert again.stored is not None
+    stored, made = decode(again.stored), decode(again.made)
+    if stored.shape == made.shape:
+        apart = np.abs(stored.astype(np.int16) - made.astype(np.int16))
+        again.mean, again.most = float(apart.mean()), int(apart.max())

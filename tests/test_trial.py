@@ -1,0 +1,186 @@
+"""A few rows tried outside any run, and one image made again from the table alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from builder.layout import RunFiles
+from conftest import Workspace
+from planned import section
+
+Make = Callable[..., Workspace]
+
+
+@pytest.fixture
+def drawn(workspace: Make) -> Workspace:
+    """A dataset that was run to its end: every sample with a face and an English caption has a sketch."""
+    made = workspace()
+    made.run("run")
+    return made
+
+
+def files_of(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def an_image(made: Workspace) -> tuple[str, str, int]:
+    [found] = made.rows("select uid, shard, row from samples where image_path is not null order by shard, row limit 1")
+    return found
+
+
+# --- builder stage NAME --try N ---
+
+
+def test_a_trial_shows_answers_and_commits_nothing(workspace: Make) -> None:
+    made = workspace()
+    made.run("ingest")
+    before = files_of(made.root)
+    done = made.run("stage", "lang", "--try", "3")
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["shard", "row", "uid", "lang", "lang_score"]
+    assert [line.split()[:2] for line in lines[2:]] == [["00000000", "0"], ["00000000", "1"], ["00000000", "2"]]
+    assert "3 rows, 0 failed; ready in " in done.stderr
+    assert "rows/s for one worker; nothing is committed" in done.stderr
+    assert files_of(made.root) == before
+
+
+def test_a_trial_of_generated_bytes_shows_and_saves_them(drawn: Workspace) -> None:
+    before = files_of(drawn.root)
+    done = drawn.run("stage", "generate", "--try", "2", "--redo", "--save", str(drawn.folder / "look"))
+    assert " bytes  " in done.stdout
+    saved = sorted((drawn.folder / "look").iterdir())
+    assert len(saved) == 2
+    assert all(Image.open(path).size == (64, 64) for path in saved)
+    assert files_of(drawn.root) == before
+
+
+def test_a_trial_tells_of_rows_that_fail(workspace: Make) -> None:
+    made = workspace(stages=section("Fails", bad=f'["{0:032x}-0"]'))
+    (made.folder / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
+    made.run("ingest")
+    done = made.run("stage", "note", "--try", "2", check=False, cwd=made.folder)
+    assert done.returncode == 3
+    assert "2 rows, 1 failed; ready in " in done.stderr
+    assert f"ValueError: cannot note {0:032x}-0" in done.stdout
+
+
+def test_a_trial_without_rows_says_what_would_be_tried(drawn: Workspace) -> None:
+    done = drawn.run("stage", "lang", "--try", "2", check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: stage 'lang' has no row to try\n  sql: sql/lang.sql\n"
+        "  fix: with --redo rows that have an answer are tried, too\n"
+    )
+
+
+def test_save_is_for_a_trial(drawn: Workspace) -> None:
+    done = drawn.run("stage", "lang", "--save", "x", check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: --save is for --try\n  fix: builder show SHARD:ROW --save DIR writes what is in the table\n"
+    )
+
+
+# --- builder regen ---
+
+
+def test_an_image_is_made_again_bit_for_bit(drawn: Workspace) -> None:
+    uid, shard, row = an_image(drawn)
+    done = drawn.run("regen", uid, "--check", "--out", str(drawn.folder / "again.jpg"))
+    assert done.stdout == f"sample {uid}: shard {shard} row {row}\nthe same image, bit for bit\n"
+    [(path, offset, size)] = drawn.rows(f"select image_path, image_offset, image_size from samples where uid = '{uid}'")
+    stored = (drawn.root / path).read_bytes()[offset : offset + size]
+    assert (drawn.folder / "again.jpg").read_bytes() == stored
+
+
+def test_an_image_is_made_of_what_its_row_recorded(drawn: Workspace) -> None:
+    """Not of today's prompt, nor of today's options: the run's."""
+    uid, shard, row = an_image(drawn)
+    drawn.run("stage", "prompts", "--redo", "--set", "stages.prompts.style=Another {caption}")
+    done = drawn.run("regen", f"{shard}:{row}", "--check", "--set", "stages.generate.seed=7", "--json")
+    assert json.loads(done.stdout) == {
+        "shard": shard, "row": row, "uid": uid, "mean": None, "most": None, "reasons": [], "same": True,
+    }  # fmt: skip
+
+
+def test_an_image_that_comes_out_otherwise_is_told_with_the_reasons(drawn: Workspace) -> None:
+    uid, shard, row = an_image(drawn)
+    [(run,)] = drawn.rows(f"select generate_run from samples where uid = '{uid}'")
+    description = RunFiles(drawn.load().layout.run(run)).description
+    data = json.loads(description.read_text())
+    data["options"]["seed"] = 1
+    data["packages"]["pillow"] = "0.1"
+    description.write_text(json.dumps(data))
+    done = drawn.run("regen", uid, "--check", check=False)
+    assert done.returncode == 3
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"sample {uid}: shard {shard} row {row}"
+    assert lines[1].startswith("another image: pixels differ by ")
+    assert lines[2].startswith("  pillow: 0.1, now ")
+    assert lines[3].startswith("  image_seed: ")
+    assert len(lines) == 4
+
+
+def test_what_cannot_be_made_again_says_why(drawn: Workspace) -> None:
+    [(uid,)] = drawn.rows("select uid from samples where image_path is null limit 1")
+    done = drawn.run("regen", uid, "--check", check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: sample '{uid}' has no generated image\n"
+        "  fix: builder sql 'select uid from samples where image_path is not null limit 5'\n",
+    )
+    done = drawn.run("regen", uid, check=False)
+    assert (
+        done.stderr == f"error: builder regen needs --check, --out FILE, or both\n  fix: builder regen {uid} --check\n"
+    )
+
+
+def test_a_stored_image_that_is_gone_is_made_again(drawn: Workspace) -> None:
+    uid, _, _ = an_image(drawn)
+    [(path,)] = drawn.rows(f"select image_path from samples where uid = '{uid}'")
+    (drawn.root / path).unlink()
+    done = drawn.run("regen", uid, "--check", "--out", str(drawn.folder / "again.jpg"), check=False)
+    assert done.returncode == 3
+    assert done.stdout.splitlines()[1] == "the stored image is gone"
+    assert Image.open(io.BytesIO((drawn.folder / "again.jpg").read_bytes())).size == (64, 64)
+
+
+# --- notices ---
+
+
+def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None:
+    made = workspace(stages=section("Licensed"))
+    (made.folder / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
+    made.run("ingest")
+    talk = made.run("stage", "note", cwd=made.folder).stderr
+    assert talk.count("its weights are for research only") == 1
+    assert talk.startswith("note: its weights are for research only\n")
+    assert "research" not in made.run("stage", "note", cwd=made.folder).stderr  # there is nothing to do
+
+
+# --- draws and classes of failures ---
+
+
+@pytest.mark.parametrize("flags", [("--draw", "next"), ("--draw", "next", "--stale")])
+def test_another_draw_is_for_rows_with_an_answer(drawn: Workspace, flags: tuple[str, ...]) -> None:
+    done = drawn.run("stage", "generate", *flags, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --draw next is for rows with an answer\n  fix: --redo --draw next --where 'check_faces = 0'\n",
+    )
+
+
+def test_a_stage_without_draws_refuses_one(drawn: Workspace) -> None:
+    done = drawn.run("stage", "lang", "--redo", "--draw", "next", check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: stage 'lang' has no draws: its work SQL uses no $draw\n"
+        "  file: sql/lang.sql\n"
+        "  fix: select coalesce(image_draw, 0) + $draw as draw, as the generate stage's own SQL does\n",
+    )
