@@ -211,7 +211,7 @@ def freeze(layout: Layout, run: RunFiles, work: Work) -> list[Slice]:
 
 def first_rows(layout: Layout, work: Work, count: int) -> pa.Table:
     """The first rows that a freeze would write; writes nothing."""
-    with Samples(layout, work.columns, sorted(work.shards)) as samples:
+    with Samples(layout, work.columns, sorted(work.shards), work.lookups) as samples:
         _check_columns(samples, work)
 
         def read(sort: set[str]) -> list[pa.Table]:

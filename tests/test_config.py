@@ -50,7 +50,7 @@ def test_a_good_pipeline_is_taken(file: Path) -> None:
     assert (pipeline.config.patterns, str(pipeline.config.root), list(pipeline.stages)) == (
         ["data/*.tar"], "out", ["faces", "lang"],
     )  # fmt: skip
-    assert pipeline.stages["faces"].options.model_dump()["min_score"] == 0.9
+    assert pipeline.stages["faces"].options.model_dump()["min_size"] == 0.03
 
 
 def test_unknown_key_with_suggestion_and_line(file: Path) -> None:
@@ -126,12 +126,12 @@ def test_unknown_section(file: Path) -> None:
         ),
         (
             'source = "auto"', 'source = "x"',
-            "'source' in [stages.faces] is 'x'\n  file: p.toml:9\n  fix: valid: auto, detector, json",
+            "'source' in [stages.faces] is 'x'\n  file: p.toml:9\n  fix: valid: auto, detector, json, metadata",
         ),
         (
-            'source = "auto"', "min_score = 2",
-            "'min_score' in [stages.faces] is 2: it should be less than or equal to 1\n  file: p.toml:9\n"
-            "  fix: for example: min_score = 0.9",
+            'source = "auto"', "min_size = 2",
+            "'min_size' in [stages.faces] is 2: it should be less than or equal to 1\n  file: p.toml:9\n"
+            "  fix: for example: min_size = 0.03",
         ),
         (
             'source = "auto"', "run = {worker = 2}",
@@ -184,7 +184,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(file: Path) -> None:
         "  p.toml:10: unknown key 'sourc' in [stages.faces]\n"
         "    fix: did you mean 'source'?\n"
         "  p.toml:14: there is no stage 'genrate'\n"
-        "    fix: did you mean 'generate'? stages: faces, generate, lang, prompts; or name your own in "
+        "    fix: did you mean 'generate'? stages: check, faces, generate, lang, prompts; or name your own in "
         '[stages.genrate]: python = "my_stage.py:MyStage"\n'
         "  p.toml:17: unknown key 'selct' in [write]\n"
         "    fix: did you mean 'select'?\n"
@@ -298,7 +298,7 @@ def test_a_bad_override_is_named(file: Path, item: str, message: str) -> None:
 
 def test_unknown_stage(file: Path) -> None:
     assert refusal(file, GOOD.replace("stages.faces", "stages.fases")) == (
-        "there is no stage 'fases'\n  file: p.toml:8\n  fix: did you mean 'faces'? stages: faces, generate, lang, "
+        "there is no stage 'fases'\n  file: p.toml:8\n  fix: did you mean 'faces'? stages: check, faces, generate, lang, "
         'prompts; or name your own in [stages.fases]: python = "my_stage.py:MyStage"'
     )
 

@@ -107,6 +107,7 @@ def test_extras_bring_what_they_say(wheel: zipfile.ZipFile) -> None:
     assert {"torch", "diffusers", "transformers"} <= wanted["images"] <= wanted["test"]
     pins = {line for line in metadata(wheel).get_all("Requires-Dist", []) if line.startswith("torch==")}
     assert pins == {"torch==2.13.0; extra == 'test'", "torch==2.13.0; extra == 'dev'"}
+    assert wanted["insightface"] <= wanted["test"]
 
 
 def hints() -> Iterator[tuple[str, str]]:

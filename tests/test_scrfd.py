@@ -69,7 +69,7 @@ def test_the_face_is_where_the_square_is(toy: Path) -> None:
     """A cell of 16 px, and from its corner 2 strides to each side."""
     [(boxes, scores)] = found(Scrfd(str(toy), input_px=320), [pictures()[0]])
     assert boxes.tolist() == [[32, 64, 96, 128]]
-    assert scores == pytest.approx([1 / (1 + np.exp(-4))], abs=1e-6)  # 4 - -4 + 4, less 8
+    assert scores == pytest.approx([1 / (1 + np.exp(8 - 12 * 127.5 / 128))], abs=1e-6)
 
 
 def test_a_picture_that_is_too_thin_has_no_face(toy: Path) -> None:

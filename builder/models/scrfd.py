@@ -222,7 +222,7 @@ def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
         raise StageError(
             f"onnxruntime has no CUDAExecutionProvider for device '{device}'",
             where={"it has": ", ".join(have)},
-            fix='pip uninstall onnxruntime and pip install onnxruntime-gpu, or set devices = ["cpu"]',
+            fix='install onnxruntime-gpu in the place of onnxruntime, or set devices = ["cpu"]',
         )
     cuda = {"device_id": int(number or 0), "cudnn_conv_algo_search": "HEURISTIC"}  # by shape, not by a race of timings
     return [("CUDAExecutionProvider", cuda), ("CPUExecutionProvider", {})]
