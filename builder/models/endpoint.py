@@ -311,7 +311,9 @@ async def check(one: Served, http: Http) -> str:
     models = None
     url = one.endpoint.base_url
     try:
-        status, headers, body = await http.request("GET", f"{url}/models", one.headers)
+        # Some servers close the connection after an error, and the next request shall not meet that.
+        once = {**one.headers, "Connection": "close"}
+        status, headers, body = await http.request("GET", f"{url}/models", once)
         if status in (401, 403):
             read_status(status, headers, body)
         models = _listed(body) if status == 200 else None
