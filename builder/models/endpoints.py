@@ -79,7 +79,7 @@ class Pool:
         #: Since when no endpoint is open.
         self._dark_since: float | None = None
         #: Its kind and message.
-        self._last_failure = ("unreachable", "none has answered")
+        self._last_failure = ("unreachable", "none has failed")
 
     # --- start and end ---
 
@@ -191,9 +191,9 @@ class Pool:
                 raise error
             return
         request.attempts += 1
-        if request.attempts >= self._attempts:
+        if request.attempts >= self._attempts or now > self._end_of_patience(now):
             raise error
-        if one.closed is None and not self._others(request, now):
+        if one.is_open(now) and not self._others(request, now):
             await asyncio.sleep(min(BACK_OFF_S * 2.0 ** (request.attempts - 1), LONGEST_BACK_OFF_S))
 
     def _others(self, request: Request, now: float) -> bool:
@@ -209,7 +209,7 @@ class Pool:
             if one is not None:
                 return one, one.begin(request)
         future: asyncio.Future[tuple[Served, float]] = self._loop.create_future()
-        if request.tried:
+        if request.pushed_back is not None:
             self._waiting.appendleft((request, future))
         else:
             self._waiting.append((request, future))
@@ -244,7 +244,7 @@ class Pool:
         return None, soonest
 
     def _dispatch(self) -> None:
-        """Gives room to those who wait, first come, first served; those that have failed stand in front."""
+        """Gives room to those who wait, first come, first served; those pushed back stand in front."""
         if not self._waiting:
             return
         now = self._loop.time()
@@ -272,19 +272,23 @@ class Pool:
         if all(one.closed for one in self._served):
             kind = "no_budget" if any(one.closed == "no_budget" for one in self._served) else "rejected"
             return self._fail_waiting(kind, "no endpoint is left")
-        if any(one.is_open(now) for one in self._served):
-            self._dark_since = None
-        else:
-            self._dark_since = now if self._dark_since is None else self._dark_since
-            end = self._dark_since + self._patience_s
-            if now >= end or min(one.opens() for one in self._served) > end:
-                return self._fail_waiting(self._last_failure[0], "no endpoint is open")
-            soonest = min(soonest, end - now)
+        end = self._end_of_patience(now)
+        if now >= end or min(one.opens() for one in self._served) > end:
+            return self._fail_waiting(self._last_failure[0], "no endpoint is open")
+        soonest = min(soonest, end - now)
         if soonest < float("inf") and (self._timer is None or now + soonest < self._timer.when()):
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = self._loop.call_at(now + soonest, self._look_again)
         return None
+
+    def _end_of_patience(self, now: float) -> float:
+        """Until when it is waited for an endpoint to open; infinite while one is open."""
+        if any(one.is_open(now) for one in self._served):
+            self._dark_since = None
+            return float("inf")
+        self._dark_since = now if self._dark_since is None else self._dark_since
+        return self._dark_since + self._patience_s
 
     def _look_again(self) -> None:
         self._timer = None

@@ -1,0 +1,150 @@
+"""What is an answer, and what each failure is called."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import time
+from typing import Any
+
+import pytest
+
+from builder.models.chat import AskFailed, Reply, is_same_model, read_reply, read_retry_after, read_status
+
+
+def body(**fields: Any) -> bytes:
+    """An answer with other fields than the right ones."""
+    message = {"role": "assistant", "content": fields.pop("content", " A red house.\n")}
+    choice = {"index": 0, "message": message, "finish_reason": fields.pop("finish_reason", "stop")}
+    usage = {"prompt_tokens": 7, "completion_tokens": 4}
+    return json.dumps({"model": "org/tiny", "choices": [choice], "usage": usage, **fields}).encode()
+
+
+def read(data: bytes) -> Reply:
+    return read_reply(data, asked="org/tiny", endpoint="here", ms=12)
+
+
+def test_an_answer_is_taken_as_it_came() -> None:
+    assert read(body()) == Reply(" A red house.\n", "org/tiny", "here", 7, 4, 12)
+    assert read(body(usage=None, model=None)) == Reply(" A red house.\n", "org/tiny", "here", None, None, 12)
+    assert read(body(usage={"prompt_tokens": -1, "completion_tokens": "4"})).tokens_in is None
+    assert read(body(model="tiny", finish_reason=None, error=None)).model == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the answer is no json: empty"),
+        (b"<html>\n Bad  gateway</html>", "the answer is no json: <html> Bad gateway</html>"),
+        (body()[:-20], f"the answer is no json: {body()[:-20].decode()}"),
+        (b"[1]", "the answer is an error: [1]"),
+        (b'{"error": {"message": "out of memory", "code": 500}}', "the answer is an error: out of memory"),
+        (b'{"error": "busy"}', "the answer is an error: busy"),
+        (body(choices=[]), "the answer has no choice with a message"),
+        (body(choices=None), "the answer has no choice with a message"),
+        (body(choices=["text"]), "the answer has no choice with a message"),
+        (body(choices=[{"text": "of a completion"}]), "the answer has no choice with a message"),
+        (body(model="other"), "the answer is of model 'other', not of 'org/tiny'"),
+        (body(model=3), "the answer is of model '3', not of 'org/tiny'"),
+        (body(content=""), "the answer is empty"),
+        (body(content=" \n"), "the answer is empty"),
+        (body(content=None), "the answer is empty"),
+        (body(content=["a", "b"]), "the answer is empty"),
+    ],
+)
+def test_what_is_no_answer_may_be_asked_for_again(data: bytes, message: str) -> None:
+    with pytest.raises(AskFailed) as failed:
+        read(data)
+    assert (failed.value.kind, str(failed.value), failed.value.is_final) == ("bad_reply", message, False)
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        ("length", "the answer is cut: 'max_tokens' is too small"),
+        ("content_filter", "a content filter of the server held the answer back"),
+    ],
+)
+def test_a_cut_or_filtered_answer_is_no_answer_and_is_not_asked_for_again(reason: str, message: str) -> None:
+    with pytest.raises(AskFailed) as failed:
+        read(body(finish_reason=reason))
+    assert (failed.value.kind, str(failed.value), failed.value.is_final) == ("bad_reply", message, True)
+
+
+@pytest.mark.parametrize(
+    ("code", "data", "kind", "status", "is_final", "message"),
+    [
+        (429, b'{"error": {"message": "slow down"}}', "rate_limited", 429, False, "status 429: slow down"),
+        (429, b'{"error": {"code": "insufficient_quota"}}', "no_budget", 402, False, "status 429: insufficient_quota"),
+        (402, b"", "no_budget", 402, False, "status 402"),
+        (400, b'{"detail": "too long"}', "rejected", 400, True, "status 400: too long"),
+        (422, b'{"message": "no field"}', "rejected", 422, True, "status 422: no field"),
+        (401, b"who?", "rejected", 401, False, "status 401: who?"),
+        (403, b"{}", "rejected", 403, False, "status 403: {}"),
+        (404, b"", "rejected", 404, False, "status 404"),
+        (408, b"", "timeout", 408, False, "status 408"),
+        (500, b"a\nb", "server_error", 500, False, "status 500: a b"),
+        (503, b"", "server_error", 503, False, "status 503"),
+        (302, b"", "server_error", 302, False, "status 302"),
+    ],
+)
+def test_every_status_has_its_kind(
+    code: int, data: bytes, kind: str, status: int, is_final: bool, message: str
+) -> None:
+    with pytest.raises(AskFailed) as failed:
+        read_status(code, {}, data)
+    error = failed.value
+    assert (error.kind, error.status, error.is_final, str(error)) == (kind, status, is_final, message)
+    read_status(200, {}, data)
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    assert read_retry_after("17") == 17
+    assert read_retry_after(" 0.5 ") == 0.5
+    in_an_hour = read_retry_after(email.utils.formatdate(time.time() + 3600, usegmt=True))
+    assert in_an_hour is not None and 3500 < in_an_hour <= 3600
+    assert read_retry_after("Fri, 31 Dec 1999 23:59:59 GMT") == 0
+    for value in (None, "", "soon", "-3", "nan", "inf"):
+        assert read_retry_after(value) is None
+    with pytest.raises(AskFailed) as failed:
+        read_status(429, {"Retry-After": "17"}, b"")
+    assert failed.value.retry_after == 17
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("tiny", "tiny"),
+        ("org/Tiny", "org/tiny"),
+        ("meta-llama/Llama-3.1-8B", "Llama-3.1-8B"),
+        ("./tinyllama", "/data/models/tinyllama"),
+        ("/data/models/tinyllama/", "tinyllama"),
+        ("gpt-4o", "gpt-4o-2024-08-06"),
+        ("gpt-4", "gpt-4-0613"),
+        ("claude-latest", "claude-20241022"),
+        ("gemini-pro", "models/gemini-pro-002"),
+        ("vertex", "vertex@20240229"),
+        ("llama3", "llama3:latest"),
+        ("llama3:latest", "llama3"),
+    ],
+)
+def test_a_server_may_say_a_model_s_name_in_other_words(asked: str, found: str) -> None:
+    assert is_same_model(asked, found)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("tiny", "another"),
+        ("gpt-4o", "gpt-4o-mini"),
+        ("gpt-4o-2024-08-06", "gpt-4o-2024-05-13"),
+        ("gpt-4o-2024-08-06", "gpt-4o"),
+        ("llama3:8b", "llama3:70b"),
+        ("ours/llama", "theirs/llama"),
+        ("llama-3-8b", "llama-3-70b"),
+        ("llama", "llama-3"),
+        ("tiny", ""),
+    ],
+)
+def test_another_model_is_another(asked: str, found: str) -> None:
+    assert not is_same_model(asked, found)

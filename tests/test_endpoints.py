@@ -1,0 +1,823 @@
+"""The pool against real servers on loopback, with every fault that they have."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from builder.config import Problems, Strict, check
+from builder.errors import StageError
+from builder.models.endpoints import AskFailed, Endpoint, Pool, Reply
+from llm_server import (
+    LlmServer,
+    Play,
+    disconnect,
+    error_body,
+    half_body,
+    hang,
+    no_choices,
+    slow_drip,
+    status,
+    text,
+    truncated_json,
+    wrong_model,
+)
+
+Serve = Callable[..., LlmServer]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts servers that end with the test."""
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(LlmServer(**options))
+
+
+def endpoint(server: LlmServer, **options: Any) -> Endpoint:
+    return Endpoint(base_url=server.base_url, model="tiny", **options)
+
+
+@asynccontextmanager
+async def started(*endpoints: Endpoint | LlmServer, **options: Any) -> AsyncIterator[Pool]:
+    """A pool over endpoints, or over servers with nothing said of them."""
+    found = [one if isinstance(one, Endpoint) else endpoint(one) for one in endpoints]
+    pool = Pool(found, **{"timeout_s": 0.5, "rest_s": 0.3, **options})
+    await pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def ask(pool: Pool, words: str = "a house", **body: Any) -> Reply:
+    return await pool.ask([{"role": "user", "content": words}], **body)
+
+
+async def ask_all(pool: Pool, count: int, prefix: str = "house") -> list[str]:
+    """Texts of so many requests, all at once; of a failed one its kind."""
+    asked = (ask(pool, f"{prefix} {i}") for i in range(count))
+    return [
+        one.kind if isinstance(one, AskFailed) else one.text
+        for one in await asyncio.gather(*asked, return_exceptions=True)
+        if isinstance(one, AskFailed | Reply) or _raise(one)
+    ]
+
+
+def _raise(error: BaseException) -> bool:
+    raise error
+
+
+def right(count: int, prefix: str = "house") -> list[str]:
+    return [f"re: {prefix} {i}" for i in range(count)]
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    async def all_of_it() -> None:
+        await asyncio.wait_for(work(), 60)
+
+    asyncio.run(all_of_it())
+
+
+# --- an answer ---
+
+
+def test_a_request_is_answered(serve: Serve) -> None:
+    server = serve()
+
+    async def work() -> None:
+        async with started(server) as pool:
+            messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a red house"}]
+            reply = await pool.ask(messages, temperature=0.5, max_tokens=20, seed=3)
+            assert reply == Reply("re: a red house", "tiny", server.base_url, 3, 4, reply.ms)
+            assert 0 <= reply.ms < 500
+            sent = {"model": "tiny", "messages": messages, "temperature": 0.5, "max_tokens": 20, "seed": 3}
+            assert server.requests == [sent]
+            assert pool.totals() == {
+                server.base_url: {
+                    "model": "tiny", "requests": 1, "answers": 1, "failures": {}, "tokens_in": 3, "tokens_out": 4,
+                    "spent": 0.0, "limit": 8, "state": "open",
+                }
+            }  # fmt: skip
+            assert list(pool.notices) == []
+
+    run(work)
+
+
+def test_the_model_is_the_one_that_the_server_says(serve: Serve) -> None:
+    server = serve()
+    server.script(wrong_model("org/tiny-2024-08-06"))
+
+    async def work() -> None:
+        async with started(server) as pool:
+            assert (await ask(pool)).model == "org/tiny-2024-08-06"
+
+    run(work)
+
+
+# --- faults ---
+
+FAULTS = [
+    (status(500, "boom"), "server_error", "status 500: boom"),
+    (status(503, "starting"), "server_error", "status 503: starting"),
+    (half_body(), "bad_reply", "the connection was closed within the answer"),
+    (error_body(), "bad_reply", "the answer is an error: out of memory"),
+    (
+        truncated_json(),
+        "bad_reply",
+        'the answer is no json: {"id": "1", "choices": [{"message": {"role": "assistant", "content": "a red',
+    ),
+    (no_choices(), "bad_reply", "the answer has no choice with a message"),
+    (text(" "), "bad_reply", "the answer is empty"),
+    (wrong_model(), "bad_reply", "the answer is of model 'another', not of 'tiny'"),
+    (Play(body=b"{" + b" " * 9_000_000), "bad_reply", "the answer is longer than 8388608 bytes"),
+    (hang(), "timeout", "no whole answer within 0.5 s"),
+    (slow_drip(), "timeout", "no whole answer within 0.5 s"),
+    (disconnect(), "unreachable", "the connection was closed before an answer"),
+    (status(403, "flagged"), "rejected", "status 403: flagged"),
+]
+
+
+@pytest.mark.parametrize(("fault", "kind", "message"), FAULTS)
+def test_a_fault_has_its_kind_and_goes_to_another_endpoint(serve: Serve, fault: Play, kind: str, message: str) -> None:
+    server, other = serve(), serve()
+    server.always(fault)
+
+    async def work() -> None:
+        async with started(server, attempts=1) as pool:
+            with pytest.raises(AskFailed) as failed:
+                await ask(pool)
+            assert (failed.value.kind, str(failed.value)) == (kind, f"{server.base_url}: {message}")
+            assert pool.totals()[server.base_url]["failures"] == {kind: 1}
+        async with started(server, other) as pool:
+            assert (await ask(pool)).endpoint == other.base_url
+            assert len(server.requests) == 2
+            assert len(other.requests) == 1
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "message"),
+    [
+        (status(400, "too long"), "rejected", "status 400: too long"),
+        (status(422, "no field"), "rejected", "status 422: no field"),
+        (text("a red", finish="length"), "bad_reply", "the answer is cut: 'max_tokens' is too small"),
+    ],
+)
+def test_what_would_fail_again_is_not_tried_again(serve: Serve, fault: Play, kind: str, message: str) -> None:
+    server, other = serve(), serve()
+    server.always(fault)
+
+    async def work() -> None:
+        async with started(server, other, rest_after=1) as pool:
+            with pytest.raises(AskFailed) as failed:
+                await ask(pool)
+            assert (failed.value.kind, str(failed.value)) == (kind, f"{server.base_url}: {message}")
+            assert (len(server.requests), len(other.requests)) == (1, 0)
+            assert pool.totals()[server.base_url]["state"] == "open"
+
+    run(work)
+
+
+def test_attempts_are_bounded(serve: Serve) -> None:
+    server, other = serve(), serve()
+    server.always(status(500, "boom"))
+    other.always(half_body())
+
+    async def work() -> None:
+        async with started(server, other, attempts=3) as pool:
+            with pytest.raises(AskFailed) as failed:
+                await ask(pool)
+            assert failed.value.kind in ("server_error", "bad_reply")
+            assert len(server.requests) + len(other.requests) == 3
+            assert min(len(server.requests), len(other.requests)) == 1
+
+    run(work)
+
+
+def test_all_faults_at_once_leave_every_request_answered(serve: Serve) -> None:
+    servers = [serve(), serve()]
+    for server in servers:
+        server.script(*(fault for fault, _, _ in FAULTS[::-1]), status(429, retry_after="0"), status(429))
+
+    async def work() -> None:
+        async with started(*servers, attempts=30) as pool:
+            assert await ask_all(pool, 200) == right(200)
+            totals = pool.totals().values()
+            assert sum(one["answers"] for one in totals) == 200
+            assert sum(sum(one["failures"].values()) for one in totals) == 2 * (len(FAULTS) + 2)
+            assert sum(one["requests"] for one in totals) == 200 + 2 * (len(FAULTS) + 2)
+
+    run(work)
+
+
+def test_a_cancelled_request_leaves_its_place(serve: Serve) -> None:
+    server = serve()
+    server.script(hang())
+
+    async def work() -> None:
+        async with started(endpoint(server, max_concurrency=1), timeout_s=30) as pool:
+            tasks = [asyncio.create_task(ask(pool, f"house {i}")) for i in range(3)]
+            await until(lambda: len(server.requests) == 1)
+            tasks[1].cancel()
+            tasks[0].cancel()
+            assert (await tasks[2]).text == "re: house 2"
+            assert server.contents() == ["house 0", "house 2"]
+
+    run(work)
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        await asyncio.sleep(0.01)
+
+
+# --- limits ---
+
+
+def test_waiting_for_room_is_not_part_of_the_time_out(serve: Serve) -> None:
+    server = serve(latency_s=0.2)
+
+    async def work() -> None:
+        async with started(endpoint(server, max_concurrency=2)) as pool:
+            assert await ask_all(pool, 10) == right(10)
+            assert server.most_at_once == 2
+            assert server.contents() == [f"house {i}" for i in range(10)]
+
+    run(work)
+
+
+def test_the_limit_grows_to_its_ceiling(serve: Serve) -> None:
+    server = serve(latency_s=0.02)
+
+    async def work() -> None:
+        async with started(endpoint(server, max_concurrency=20)) as pool:
+            assert pool.capacity == 8
+            assert await ask_all(pool, 100) == right(100)
+            assert pool.capacity == 20
+            assert server.most_at_once == 20
+
+    run(work)
+
+
+def test_the_limit_shrinks_where_the_server_says_429(serve: Serve) -> None:
+    server = serve(latency_s=0.02, limit=3)
+
+    async def work() -> None:
+        async with started(server, attempts=1) as pool:
+            assert await ask_all(pool, 60) == right(60)
+            assert pool.capacity <= 4
+            assert pool.totals()[server.base_url]["state"] == "open"
+
+    run(work)
+
+
+def test_the_limit_halves_once_for_the_time_outs_of_one_round(serve: Serve) -> None:
+    server = serve()
+    server.script(*[hang()] * 8)
+
+    async def work() -> None:
+        async with started(server, attempts=1, rest_after=100) as pool:
+            assert await ask_all(pool, 8) == ["timeout"] * 8
+            assert pool.capacity == 4
+
+    run(work)
+
+
+def test_the_least_loaded_endpoint_is_asked(serve: Serve) -> None:
+    large, small = serve(latency_s=0.2), serve(latency_s=0.2)
+
+    async def work() -> None:
+        async with started(endpoint(large, max_concurrency=6), endpoint(small, max_concurrency=2)) as pool:
+            assert pool.capacity == 8
+            assert await ask_all(pool, 4) == right(4)
+            assert (len(large.requests), len(small.requests)) == (3, 1)
+            assert await ask_all(pool, 8) == right(8)
+            assert (len(large.requests), len(small.requests)) == (9, 3)
+
+    run(work)
+
+
+def test_a_lower_tier_is_used_where_the_higher_ones_are_full_or_down(serve: Serve) -> None:
+    paid, local, free = (serve(latency_s=0.2) for _ in range(3))
+    tiers = {"paid": paid, "local": local, "free": free}
+    endpoints = [endpoint(server, tier=tier, max_concurrency=2) for tier, server in tiers.items()]
+
+    def came() -> list[int]:
+        return [len(server.requests) for server in (free, local, paid)]
+
+    async def work() -> None:
+        async with started(*endpoints) as pool:
+            for count, wanted in ((2, [2, 0, 0]), (3, [4, 1, 0]), (6, [6, 3, 2])):
+                assert await ask_all(pool, count) == right(count)
+                assert came() == wanted
+            free.die()
+            assert await ask_all(pool, 2) == right(2)
+            assert came() == [6, 5, 2]
+
+    run(work)
+
+
+def test_requests_a_minute_are_held(serve: Serve) -> None:
+    server = serve()
+
+    async def work() -> None:
+        async with started(endpoint(server, requests_per_minute=600)) as pool:
+            assert await ask_all(pool, 15) == right(15)
+            assert server.times[-1] - server.times[0] >= 0.45
+
+    run(work)
+
+
+def test_tokens_a_minute_are_held_and_what_was_estimated_is_corrected(serve: Serve) -> None:
+    server = serve()
+    usage = {"prompt_tokens": 20, "completion_tokens": 30}
+    server.always(Play(fields={"usage": usage}))
+
+    async def work() -> None:
+        async with started(endpoint(server, tokens_per_minute=6000)) as pool:  # 100 a second
+            for i in range(7):
+                await ask(pool, f"house {i}", max_tokens=1000)
+            # 100 at once are two answers of 50; those after them wait half a second each
+            assert 1.5 <= server.times[-1] - server.times[0] < 6
+
+    run(work)
+
+
+def test_a_budget_is_not_passed(serve: Serve) -> None:
+    server, other = serve(), serve()
+    costly = endpoint(server, price_in=0, price_out=1e6, budget=25)  # 1 a token; an answer has 3
+
+    async def work() -> None:
+        async with started(costly) as pool:
+            for i in range(6):
+                await ask(pool, f"house {i}", max_tokens=10)
+            with pytest.raises(AskFailed) as failed:
+                await ask(pool, max_tokens=10)
+            message = "no endpoint is left; none has failed"
+            assert (failed.value.kind, str(failed.value)) == ("no_budget", message)
+            assert pool.totals()[server.base_url]["spent"] == 18
+            notice = f"{server.base_url} is used no more: its budget of 25 allows no further request"
+            assert list(pool.notices) == [notice]
+        async with started(costly, endpoint(other, max_concurrency=4)) as pool:
+            assert await ask_all(pool, 20) == right(20)  # 1,024 tokens may come, where nothing is said
+            assert len(server.requests) == 6
+
+    run(work)
+
+
+def test_requests_under_way_count_for_the_budget(serve: Serve) -> None:
+    server = serve(latency_s=0.1)
+
+    async def work() -> None:
+        async with started(endpoint(server, price_in=0, price_out=1e6, budget=25)) as pool:
+            asked = [ask(pool, f"house {i}", max_tokens=10) for i in range(8)]
+            done = await asyncio.gather(*asked, return_exceptions=True)
+            assert server.most_at_once == 2
+            assert sum(isinstance(one, Reply) for one in done) == 6
+            assert pool.totals()[server.base_url]["spent"] == 18
+
+    run(work)
+
+
+# --- 429 ---
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_obeyed_and_uses_up_no_attempt(serve: Serve, as_date: bool) -> None:
+    server = serve()
+
+    async def work() -> None:
+        async with started(server, attempts=1, rest_s=30) as pool:
+            # a date has whole seconds: the next but one is at least one away
+            wait = email.utils.formatdate(time.time() + 2, usegmt=True) if as_date else "1"
+            server.script(status(429, retry_after=wait))
+            assert (await ask(pool)).text == "re: a house"
+            assert server.times[1] - server.times[0] >= 0.99
+            assert pool.totals()[server.base_url]["limit"] == 4
+
+    run(work)
+
+
+def test_while_one_endpoint_is_to_be_left_alone_another_is_asked(serve: Serve) -> None:
+    server, other = serve(), serve()
+    server.script(status(429, retry_after="600"))
+
+    async def work() -> None:
+        async with started(server, other) as pool:
+            assert await ask_all(pool, 30) == right(30)
+            assert 1 <= len(server.requests) <= 8  # those that were sent before its 429 came
+            before = len(server.requests)
+            assert await ask_all(pool, 30) == right(30)
+            assert len(server.requests) == before
+
+    run(work)
+
+
+def test_being_pushed_back_for_ever_ends(serve: Serve) -> None:
+    server = serve()
+    server.always(status(429, "slow down"))
+
+    async def work() -> None:
+        async with started(server, patience_s=1) as pool:
+            with pytest.raises(AskFailed) as failed:
+                await ask(pool)
+            assert failed.value.kind == "rate_limited"
+            assert str(failed.value).endswith(f"{server.base_url}: status 429: slow down")
+            assert 2 <= len(server.requests) <= 5
+
+    run(work)
+
+
+def test_being_told_to_wait_for_too_long_fails_at_once(serve: Serve) -> None:
+    server = serve()
+    server.script(status(429, "come tomorrow", retry_after="86400"))
+
+    async def work() -> None:
+        async with started(server) as pool:
+            for _ in range(2):
+                with pytest.raises(AskFailed) as failed:
+                    await ask(pool)
+                message = f"no endpoint is open; {server.base_url}: status 429: come tomorrow"
+                assert (failed.value.kind, str(failed.value)) == ("rate_limited", message)
+            assert len(server.requests) == 1
+
+    run(work)
+
+
+def test_503_with_retry_after_is_being_pushed_back(serve: Serve) -> None:
+    server = serve()
+    server.script(status(503, retry_after="1"))
+
+    async def work() -> None:
+        async with started(server, attempts=1, rest_s=30) as pool:
+            assert (await ask(pool)).text == "re: a house"
+            assert server.times[1] - server.times[0] >= 0.99
+
+    run(work)
+
+
+# --- rests ---
+
+
+def test_an_endpoint_that_fails_in_a_row_rests_and_is_probed_by_one_request(serve: Serve) -> None:
+    server = serve(latency_s=0.2)
+    server.script(*[status(500, "boom")] * 4)
+
+    async def work() -> None:
+        async with started(server, attempts=1, rest_after=3) as pool:
+            for _ in range(3):
+                with pytest.raises(AskFailed):
+                    await ask(pool)
+            assert pool.totals()[server.base_url]["state"] == "resting"
+            assert await ask_all(pool, 6) == ["server_error", *right(6)[1:]]
+            times = server.times
+            assert times[3] - times[2] >= 0.49  # an answer and a rest
+            assert times[4] - times[3] >= 0.49  # the probe failed: another rest
+            assert times[5] - times[4] >= 0.19  # the probe alone
+            assert server.most_at_once == 4  # then all
+            rests = f"{server.base_url} rests for 0.3 s: status 500: boom"
+            assert list(pool.notices) == [rests, rests, f"{server.base_url} answers again"]
+
+    run(work)
+
+
+def test_an_answer_between_failures_ends_their_row(serve: Serve) -> None:
+    server = serve()
+    server.script(*[status(500), status(500), Play()] * 5)
+
+    async def work() -> None:
+        async with started(server, attempts=1, rest_after=3) as pool:
+            for _ in range(5):
+                assert [await kind_of(pool) for _ in range(3)] == ["server_error", "server_error", ""]
+            assert list(pool.notices) == []
+
+    run(work)
+
+
+async def kind_of(pool: Pool) -> str:
+    """The kind of failure of one request; empty if it is answered."""
+    try:
+        await ask(pool)
+    except AskFailed as error:
+        return error.kind
+    return ""
+
+
+def test_a_pool_that_is_down_waits_and_then_fails_what_waits(serve: Serve) -> None:
+    server = serve()
+
+    async def work() -> None:
+        async with started(server, rest_after=1, patience_s=1.2, rest_s=0.5, attempts=20) as pool:
+            server.die()
+            began = time.monotonic()
+            assert await ask_all(pool, 20) == ["unreachable"] * 20
+            assert time.monotonic() - began >= 0.99  # two rests; a third would be too long
+            with pytest.raises(AskFailed) as failed:
+                await asyncio.gather(ask(pool), ask(pool))
+            assert str(failed.value).startswith(f"no endpoint is open; {server.base_url}: no connection: ")
+            server.come_back()
+            await asyncio.sleep(0.6)
+            assert (await ask(pool)).text == "re: a house"
+
+    run(work)
+
+
+def test_a_pool_that_is_down_for_a_while_loses_nothing(serve: Serve) -> None:
+    server = serve()
+
+    async def work() -> None:
+        async with started(server, rest_s=0.1) as pool:
+            server.die()
+            asked = asyncio.create_task(ask_all(pool, 50))
+            await asyncio.sleep(0.3)
+            server.come_back()
+            assert await asked == right(50)
+
+    run(work)
+
+
+def test_one_of_three_dies_and_comes_back_and_each_request_is_answered_once(serve: Serve) -> None:
+    servers = [serve(latency_s=0.005) for _ in range(3)]
+
+    async def work() -> None:
+        async with started(*servers, rest_s=0.1) as pool:
+            replies: list[Reply] = []
+
+            async def row(i: int) -> None:
+                replies.append(await ask(pool, f"house {i}"))
+
+            rows = asyncio.gather(*(row(i) for i in range(3000)))
+            await until(lambda: len(replies) > 500)
+            servers[1].die()
+            before = len(servers[1].requests)
+            await until(lambda: len(replies) > 1500)
+            assert len(servers[1].requests) == before
+            servers[1].come_back()
+            await rows
+            assert sorted(reply.text for reply in replies) == sorted(right(3000))
+            assert len(servers[1].requests) > before
+            assert pool.totals()[servers[1].base_url]["state"] == "open"
+            assert sum(one["answers"] for one in pool.totals().values()) == 3000
+
+    run(work)
+
+
+# --- closed ---
+
+
+@pytest.mark.parametrize("code", [401, 404])
+def test_an_endpoint_that_refuses_key_or_model_is_used_no_more(serve: Serve, code: int) -> None:
+    server, other = serve(), serve()
+    server.always(status(code, "no more"))
+
+    async def work() -> None:
+        async with started(server, other) as pool:
+            for i in range(10):
+                assert (await ask(pool, f"house {i}")).endpoint == other.base_url
+            assert len(server.requests) == 1
+            assert pool.totals()[server.base_url]["state"] == "closed"
+            assert list(pool.notices) == [f"{server.base_url} is used no more: status {code}: no more"]
+            other.always(status(code, "nor here"))
+            with pytest.raises(AskFailed) as failed:
+                await ask(pool)
+            message = f"no endpoint is left; {other.base_url}: status {code}: nor here"
+            assert (failed.value.kind, str(failed.value)) == ("rejected", message)
+
+    run(work)
+
+
+def test_403_closes_an_endpoint_when_it_comes_in_a_row(serve: Serve) -> None:
+    server, other = serve(), serve()
+    server.script(status(403, "flagged"), Play(), *[status(403, "not in your country")] * 3)
+
+    async def work() -> None:
+        async with started(server, other, rest_after=3) as pool:
+            for i in range(20):
+                assert (await ask(pool, f"house {i}")).text == f"re: house {i}"
+            assert len(server.requests) == 5
+            notice = f"{server.base_url} is used no more: status 403: not in your country"
+            assert list(pool.notices) == [notice]
+
+    run(work)
+
+
+def test_an_account_without_money_is_used_no_more(serve: Serve) -> None:
+    server = serve()
+    server.always(status(402, "insufficient balance"))
+
+    async def work() -> None:
+        async with started(server) as pool:
+            with pytest.raises(AskFailed) as failed:
+                await ask(pool)
+            message = f"no endpoint is left; {server.base_url}: status 402: insufficient balance"
+            assert (failed.value.kind, str(failed.value)) == ("no_budget", message)
+            assert len(server.requests) == 1
+
+    run(work)
+
+
+# --- start ---
+
+
+def refusal(*endpoints: Endpoint, timeout_s: float = 5) -> str:
+    """What the start of a pool says."""
+
+    async def work() -> str:
+        pool = Pool(endpoints, timeout_s=timeout_s)
+        with pytest.raises(StageError) as refused:
+            await pool.start()
+        return str(refused.value)
+
+    return asyncio.run(work())
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def test_a_start_without_any_endpoint_that_answers_is_refused(serve: Serve) -> None:
+    ports = [free_port(), free_port()]
+    urls = [f"http://127.0.0.1:{port}/v1" for port in ports]
+    assert refusal(*(Endpoint(base_url=url, model="tiny") for url in urls)) == (
+        "no endpoint answers\n"
+        f"  {urls[0]}: no connection: Connect call failed ('127.0.0.1', {ports[0]})\n"
+        f"  {urls[1]}: no connection: Connect call failed ('127.0.0.1', {ports[1]})\n"
+        "  fix: start a server there, or mend 'base_url'"
+    )
+    broken = serve(models_status=500)
+    broken.always(status(500, "no memory"))
+    assert refusal(endpoint(broken)) == (
+        f"no endpoint answers\n  {broken.base_url}: status 500: no memory\n"
+        "  fix: start a server there, or mend 'base_url'"
+    )
+    broken.always(hang())
+    assert refusal(endpoint(broken), timeout_s=0.3) == (
+        f"no endpoint answers\n  {broken.base_url}: no whole answer within 0.3 s\n"
+        "  fix: start a server there, or mend 'base_url'"
+    )
+
+
+def test_an_endpoint_that_does_not_answer_at_the_start_rests_while_others_work(serve: Serve) -> None:
+    server, other = serve(), serve()
+    server.die()
+
+    async def work() -> None:
+        async with started(server, other, rest_s=0.2) as pool:
+            assert pool.capacity == 8
+            (notice,) = pool.notices
+            assert notice.startswith(f"{server.base_url} rests for 0.2 s: no connection: ")
+            assert (await ask(pool)).endpoint == other.base_url
+            server.come_back()
+            await asyncio.sleep(0.25)
+            assert {(await ask(pool)).endpoint for _ in range(3)} == {server.base_url, other.base_url}
+            assert pool.notices[1] == f"{server.base_url} answers again"
+
+    run(work)
+
+
+def test_an_unknown_model_is_refused(serve: Serve) -> None:
+    server = serve(model="big")
+    assert refusal(endpoint(server)) == (
+        f"endpoint '{server.base_url}' has no model 'tiny'\n  its models: big\n  fix: set 'model' to one that it has"
+    )
+    assert server.requests == []
+    server.models_status = 500
+    assert refusal(endpoint(server)) == (
+        f"endpoint '{server.base_url}' has no model 'tiny'\n  it says: status 404: no model tiny\n"
+        "  fix: mend 'model', or 'base_url', which mostly ends in /v1"
+    )
+
+
+def test_a_server_without_a_list_of_models_is_asked_for_a_token(serve: Serve) -> None:
+    server = serve(models_status=500)
+
+    async def work() -> None:
+        for play in (text("Hi", finish="length"), status(400, "no max_tokens"), status(429)):
+            server.script(play)
+            async with started(server) as pool:
+                assert list(pool.notices) == []
+
+    run(work)
+    message = {"role": "user", "content": "Hello"}
+    assert server.requests == [{"model": "tiny", "messages": [message], "max_tokens": 1}] * 3
+
+
+def test_a_key_is_read_from_the_environment_and_never_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve(key="sk-secret")
+    with_key = endpoint(server, api_key_env="TEST_KEY")
+    monkeypatch.delenv("TEST_KEY", raising=False)
+    assert refusal(with_key) == (
+        f"environment variable 'TEST_KEY' is not set, which endpoint '{server.base_url}' needs\n"
+        "  fix: put the key into it: export TEST_KEY=..."
+    )
+    assert refusal(endpoint(server)) == (
+        f"endpoint '{server.base_url}' wants a key\n  it says: status 401: wrong key: none\n"
+        '  fix: name the environment variable that holds it: api_key_env = "..."'
+    )
+    monkeypatch.setenv("TEST_KEY", "sk-another")
+    assert refusal(with_key) == (
+        f"endpoint '{server.base_url}' refuses the key\n  it says: status 401: wrong key: Bearer ***\n"
+        "  fix: put a valid key into the environment variable 'TEST_KEY'"
+    )
+    monkeypatch.setenv("TEST_KEY", "sk-secret")
+
+    async def work() -> None:
+        async with started(with_key) as pool:
+            assert server.contents() == ["Hello"]
+            assert (await ask(pool)).text == "re: a house"
+            server.key = "sk-new"
+            with pytest.raises(AskFailed) as failed:
+                await ask(pool)
+            assert str(failed.value) == (f"no endpoint is left; {server.base_url}: status 401: wrong key: Bearer ***")
+            told = [*pool.notices, repr(failed.value), str(pool.totals())]
+            assert len(told) == 3
+            assert not any("sk-" in one for one in told)
+
+    run(work)
+
+
+def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    assert refusal(Endpoint(base_url="http://127.0.0.1:9/v1", model="tiny")) == (
+        "package 'aiohttp' is not installed, which asking an LLM server needs\n"
+        "  fix: pip install 'hybrid-shard-builder[llm]'"
+    )
+
+
+def test_endpoints_at_one_address_have_names_of_their_own(serve: Serve) -> None:
+    server = serve()
+
+    async def work() -> None:
+        async with started(server, server) as pool:
+            assert list(pool.totals()) == [f"{server.base_url} #1", f"{server.base_url} #2"]
+
+    run(work)
+
+
+# --- options ---
+
+
+class _Options(Strict):
+    endpoints: list[Endpoint]
+
+
+def problems(**fields: Any) -> Sequence[str]:
+    """What a pipeline with such an endpoint is told."""
+    found = Problems("p.toml")
+    one = {"base_url": "http://127.0.0.1:8000/v1", "model": "tiny", **fields}
+    check(_Options, {"endpoints": [one]}, ("stages", "prompts"), found)
+    return [message for _, _, message in found.found]
+
+
+def test_an_endpoint_is_checked() -> None:
+    assert problems() == []
+    assert problems(tier="paid", price_in=0, price_out=2.5, budget=3, max_concurrency=2, api_key_env="KEY") == []
+    where = "in [stages.prompts.endpoints[0]]"
+    assert problems(base_url="127.0.0.1:8000") == [
+        f"'base_url' {where} is '127.0.0.1:8000': it is refused: no address such as \"http://127.0.0.1:8000/v1\"\n"
+        "change its value"
+    ]
+    assert problems(base_url="http://me:secret@host/v1") == [
+        f"'base_url' {where} is 'http://me:secret@host/v1': it is refused: it holds more than an address; "
+        "a key belongs into the variable that api_key_env names\nchange its value"
+    ]
+    assert problems(base_url="http://host/v1/chat/completions/") == [
+        f"'base_url' {where} is 'http://host/v1/chat/completions/': it is refused: "
+        'leave out "/chat/completions"\nchange its value'
+    ]
+    assert problems(budget=1.0, price_in=1.0) == [
+        f"'budget' {where} is 1.0: it is refused: a budget needs price_in and price_out\nchange its value"
+    ]
+    assert problems(teir="paid") == [f"unknown key 'teir' {where}\ndid you mean 'tier'?"]
+    with pytest.raises(ValidationError):
+        Endpoint(base_url="http://host/v1", model="")
+
+
+def test_a_trailing_slash_does_not_matter() -> None:
+    assert Endpoint(base_url="http://host/v1/", model="tiny").base_url == "http://host/v1"
+
+
+def test_only_the_model_decides_the_answer() -> None:
+    deciding = [
+        name
+        for name, info in Endpoint.model_fields.items()
+        if (info.json_schema_extra or {}).get("decides", True)  # type: ignore[union-attr]
+    ]
+    assert deciding == ["model"]
+
+
+def test_a_pool_needs_an_endpoint() -> None:
+    with pytest.raises(ValueError, match=r"^a pool needs an endpoint$"):
+        Pool([], timeout_s=1)
