@@ -58,4 +58,17 @@ def _is_up(port: int) -> bool:
 
 def transformers_command(model: str, port: int) -> list[str]:
     serve = [str(Path(sys.executable).with_name("transformers")), "serve", model, "--device", "cpu"]
-    return [*serve, "--host", "127.0.0.1", "--port", str(port), "--default-seed", "0", "--continuous-batching"]
+    return [
+        *serve,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--default-seed",
+        "0",
+        "--continuous-batching",
+        "--cb-num-blocks",
+        "64",
+        "--cb-max-batch-tokens",
+        "512",
+    ]  # else it takes memory as for a large model
