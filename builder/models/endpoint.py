@@ -44,7 +44,7 @@ class Endpoint(Strict):
     api_key_env: str | None = Field(default=None, min_length=1, json_schema_extra=_SAME_ANSWER)
     #: Most requests in flight; how many there are adapts below it.
     max_concurrency: int = Field(default=64, ge=1, json_schema_extra=_SAME_ANSWER)
-    #: Requests a minute, in a steady flow.
+    #: Requests a minute, in a steady flow; of each worker, as all limits here.
     requests_per_minute: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
     #: Tokens a minute, of requests and answers together.
     tokens_per_minute: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
@@ -53,7 +53,7 @@ class Endpoint(Strict):
     #: Price of a million tokens of requests and of answers, in any currency.
     price_in: float | None = Field(default=None, ge=0, json_schema_extra=_SAME_ANSWER)
     price_out: float | None = Field(default=None, ge=0, json_schema_extra=_SAME_ANSWER)
-    #: What may be spent here by one worker, in the same currency.
+    #: What may be spent here, in the same currency; what no answer tells is counted at its most.
     budget: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
 
     @field_validator("base_url")
@@ -232,8 +232,10 @@ class Served:
         is_first = is_first and self.concurrency.decrease(sent, now)
         if is_pushed_back(error):
             self._pushed_in_row += is_first
-            least = min(BACK_OFF_S * 2.0 ** (self._pushed_in_row - 1), LONGEST_BACK_OFF_S)
-            self._paused_until = max(self._paused_until, now + max(least, error.retry_after or 0.0))
+            pause = error.retry_after or 0.0
+            if self._pushed_in_row > 1:  # a lower limit alone did not help
+                pause = max(pause, min(BACK_OFF_S * 2.0 ** (self._pushed_in_row - 2), LONGEST_BACK_OFF_S))
+            self._paused_until = max(self._paused_until, now + pause)
             return self._is_alive(request)
         if error.status in (401, 402, 404):
             return self.close("no_budget" if error.status == 402 else "rejected", str(error))

@@ -39,7 +39,8 @@ class Pool:
     """Endpoints that are asked as one. All but `__init__`, `totals` and `capacity` runs in one event loop.
 
     A failed request is sent to another endpoint where one is open, else again after a pause. Pushed back (429, or 503
-    with `Retry-After`) it waits as long as it is asked to and has used up no attempt.
+    with `Retry-After`) it waits as long as it is asked to and has used up no attempt. 401 and 404 close an endpoint,
+    403 only `rest_after` times in a row, since some servers say it where a filter holds back one request.
 
     Args:
         timeout_s: seconds from sending a request to the last byte of its answer; waiting for room does not count.
