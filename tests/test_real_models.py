@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Sample, Workspace, make_workspace, read_tar
-from served import served
+from served import free_port, served, transformers_command
 from tiny_diffusers import make_dit, make_sd
 from tiny_models import GROUPS, REFUSED, SYSTEM, caption, group_talks, portrait, tiny_llama
 from toy_scrfd import magenta, write_toy
@@ -41,7 +41,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(models: Path) -> Iterator[str]:
     """A real server of the LLM."""
-    with served(models / "llama") as address:
+    port = free_port()
+    environment = {"HF_HOME": str(models / "home"), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+    with served(transformers_command(str(models / "llama"), port), port, models / "serve.log", environment) as address:
         yield address
 
 

@@ -77,12 +77,14 @@ class Request:
         user: the user message.
         labels: words that stand before a colon in the frame of the user message, such as `sentence`.
         group: the assigned values, empty if there are none.
+        again: the message that asks for the answer again; empty the first time.
     """
 
     caption: str
     user: str
     labels: tuple[str, ...] = ()
     group: tuple[str, ...] = ()
+    again: str = ""
 
 
 class Contract:
@@ -175,7 +177,8 @@ class Contract:
         said, user, labels = _letters(text), _letters(request.user), request.labels
         alone = "give the rewritten sentence alone"
         has_frame = user != _letters(request.caption)
-        if said == user or (has_frame and user in said):
+        again = _letters(request.again)
+        if said == user or (has_frame and user in said) or (again and again in said):
             raise Rejected("echo", f"The answer repeated the request; {alone}.")
         found = [label for label in labels if re.search(rf"(?<!\w){re.escape(label)}\s*:\s*[\"“'‘]", text, re.I)]
         heads = [label for label in labels if re.match(rf"\W*{re.escape(label)}\s*:", text, re.I)]
@@ -241,7 +244,7 @@ def _letters(text: str) -> str:
 def _inflected(word: str) -> str:
     parts = [re.escape(part) for part in re.split(r"[\s-]+", word.strip())]
     last = parts[-1]
-    ending = rf"(?:{last[:-1]}(?:y|ies)|{last})" if last.endswith("y") and len(last) > 2 else rf"{last}(?:e?s)?"
+    ending = rf"(?:{last[:-1]}(?:ys?|ies))" if last.endswith("y") and len(last) > 2 else rf"{last}(?:e?s)?"
     return r"[\s-]+".join([*parts[:-1], ending])
 
 

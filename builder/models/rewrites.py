@@ -9,7 +9,7 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from builder.errors import ConfigError
@@ -202,11 +202,10 @@ class Talk:
             self.turned.append(Turned(rejected.kind, text, endpoint))
             if len(self.turned) > self._retries:
                 raise
-            self.messages = [
-                *self._begin,
-                {"role": "assistant", "content": text[:_SAID_BACK]},
-                {"role": "user", "content": f"{rejected} Answer the first request again, as it was asked."},
-            ]
+            again = f"{rejected} Answer the first request again, as it was asked."
+            said_back = {"role": "assistant", "content": text[:_SAID_BACK]}
+            self.messages = [*self._begin, said_back, {"role": "user", "content": again}]
+            self._request = replace(self._request, again=again)
             return None
 
 

@@ -1,0 +1,282 @@
+"""The contract of an answer: what becomes a prompt, and what is rejected with which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from builder.errors import ConfigError
+from builder.models.answers import Accepted, Contract, Rejected, Request
+from builder.models.language import LanguageModel
+from builder.models.refusals import is_refusal
+
+CAPTION = "a person with a hat in the street"
+GROUP = ("Black", "woman")
+USER = f'sentence: "{CAPTION}" group: "Black woman"'
+REQUEST = Request(CAPTION, USER, ("sentence", "group"), GROUP)
+PLAIN = Request(CAPTION, f'caption: "{CAPTION}"', ("caption",))
+PROMPT = "A Black woman with a hat in the street"
+
+
+def rejection(answer: str, request: Request = REQUEST, **options: Any) -> tuple[str, str]:
+    with pytest.raises(Rejected) as caught:
+        Contract(**options).read(answer, request)
+    return caught.value.kind, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        PROMPT,
+        f"  {PROMPT}\n",
+        f'"{PROMPT}"',
+        f"“{PROMPT}”",
+        f"'{PROMPT}'",
+        f"«{PROMPT}»",
+        PROMPT.replace(" with", "  with\t"),
+    ],
+)
+def test_a_good_answer_is_the_prompt_without_its_edges(answer: str) -> None:
+    assert Contract().read(answer, REQUEST) == Accepted(PROMPT, None)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ['"Ann" and "Bob", a Black woman', "A Black woman's hat", '"Black" says the woman', "A Black woman's dog's 'hat'"],
+)
+def test_quotes_within_an_answer_stay(answer: str) -> None:
+    assert Contract().read(answer, REQUEST).prompt == answer
+
+
+@pytest.mark.parametrize("answer", ["", " \n ", '""', "...", "12345678", '" "'])
+def test_empty(answer: str) -> None:
+    assert rejection(answer)[0] == "empty"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"{PROMPT}\nI changed the group.",
+        f"Here is the sentence:\n\n{PROMPT}",
+        f"{PROMPT}\u2028again",
+        f"Here is the rewritten sentence: {PROMPT}",
+        f"Sure! Here you go: {PROMPT}",
+        f"Rewritten sentence: {PROMPT}",
+        f"Answer: {PROMPT}",
+        f"{PROMPT}\ufffd",
+        f"{PROMPT}\x00",
+        "<think>\nA woman ...\n</think>\nA Black woman",
+    ],
+)
+def test_lines(answer: str) -> None:
+    assert rejection(answer)[0] == "lines"
+
+
+def test_length() -> None:
+    assert rejection("A Black woman", min_chars=20) == ("length", "The answer had 13 characters; give 20 to 400.")
+    assert rejection(PROMPT * 20) == ("length", f"The answer had {20 * len(PROMPT)} characters; give 8 to 400.")
+    assert Contract(min_chars=13, max_chars=13).read("A Black woman", REQUEST).prompt == "A Black woman"
+
+
+REFUSALS = """\
+I'm sorry, but I can't assist with that.
+I’m sorry, but I can’t help with that request.
+I'm sorry, I cannot.
+I'm sorry, I don't understand
+I'm sorry for the confusion, here is it
+I'm sorry, but the caption is unclear
+Sorry, but I cannot comply.
+Sorry, I can't do that request.
+I apologize, but I cannot provide that information.
+Unfortunately, I cannot modify this caption.
+I cannot fulfill this request.
+I cannot rewrite it.
+I can't help you with that.
+I can't help.
+I can't do that.
+I can't do that for you
+I can’t continue with this.
+I am unable to create that content.
+I'm not able to rewrite this sentence.
+I won't generate stereotypes.
+I will not create content that promotes stereotypes
+I refuse to generate this content
+I must decline to make this change.
+I must respectfully decline to rewrite the caption.
+I do not have enough context to rewrite this.
+As an AI language model, I cannot do that.
+As an AI, I don't have opinions
+As a large language model I have no body
+I'm just an AI
+The sentence does not mention a person.
+This content is inappropriate.
+The request violates my guidelines
+It is not appropriate to change a person's ethnicity.
+No person is mentioned in the sentence.
+Please provide the sentence.
+N/A
+None.
+Unchanged
+Lo siento, pero no puedo ayudar con eso.
+Je suis désolé, je ne peux pas faire cela
+Es tut mir leid, das kann ich nicht tun
+抱歉，我无法满足您的请求""".splitlines()
+#: Captions and prompts that a careless list would take for refusals.
+NO_REFUSALS = """\
+I can't help falling in love, a Black man sings
+I can't help but smile: a white woman at the beach
+I can't make it rain, said the Latino man
+I can't see the forest for the trees, white man hiking
+I cannot believe it, an Asian man with a huge fish
+I do not like mondays: tired white man with coffee
+I don't have a dog, an Asian woman with a cat
+I don't see the image of a woman in the mirror
+I will not go quietly, a Black woman at a protest
+I am not going to the office, Black woman in a pyjama
+I'm sorry card with a Black woman and flowers
+Sorry I can't hear you over the sound of my awesome t-shirt
+Sorry we can't come to the phone, retro poster with a woman
+Unfortunately for the white man, the bus left
+A Black woman says she cannot assist her team today
+An AI robot serves tea to an Indian woman
+As an artist, a Latino man paints a wall
+The text on the shirt of a Black man reads NO
+The sentence was served: a white man leaves prison
+No people on the beach, a lonely Asian man arrives
+None of the Asian women is smiling
+Nobody's perfect, Indian woman in a red dress
+Please share the road, a Latino woman on a bike
+Here is a Black man on a horse
+Error 404 on the screen of an Indian woman""".splitlines()
+
+
+@pytest.mark.parametrize("answer", REFUSALS)
+def test_refusals(answer: str) -> None:
+    assert rejection(answer) == (
+        "refusal",
+        "The answer was not a rewritten sentence but a remark; rewrite the sentence.",
+    )
+
+
+@pytest.mark.parametrize("answer", NO_REFUSALS)
+def test_captions_that_are_no_refusals(answer: str) -> None:
+    assert not is_refusal(answer)
+    assert Contract().read(answer, PLAIN).prompt == answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        USER,
+        USER.replace(": ", ":"),
+        "sentence: A Black woman",
+        'A Black woman in a hat. group: "Black woman"',
+        f"You said {USER}",
+        CAPTION,
+        f"{CAPTION.capitalize()}.",
+    ],
+)
+def test_echo(answer: str) -> None:
+    assert rejection(answer)[0] == "echo"
+
+
+def test_a_caption_may_stay_where_nothing_had_to_be_added() -> None:
+    assert Contract().read(CAPTION, PLAIN).prompt == CAPTION
+    request = Request(PROMPT, f'sentence: "{PROMPT}" group: "Black woman"', ("sentence", "group"), GROUP)
+    assert Contract().read(PROMPT, request).prompt == PROMPT
+    assert rejection(PROMPT, Request(PROMPT, PROMPT))[0] == "echo"
+
+
+@pytest.mark.parametrize(
+    ("answer", "group"),
+    [
+        ("Two Black women at sea", ("Black", "woman")),
+        ("An African-American lady at sea", ("Black", "woman")),
+        ("Hispanic guys at sea", ("Latino", "man")),
+        ("A middle-eastern gentleman", ("Middle Eastern", "man")),
+        ("The old ladies of Rome", ("old", "female")),
+        ("A WHITE MALE nurse", ("white", "man")),
+    ],
+)
+def test_words_that_mean_a_group(answer: str, group: tuple[str, ...]) -> None:
+    assert Contract().read(answer, Request("x", "x y", (), group)).prompt == answer
+
+
+def test_group() -> None:
+    both = "The answer did not mention: Black, woman."
+    assert rejection("A person with a red hat in the street") == ("group", both)
+    assert rejection("A Black man in the street") == ("group", "The answer did not mention: woman.")
+    assert rejection("A Blackish womanizer in the street", mention="any") == ("group", both)
+    assert Contract(mention="any").read("A Black man in the street", REQUEST)
+    assert Contract(mention="off").read("A dog in the street", REQUEST)
+    assert rejection("A Nigerian queen")[0] == "group"
+    assert Contract(synonyms={"Black": ["Nigerian"], "woman": ["queen"]}).read("A Nigerian queen", REQUEST)
+
+
+def test_language() -> None:
+    detect = LanguageModel().detect
+    german = "Eine Frau mit einem Hut steht auf der Straße und wartet auf den Bus"
+    assert rejection(german, PLAIN, detect=detect) == (
+        "language",
+        'The answer was in the language "de"; give it in "en".',
+    )
+    assert Contract(detect=detect, lang=None).read(german, PLAIN) == Accepted(german, "de")
+    assert Contract(detect=detect, lang="de").read(german, PLAIN).lang == "de"
+    assert Contract(detect=detect).read(PROMPT, REQUEST).lang == "en"
+
+
+@pytest.mark.parametrize(("score", "lang"), [(0.79, "de"), (0.5, "de"), (0.49, "und"), (0.8, None)])
+def test_a_language_that_is_not_sure_is_no_reason(score: float, lang: str | None) -> None:
+    contract = Contract(detect=lambda text: ("de", score))
+    if lang is None:
+        with pytest.raises(Rejected):
+            contract.read(PROMPT, REQUEST)
+    else:
+        assert contract.read(PROMPT, REQUEST).lang == lang
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"prompt": {"type": "string"}, "people": {"type": "integer"}},
+    "required": ["prompt"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (PROMPT, "The answer was not JSON; give one JSON object and nothing else."),
+        ('{"prompt": "A Black wom', "The answer was not JSON; give one JSON object and nothing else."),
+        ("{}", "The JSON did not have the asked form: it does not meet 'required'."),
+        ('{"prompt": 3}', "The JSON did not have the asked form: its ['prompt'] does not meet 'type'."),
+        ('{"prompt": "a", "b": 1}', "The JSON did not have the asked form: it does not meet 'additionalProperties'."),
+        ("[]", "The JSON did not have the asked form: it does not meet 'type'."),
+    ],
+)
+def test_schema(answer: str, reason: str) -> None:
+    assert rejection(answer, json_schema=SCHEMA) == ("schema", reason)
+
+
+@pytest.mark.parametrize("form", ['{{"prompt": "{0}"}}', '```json\n{{\n "prompt": "{0}", "people": 1\n}}\n```'])
+def test_the_field_of_a_schema_is_the_prompt(form: str) -> None:
+    contract = Contract(json_schema=SCHEMA)
+    assert contract.read(form.format(PROMPT), REQUEST).prompt == PROMPT
+    with pytest.raises(Rejected) as caught:
+        contract.read(form.format("I can't help with that."), REQUEST)
+    assert caught.value.kind == "refusal"
+
+
+def test_bounds_and_schemas_that_nothing_meets_are_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Contract(min_chars=9, max_chars=8)
+    assert str(caught.value) == "min_chars = 9 is more than max_chars = 8\n  fix: min_chars is the smaller"
+    with pytest.raises(ConfigError) as caught:
+        Contract(json_schema=SCHEMA, json_field="text")
+    assert str(caught.value) == (
+        "json_schema has no property 'text', which is the prompt\n  fix: add it, or name another one with json_field"
+    )
+    with pytest.raises(ConfigError) as caught:
+        Contract(json_schema={"type": "thing", "properties": {"prompt": {}}})
+    assert caught.value.what.startswith("json_schema is no JSON schema: 'thing' is not valid")

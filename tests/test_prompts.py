@@ -1,0 +1,419 @@
+"""The stage prompts against a real server on loopback: what is asked, what becomes of every fault."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import llm_server as llm
+from builder.errors import ConfigError, StageError
+from builder.models.rewrites import GROUP_SYSTEM, Rewrites, Template
+from builder.stage import RowsFailed, find
+from builder.stages.prompts import Prompts, PromptsOptions
+from conftest import Workspace, samples
+from llm_server import LlmServer, Play
+
+GROUPS = [["Black", "white", "Asian"], ["man", "woman"]]
+REFUSAL = "I'm sorry, but I can't help with that request."
+
+
+def rewritten(request: dict[str, Any]) -> str:
+    """What a good model answers to a built-in request with a group."""
+    found = re.fullmatch(r'sentence: "(.*)" group: "(.*)"', request["messages"][1]["content"])
+    assert found is not None
+    return f"One {found[2]}: {found[1]}"
+
+
+def batch(*texts: str | None, **columns: list[Any]) -> pa.RecordBatch:
+    n = range(len(texts))
+    given = {"shard": ["a" for _ in n], "row": list(n), "uid": [f"u{i}" for i in n], "text": list(texts)}
+    types = {"text": pa.string()}
+    return pa.record_batch({name: pa.array(v, types.get(name)) for name, v in {**given, **columns}.items()})
+
+
+def many(count: int) -> pa.RecordBatch:
+    return batch(*(f"a person in street number {i}" for i in range(count)), key=["k"] * count)
+
+
+@contextmanager
+def stage_for(*servers: LlmServer, each: dict[str, Any] | None = None, **options: Any) -> Iterator[Prompts]:
+    endpoints = [{"base_url": server.base_url, "model": server.model, **(each or {})} for server in servers]
+    made = Prompts(PromptsOptions.model_validate({"backend": "openai", "endpoints": endpoints, **options}))
+    made.setup("cpu")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def outcome(stage: Prompts, rows: pa.RecordBatch) -> tuple[list[str | None], dict[int, str]]:
+    """Prompts, and classes of the rows that failed."""
+    try:
+        return stage.process(rows, stage.prepare(rows)).column("prompt").to_pylist(), {}
+    except RowsFailed as failed:
+        kinds = {i: error.kind for i, error in failed.errors.items()}  # type: ignore[attr-defined]
+        return failed.result.column("prompt").to_pylist(), kinds
+
+
+# --- what is asked and what is answered ---
+
+
+def test_the_built_in_rewrite_and_its_columns() -> None:
+    with LlmServer() as server, stage_for(server, groups=GROUPS, temperature=0.0, seed=7) as stage:
+        server.always(Play(content=rewritten))
+        rows = batch('a "happy" person\nat sea', key=["k"])
+        [row] = stage.process(rows, stage.prepare(rows)).to_pylist()
+        [request] = server.requests
+    ms = row.pop("prompt_ms")
+    group = row["prompt_group"]
+    assert group in [f"{one} {two}" for one in GROUPS[0] for two in GROUPS[1]]
+    assert row == {
+        "prompt": f"One {group}: a happy person at sea",
+        "prompt_group": group,
+        "prompt_lang": "en",
+        "prompt_model": "tiny",
+        "prompt_endpoint": server.base_url,
+        "prompt_tokens_in": 9,
+        "prompt_tokens_out": 8,
+    }
+    assert ms >= 0
+    assert request == {
+        "model": "tiny",
+        "messages": [
+            {"role": "system", "content": GROUP_SYSTEM.replace("{language}", "Answer in English. ")},
+            {"role": "user", "content": f'sentence: "a happy person at sea" group: "{group}"'},
+        ],
+        "temperature": 0.0,
+        "max_tokens": 256,
+        "seed": 7,
+    }
+
+
+def test_templates_take_columns_of_the_work_sql() -> None:
+    options: dict[str, Any] = {"system": "", "user": "{text} / {place} / {uid}", "lang": "any"}
+    with LlmServer() as server, stage_for(server, **options) as stage:
+        server.always(llm.text("an animal in a city"))
+        assert stage.inputs.names == ["text", "place"]
+        assert outcome(stage, batch("a dog", "a cat", place=["Rome {x}", None]))[1] == {}
+        assert sorted(server.contents()) == ["a cat /  / u1", "a dog / Rome {x} / u0"]
+        assert [len(request["messages"]) for request in server.requests] == [1, 1]
+
+
+def test_a_schema_and_further_fields_go_into_the_request() -> None:
+    schema = {"type": "object", "properties": {"prompt": {"type": "string"}}, "required": ["prompt"]}
+    body = {"max_completion_tokens": 50, "top_p": 0.5}
+    with LlmServer() as server, stage_for(server, json_schema=schema, body=body) as stage:
+        server.always(llm.text('{"prompt": "a small dog"}'))
+        assert outcome(stage, batch("a dog")) == (["a small dog"], {})
+        [request] = server.requests
+    assert request.pop("messages")[0]["content"].endswith(
+        'this schema, and answer with that object alone: {"type": "object", "properties": {"prompt": '
+        '{"type": "string"}}, "required": ["prompt"]}'
+    )
+    assert request == {
+        "model": "tiny",
+        "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+        **body,
+    }
+
+
+def test_rows_and_answers_stay_together_and_every_row_is_asked_once() -> None:
+    with LlmServer(latency_s=0.005, slots=4) as one, LlmServer() as two, stage_for(one, two, groups=GROUPS) as stage:
+        one.always(Play(content=rewritten))
+        two.always(Play(content=rewritten))
+        batches = [many(300).slice(i, 100) for i in (0, 100, 200)]
+        prepared = [stage.prepare(rows) for rows in batches]
+        prompts = [
+            prompt
+            for rows, asked in zip(batches, prepared, strict=True)
+            for prompt in stage.process(rows, asked).column("prompt").to_pylist()
+        ]
+        assert [prompt.split(": ")[1] for prompt in prompts] == [f"a person in street number {i}" for i in range(300)]
+        assert len(one.requests) + len(two.requests) == 300
+        assert min(len(one.requests), len(two.requests)) > 0
+
+
+def test_a_batch_alone_and_its_rows_alone_are_assigned_the_same_groups() -> None:
+    with LlmServer() as server, stage_for(server, groups=GROUPS) as stage:
+        server.always(Play(content=rewritten))
+        rows = many(20)
+        together = stage.process(rows).column("prompt_group").to_pylist()
+        alone = [stage.process(rows.slice(i, 1)).column("prompt_group")[0].as_py() for i in range(20)]
+    assert together == alone
+    assert len(set(together)) > 2
+
+
+# --- rejected answers ---
+
+
+def test_a_rejected_answer_is_asked_for_again_with_the_reason() -> None:
+    with LlmServer() as server, stage_for(server, groups=GROUPS) as stage:
+        server.script(llm.text(REFUSAL), llm.text("two\nlines"), Play(content=rewritten))
+        prompts, failed = outcome(stage, many(1))
+        assert failed == {}
+        assert "street number 0" in str(prompts[0])
+        first, second, third = (request["messages"] for request in server.requests)
+        again = "Answer the first request again, as it was asked."
+        assert second == [
+            *first,
+            {"role": "assistant", "content": REFUSAL},
+            {
+                "role": "user",
+                "content": f"The answer was not a rewritten sentence but a remark; rewrite the sentence. {again}",
+            },
+        ]
+        assert third[2:] == [
+            {"role": "assistant", "content": "two\nlines"},
+            {"role": "user", "content": f"The answer had several lines; give one line and nothing else. {again}"},
+        ]
+        place = {"uid": "u0", "shard": "a", "row": 0, "endpoint": server.base_url}
+        assert stage.take_notes() == [
+            {**place, "kind": "refusal", "text": REFUSAL},
+            {**place, "kind": "lines", "text": "two\nlines"},
+        ]
+        assert stage.take_notes() == []
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_what_is_rejected_to_the_end_fails_with_the_last_class(retries: int) -> None:
+    with LlmServer() as server, stage_for(server, groups=GROUPS, retries=retries) as stage:
+        server.script(*[llm.text(REFUSAL)] * retries)
+        server.always(llm.echo())
+        assert outcome(stage, many(1)) == ([None], {0: "echo"})
+        assert len(server.requests) == retries + 1
+        assert [note["kind"] for note in stage.take_notes()] == ["refusal"] * retries + ["echo"]
+
+
+def test_a_sample_without_text_is_not_asked_about() -> None:
+    with LlmServer() as server, stage_for(server, system="", user="{text}") as stage:
+        assert outcome(stage, batch(None, "a dog", " \n")) == ([None, "re: a dog", None], {0: "no_text", 2: "no_text"})
+        assert server.contents() == ["a dog"]
+
+
+# --- faults ---
+
+#: What a server does with a row, and what becomes of the row: a class of failure, or None where it is answered.
+FAULTS: list[tuple[list[Play], str | None]] = [
+    ([Play(content=rewritten)], None),
+    ([llm.status(500)], "server_error"),
+    ([llm.status(400)], "rejected"),
+    ([llm.hang()], "timeout"),
+    ([llm.slow_drip(0.05)], "timeout"),
+    ([llm.half_body()], "bad_reply"),
+    ([llm.error_body()], "bad_reply"),
+    ([llm.truncated_json()], "bad_reply"),
+    ([llm.wrong_model()], "bad_reply"),
+    ([llm.no_choices()], "bad_reply"),
+    ([llm.text("A man cut in the mid", "length")], "bad_reply"),
+    ([llm.text("  ")], "bad_reply"),
+    ([llm.disconnect()], "unreachable"),
+    ([llm.text(REFUSAL)], "refusal"),
+    ([llm.text("One line\nand another")], "lines"),
+    ([llm.echo()], "echo"),
+    ([llm.text("nobody is in this street")], "group"),
+    ([llm.status(429, retry_after="0"), Play(content=rewritten)], None),
+    ([llm.status(429), Play(content=rewritten)], None),
+]
+ONE_BY_ONE: dict[str, Any] = {"groups": GROUPS, "timeout_s": 0.7, "attempts": 1, "retries": 0, "rest_after": 99}
+
+
+def test_every_fault_leaves_its_class_and_never_a_prompt() -> None:
+    with LlmServer() as server, stage_for(server, each={"max_concurrency": 1}, **ONE_BY_ONE) as stage:
+        server.script(*(play for plays, _ in FAULTS for play in plays))
+        prompts, failed = outcome(stage, many(len(FAULTS)))
+    assert failed == {i: kind for i, (_, kind) in enumerate(FAULTS) if kind is not None}
+    for i, prompt in enumerate(prompts):
+        if i in failed:
+            assert prompt is None
+        else:
+            assert re.fullmatch(rf"One \w+ \w+: a person in street number {i}", prompt or "")
+
+
+def test_faults_through_the_command_line(workspace: Callable[..., Workspace]) -> None:
+    """Exactly the rows that were answered are ok; no other text reaches the table's prompts, and so no shard."""
+    with LlmServer() as server:
+        server.script(*(play for plays, _ in FAULTS for play in plays))
+        stages = f"""\
+[stages.faces]
+source = "json"
+[stages.lang]
+[stages.prompts]
+backend = "openai"
+groups = [["Black", "white", "Asian"], ["man", "woman"]]
+timeout_s = 0.7
+attempts = 1
+retries = 0
+rest_after = 99
+[[stages.prompts.endpoints]]
+base_url = "{server.base_url}"
+model = "tiny"
+max_concurrency = 1
+[stages.prompts.params]
+min_faces = 0
+lang = "en"
+[stages.prompts.run]
+max_failed = 1.0
+"""
+        made = workspace({"a": samples(len(FAULTS))}, stages=stages)
+        for command in (["ingest"], ["stage", "faces"], ["stage", "lang"]):
+            made.run(*command)
+        done = made.run("stage", "prompts", check=False)
+        assert done.returncode == 3, done.stderr
+    rows = made.rows(
+        "select row, prompts_status, prompt, prompts_error, caption, prompt_group from samples order by row"
+    )
+    assert [row[1] for row in rows] == ["ok" if kind is None else "failed" for _, kind in FAULTS]
+    for (_, status, prompt, error, caption, group), (_, kind) in zip(rows, FAULTS, strict=True):
+        if kind is None:
+            assert (status, prompt, error) == ("ok", f"One {group}: {caption}", None)
+        else:
+            assert (prompt, group) == (None, None)
+            assert error
+
+
+def test_an_endpoint_that_dies_costs_no_row() -> None:
+    options: dict[str, Any] = {"groups": GROUPS, "rest_after": 1, "rest_s": 0.2}
+    with LlmServer(latency_s=0.01) as one, LlmServer(latency_s=0.01) as two, stage_for(one, two, **options) as stage:
+        one.always(Play(content=rewritten))
+        two.always(Play(content=rewritten))
+        rows = many(400)
+        asked = stage.prepare(rows)
+        one.die()
+        prompts = stage.process(rows, asked).column("prompt").to_pylist()
+        assert [prompt.split(": ")[1] for prompt in prompts] == rows.column("text").to_pylist()
+        assert {note["kind"] for note in stage.take_notes()} == {"notice"}
+        one.come_back()
+
+
+def test_close_gives_up_what_is_not_answered() -> None:
+    with LlmServer() as server, stage_for(server, groups=GROUPS) as stage:
+        server.always(llm.hang())
+        asked = stage.prepare(many(50))
+        stage.close()
+        assert asked is not None
+        assert asked.outcomes.cancelled() or asked.outcomes.exception() is not None
+        assert "asking" not in {thread.name for thread in threading.enumerate()}
+
+
+# --- what stops the stage before any row ---
+
+
+def test_no_endpoint_stops_the_stage_and_marks_no_row(workspace: Callable[..., Workspace]) -> None:
+    with LlmServer() as server:
+        gone = server.port
+    stages = f'[stages.prompts]\nbackend = "openai"\nports = [{gone}]\nmodel = "tiny"\nsql = "all.sql"\n'
+    made = workspace({"a": samples(3)}, stages=stages)
+    (made.folder / "all.sql").write_text("select shard, row, uid, caption as text from samples")
+    made.run("ingest", cwd=made.folder)
+    done = made.run("stage", "prompts", check=False, cwd=made.folder)
+    assert done.returncode == 1
+    assert "no endpoint answers" in done.stderr
+    assert made.rows("select distinct prompts_status from samples") == [(None,)]
+
+
+def test_an_unknown_model_is_told_with_those_that_there_are() -> None:
+    with LlmServer() as server:
+        options = PromptsOptions(backend="openai", ports=[server.port], model="other")
+        before = threading.active_count()
+        with pytest.raises(StageError) as caught:
+            Prompts(options).setup("cpu")
+        assert threading.active_count() == before
+    assert caught.value.what == f"endpoint '{server.base_url}' has no model 'other'"
+    assert caught.value.where == {"its models": "tiny"}
+
+
+# --- options ---
+
+
+def test_what_the_options_decide() -> None:
+    kind = find("prompts")
+    template = Prompts(PromptsOptions())
+    assert (template.inputs, template.tolerance, template.resources.batch_rows) == (kind.inputs, 0.0, 1024)
+    assert not hasattr(template, "sql")
+    asked = Prompts(PromptsOptions(backend="openai", ports=[11434] * 8, model="m", groups=GROUPS))
+    assert (asked.inputs.names, asked.sql) == (["text", "key"], "prompts_groups.sql")
+    assert (asked.resources.batch_rows, asked.resources.ahead) == (256, 3)  # 8 times 64 requests at a time
+    assert not hasattr(asked, "tolerance")
+    inside = Prompts(PromptsOptions(backend="vllm", model="m"))
+    assert (inside.inputs.names, inside.resources.gpus, inside.resources.batch_rows) == (["text"], 1, 4096)
+    assert not hasattr(inside, "tolerance")
+
+
+def test_template_fills_what_applies() -> None:
+    stage = Prompts(PromptsOptions(style="{caption}, at night"))
+    stage.setup("cpu")
+    rows = batch("a dog")
+    [row] = stage.process(rows, stage.prepare(rows)).to_pylist()
+    assert {name: value for name, value in row.items() if value is not None} == {
+        "prompt": "a dog, at night",
+        "prompt_model": "template",
+    }
+
+
+GROUP_FIX = 'give them, for example: groups = [["Black", "white", "Asian"], ["man", "woman"]]'
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"backend": "openai"},
+            "backend 'openai' has no endpoint\n"
+            '  fix: write [[stages.prompts.endpoints]] with base_url and model, or ports = [11434] and model = "..."',
+        ),
+        (
+            {"backend": "openai", "ports": [1]},
+            "'ports' needs a model\n  fix: name it as the servers do: model = \"llama3.1:8b\"",
+        ),
+        (
+            {"backend": "vllm"},
+            "backend 'vllm' has no model\n  fix: name it: model = \"models/my-model\", or a hub's id",
+        ),
+        (
+            {"backend": "vllm", "model": "m", "user": "{text} {group}"},
+            f"'user' has a field '{{group}}', but no groups are given\n  fix: {GROUP_FIX}",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Prompts(PromptsOptions.model_validate(options))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("text", ["{text!r}", "{text:>9}", "{0}", "{}", "{a.b}", "{Text}"])
+def test_a_field_that_is_no_column_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="that is no column"):
+        Template("user", text)
+
+
+def test_labels_of_a_frame() -> None:
+    assert Template("user", 'sentence: "{text}" group:"{group}"').labels == ("sentence", "group")
+    assert Template("user", "The old caption : {text} and {a}{b}").labels == ("The old caption",)
+    assert Template("user", "A photo of {text}, {{x}}: y").labels == ()
+
+
+def test_languages_in_the_built_in_messages() -> None:
+    def system(lang: str | None) -> str:
+        made = Rewrites(system=None, user=None, has_groups=True, lang=lang, json_schema=None)
+        return made.begin({"text": "a"}, ("x",))[0][0]["content"]
+
+    assert "Answer in English. " in system("en")
+    assert 'Answer in the language with the ISO 639-1 code "de". ' in system("de")
+    assert "language" not in system(None)
+
+
+def test_vllm_that_is_not_installed_and_a_folder_that_is_not_there() -> None:
+    stage = Prompts(PromptsOptions(backend="vllm", model="./no-model"))
+    with pytest.raises(StageError) as caught:
+        stage.setup("cpu")
+    assert str(caught.value) == (
+        "package 'vllm' is not installed, which backend 'vllm' of stage 'prompts' needs\n"
+        "  fix: pip install 'hybrid-shard-builder[vllm]'"
+    )
