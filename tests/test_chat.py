@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from builder.models.chat import AskFailed, Reply, is_same_model, read_reply, read_retry_after, read_status
+from builder.models.chat import AskFailed, Reply, is_same_model, other_model, read_reply, read_retry_after, read_status
 
 
 def body(**fields: Any) -> bytes:
@@ -120,6 +120,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
         ("./tinyllama", "/data/models/tinyllama"),
         ("/data/models/tinyllama/", "tinyllama"),
         ("gpt-4o", "gpt-4o-2024-08-06"),
+        ("/models/llama", "/models/llama@main"),
         ("gpt-4", "gpt-4-0613"),
         ("claude-latest", "claude-20241022"),
         ("gemini-pro", "models/gemini-pro-002"),
@@ -148,3 +149,18 @@ def test_a_server_may_say_a_model_s_name_in_other_words(asked: str, found: str) 
 )
 def test_another_model_is_another(asked: str, found: str) -> None:
     assert not is_same_model(asked, found)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b'{"model": "llama@main"}', None),
+        (b'{"model": "qwen"}', "qwen"),
+        (b'{"model": ""}', None),
+        (b'{"model": 3}', None),
+        (b"[]", None),
+        (b"{", None),
+    ],
+)
+def test_another_model_than_asked_for_is_told(body: bytes, expected: str | None) -> None:
+    assert other_model(body, "models/llama") == expected

@@ -178,6 +178,16 @@ def said(body: bytes) -> str:
     return " ".join(text.split())
 
 
+def other_model(body: bytes, asked: str) -> str | None:
+    """The model that an answer is of, where that is not the one that was asked for."""
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    said_ = data.get("model") if isinstance(data, dict) else None
+    return said_ if isinstance(said_, str) and said_ and not is_same_model(asked, said_) else None
+
+
 def read_reply(body: bytes, *, asked: str, endpoint: str, ms: int) -> Reply:
     """The answer in the body of a 200.
 
@@ -226,7 +236,7 @@ def is_same_model(asked: str, said: str) -> bool:
 
     It does if the names are equal; if one is the end of the other's path (`org/name`, `/models/name`, `./name`); and if
     the server adds what it has chosen to the name: a date or number of a version (`gpt-4o-2024-08-06` for `gpt-4o`),
-    also in place of `latest`, or Ollama's `:latest`. Case does not count.
+    also in place of `latest`, Ollama's `:latest`, or a revision (`llama@main`, by transformers). Case does not count.
     """
     ours, theirs = _parts(asked), _parts(said)
     shared = min(len(ours), len(theirs))
@@ -236,7 +246,7 @@ def is_same_model(asked: str, said: str) -> bool:
     if name == found:
         return True
     rest = found.removeprefix(name.removesuffix("-latest"))
-    return rest != found and re.fullmatch(r"[-@](\d{4}-\d\d-\d\d|\d{3,8}|latest)", rest) is not None
+    return rest != found and re.fullmatch(r"-(\d{4}-\d\d-\d\d|\d{3,8}|latest)|@[\w.-]+", rest) is not None
 
 
 def _parts(model: str) -> list[str]:

@@ -21,7 +21,7 @@ from pydantic.config import JsonDict
 
 from builder.config import Strict
 from builder.errors import StageError
-from builder.models.chat import AskFailed, Http, Reply, is_same_model, read_status
+from builder.models.chat import AskFailed, Http, Reply, is_same_model, other_model, read_status
 from builder.models.limits import Bucket, Concurrency
 
 #: Seconds of the first pause where a server does not say how long; doubled for each further one, up to the other.
@@ -329,7 +329,10 @@ async def check(one: Served, http: Http) -> str:
     message = {"role": "user", "content": "Hello"}
     content = orjson.dumps({"model": one.endpoint.model, "messages": [message], "max_tokens": 1})
     try:
-        read_status(*await http.request("POST", f"{url}/chat/completions", one.headers, content))
+        status, headers, body = await http.request("POST", f"{url}/chat/completions", one.headers, content)
+        read_status(status, headers, body)
+        if (other := other_model(body, one.endpoint.model)) is not None:
+            raise _unknown_model(one, {"it answers as": one.told(other)}, "set 'model' to that name")
     except AskFailed as error:
         if error.status in (401, 402, 403, 404):
             raise _refused(one, error) from None
