@@ -126,7 +126,7 @@ def test_every_stage_answers_and_the_proof_holds(whole: Workspace) -> None:
     failed = 0
     for row, shard, text, faces, source, status, error, prompt, group, model, steps, batch, checked in found:
         number = row + ROWS * int(shard)
-        assert (text, faces, source) == (CAPTIONS[number % 4], number % 4 != 3, "scrfd")
+        assert (text, faces > 0, source) == (CAPTIONS[number % 4], number % 4 != 3, "scrfd")
         if number % 4 == 3:
             assert (status, prompt, model, checked) == (None, None, None, None)
         elif status == "failed":
