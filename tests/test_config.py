@@ -298,8 +298,8 @@ def test_a_bad_override_is_named(file: Path, item: str, message: str) -> None:
 
 def test_unknown_stage(file: Path) -> None:
     assert refusal(file, GOOD.replace("stages.faces", "stages.fases")) == (
-        "there is no stage 'fases'\n  file: p.toml:8\n  fix: did you mean 'faces'? stages: check, faces, generate, lang, "
-        'prompts; or name your own in [stages.fases]: python = "my_stage.py:MyStage"'
+        "there is no stage 'fases'\n  file: p.toml:8\n  fix: did you mean 'faces'? stages: check, faces, generate, "
+        'lang, prompts; or name your own in [stages.fases]: python = "my_stage.py:MyStage"'
     )
 
 
