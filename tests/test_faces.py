@@ -197,7 +197,7 @@ def test_every_row_gets_the_boxes_of_its_own_uid(workspace: Make, tmp_path: Path
     """In whatever order the join gives them: the files hold the uids in the order of their hashes."""
     numbers = range(900)
     shards = {
-        name: [Sample(f"{i:032x}-0", image=None) for i in numbers[start : start + 300]]
+        name: [Sample(f"{i:032x}-0") for i in numbers[start : start + 300]]
         for name, start in {"a": 0, "b": 300, "c": 600}.items()
     }
     stages = f'[stages.faces]\nsource = "metadata"\nmetadata = "{tmp_path}/meta/*.parquet"\n'
