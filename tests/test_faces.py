@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,6 +192,25 @@ def test_metadata_is_joined_by_uid(workspace: Make, tmp_path: Path) -> None:
     assert "nothing to do" in made.run("stage", "faces").stderr
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_row_gets_the_boxes_of_its_own_uid(workspace: Make, tmp_path: Path, workers: int) -> None:
+    """In whatever order the join gives them: the files hold the uids in the order of their hashes."""
+    numbers = range(900)
+    shards = {
+        name: [Sample(f"{i:032x}-0") for i in numbers[start : start + 300]]
+        for name, start in {"a": 0, "b": 300, "c": 600}.items()
+    }
+    stages = f'[stages.faces]\nsource = "metadata"\nmetadata = "{tmp_path}/meta/*.parquet"\n'
+    made = workspace(shards, stages=stages, workers=workers)
+    mixed = sorted((i for i in numbers if i % 7), key=lambda i: hashlib.sha256(str(i).encode()).digest())
+    for part in range(3):
+        metadata(tmp_path / f"meta/{part}.parquet", {f"{i:032x}": [[i / 1000, 0.5, 0.95, 1]] for i in mixed[part::3]})
+    made.run("ingest")
+    made.run("stage", "faces")
+    found = made.rows("select uid, face_boxes[1][1], face_source from samples order by shard, row")
+    assert found == [(f"{i:032x}", i / 1000, "metadata") if i % 7 else (f"{i:032x}", None, "unknown") for i in numbers]
+
+
 def test_auto_takes_json_then_metadata_then_the_detector(workspace: Make, tmp_path: Path) -> None:
     made = three_states(workspace, f'[stages.faces]\nmetadata = "{tmp_path}/meta.parquet"\n')
     box = [[0.0, 0.0, 0.5, 0.5]]
@@ -307,6 +327,7 @@ batch_rows = 3
     assert [row[1] for row in found] == ["scrfd", "scrfd", None, *["scrfd"] * 5]
     assert found[2][3:] == ("failed", "ValueError: the picture does not decode: no image format begins so")
     assert [row[2] for row in found[:2]] == [[0, 0.1, 0.1, 0.3], [0, 0.1, 0.2, 0.3]]
+    assert done.stderr.count("are licensed for non-commercial research only") == 1  # once a run, whatever the workers
     logs = "".join(path.read_text() for path in (first.root / "runs").glob("*faces*/logs/*"))
     assert logs.count("are licensed for non-commercial research only") == 1
     one = faces_of(first)
