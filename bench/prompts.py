@@ -1,6 +1,6 @@
 """The pool of LLM endpoints beside bare clients, against servers that do nothing.
 
-    python -m bench.prompts [--rounds 5] [--requests 4000]
+    python -m bench.prompts [--rounds 5] [--requests 2000]
 
 **Requests per second**: one server that answers at once, in a process of its own; `builder.models.endpoints.Pool`, a
 bare loop over aiohttp and a bare loop over `AsyncOpenAI`, as many requests in flight each, in turn.
@@ -34,7 +34,7 @@ from builder.models.endpoints import Endpoint, Pool
 #: Requests in flight of all comparisons.
 CONCURRENCY = 64
 #: Requests of a round; an AsyncOpenAI loop answers some hundred a second.
-REQUESTS = 4000
+REQUESTS = 2000
 #: Targets: times the requests per second of a bare aiohttp loop, of a bare AsyncOpenAI loop, of the sum of both alone.
 AIOHTTP_TARGET, OPENAI_TARGET, SUM_TARGET = 0.5, 0.9, 0.95
 #: Seconds of an answer of the fast and the slow server, and answers that each works on at a time.
