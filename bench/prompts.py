@@ -1,6 +1,6 @@
 """The pool of LLM endpoints beside bare clients, against servers that do nothing.
 
-    python -m bench.prompts [--rounds 5] [--requests 4000]
+    python -m bench.prompts [--rounds 5] [--requests 2000]
 
 **Requests per second**: one server that answers at once, in a process of its own; `builder.models.endpoints.Pool`, a
 bare loop over aiohttp and a bare loop over `AsyncOpenAI`, as many requests in flight each, in turn.
@@ -34,15 +34,15 @@ from builder.models.endpoints import Endpoint, Pool
 #: Requests in flight of all comparisons.
 CONCURRENCY = 64
 #: Requests of a round; an AsyncOpenAI loop answers some hundred a second.
-REQUESTS = 4000
+REQUESTS = 2000
 #: Targets: times the requests per second of a bare aiohttp loop, of a bare AsyncOpenAI loop, of the sum of both alone.
 AIOHTTP_TARGET, OPENAI_TARGET, SUM_TARGET = 0.5, 0.9, 0.95
 #: Seconds of an answer of the fast and the slow server, and answers that each works on at a time.
 FAST_S, SLOW_S, SLOTS = 0.02, 0.08, 8
 #: Requests whose memory is compared, and growth that is allowed.
 MANY, WARM, GROWTH = 100_000, 10_000, 1.05
-#: Requests of the comparison with a death, and seconds of an answer there.
-DEATH_REQUESTS, DEATH_S = 9000, 0.005
+#: Requests of the comparison with a death, and seconds of an answer and of a rest there.
+DEATH_REQUESTS, DEATH_S, DEATH_REST_S = 9000, 0.005, 0.5
 MODEL = "null"
 SYSTEM = "Rewrite the sentence so that it shows the given group."
 
@@ -315,17 +315,22 @@ def death() -> Result:
 
 async def _with_a_death(servers: tuple[Server, ...]) -> int:
     """Requests that got their own answer. The dead endpoint has to answer again before the last one."""
-    pool = Pool([Endpoint(base_url=one.base_url, model=MODEL) for one in servers], timeout_s=10, rest_s=0.5)
+    pool = Pool([Endpoint(base_url=one.base_url, model=MODEL) for one in servers], timeout_s=10, rest_s=DEATH_REST_S)
     await pool.start()
     answers: list[int] = []
+    is_back = asyncio.Event()
 
     async def call(number: int) -> str:
+        if len(answers) >= 2 * DEATH_REQUESTS // 3:
+            await is_back.wait()
         text = (await pool.ask(messages(number))).text
         answers.append(number)
         if len(answers) == DEATH_REQUESTS // 3:
             servers[1].kill()
         if len(answers) == 2 * DEATH_REQUESTS // 3:
             await asyncio.to_thread(servers[1].start)
+            await asyncio.sleep(DEATH_REST_S)
+            is_back.set()
         return text
 
     await ask_all(call, DEATH_REQUESTS)

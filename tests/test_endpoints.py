@@ -188,6 +188,19 @@ def test_what_would_fail_again_is_not_tried_again(serve: Serve, fault: Play, kin
     run(work)
 
 
+def test_a_failed_request_waits_for_another_endpoint_that_is_full(serve: Serve) -> None:
+    server, busy = serve(), serve(latency_s=0.3)
+    server.always(status(500, "boom"))
+
+    async def work() -> None:
+        async with started(server, endpoint(busy, max_concurrency=1), attempts=2) as pool:
+            assert await ask_all(pool, 3) == right(3)
+            assert len(server.requests) <= 2
+            assert len(busy.requests) == 3
+
+    run(work)
+
+
 def test_attempts_are_bounded(serve: Serve) -> None:
     server, other = serve(), serve()
     server.always(status(500, "boom"))
@@ -231,6 +244,26 @@ def test_a_cancelled_request_leaves_its_place(serve: Serve) -> None:
             tasks[1].cancel()
             tasks[0].cancel()
             assert (await tasks[2]).text == "re: house 2"
+            assert server.contents() == ["house 0", "house 2"]
+
+    run(work)
+
+
+def test_a_request_that_is_cancelled_as_it_gets_its_place_leaves_it(serve: Serve) -> None:
+    server = serve()
+
+    async def work() -> None:
+        async with started(endpoint(server, max_concurrency=1)) as pool:
+
+            async def first() -> None:
+                await ask(pool, "house 0")
+                second.cancel()  # its place has been given to it, and it has not run since
+
+            one = asyncio.create_task(first())
+            second = asyncio.create_task(ask(pool, "house 1"))
+            await one
+            assert (await ask(pool, "house 2")).text == "re: house 2"
+            assert second.cancelled()
             assert server.contents() == ["house 0", "house 2"]
 
     run(work)
@@ -443,7 +476,7 @@ def test_being_told_to_wait_for_too_long_fails_at_once(serve: Serve) -> None:
     server.script(status(429, "come tomorrow", retry_after="86400"))
 
     async def work() -> None:
-        async with started(server) as pool:
+        async with started(server, patience_s=1000) as pool:
             for _ in range(2):
                 with pytest.raises(AskFailed) as failed:
                     await ask(pool)
@@ -487,6 +520,22 @@ def test_an_endpoint_that_fails_in_a_row_rests_and_is_probed_by_one_request(serv
             assert server.most_at_once == 4  # then all
             rests = f"{server.base_url} rests for 0.3 s: status 500: boom"
             assert list(pool.notices) == [rests, rests, f"{server.base_url} answers again"]
+
+    run(work)
+
+
+def test_an_answer_to_what_was_sent_before_a_rest_does_not_end_it(serve: Serve) -> None:
+    server = serve()
+    server.script(slow_drip(0.001), *[status(500, "boom")] * 3)
+
+    async def work() -> None:
+        async with started(server, attempts=1, rest_after=3, rest_s=30, timeout_s=30) as pool:
+            late = asyncio.create_task(ask(pool, "house 0"))
+            await until(lambda: len(server.requests) == 1)
+            assert await ask_all(pool, 3) == ["server_error"] * 3
+            assert not late.done()
+            assert (await late).text == "re: house 0"
+            assert pool.totals()[server.base_url]["state"] == "resting"
 
     run(work)
 
