@@ -52,7 +52,7 @@ def params_of(name: str) -> dict[str, Any]:
 
 
 def test_there_is_a_file_for_every_stage_the_writer_and_the_statistics() -> None:
-    assert sorted(f"{stage}.sql" for stage in (*STAGES, "write", "stats")) == FILES
+    assert sorted(f"{stage}.sql" for stage in (*STAGES, "prompts_groups", "write", "stats")) == FILES
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -79,7 +79,14 @@ def test_it_runs_and_returns_what_its_header_says(name: str, dataset: Workspace)
     """On a table that no stage has worked on: columns of later stages read as nulls."""
     names, rows = pipelines.answer(dataset.load(), read_sql(name), params_of(name))
     assert names == header(name)["returns"]
-    covered = {"faces.sql": 16, "lang.sql": 16, "prompts.sql": 0, "generate.sql": 0, "write.sql": 0}
+    covered = {
+        "faces.sql": 16,
+        "lang.sql": 16,
+        "prompts.sql": 0,
+        "prompts_groups.sql": 0,
+        "generate.sql": 0,
+        "write.sql": 0,
+    }
     if name in covered:
         assert len(rows) == covered[name]
 
