@@ -21,7 +21,7 @@ from builder import __version__
 from builder.errors import DISTRIBUTION
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = {"faces", "lang", "llm", "images", "insightface", "vllm", "webdataset", "s3", "demo", "test", "dev"}
+EXTRAS = {"faces", "lang", "llm", "images", "insightface", "vllm", "webdataset", "s3", "serve", "demo", "test", "dev"}
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +101,10 @@ def test_extras_bring_what_they_say(wheel: zipfile.ZipFile) -> None:
     assert wanted["demo"] == wanted["faces"] | wanted["lang"] | {"scikit-image"}
     assert wanted["demo"] | {"pytest", "pandas", "webdataset"} <= wanted["test"]
     assert wanted["test"] | {"ruff", "mypy"} <= wanted["dev"]
-    everything = {package for extra in ("", "faces", "lang", "demo", "test", "dev") for package in wanted[extra]}
+    everything = {package for extra in ("", "faces", "lang", "demo", "llm") for package in wanted[extra]}
     assert not everything & {"torch", "diffusers", "transformers", "vllm", "torchvision", "insightface"}
-    assert "torch" in wanted["images"]
+    assert "torch" in wanted["images"] & wanted["serve"]
+    assert not wanted["test"] & {"vllm", "torchvision", "insightface"}
 
 
 def hints() -> Iterator[tuple[str, str]]:
