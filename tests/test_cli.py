@@ -508,7 +508,7 @@ def test_stage_that_the_pipeline_lacks(ask: Callable[..., Done], dataset: Worksp
 def test_init_copies_and_keeps(tmp_path: Path) -> None:
     target = tmp_path / "mine"
     done = run("init", str(target))
-    names = ["sql/faces.sql", "sql/generate.sql", "sql/lang.sql", "sql/prompts.sql", "sql/stats.sql", "sql/write.sql"]
+    names = [f"sql/{name}.sql" for name in ("faces", "generate", "lang", "prompts", "prompts_groups", "stats", "write")]
     names += ["pipelines/large.toml", "pipelines/small.toml"]
     following = f"next: cd {target}, set dataset.shards and dataset.root in pipelines/small.toml, builder plan\n"
     assert done == Done(0, "", "".join(f"written  {target / name}\n" for name in names) + following)

@@ -21,7 +21,7 @@ from builder import __version__
 from builder.errors import DISTRIBUTION
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = {"faces", "lang", "llm", "images", "insightface", "vllm", "webdataset", "s3", "demo", "test", "dev"}
+EXTRAS = {"faces", "lang", "llm", "images", "insightface", "vllm", "webdataset", "s3", "serve", "demo", "test", "dev"}
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,13 @@ def test_extras_bring_what_they_say(wheel: zipfile.ZipFile) -> None:
     assert wanted["demo"] | {"pytest", "pandas", "webdataset"} <= wanted["test"]
     assert wanted["test"] | {"ruff", "mypy"} <= wanted["dev"]
     heavy = {"torch", "diffusers", "transformers", "vllm", "torchvision", "insightface"}
-    assert not heavy & {package for extra in ("", "faces", "lang", "demo") for package in wanted[extra]}
+    assert not heavy & {package for extra in ("", "faces", "lang", "demo", "llm") for package in wanted[extra]}
     assert not {"vllm", "torchvision"} & (wanted["test"] | wanted["dev"])
     assert {"torch", "diffusers", "transformers"} <= wanted["images"] <= wanted["test"]
     pins = {line for line in metadata(wheel).get_all("Requires-Dist", []) if line.startswith("torch==")}
     assert pins == {"torch==2.13.0; extra == 'test'", "torch==2.13.0; extra == 'dev'"}
     assert wanted["insightface"] <= wanted["test"]
+    assert "torch" in wanted["images"] & wanted["serve"]
 
 
 def hints() -> Iterator[tuple[str, str]]:

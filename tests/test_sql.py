@@ -23,7 +23,7 @@ FILES = sorted(path.name for path in FOLDER.glob("*.sql"))
 STAGES = ("faces", "lang", "prompts", "generate", "check")
 KEYS = ["shard", "row", "uid"]
 #: Files beside those of the stages, the writer and the statistics: what a stage takes instead of its own.
-MORE = ("faces_metadata.sql", "generate_aspect.sql")
+MORE = ("faces_metadata.sql", "generate_aspect.sql", "prompts_groups.sql")
 PARAMS = {"min_faces": 1, "lang": "en", "source": "auto", "draw": 0}
 
 
@@ -93,6 +93,7 @@ def test_it_runs_and_returns_what_its_header_says(name: str, dataset: Workspace)
         "check.sql": 0,
         "lang.sql": 16,
         "prompts.sql": 0,
+        "prompts_groups.sql": 0,
         "generate.sql": 0,
         "write.sql": 0,
     }
