@@ -3,29 +3,59 @@
 from __future__ import annotations
 
 import hashlib
-from typing import ClassVar, Literal
+import math
+from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from builder.config import Strict
+from builder.errors import StageError
+from builder.models.diffusion import Diffusion, DiffusionOptions, is_out_of_memory
+from builder.models.image_queue import ImageQueue, Job, Made
+from builder.models.pictures import decode
 from builder.models.sketch import draw
 from builder.schema import GENERATED, output
-from builder.stage import Resources
+from builder.stage import Resources, RowsFailed
+
+#: Batches that are queued ahead: they fill the batches at the end of a shard, and of each size where there are several.
+AHEAD = 3
+#: Sizes of diffusion models are multiples of this: their VAEs shrink each side by it. FLUX wants 16, SANA 32; a size
+#: that a model does not make is refused when it is loaded.
+MULTIPLE = 8
+
+Side = Annotated[int, Field(ge=32, le=4096)]
 
 
-class GenerateOptions(Strict):
-    """Options of `[stages.generate]`."""
+class GenerateOptions(DiffusionOptions):
+    """Options of `[stages.generate]`; all from `model` on are those of the backend diffusers, but for `seed`."""
 
-    #: sketch: embedded; draws a labelled picture of the prompt, for trying a pipeline.
-    backend: Literal["sketch"] = "sketch"
+    #: sketch: embedded; draws a labelled picture of the prompt, for trying a pipeline. diffusers: a text-to-image
+    #: pipeline from a directory or the hub.
+    backend: Literal["sketch", "diffusers"] = "sketch"
     #: Size of the image, px.
-    width: int = Field(default=384, ge=32, le=4096)
-    height: int = Field(default=384, ge=32, le=4096)
+    width: Side = 384
+    height: Side = 384
     #: JPEG quality.
     quality: int = Field(default=90, ge=1, le=100)
-    #: Every image's seed comes from this one, the sample's uid and its key.
+    #: Every image's seed comes from this one, the sample's uid and key, and which drawing of it it is.
     seed: int = 0
+    #: Sizes [width, height], px, of which each sample gets one, in place of width and height.
+    sizes: list[tuple[Side, Side]] = []
+    #: How a sample gets one of `sizes`: hash, each as often; aspect, the one nearest to the original's shape.
+    size_by: Literal["hash", "aspect"] = "hash"
+    #: Images that the model makes at once, always: a batch is filled or padded. Out of memory halves it.
+    batch_size: int = Field(default=32, ge=1, json_schema_extra={"decides": False})
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> GenerateOptions:
+        if self.size_by == "aspect" and not self.sizes:
+            raise ValueError("size_by = 'aspect' chooses of sizes, and there are none")
+        if self.backend == "diffusers":
+            for size in self.sizes or [(self.width, self.height)]:
+                if any(side % MULTIPLE for side in size):
+                    raise ValueError(f"{size[0]}x{size[1]} px: backend 'diffusers' takes multiples of {MULTIPLE}")
+        return self
 
 
 class Generate:
@@ -34,53 +64,175 @@ class Generate:
     name: ClassVar[str] = "generate"
     version: ClassVar[str] = "1"
     Options = GenerateOptions
-    inputs: ClassVar[pa.Schema] = pa.schema([("key", pa.string()), ("prompt", pa.string())])
+    inputs: ClassVar[pa.Schema] = pa.schema([("key", pa.string()), ("prompt", pa.string()), ("draw", pa.int32())])
     members: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[pa.Schema] = pa.schema(
         [
             output("image", GENERATED, "the generated JPEG", extension="jpg"),
             output("image_width", pa.int32(), "px"),
             output("image_height", pa.int32(), "px"),
-            output("image_seed", pa.int64(), "seed of this image: hash of the configured seed, uid and key"),
+            output(
+                "image_seed", pa.int64(), "seed of this image: hash of the configured seed, uid, key and image_draw"
+            ),
+            output("image_draw", pa.int32(), "which drawing of this sample it is, from 0; the next has another seed"),
             output("image_model", pa.string(), "what made the image"),
             output("image_prompt", pa.string(), "the exact text that the image was made from"),
+            output("image_steps", pa.int32(), "denoising steps; null where nothing is denoised"),
+            output("image_guidance", pa.float32(), "guidance scale; null where the model has none"),
+            output(
+                "image_batch_size", pa.int32(), "images made at once, padding counted; null where each is by itself"
+            ),
         ]
     )
-    resources: ClassVar[Resources] = Resources(cpus=1, memory_gb=0.5, batch_rows=32)
-    recorded: ClassVar[dict[str, str]] = {"prompt": "image_prompt"}
+    resources: Resources = Resources(cpus=1, memory_gb=0.5, batch_rows=32)
+    #: Values of $names in the work SQL: 1 draws each image again with its next seed.
+    params: ClassVar[dict[str, Any]] = {"draw": 0}
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
+        self.sizes = options.sizes or [(options.width, options.height)]
+        self.sql = "generate.sql"
+        #: Mean absolute difference of pixels, 0..255, between an image made alone and the same within a batch.
+        self.tolerance = 0.0
+        if options.size_by == "aspect":
+            self.sql = "generate_aspect.sql"
+            self.inputs = pa.schema([*Generate.inputs, ("width", pa.int32()), ("height", pa.int32())])
+        if options.backend == "diffusers":
+            # A batch's shape does not depend on how many are real: there is no difference but a library's own noise.
+            self.tolerance = 1.0
+            self.resources = Resources(
+                cpus=2, gpus=1, memory_gb=16, batch_rows=options.batch_size, ahead=AHEAD + len(self.sizes) - 1
+            )
+        self._model: Diffusion | None = None
+        self._queue: ImageQueue | None = None
 
     def setup(self, device: str) -> None:
-        """Holds nothing."""
+        """Loads the model, and makes one batch of the largest size that is thrown away.
 
-    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        options, count = self.options, batch.num_rows
-        prompts = batch.column("prompt").to_pylist()
-        identities = zip(batch.column("uid").to_pylist(), batch.column("key").to_pylist(), strict=True)
-        seeds = [seed_of(options.seed, uid, key) for uid, key in identities]
-        images = [
-            draw(prompt, seed=seed, width=options.width, height=options.height, quality=options.quality)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        return pa.RecordBatch.from_pydict(
-            {
-                "image": images,
-                "image_width": [options.width] * count,
-                "image_height": [options.height] * count,
-                "image_seed": seeds,
-                "image_model": [options.backend] * count,
-                "image_prompt": prompts,
-            },
-            schema=self.outputs,
+        Raises:
+            StageError: the model cannot be loaded, does not take an option, or makes no such image.
+        """
+        if self.options.backend == "sketch":
+            return
+        self._model = Diffusion(self.options, device)
+        self._queue = ImageQueue(
+            self._model,
+            batch_size=self.options.batch_size,
+            quality=self.options.quality,
+            is_out_of_memory=is_out_of_memory,
         )
+        try:
+            self._try_once(device)
+        except BaseException:
+            self.close()
+            raise
+
+    def _try_once(self, device: str) -> None:
+        assert self._queue is not None
+        size = max(self.sizes, key=math.prod)
+        where = {"model": self.options.model, "size": f"{size[0]}x{size[1]} px", "device": device}
+        try:
+            [made] = self._queue.answers(self._queue.add([Job("a photo", 0, size)]))
+        except Exception as error:
+            made = error
+        if isinstance(made, Exception):
+            fix = "set another dtype, size, scheduler or number of steps, as the model's card says"
+            if is_out_of_memory(made):
+                fix = 'set a smaller size, weights = "fp8", vae_slicing or vae_tiling'
+            raise StageError(f"the model makes no image: {type(made).__name__}: {made}", where=where, fix=fix) from made
+
+    def prepare(self, batch: pa.RecordBatch) -> list[Job] | None:
+        """Encodes the prompts of a batch and queues its images: they may be made before `process` is called."""
+        if self._queue is None:
+            return None
+        prompts = batch.column("prompt").to_pylist()
+        return self._queue.add([Job(*job) for job in zip(prompts, self._seeds(batch), self._sizes(batch), strict=True)])
+
+    def process(self, batch: pa.RecordBatch, prepared: list[Job] | None = None) -> pa.RecordBatch:
+        prompts = batch.column("prompt").to_pylist()
+        seeds, sizes = self._seeds(batch), self._sizes(batch)
+        columns: dict[str, list[Any]] = {
+            "image_width": [width for width, _ in sizes],
+            "image_height": [height for _, height in sizes],
+            "image_seed": seeds,
+            "image_draw": batch.column("draw").to_pylist(),
+            "image_prompt": prompts,
+        }
+        count, errors = batch.num_rows, {}
+        if self._queue is None or self._model is None:
+            columns["image"] = [
+                draw(prompt, seed=seed, width=width, height=height, quality=self.options.quality)
+                for prompt, seed, (width, height) in zip(prompts, seeds, sizes, strict=True)
+            ]
+            columns["image_model"] = [self.options.backend] * count
+            columns |= {name: [None] * count for name in ("image_steps", "image_guidance", "image_batch_size")}
+        else:
+            jobs = prepared if prepared is not None else self.prepare(batch)
+            answers = self._queue.answers(jobs or [])
+            errors = {i: answer for i, answer in enumerate(answers) if isinstance(answer, Exception)}
+            made = [answer if isinstance(answer, Made) else None for answer in answers]
+            columns["image"] = [image.jpeg if image else None for image in made]
+            columns["image_batch_size"] = [image.batch_size if image else None for image in made]
+            columns["image_model"] = [self._model.name] * count
+            columns["image_steps"] = [self._model.steps] * count
+            columns["image_guidance"] = [self._model.guidance] * count
+        result = pa.RecordBatch.from_pydict(columns, schema=self.outputs)
+        if errors:
+            raise RowsFailed(result, errors)
+        return result
+
+    def take_notes(self) -> list[dict[str, Any]]:
+        """Batch sizes that were halved since this was last asked."""
+        if self._queue is None:
+            return []
+        notes, self._queue.notes = self._queue.notes, []
+        return notes
+
+    def difference(self, alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
+        """How far two answers of the same rows are apart: the largest mean absolute difference of pixels, 0..255."""
+        pairs = zip(alone.column("image").to_pylist(), within.column("image").to_pylist(), strict=True)
+        return max((_apart(one, other) for one, other in pairs), default=0.0)
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Ends the threads and frees the device's memory."""
+        model, queue = self._model, self._queue
+        self._model = self._queue = None
+        if queue is not None:
+            queue.close()
+        if model is not None:
+            model.free()
+
+    def _seeds(self, batch: pa.RecordBatch) -> list[int]:
+        rows = zip(*(batch.column(name).to_pylist() for name in ("uid", "key", "draw")), strict=True)
+        return [seed_of(self.options.seed, uid, key, drawn) for uid, key, drawn in rows]
+
+    def _sizes(self, batch: pa.RecordBatch) -> list[tuple[int, int]]:
+        if len(self.sizes) == 1:
+            return self.sizes * batch.num_rows
+        if self.options.size_by == "aspect":
+            shapes = zip(batch.column("width").to_pylist(), batch.column("height").to_pylist(), strict=True)
+            return [nearest(self.sizes, width, height) for width, height in shapes]
+        identities = zip(batch.column("uid").to_pylist(), batch.column("key").to_pylist(), strict=True)
+        return [self.sizes[_hash(self.options.seed, uid, key, "size") % len(self.sizes)] for uid, key in identities]
 
 
-def seed_of(configured: int, uid: str, key: str) -> int:
-    """A sample's seed, 0 to 2**63 - 1: the same wherever and whenever it is drawn."""
-    digest = hashlib.blake2b(f"{configured}\0{uid}\0{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def seed_of(configured: int, uid: str, key: str, draw: int = 0) -> int:
+    """A sample's seed, 0 to 2**63 - 1: the same wherever and whenever it is drawn, another for each drawing."""
+    return _hash(configured, uid, key, *([draw] if draw else [])) >> 1
+
+
+def _hash(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
+
+
+def nearest(sizes: list[tuple[int, int]], width: int | None, height: int | None) -> tuple[int, int]:
+    """The size whose shape is nearest to a picture's, by ratio; one of unknown size counts as square."""
+    wanted = math.log(width / height) if width and height else 0.0
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - wanted))
+
+
+def _apart(one: bytes, other: bytes) -> float:
+    if one == other:
+        return 0.0
+    first, second = decode(one).astype(np.int16), decode(other).astype(np.int16)
+    return float(np.abs(first - second).mean()) if first.shape == second.shape else 255.0

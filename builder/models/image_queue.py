@@ -1,0 +1,236 @@
+"""Batches for an image model: filled from rows that are asked for later, padded where there are none, halved where
+memory ends.
+
+Owns the threads between text encoding, denoising and JPEG, and the batch size. Three kinds work side by side: whoever
+calls `add` encodes text, one thread makes batches in the order of the rows, a few encode JPEG. Knows of the model only
+what `Model` says.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from builder.models.pictures import Pixels, encode
+
+#: Threads that encode JPEG, at most: one encodes some 1,000 images of 384 px a second.
+ENCODERS = 4
+
+
+class Model(Protocol):
+    """What makes images; see `builder.models.diffusion.Diffusion`."""
+
+    def encode(self, prompts: Sequence[str]) -> list[Any]: ...
+
+    def make(
+        self, texts: Sequence[Any], seeds: Sequence[int], size: tuple[int, int]
+    ) -> Callable[[], tuple[Pixels, list[bool]]]: ...
+
+    def free(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Made:
+    """One image.
+
+    Attributes:
+        jpeg: its bytes.
+        batch_size: images that the model made together with it, padding counted.
+    """
+
+    jpeg: bytes
+    batch_size: int
+
+
+@dataclass(eq=False)
+class Job:
+    """One image to make; `size` is width and height, px."""
+
+    prompt: str
+    seed: int
+    size: tuple[int, int]
+    made: Future[Made] = field(default_factory=Future)
+    #: The encoded prompt, and how many were encoded together with it, padding counted.
+    text: Any = None
+    text_batch: int = 0
+
+
+class ImageQueue:
+    """Images of jobs, each made in a batch of exactly `batch_size` of one size.
+
+    A batch is made as soon as it is full. One that is not is padded with copies of its last job, once one of its jobs is
+    asked for and no more are being added. Jobs that nobody holds any more are forgotten.
+
+    A batch that fails is halved, padded, until the jobs that fail stand alone; no other job fails with them. Out of
+    memory halves `batch_size` for good, and `notes` says so.
+    """
+
+    def __init__(
+        self, model: Model, *, batch_size: int, quality: int, is_out_of_memory: Callable[[BaseException], bool]
+    ) -> None:
+        self._model, self._quality, self._is_out_of_memory = model, quality, is_out_of_memory
+        self.batch_size = batch_size
+        self.notes: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        self._waiting: list[weakref.ref[Job]] = []
+        self._asked: frozenset[Job] = frozenset()
+        self._adding = 0
+        self._closed = False
+        self._encoding = threading.Lock()  # tokenizers are not for two threads
+        self._pool = ThreadPoolExecutor(min(ENCODERS, os.cpu_count() or 1), "jpeg")
+        self._maker = threading.Thread(target=self._work, name="images", daemon=True)
+        self._maker.start()
+
+    def add(self, jobs: list[Job]) -> list[Job]:
+        """Encodes the prompts of jobs and queues them; for any thread.
+
+        Raises:
+            Exception: whatever the text encoder raises; no job of these is queued then.
+        """
+        with self._changed:
+            self._adding += 1
+        try:
+            self._encode(jobs, self.batch_size)
+            with self._changed:
+                self._waiting += [weakref.ref(job) for job in jobs]
+        finally:
+            with self._changed:
+                self._adding -= 1
+                self._changed.notify_all()
+        return jobs
+
+    def answers(self, jobs: list[Job]) -> list[Made | Exception]:
+        """Waits for jobs that were added; of each its image, or why there is none."""
+        with self._changed:
+            self._asked = frozenset(jobs)
+            self._changed.notify_all()
+        wait([job.made for job in jobs])
+        with self._changed:
+            self._asked = frozenset()
+        found: list[Made | Exception] = []
+        for job in jobs:
+            error = job.made.exception()
+            if error is None:
+                found.append(job.made.result())
+            elif isinstance(error, Exception):
+                found.append(error)
+            else:
+                raise error
+        return found
+
+    def close(self) -> None:
+        """Ends the threads; jobs that are queued are not made."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._maker.join()
+        self._pool.shutdown()
+
+    # --- the thread that makes batches ---
+
+    def _work(self) -> None:
+        while jobs := self._take():
+            try:
+                self._make(jobs)
+            except BaseException as error:  # whoever waits for these must not wait for ever
+                for job in jobs:
+                    if not job.made.done():
+                        job.made.set_exception(error)
+
+    def _take(self) -> list[Job]:
+        """The jobs of the next batch, in order; none when the queue is closed."""
+        with self._changed:
+            while not self._closed:
+                if jobs := self._next():
+                    taken = set(jobs)
+                    self._waiting = [job for job in self._waiting if job() not in taken]
+                    return jobs
+                self._changed.wait()
+        return []
+
+    def _next(self) -> list[Job]:
+        held = [job for job in (reference() for reference in self._waiting) if job is not None]
+        sizes: dict[tuple[int, int], list[Job]] = {}
+        for job in held:
+            same = sizes.setdefault(job.size, [])
+            same.append(job)
+        full = [same for same in sizes.values() if len(same) >= self.batch_size]
+        if not full and not self._adding:
+            full = [sizes[job.size] for job in held if job in self._asked]
+        return full[0][: self.batch_size] if full else []
+
+    def _make(self, jobs: list[Job]) -> None:
+        size = self.batch_size
+        if len(jobs) > size:
+            self._make_apart(jobs, size)
+            return
+        try:
+            if stale := [job for job in jobs if job.text_batch != size]:
+                self._encode(stale, size)
+            padded = jobs + [jobs[-1]] * (size - len(jobs))
+            images = self._model.make([job.text for job in padded], [job.seed for job in padded], jobs[0].size)
+        except Exception as error:
+            failure = error.with_traceback(None)  # it holds the batch's tensors
+        else:
+            for i, job in enumerate(jobs):
+                job.text = None  # memory of the device
+                self._pool.submit(self._finish, job, images, i, size)
+            return
+        if self._is_out_of_memory(failure) and size > 1:
+            self._halve(size)
+            self._make_apart(jobs, self.batch_size)
+        elif len(jobs) > 1:
+            self._make_apart(jobs, (len(jobs) + 1) // 2)
+        else:
+            jobs[0].made.set_exception(failure)
+
+    def _make_apart(self, jobs: list[Job], count: int) -> None:
+        for i in range(0, len(jobs), count):
+            self._make(jobs[i : i + count])
+
+    def _encode(self, jobs: list[Job], size: int) -> None:
+        """Encodes prompts in batches of exactly `size`, padded: the last bits depend on it."""
+        at = 0
+        while at < len(jobs):
+            part = jobs[at : at + size]
+            prompts = [job.prompt for job in part] + [part[-1].prompt] * (size - len(part))
+            try:
+                with self._encoding:
+                    texts = self._model.encode(prompts)
+            except Exception as error:
+                if not self._is_out_of_memory(error) or size == 1:
+                    raise
+                texts = []
+            if not texts:
+                self._halve(size)
+                size = self.batch_size
+                continue
+            for job, text in zip(part, texts, strict=False):
+                job.text, job.text_batch = text, size
+            at += len(part)
+
+    def _halve(self, size: int) -> None:
+        """Halves the batch size, unless another thread just did."""
+        with self._changed:
+            if self.batch_size == size:
+                self.batch_size = size // 2
+                self.notes.append({"note": "out of memory", "batch_size": size, "batch_size_now": self.batch_size})
+        gc.collect()
+        self._model.free()
+
+    # --- the threads that encode JPEG ---
+
+    def _finish(self, job: Job, images: Callable[[], tuple[Pixels, list[bool]]], place: int, size: int) -> None:
+        try:
+            pixels, finite = images()
+            if not finite[place]:
+                raise ValueError("the model's image holds values that are no numbers: try another dtype")
+            job.made.set_result(Made(encode(pixels[place], self._quality), size))
+        except BaseException as error:
+            job.made.set_exception(error)

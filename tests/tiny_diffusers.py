@@ -1,0 +1,91 @@
+"""Two tiny pipelines with random weights, saved as diffusers saves real ones: `python tests/tiny_diffusers.py FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def make_sd(folder: Path, *, classes: str = "StableDiffusionPipeline") -> Path:
+    """Tiny SD: a `StableDiffusionPipeline` of 1.4M parameters, 64 px by itself."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=514, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=77, bos_token_id=512, eos_token_id=513, pad_token_id=513,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=32, in_channels=4, out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    import diffusers
+
+    parts: dict[str, Any] = {
+        "vae": _vae(AutoencoderKL, 32, 8), "text_encoder": CLIPTextModel(text), "tokenizer": _clip_tokenizer(folder),
+        "unet": unet, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None,
+    }  # fmt: skip
+    pipe = getattr(diffusers, classes)(**parts, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def make_dit(folder: Path) -> Path:
+    """Tiny DiT: a `PixArtSigmaPipeline`."""
+    import torch
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(1)
+    letters = ["<pad>", "</s>", "<unk>", "▁", *(chr(i) for i in range(33, 127))]
+    tokenizer = T5Tokenizer(vocab=[(letter, -float(i)) for i, letter in enumerate(letters)], extra_ids=0)
+    text = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    transformer = PixArtTransformer2DModel(
+        sample_size=8, patch_size=2, num_layers=2, num_attention_heads=4, attention_head_dim=8, caption_channels=32,
+        in_channels=4, out_channels=8, cross_attention_dim=32, norm_type="ada_norm_single",
+        use_additional_conditions=False,
+    )  # fmt: skip
+    pipe = PixArtSigmaPipeline(
+        tokenizer=tokenizer, text_encoder=T5EncoderModel(text), vae=_vae(AutoencoderKL, 16, 8),
+        transformer=transformer, scheduler=DPMSolverMultistepScheduler(),
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def _vae(kind: Any, channels: int, groups: int) -> Any:
+    return kind(
+        block_out_channels=(channels,) * 4, in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=groups,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=64,
+    )  # fmt: skip
+
+
+def _clip_tokenizer(folder: Path) -> Any:
+    """CLIP's byte tokenizer without merges: 256 characters, the same at a word's end, and two special tokens."""
+    from transformers import CLIPTokenizer
+
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(i) for i in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    merges.write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
+    vocabulary.unlink()
+    merges.unlink()
+    return tokenizer
+
+
+if __name__ == "__main__":
+    make_sd(Path(sys.argv[1]) / "tiny-sd")
+    make_dit(Path(sys.argv[1]) / "tiny-dit")
