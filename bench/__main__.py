@@ -213,6 +213,8 @@ def _generate(layout: Layout, shard: str, edits: Path) -> None:
         "image_sha256": [hashlib.sha256(data).hexdigest() for data, _ in chosen],
         "image_width": [size[0] for _, size in chosen], "image_height": [size[1] for _, size in chosen],
         "image_seed": rows, "image_model": ["bench"] * count, "image_prompt": prompts,
+        "image_draw": [0] * count, "image_steps": [None] * count, "image_guidance": [None] * count,
+        "image_batch_size": [None] * count,
         "generate_status": ["ok"] * count, "generate_error": [None] * count, "generate_run": ["bench"] * count,
         "generate_inputs": rows,
     }  # fmt: skip

@@ -107,7 +107,7 @@ height = 64
 [write]
 select = "write.sql"
 """
-PROMPTS = "select shard, row, uid, key, caption as prompt from samples where row > 0"
+PROMPTS = "select shard, row, uid, key, caption as prompt, 0 as draw from samples where row > 0"
 WRITE = "select shard, row, uid, 'a new caption' as caption from samples where row = 1"
 
 

@@ -20,6 +20,7 @@ from conftest import Workspace, ingest_here, samples
 FOLDER = layout.installed("sql")
 FILES = sorted(path.name for path in FOLDER.glob("*.sql"))
 STAGES = ("faces", "lang", "prompts", "generate")
+OTHERS = ("generate_aspect", "write", "stats")
 KEYS = ["shard", "row", "uid"]
 PARAMS = {"min_faces": 1, "lang": "en"}
 
@@ -52,7 +53,7 @@ def params_of(name: str) -> dict[str, Any]:
 
 
 def test_there_is_a_file_for_every_stage_the_writer_and_the_statistics() -> None:
-    assert sorted(f"{stage}.sql" for stage in (*STAGES, "write", "stats")) == FILES
+    assert sorted(f"{stage}.sql" for stage in (*STAGES, *OTHERS)) == FILES
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,4 +1,7 @@
-"""Two tiny pipelines with random weights, saved as diffusers saves real ones: `python tests/tiny_diffusers.py FOLDER`."""
+"""Two tiny pipelines with random weights, saved as diffusers saves real ones.
+
+python tests/tiny_diffusers.py FOLDER
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 
-def make_sd(folder: Path, *, classes: str = "StableDiffusionPipeline") -> Path:
+def make_sd(folder: Path) -> Path:
     """Tiny SD: a `StableDiffusionPipeline` of 1.4M parameters, 64 px by itself."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
@@ -28,14 +31,11 @@ def make_sd(folder: Path, *, classes: str = "StableDiffusionPipeline") -> Path:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
     )  # fmt: skip
-    import diffusers
-
     parts: dict[str, Any] = {
         "vae": _vae(AutoencoderKL, 32, 8), "text_encoder": CLIPTextModel(text), "tokenizer": _clip_tokenizer(folder),
         "unet": unet, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None,
     }  # fmt: skip
-    pipe = getattr(diffusers, classes)(**parts, requires_safety_checker=False)
-    pipe.save_pretrained(folder)
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
     return folder
 
 

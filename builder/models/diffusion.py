@@ -22,8 +22,8 @@ from builder.config import Strict
 from builder.errors import StageError, missing_extra
 from builder.models.pictures import Pixels
 
-#: Names in `__call__` of what `encode_prompt` returns, in its order; None: not an argument. A pipeline class that is not
-#: here encodes its prompts by itself, while it makes the images. Source: diffusers 0.42.
+#: Names in `__call__` of what `encode_prompt` returns, in its order; None: not an argument. A pipeline class that is
+#: not here encodes its prompts by itself, while it makes the images. Source: diffusers 0.42.
 ENCODED: dict[str, tuple[str | None, ...]] = {
     "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
     "StableDiffusionXLPipeline": (
@@ -49,7 +49,7 @@ AS_IS = {"use_resolution_binning": False, "clean_caption": False}
 #: Steps of SanaSprintPipeline for which its `intermediate_timesteps` is meant; it refuses it for others.
 _SPRINT_STEPS = 2
 #: `owner/name` on the hub.
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 #: A folder of the hub's cache: models--owner--name/snapshots/revision.
 _SNAPSHOT = re.compile(r"models--([\w.-]+)--([\w.-]+)/snapshots/(\w+)$")
 
@@ -360,7 +360,7 @@ def _adapt(pipe: Any, options: DiffusionOptions) -> None:
             if enable is None:
                 raise StageError(f"the VAE of '{kind}' has no {option}", where=where, fix=f"take vae_{option} out")
             enable()
-    network = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    network: Any = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     if options.attention is not None:
         with _told(f'attention = "{options.attention}" cannot be set', where, "take attention out, or another name"):
             network.set_attention_backend(options.attention)

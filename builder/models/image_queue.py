@@ -64,8 +64,8 @@ class Job:
 class ImageQueue:
     """Images of jobs, each made in a batch of exactly `batch_size` of one size.
 
-    A batch is made as soon as it is full. One that is not is padded with copies of its last job, once one of its jobs is
-    asked for and no more are being added. Jobs that nobody holds any more are forgotten.
+    A batch is made as soon as it is full. One that is not is padded with copies of its last job, once one of its jobs
+    is asked for and no more are being added. Jobs that nobody holds any more are forgotten.
 
     A batch that fails is halved, padded, until the jobs that fail stand alone; no other job fails with them. Out of
     memory halves `batch_size` for good, and `notes` says so.

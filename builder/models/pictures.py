@@ -1,5 +1,5 @@
-"""Decoding pictures, and encoding JPEG. Pillow is the truth of what decodes and to what; simplejpeg does the same faster
-where it can."""
+"""Decoding pictures, and encoding JPEG. Pillow is the truth of what decodes and to what; simplejpeg does the same
+faster where it can."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ AHEAD = 3
 MULTIPLE = 8
 
 Side = Annotated[int, Field(ge=32, le=4096)]
+Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
 
 
 class GenerateOptions(DiffusionOptions):
@@ -41,7 +43,7 @@ class GenerateOptions(DiffusionOptions):
     #: Every image's seed comes from this one, the sample's uid and key, and which drawing of it it is.
     seed: int = 0
     #: Sizes [width, height], px, of which each sample gets one, in place of width and height.
-    sizes: list[tuple[Side, Side]] = []
+    sizes: list[Size] = Field(default=[])
     #: How a sample gets one of `sizes`: hash, each as often; aspect, the one nearest to the original's shape.
     size_by: Literal["hash", "aspect"] = "hash"
     #: Images that the model makes at once, always: a batch is filled or padded. Out of memory halves it.
@@ -52,9 +54,9 @@ class GenerateOptions(DiffusionOptions):
         if self.size_by == "aspect" and not self.sizes:
             raise ValueError("size_by = 'aspect' chooses of sizes, and there are none")
         if self.backend == "diffusers":
-            for size in self.sizes or [(self.width, self.height)]:
-                if any(side % MULTIPLE for side in size):
-                    raise ValueError(f"{size[0]}x{size[1]} px: backend 'diffusers' takes multiples of {MULTIPLE}")
+            for width, height in self.sizes or [[self.width, self.height]]:
+                if width % MULTIPLE or height % MULTIPLE:
+                    raise ValueError(f"{width}x{height} px: backend 'diffusers' takes multiples of {MULTIPLE}")
         return self
 
 
@@ -64,7 +66,7 @@ class Generate:
     name: ClassVar[str] = "generate"
     version: ClassVar[str] = "1"
     Options = GenerateOptions
-    inputs: ClassVar[pa.Schema] = pa.schema([("key", pa.string()), ("prompt", pa.string()), ("draw", pa.int32())])
+    inputs: pa.Schema = pa.schema([("key", pa.string()), ("prompt", pa.string()), ("draw", pa.int32())])
     members: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[pa.Schema] = pa.schema(
         [
@@ -90,7 +92,7 @@ class Generate:
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
-        self.sizes = options.sizes or [(options.width, options.height)]
+        self.sizes = [(width, height) for width, height in options.sizes or [[options.width, options.height]]]
         self.sql = "generate.sql"
         #: Mean absolute difference of pixels, 0..255, between an image made alone and the same within a batch.
         self.tolerance = 0.0
@@ -208,7 +210,7 @@ class Generate:
 
     def _sizes(self, batch: pa.RecordBatch) -> list[tuple[int, int]]:
         if len(self.sizes) == 1:
-            return self.sizes * batch.num_rows
+            return [self.sizes[0]] * batch.num_rows
         if self.options.size_by == "aspect":
             shapes = zip(batch.column("width").to_pylist(), batch.column("height").to_pylist(), strict=True)
             return [nearest(self.sizes, width, height) for width, height in shapes]
@@ -225,7 +227,7 @@ def _hash(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest(), "big")
 
 
-def nearest(sizes: list[tuple[int, int]], width: int | None, height: int | None) -> tuple[int, int]:
+def nearest(sizes: Sequence[tuple[int, int]], width: int | None, height: int | None) -> tuple[int, int]:
     """The size whose shape is nearest to a picture's, by ratio; one of unknown size counts as square."""
     wanted = math.log(width / height) if width and height else 0.0
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - wanted))
