@@ -128,7 +128,7 @@ def _first_line(kind: type[Stage]) -> str:
 
 
 def _keys(model: type[BaseModel], prefix: str) -> list[str]:
-    docs = field_docs(model)
+    docs = {name: doc for base in reversed(_models(model)) for name, doc in field_docs(base).items()}
     rows = []
     for name, info in model.model_fields.items():
         default = "required" if info.is_required() else _value(info.get_default(call_default_factory=True))
@@ -136,8 +136,13 @@ def _keys(model: type[BaseModel], prefix: str) -> list[str]:
     return _table(("key", "type", "default", "meaning"), rows)
 
 
+def _models(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """A model and those that it takes fields from."""
+    return [base for base in model.__mro__ if issubclass(base, BaseModel) and base not in BaseModel.__mro__]
+
+
 def field_docs(model: type[BaseModel]) -> dict[str, str]:
-    """The `#:` comment above each field of a model; one comment covers the fields that follow it line by line.
+    """The `#:` comment above each field that a model has of its own; one covers the fields that follow line by line.
 
     Raises:
         SystemExit: a field has none.
@@ -176,6 +181,8 @@ def _type(annotation: Any) -> str:
     parts = get_args(annotation)
     if str(annotation).startswith("typing.Literal"):
         return " or ".join(f"`{json.dumps(part)}`" for part in parts)
+    if hasattr(annotation, "__metadata__"):
+        return _type(annotation.__origin__)
     origin = getattr(annotation, "__origin__", None)
     if origin is list:
         return f"list of {_type(parts[0])}"

@@ -22,7 +22,7 @@ FILES = sorted(path.name for path in FOLDER.glob("*.sql"))
 STAGES = ("faces", "lang", "prompts", "generate")
 OTHERS = ("generate_aspect", "write", "stats")
 KEYS = ["shard", "row", "uid"]
-PARAMS = {"min_faces": 1, "lang": "en"}
+PARAMS = {"min_faces": 1, "lang": "en", "draw": 0}
 
 
 def header(name: str) -> dict[str, list[str]]:

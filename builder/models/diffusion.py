@@ -83,6 +83,7 @@ class DiffusionOptions(Strict):
     vae_tiling: bool = False
     #: File, directory or hub id of LoRA weights, which are fused into the model.
     lora: str | None = None
+    #: How much of the LoRA is fused: 0 nothing, 1 all of it.
     lora_scale: float = 1.0
     #: What the image should not show; takes effect with `guidance` above 1.
     negative_prompt: str | None = None

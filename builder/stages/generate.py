@@ -89,6 +89,8 @@ class Generate:
     resources: Resources = Resources(cpus=1, memory_gb=0.5, batch_rows=32)
     #: Values of $names in the work SQL: 1 draws each image again with its next seed.
     params: ClassVar[dict[str, Any]] = {"draw": 0}
+    #: Columns that hold an input of an image as it was when it was made.
+    recorded: ClassVar[dict[str, str]] = {"prompt": "image_prompt", "draw": "image_draw"}
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
