@@ -29,7 +29,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench import corpus, faces, tables, work
+from bench import corpus, faces, images, tables, work
 from bench.report import Result, compared, rounds_of, table, write
 from builder import table as tables_of
 from builder.edits import EditsTar
@@ -384,6 +384,7 @@ def main() -> None:
         "scale": lambda: measure_scale(folder, options.rounds, 10 * options.partitions, 100),
         "again": lambda: measure_second_run(folder, options.rounds, options.partitions),
         "faces": lambda: faces.measure(options.rounds, folder / "faces"),
+        "images": lambda: images.measure(options.rounds, folder),
     }
     results: list[Result] = []
     for name, part in parts.items():
@@ -419,7 +420,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="[%(default)s]")
     parser.add_argument("--samples", type=int, default=10_000, help="samples of a shard [%(default)s]")
     parser.add_argument("--partitions", type=int, default=2_000, help="partitions of the table [%(default)s]")
-    names = "ingest, write, commit, questions, scale, again, faces"
+    names = "ingest, write, commit, questions, scale, again, faces, images"
     parser.add_argument("--only", nargs="*", default=[], metavar="PART", help=f"some of {names}")
     return parser.parse_args()
 

@@ -32,7 +32,7 @@ def make_sd(folder: Path) -> Path:
         steps_offset=1,
     )  # fmt: skip
     parts: dict[str, Any] = {
-        "vae": _vae(AutoencoderKL, 32, 8), "text_encoder": CLIPTextModel(text), "tokenizer": _clip_tokenizer(folder),
+        "vae": _vae(AutoencoderKL, 32, 8), "text_encoder": CLIPTextModel(text), "tokenizer": clip_tokenizer(folder),
         "unet": unet, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None,
     }  # fmt: skip
     StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
@@ -43,11 +43,10 @@ def make_dit(folder: Path) -> Path:
     """Tiny DiT: a `PixArtSigmaPipeline`."""
     import torch
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(1)
-    letters = ["<pad>", "</s>", "<unk>", "▁", *(chr(i) for i in range(33, 127))]
-    tokenizer = T5Tokenizer(vocab=[(letter, -float(i)) for i, letter in enumerate(letters)], extra_ids=0)
+    tokenizer = t5_tokenizer()
     text = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     transformer = PixArtTransformer2DModel(
         sample_size=8, patch_size=2, num_layers=2, num_attention_heads=4, attention_head_dim=8, caption_channels=32,
@@ -69,7 +68,7 @@ def _vae(kind: Any, channels: int, groups: int) -> Any:
     )  # fmt: skip
 
 
-def _clip_tokenizer(folder: Path) -> Any:
+def clip_tokenizer(folder: Path) -> Any:
     """CLIP's byte tokenizer without merges: 256 characters, the same at a word's end, and two special tokens."""
     from transformers import CLIPTokenizer
 
@@ -84,6 +83,14 @@ def _clip_tokenizer(folder: Path) -> Any:
     vocabulary.unlink()
     merges.unlink()
     return tokenizer
+
+
+def t5_tokenizer() -> Any:
+    """T5's tokenizer over printable ASCII, letter by letter."""
+    from transformers import T5Tokenizer
+
+    letters = ["<pad>", "</s>", "<unk>", "▁", *(chr(i) for i in range(33, 127))]
+    return T5Tokenizer(vocab=[(letter, -float(i)) for i, letter in enumerate(letters)], extra_ids=0)
 
 
 if __name__ == "__main__":
