@@ -742,6 +742,6 @@ def test_the_blocks_of_the_docs_are_valid() -> None:
         if "backend" in block
     ]
     assert len(models) == 8
-    assert [name for name in re.findall(r"^### (.*)$", text, re.M)] == [
+    assert re.findall(r"^### (.*)$", text, re.M) == [
         "FLUX.1-schnell", "FLUX.2-klein", "SD-Turbo", "SDXL-Turbo", "SANA-Sprint", "PixArt-Sigma", "Stable Diffusion 3",
     ]  # fmt: skip
