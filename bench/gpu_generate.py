@@ -322,9 +322,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Line]:
     options = parser.parse_args(arguments)
     if options.tiny:
         options.device, options.batches, options.compile = "cpu", [2], ["off"]
+        torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --tiny goes the whole way on the CPU")
-    print(f"torch {torch.__version__}, {SIDE} px, {STEPS} steps")
+    print(f"torch {torch.__version__}, {TINY_SIDE if options.tiny else SIDE} px, {STEPS} steps")
     peak = peak_of(options.device, options.tiny)
     lines = []
     for key in options.only:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import gc
 import hashlib
 import io
+import re
+import subprocess
+import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from builder.stage import Preparing, RowsFailed
 from builder.stages.generate import Generate, GenerateOptions, nearest, seed_of
 from conftest import Workspace, read_tar, samples
 
+ROOT = Path(__file__).parent.parent
 BATCH = 4
 SMALL = {"dtype": "float32", "steps": 2, "width": 64, "height": 64, "batch_size": BATCH}
 
@@ -704,9 +709,39 @@ def test_a_missing_model_marks_no_row(workspace: Callable[..., Workspace]) -> No
     assert made.rows("select count(*) from samples where generate_status is not null") == [(0,)]
 
 
+def test_the_measurement_on_a_gpu_goes_its_whole_way_on_a_cpu() -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "bench.gpu_generate", "--tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for name in ("FLUX.1-schnell", "SDXL-Turbo"):
+        [line] = re.findall(rf"^{re.escape(name)}, compile off, batch 2: (.*)$", done.stdout, re.M)
+        figures = re.fullmatch(
+            r"bare ([\d.]+) images/s, stage ([\d.]+) images/s \([\d.]+ x\), network ([\d.]+) TFLOP a call, "
+            r"([\d.e-]+) TFLOP/s, [\d.]+% of peak",
+            line,
+        )
+        assert figures, line
+        assert float(figures[1]) > 0 < float(figures[2])
+        assert float(figures[4]) > 0
+
+
 def test_hashes_of_two_processes_agree(models: dict[str, Path], tmp_path: Path) -> None:
     """Making the tiny models again gives the same weights: the tests of another process see the same images."""
     again = tiny_diffusers.make_sd(tmp_path / "sd")
     for name in ("unet", "vae"):
         files = [folder / name / "diffusion_pytorch_model.safetensors" for folder in (models["sd"], again)]
         assert len({hashlib.sha256(file.read_bytes()).hexdigest() for file in files}) == 1
+
+
+def test_the_blocks_of_the_docs_are_valid() -> None:
+    text = (ROOT / "docs/generate.md").read_text("utf-8")
+    blocks = [tomllib.loads(block)["stages"]["generate"] for block in re.findall(r"```toml\n(.*?)```", text, re.S)]
+    models = [
+        GenerateOptions(**{key: value for key, value in block.items() if key != "run"}).model
+        for block in blocks
+        if "backend" in block
+    ]
+    assert len(models) == 8
+    assert re.findall(r"^### (.*)$", text, re.M) == [
+        "FLUX.1-schnell", "FLUX.2-klein", "SD-Turbo", "SDXL-Turbo", "SANA-Sprint", "PixArt-Sigma", "Stable Diffusion 3",
+    ]  # fmt: skip

@@ -115,8 +115,8 @@ class Diffusion:
         self.name = name_of(options.model, options.revision)
         pipe = self._pipe = _loaded(options)
         self._taken = inspect.signature(pipe.__call__).parameters
-        self._encoder_takes = inspect.signature(pipe.encode_prompt).parameters if type(pipe).__name__ in ENCODED else {}
-        self._names = ENCODED.get(type(pipe).__name__, ())
+        self._names = _encoded(pipe)
+        self._encoder_takes = inspect.signature(pipe.encode_prompt).parameters if self._names else {}
         self._check_taken()
         self.steps = options.steps or int(self._taken["num_inference_steps"].default)
         self.guidance = self._guidance()
@@ -285,6 +285,14 @@ def _packages() -> tuple[Any, Any]:
             module.utils.logging.set_verbosity_error()
             module.utils.logging.disable_progress_bar()
     return found["torch"], found["diffusers"]
+
+
+def _encoded(pipe: Any) -> tuple[str | None, ...]:
+    """What `encode_prompt` of a pipeline returns; empty where the pipeline has to encode prompts by itself."""
+    kind = type(pipe).__name__
+    if kind == "Flux2KleinPipeline" and not pipe.config.is_distilled:  # it encodes the negative prompt by itself only
+        return ()
+    return ENCODED.get(kind, ())
 
 
 def _check_device(device: str) -> None:
