@@ -291,7 +291,7 @@ def options_hash(stage: Stage, options: BaseModel) -> str:
     """16 hex digits over a stage's name, version, inputs, outputs and the options that decide its result.
 
     An option whose field says `json_schema_extra={"decides": False}` (a timeout, a thread count) is left out, in models
-    within models too.
+    within models too; of a list with `{"decides": "as a set"}` neither order nor repetition counts.
     """
     columns = [[(field.name, str(field.type)) for field in side] for side in (stage.inputs, stage.outputs)]
     text = json.dumps([stage.name, stage.version, columns, _deciding(options)], sort_keys=True)
@@ -301,12 +301,14 @@ def options_hash(stage: Stage, options: BaseModel) -> str:
 def _deciding(value: Any, dumped: Any = None) -> Any:
     """An option's value as json, less what decides nothing."""
     if isinstance(value, BaseModel):
-        dumped, fields = value.model_dump(mode="json"), type(value).model_fields
-        return {
-            name: _deciding(getattr(value, name), dumped[name])
-            for name, field in fields.items()
-            if (field.json_schema_extra or {}).get("decides", True)  # type: ignore[union-attr]
-        }
+        dumped, found = value.model_dump(mode="json"), {}
+        for name, field in type(value).model_fields.items():
+            decides = (field.json_schema_extra or {}).get("decides", True)  # type: ignore[union-attr]
+            if decides:
+                found[name] = _deciding(getattr(value, name), dumped[name])
+            if decides == "as a set":
+                found[name] = sorted({json.dumps(item, sort_keys=True) for item in found[name]})
+        return found
     if isinstance(value, list | tuple):
         return [_deciding(*pair) for pair in zip(value, dumped, strict=True)]
     return dumped

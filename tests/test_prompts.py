@@ -14,7 +14,7 @@ import pytest
 import llm_server as llm
 from builder.errors import ConfigError, StageError
 from builder.models.rewrites import GROUP_SYSTEM, Rewrites, Template
-from builder.stage import RowsFailed, find
+from builder.stage import RowsFailed, find, options_hash
 from builder.stages.prompts import Prompts, PromptsOptions
 from conftest import Workspace, samples
 from llm_server import LlmServer, Play
@@ -417,3 +417,14 @@ def test_vllm_that_is_not_installed_and_a_folder_that_is_not_there() -> None:
         "package 'vllm' is not installed, which backend 'vllm' of stage 'prompts' needs\n"
         "  fix: pip install 'hybrid-shard-builder[vllm]'"
     )
+
+
+def test_more_servers_of_one_model_make_no_answer_stale() -> None:
+    def signature(*models: str, **more: Any) -> str:
+        endpoints = [{"base_url": f"http://127.0.0.1:{8000 + i}/v1", "model": model} for i, model in enumerate(models)]
+        stage = Prompts(PromptsOptions.model_validate({"backend": "openai", "endpoints": endpoints, **more}))
+        return options_hash(stage, stage.options)
+
+    assert signature("a") == signature("a", "a", timeout_s=7.0)
+    assert signature("a", "b") == signature("b", "a", "b")
+    assert len({signature("a"), signature("b"), signature("a", "b"), signature("a", temperature=0.5)}) == 4

@@ -40,7 +40,7 @@ class PromptsOptions(Strict):
     #: Of template: the prompt, with {caption} where the tidied caption goes.
     style: str = DEFAULT_STYLE
     #: Of openai: servers, each a section [[stages.prompts.endpoints]].
-    endpoints: list[Endpoint] = Field(default=[])
+    endpoints: list[Endpoint] = Field(default=[], json_schema_extra={"decides": "as a set"})
     #: Of openai: a short form for Ollama servers on one host, by their ports; all serve `model`.
     ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(default=[], json_schema_extra=_SAME_ANSWER)
     #: The host of `ports`.
