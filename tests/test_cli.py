@@ -23,7 +23,11 @@ from conftest import STAGES, Sample, Workspace, builder, make_shard, picture, sa
 
 Make = Callable[..., Workspace]
 COMMANDS = {name: command for name, command in cli.main.commands.items() if not command.hidden}
-JSON_COMMANDS = ("plan", "status", "sql", "show", "verify")
+SQL_FILES = (
+    "check", "faces", "faces_metadata", "generate", "generate_aspect", "lang", "prompts", "prompts_groups", "stats",
+    "write",
+)  # fmt: skip
+JSON_COMMANDS = ("plan", "status", "sql", "show", "regen", "verify")
 
 
 @dataclass
@@ -81,8 +85,8 @@ def own(tmp_path: Path, workspace: Make) -> Callable[..., Workspace]:
 
 def test_every_command_has_help_with_an_example() -> None:
     assert list(COMMANDS) == [
-        "init", "ingest", "stage", "run", "write", "plan", "status", "sql", "show", "verify", "gc", "fold", "drop",
-        "demo",
+        "init", "ingest", "stage", "run", "write", "plan", "status", "sql", "show", "regen", "verify", "gc", "fold",
+        "drop", "demo",
     ]  # fmt: skip
     for name, command in COMMANDS.items():
         text = run(name, "--help").out
@@ -508,7 +512,7 @@ def test_stage_that_the_pipeline_lacks(ask: Callable[..., Done], dataset: Worksp
 def test_init_copies_and_keeps(tmp_path: Path) -> None:
     target = tmp_path / "mine"
     done = run("init", str(target))
-    names = [f"sql/{name}.sql" for name in ("faces", "generate", "lang", "prompts", "prompts_groups", "stats", "write")]
+    names = [f"sql/{name}.sql" for name in SQL_FILES]
     names += ["pipelines/large.toml", "pipelines/small.toml"]
     following = f"next: cd {target}, set dataset.shards and dataset.root in pipelines/small.toml, builder plan\n"
     assert done == Done(0, "", "".join(f"written  {target / name}\n" for name in names) + following)
