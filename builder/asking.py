@@ -46,6 +46,12 @@ def answer(
     try:
         result = _patiently(stage, batch, ahead)
     except RowsFailed as partial:
+        outside = [row for row in partial.errors if not 0 <= row < batch.num_rows]
+        if outside:
+            raise StageError(
+                f"stage '{stage.name}' says that row {outside[0]} of a batch of {batch.num_rows} failed",
+                fix="RowsFailed takes positions in the batch, from 0",
+            ) from None
         yield from _apart(check_result(type(stage), batch, partial.result), partial.errors, first)
         return
     except Exception as error:
@@ -120,6 +126,8 @@ def check_alone(
     for i in range(min(TESTED, len(places))):
         row, within = places[i * (len(places) - 1) // max(min(TESTED, len(places)) - 1, 1)]
         [(_, alone)] = answer(stage, batch.slice(row, 1))
+        if isinstance(alone, Failure) and alone.error.startswith(TransientError.__name__):
+            continue  # that says nothing of the answers
         found = math.inf if isinstance(alone, Failure) else measure(alone, within)
         if not found <= tolerance:
             said = alone.error if isinstance(alone, Failure) else _shown(alone)

@@ -622,7 +622,7 @@ def _show_regen(again: Any) -> None:
     if again.stored is None:
         click.echo("the stored image is gone")
     elif again.mean is None:
-        click.echo("another image: of another size")
+        click.echo("another image: its pixels cannot be compared")
     else:
         click.echo(f"another image: pixels differ by {again.mean:.3g} of 255 on average, {again.most} at most")
     for reason in again.reasons or ["nothing is known to differ: the model's files, the driver, or the machine do"]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel, ValidationError
 
 from builder import pipeline as pipelines
 from builder import runs, workset, writer
@@ -80,8 +81,8 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
         )
     [row] = rows
     run = runs.read(pipeline.layout.run(row[f"{stage_name}_run"]))
-    stage = _stage_of(run, row)
-    inputs = _inputs(pipeline, run, stage, row)
+    stage, options = _stage_of(run, row)
+    inputs = _inputs(pipeline, run, stage, options, row)
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
     place = device or (pipeline.stages[stage_name].run.devices[0] if stage_name in pipeline.stages else "cpu")
@@ -110,22 +111,37 @@ def _stored(pipeline: Pipeline, row: dict[str, Any]) -> bytes | None:
     return None
 
 
-def _stage_of(run: dict[str, Any], row: dict[str, Any]) -> Stage:
-    """The stage with the options of its run, and the batch size of the row's own batch."""
+def _stage_of(run: dict[str, Any], row: dict[str, Any]) -> tuple[Stage, BaseModel]:
+    """The stage, with the options of its run and the batch size of the row's own batch.
+
+    Raises:
+        ConfigError: this version does not know one of the options.
+    """
     kind = find(run["stage"], run["python_file"])
     options = dict(run["options"])
     if _BATCH in kind.Options.model_fields and row.get("image_batch_size"):
         options[_BATCH] = row["image_batch_size"]
-    return kind(kind.Options.model_validate_json(json.dumps(options)))  # type: ignore[call-arg]
+    try:
+        known = kind.Options.model_validate_json(json.dumps(options))
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        raise ConfigError(
+            f"stage '{run['stage']}' does not take the options of the image's run any more: {first['msg']}",
+            where={"run": run["run"], "option": ".".join(map(str, first["loc"]))},
+            fix=f"use the version that made it: builder {run['builder']}",
+        ) from error
+    return kind(known), known  # type: ignore[call-arg]
 
 
-def _inputs(pipeline: Pipeline, run: dict[str, Any], stage: Stage, row: dict[str, Any]) -> pa.RecordBatch:
+def _inputs(
+    pipeline: Pipeline, run: dict[str, Any], stage: Stage, options: BaseModel, row: dict[str, Any]
+) -> pa.RecordBatch:
     """The row's inputs: as the run's SQL gives them, and those that its answer has recorded as they were then."""
     sql = Sql(run["sql"]["text"], run["sql"]["origin"])
     condition = f"shard = '{row['shard'].replace(chr(39), 2 * chr(39))}' and row = {row['row']}"
     work = Work(
         stage, sql, run["params"], Choice(redo=True, where=condition), [row["shard"]], pipeline.known_columns(),
-        options_hash(stage, stage.options),  # type: ignore[attr-defined]
+        options_hash(stage, options),
     )  # fmt: skip
     found = workset.first_rows(pipeline.layout, work, 1)
     if found.num_rows == 0:
@@ -164,7 +180,11 @@ def _compare(again: Again) -> None:
     from builder.models.pictures import decode
 
     assert again.stored is not None
-    stored, made = decode(again.stored), decode(again.made)
+    try:
+        stored, made = decode(again.stored), decode(again.made)
+    except ValueError as error:
+        again.reasons.insert(0, f"the stored bytes are no picture: {error}")
+        return
     if stored.shape == made.shape:
         apart = np.abs(stored.astype(np.int16) - made.astype(np.int16))
         again.mean, again.most = float(apart.mean()), int(apart.max())

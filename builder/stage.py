@@ -58,6 +58,8 @@ class Resources:
 class RowsFailed(Exception):
     """Raised by `process` where some rows of a batch have no answer and the others need not be asked again.
 
+    None of them is tried again in this run: a stage that raises it has done so itself where that may help.
+
     Attributes:
         result: an answer of every row; those of the failed ones are not looked at.
         errors: why, by position in the batch.
@@ -304,13 +306,15 @@ def _deciding(value: Any, dumped: Any = None) -> Any:
         dumped, found = value.model_dump(mode="json"), {}
         for name, field in type(value).model_fields.items():
             decides = (field.json_schema_extra or {}).get("decides", True)  # type: ignore[union-attr]
-            if decides:
+            if decides and name in dumped:
                 found[name] = _deciding(getattr(value, name), dumped[name])
-            if decides == "as a set":
+            if decides == "as a set" and found[name] is not None:
                 found[name] = sorted({json.dumps(item, sort_keys=True) for item in found[name]})
         return found
     if isinstance(value, list | tuple):
         return [_deciding(*pair) for pair in zip(value, dumped, strict=True)]
+    if isinstance(value, dict):
+        return {name: _deciding(value[key], dumped[name]) for key, name in zip(value, dumped, strict=True)}
     return dumped
 
 

@@ -37,6 +37,8 @@ JUDGED_AFTER = 100
 #: Batches in a checkpoint from which a commit starts one batch early, so that this batch can be processed meanwhile.
 #: Where a checkpoint holds fewer, that would be many more commits, and each is waited for.
 EARLY_FROM = 8
+#: Batches, of few rows each, that are read ahead for one of full size.
+MOST_AHEAD = 8
 #: Shards in a row that a full disk or the like keeps from being done, after which a task stops.
 SETBACKS = 3
 
@@ -208,27 +210,30 @@ class _Task:
         self._waiting = deque(read_task(run, number))
         self._groups = self._grouped()
         self._window: deque[_Step] = deque()
+        self._coming: deque[tuple[_Shard, _Group]] = deque()  # groups behind the window whose note is not written
         self._shards: list[_Shard] = []  # that are open, in order
         self._reader = ThreadPoolExecutor(1, "reader")
-        self._done = self._failed = self._behind = 0
+        self._done = self._failed = 0
+        self._passed: dict[str, int] = {}  # rows of the shards behind, by shard
         self.result = Result()
 
     def run(self) -> None:
         """Asks the stage about every row that is left, and commits checkpoints."""
         with self._reader:
             try:
-                self._read_ahead(None, [])
-                while self._window and not self._stopping():
-                    step = self._window.popleft()
-                    with self._leaving(step.shard.part):
-                        self._do(step)
-                    if not self._window:
-                        self._read_ahead(None, [])
-                self._forget(self._window)
-                for shard in list(self._shards):
-                    with self._leaving(shard.part):
-                        shard.checkpoint()
-                        self._close(shard)
+                while self._waiting and not self._stopping():  # again for shards that are swept at their last commit
+                    self._read_on()
+                    while self._window and not self._stopping():
+                        step = self._window.popleft()
+                        with self._leaving(step.shard.part):
+                            self._do(step)
+                        if not self._window:
+                            self._read_on()
+                    self._forget(self._window)
+                    for shard in list(self._shards):
+                        with self._leaving(shard.part):
+                            shard.checkpoint()
+                            self._close(shard)
             finally:
                 self._forget(self._window)
                 for shard in self._shards:
@@ -249,15 +254,29 @@ class _Task:
         shard.ask(batches, kills)
         if group is shard.groups[-1]:
             shard.checkpoint()  # it is closed once that is committed
-            self._behind += shard.part.count
+            self._passed[shard.part.shard] = shard.part.count
         elif shard.is_due():
             shard.checkpoint()
 
+    def _read_on(self) -> None:
+        """Reads ahead where nothing is in hand; a shard whose batch cannot be noted is left."""
+        is_tried = False
+        while not self._window and (self._coming or not is_tried):
+            is_tried = True
+            try:
+                self._read_ahead(None, [])
+            except OSError as error:
+                if not self._coming:
+                    raise
+                part = self._coming[0][0].part
+                with self._leaving(part):
+                    raise error
+
     def _read_ahead(self, step: _Step | None, in_hand: list[int]) -> None:
         """Notes the rows in hand, and starts reading what follows; it is prepared too, unless it has to stand alone."""
-        new: list[tuple[_Shard, _Group]] = []
-        last = self._window[-1].group if self._window else step.group if step else None
-        while len(self._window) + len(new) < max(self._stage.resources.ahead, 1) and not (last and last.alone):
+        new = self._coming
+        last = new[-1][1] if new else self._window[-1].group if self._window else step.group if step else None
+        while self._sees_too_little() and not (last and last.alone):
             following = self._next_group()
             if following is None:
                 break
@@ -268,9 +287,18 @@ class _Task:
         told = [(shard.part.shard, shard.rows_of(group)) for shard, group in ahead if not group.alone]
         if step is not None or told:
             self._deaths.begin(step.shard.part.shard if step else "", in_hand, told)
-        for shard, group in new:
+        while new:
+            shard, group = new.popleft()
             read = self._reader.submit(shard.read, group, None if group.alone else preparing)
             self._window.append(_Step(shard, group, read))
+
+    def _sees_too_little(self) -> bool:
+        """Whether less is ahead than the stage asks: fewer batches, or rows where those at ends of shards are small."""
+        groups = [*(step.group for step in self._window), *(group for _, group in self._coming)]
+        wanted = max(self._stage.resources.ahead, 1)
+        rows = sum(len(group.positions) for group in groups)
+        is_short = rows < wanted * self._settings.batch_rows and len(groups) < MOST_AHEAD * wanted
+        return len(groups) < wanted or is_short
 
     def _next_group(self) -> tuple[_Shard, _Group] | None:
         found = next(self._groups, None)
@@ -289,7 +317,7 @@ class _Task:
                 opened.append(_Shard(self, part))
                 if not opened[0].groups:
                     self._tally(part)
-                    self._behind += part.count
+                    self._passed[part.shard] = part.count
             for shard in opened:
                 if shard.groups:
                     self._shards.append(shard)
@@ -322,6 +350,7 @@ class _Task:
             yield
         except Swept:
             self._drop(part)
+            self._passed.pop(part.shard, None)
             self._waiting.appendleft(part)
         except (ConflictError, ShardError) as error:
             self._drop(part)
@@ -332,6 +361,7 @@ class _Task:
 
     def _drop(self, part: Slice) -> None:
         self._forget([step for step in self._window if step.shard.part is part])
+        self._coming = deque(pair for pair in self._coming if pair[0].part is not part)
         for shard in [shard for shard in self._shards if shard.part is part]:
             self._shards.remove(shard)
             shard.abandon()
@@ -389,7 +419,7 @@ class _Task:
 
     def show(self, in_shard: int) -> None:
         """Says how far the task is: the shards behind it, and rows of the one in hand."""
-        self._progress(self._behind + in_shard, self._failed)
+        self._progress(sum(self._passed.values()) + in_shard, self._failed)
 
     def too_many_failed(self) -> bool:
         return self._done >= JUDGED_AFTER and self._failed > self._settings.max_failed * self._done
@@ -586,7 +616,8 @@ class _Shard:
         """Ends a shard of which not all is committed. A commit in flight that fails leaves its rows to be done."""
         self.close()
         if self._in_flight is not None and self._in_flight.result.exception() is None:
-            self.collect()
+            with contextlib.suppress(OSError):  # the log of kept failures: no reason to hide another error
+                self.collect()
 
 
 def _without_failures(pending: _Pending) -> _Pending:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pytest
 
-from builder import Resources, Strict, asking, files, output, schema, table, tar
+from builder import Resources, Strict, asking, files, output, schema, table, tar, task
 from builder.asking import error_text
 from builder.deaths import Deaths
 from builder.errors import ShardError, StageError, TransientError
@@ -425,6 +425,92 @@ def test_a_swept_attempt_is_done_again_behind_what_was_read_ahead(
     assert len(set(attempts)) == 3  # the swept one, that of the other shard, a new one
 
 
+@pytest.mark.parametrize("shard", ["00000000", "00000001"])
+def test_an_attempt_that_is_swept_at_its_last_commit_is_done_again(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, shard: str
+) -> None:
+    commit, attempts = table.commit, []
+
+    def swept(layout: Layout, name: str, *args: Any, attempt: str, **options: Any) -> Any:
+        attempts.append(attempt)
+        if (
+            name == shard
+            and len([a for a in attempts if a == attempt]) == 1
+            and len(set(attempts)) <= 1 + (shard[-1] == "1")
+        ):
+            raise Swept("this attempt was swept")
+        return commit(layout, name, *args, attempt=attempt, **options)
+
+    monkeypatch.setattr(table, "commit", swept)
+    stage, seen = Note(Options()), []
+    result = do(layout, plan(layout, stage), stage, batch_rows=4, progress=lambda done, failed: seen.append(done))
+    assert (result.ok, result.left) == (16, {})
+    assert notes(layout) == [f"seen: {caption(i)}" for i in range(16)]
+    assert max(seen) == 16
+
+
+@pytest.mark.parametrize("kind", [Note, Ahead])
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_a_batch_that_cannot_be_noted_costs_its_shard_alone(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch, kind: type[Base], failing: int
+) -> None:
+    begin, calls = Deaths.begin, [0]
+
+    def full(self: Deaths, *args: Any) -> None:
+        calls[0] += 1
+        if calls[0] == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        begin(self, *args)
+
+    monkeypatch.setattr(Deaths, "begin", full)
+    stage = kind(Options())
+    stage.resources = Resources(ahead=3)  # type: ignore[misc]
+    result = do(layout, plan(layout, stage), stage, batch_rows=4)
+    assert len(result.left) == 1
+    done = [note is not None for note in notes(layout)]
+    for number, shard in enumerate(layout.shard_names()):
+        assert shard in result.left or all(done[8 * number : 8 * number + 8])
+    assert result.ok == 8
+
+
+def test_a_log_that_cannot_be_written_hides_no_other_error(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard is left while a commit with failures that keep an old answer is being made."""
+    do(layout, plan(layout, Note(Options())), Note(Options()))
+    stage = Fails(Options(word="again", bad=[key(0)]))
+    real_read, real_commit = task._Shard.read, table.commit
+
+    def full(path: Path, values: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def bad(self: Any, group: Any, preparing: Any) -> Any:
+        if self.part.shard == "00000000" and group.positions[0] == 4:
+            raise ShardError("it cannot be read")
+        return real_read(self, group, preparing)
+
+    def slow(*args: Any, **options: Any) -> Any:
+        time.sleep(0.2)
+        return real_commit(*args, **options)
+
+    run = plan(layout, stage, Choice(redo=True))
+    monkeypatch.setattr(files, "append_lines", full)
+    monkeypatch.setattr(task._Shard, "read", bad)
+    monkeypatch.setattr(table, "commit", slow)
+    result = do(layout, run, stage, batch_rows=4, checkpoint_rows=4)
+    assert (result.left, result.ok) == ({"00000000": "it cannot be read"}, 8)
+
+
+def test_more_small_batches_are_read_ahead(workspace: Make) -> None:
+    """Of shards with two rows each, as many are ahead as make up the batches that the stage asks for."""
+    made = workspace({f"{i:08d}": samples(2, start=2 * i) for i in range(8)})
+    ingest_here(made.load())
+    stage = Ahead()
+    stage.resources = Resources(ahead=2)  # type: ignore[misc]
+    seen = []
+    stage.before = lambda: seen.append(stage.began[11].wait(60))  # of the sixth shard
+    do(made.load().layout, plan(made.load().layout, stage), stage, batch_rows=5)
+    assert seen[0]
+
+
 class Some(Base):
     """Has no answer for the bad keys, and counts how often it is asked."""
 
@@ -442,6 +528,21 @@ class Some(Base):
 
 class Slow(Exception):
     kind = "timeout"
+
+
+@pytest.mark.parametrize("row", [-1, 8])
+def test_rows_that_are_none_of_the_batch_cannot_fail(layout: Layout, row: int) -> None:
+    class Wrong(Base):
+        def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+            raise RowsFailed(super().process(batch), {row: ValueError("no")})
+
+    stage = Wrong(Options())
+    with pytest.raises(StageError) as caught:
+        do(layout, plan(layout, stage), stage, batch_rows=8)
+    assert str(caught.value) == (
+        f"stage 'note' says that row {row} of a batch of 8 failed\n"
+        "  fix: RowsFailed takes positions in the batch, from 0"
+    )
 
 
 @pytest.mark.parametrize("bad", [[0], [7], [2, 3], list(range(8)), [0, 2, 4, 6]], ids=str)

@@ -184,3 +184,32 @@ def test_a_stage_without_draws_refuses_one(drawn: Workspace) -> None:
         "  file: sql/lang.sql\n"
         "  fix: select coalesce(image_draw, 0) + $draw as draw, as the generate stage's own SQL does\n",
     )
+
+
+def test_stored_bytes_that_are_no_picture_are_told(drawn: Workspace) -> None:
+    uid, _, _ = an_image(drawn)
+    [(path, offset)] = drawn.rows(f"select image_path, image_offset from samples where uid = '{uid}'")
+    with (drawn.root / path).open("r+b") as file:
+        file.seek(offset)
+        file.write(b"no jpeg")
+    done = drawn.run("regen", uid, "--check", check=False)
+    assert done.returncode == 3
+    lines = done.stdout.splitlines()
+    assert lines[1] == "another image: its pixels cannot be compared"
+    assert lines[2].startswith("  the stored bytes are no picture: ")
+
+
+def test_options_that_are_known_no_more_are_told(drawn: Workspace) -> None:
+    uid, _, _ = an_image(drawn)
+    [(run,)] = drawn.rows(f"select generate_run from samples where uid = '{uid}'")
+    description = RunFiles(drawn.load().layout.run(run)).description
+    data = json.loads(description.read_text())
+    data["options"]["brush"] = 3
+    description.write_text(json.dumps(data))
+    done = drawn.run("regen", uid, "--check", check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: stage 'generate' does not take the options of the image's run any more: "
+        "Extra inputs are not permitted\n"
+        f"  run: {run}\n  option: brush\n  fix: use the version that made it: builder {data['builder']}\n",
+    )

@@ -149,7 +149,7 @@ class ImageQueue:
             while not self._closed:
                 if jobs := self._next():
                     taken = set(jobs)
-                    self._waiting = [job for job in self._waiting if job() not in taken]
+                    self._waiting = [job for job in self._waiting if job() is not None and job() not in taken]
                     return jobs
                 self._changed.wait()
         return []
