@@ -276,6 +276,8 @@ def _try_stage(loaded: Pipeline, name: str, choice: Any, count: int, save: Path 
     trial = try_stage(loaded, name, choice, count)
     columns = list(dict.fromkeys(column for row in trial.rows for column in row))
     print_table(columns, [[_short(row.get(column)) for column in columns] for row in trial.rows])
+    if trial.notice:
+        _hint(f"{name}: {trial.notice}")
     for note in trial.notes:
         _hint(f"note: {json.dumps(_as_json(note), ensure_ascii=False)}")
     rows = len(trial.rows)

@@ -33,6 +33,7 @@ class Trial:
         read_s: seconds in which the rows' bytes were read.
         answer_s: seconds in which it answered.
         difference: the largest one between an answer alone and in a batch; None for a stage that names no tolerance.
+        notice: what it says of itself, such as a licence.
         notes: what it wants to be kept beside its answers.
     """
 
@@ -42,6 +43,7 @@ class Trial:
     read_s: float = 0.0
     answer_s: float = 0.0
     difference: float | None = None
+    notice: str = ""
     notes: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -63,7 +65,8 @@ def try_stage(pipeline: Pipeline, name: str, choice: Choice, count: int) -> Tria
         )
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
-    trial, stage = Trial(), use.stage
+    stage = use.stage
+    trial = Trial(notice=getattr(stage, "notice", ""))
     size = use.run.batch_rows or stage.resources.batch_rows
     began = time.perf_counter()
     stage.setup(use.run.devices[0])

@@ -162,6 +162,8 @@ def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None
     assert talk.count("its weights are for research only") == 1
     assert talk.startswith("note: its weights are for research only\n")
     assert "research" not in made.run("stage", "note", cwd=made.folder).stderr  # there is nothing to do
+    tried = made.run("stage", "note", "--try", "1", "--redo", cwd=made.folder)
+    assert "note: its weights are for research only\n" in tried.stderr
 
 
 # --- draws and classes of failures ---

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from builder.models.answers import Rejected
-from builder.models.endpoints import AskFailed, Pool
+from builder.models.endpoints import Pool
 from builder.models.rewrites import Answer, Talk
 
 #: What came of a talk.
-Outcome = Answer | AskFailed | Rejected
+Outcome = Answer | Exception
 
 
 class Asking:
@@ -62,7 +61,7 @@ class Asking:
                         reply.tokens_out,
                         reply.ms,
                     )
-        except (AskFailed, Rejected) as error:
+        except Exception as error:  # whatever it is: the other rows' answers are paid for
             return error
 
     def notices(self) -> list[str]:
