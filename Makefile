@@ -10,7 +10,7 @@ demo: $(STAMP)-demo            ## the whole way on 200 real photos, into ./demo
 	$(BIN)/builder demo --out demo
 
 test: $(STAMP)-test            ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 torture: $(STAMP)-test         ## kills at every write, link and rename; HOSTILE=DIR: and a folder of broken files; vLLM
 	$(BIN)/python tests/torture.py $(if $(HOSTILE),--hostile $(HOSTILE))
@@ -20,7 +20,7 @@ check: $(STAMP)-dev            ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: $(STAMP)-dev           ## format the code
 	$(BIN)/ruff format .
