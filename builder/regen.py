@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,7 @@ from builder import pipeline as pipelines
 from builder import runs, workset, writer
 from builder.asking import Failure, answer
 from builder.errors import ConfigError, ShardError, StageError
-from builder.executors.local import DEFAULTS
+from builder.executors.local import as_a_worker
 from builder.members import EDIT, MemberReader
 from builder.pipeline import Pipeline
 from builder.query import Sql
@@ -83,8 +82,7 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
     run = runs.read(pipeline.layout.run(row[f"{stage_name}_run"]))
     stage, options = _stage_of(run, row)
     inputs = _inputs(pipeline, run, stage, options, row)
-    for variable, value in DEFAULTS.items():
-        os.environ.setdefault(variable, value)
+    as_a_worker()
     place = device or (pipeline.stages[stage_name].run.devices[0] if stage_name in pipeline.stages else "cpu")
     stage.setup(place)
     try:
@@ -160,7 +158,7 @@ def _inputs(
 
 
 def _reasons(run: dict[str, Any], stage: Stage, row: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """What is not as it was: the stage's version, packages, the device, what the answer says of how it was made."""
+    """What is not as it was: the stage's version, packages, what the answer says of how it was made."""
     found = []
     if run["version"] != stage.version:
         found.append(f"stage '{stage.name}': version {run['version']}, now {stage.version}")

@@ -329,6 +329,20 @@ def inputs_hashes(signature: str, columns: Sequence[Sequence[Any]]) -> pa.UInt64
     return pa.array(np.frombuffer(b"".join(digests), ">u8").astype(np.uint64))
 
 
+def answered(outputs: pa.Schema, rows: Sequence[Sequence[Any]], errors: Mapping[int, Exception]) -> pa.RecordBatch:
+    """A stage's answer, of one tuple a row in the order of its outputs.
+
+    Raises:
+        RowsFailed: there are errors; what stands in their rows is not looked at.
+    """
+    columns = zip(*rows, strict=True)
+    arrays = [pa.array(list(column), field.type) for column, field in zip(columns, outputs, strict=True)]
+    result = pa.RecordBatch.from_arrays(arrays, schema=outputs)
+    if errors:
+        raise RowsFailed(result, errors)
+    return result
+
+
 def check_result(kind: type[Stage], batch: pa.RecordBatch, result: Any) -> pa.RecordBatch:
     """Holds a result of `process` to the contract.
 

@@ -5,7 +5,6 @@ Owns `builder stage NAME --try N`.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow as pa
 from builder import files, schema, table, workset
 from builder.asking import Failure, answer, check_alone
 from builder.errors import ConfigError
-from builder.executors.local import DEFAULTS
+from builder.executors.local import as_a_worker
 from builder.pipeline import Pipeline, table_shards, use_of, work_of
 from builder.task import read_once
 from builder.workset import Choice
@@ -63,8 +62,7 @@ def try_stage(pipeline: Pipeline, name: str, choice: Choice, count: int) -> Tria
             where={"sql": use.sql.origin},
             fix="with --redo rows that have an answer are tried, too",
         )
-    for variable, value in DEFAULTS.items():
-        os.environ.setdefault(variable, value)
+    as_a_worker()
     stage = use.stage
     trial = Trial(notice=getattr(stage, "notice", ""))
     size = use.run.batch_rows or stage.resources.batch_rows

@@ -221,6 +221,12 @@ class _Pool:
             worker.process.wait()
 
 
+def as_a_worker() -> None:
+    """Gives this process the environment of a worker, for what shall answer as one does."""
+    for variable, value in DEFAULTS.items():
+        os.environ.setdefault(variable, value)
+
+
 def task_command(run_folder: Path, number: int) -> list[str]:
     """The command line of one task; `-P`: nothing in the working directory is taken for a module."""
     return [sys.executable, "-P", "-m", "builder", "task", str(run_folder), str(number)]

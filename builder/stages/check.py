@@ -15,7 +15,7 @@ from builder.models.pictures import Pixels
 from builder.models.safety import SafetyModel
 from builder.models.scrfd import LICENCE
 from builder.schema import output
-from builder.stage import Resources, RowsFailed
+from builder.stage import Resources, answered
 
 #: Weights of red, green and blue in the grey image, in thousandths. Source: ITU-R BT.601, as Pillow's mode L.
 _GREY = np.array([299, 587, 114])
@@ -89,14 +89,7 @@ class Check:
             std, looked = found.looked
             unsafe = None if self._safety is None else round(self._safety.score(looked), DIGITS)
             rows.append((found.faces.count, std, unsafe))
-        columns = zip(*rows, strict=True)
-        result = pa.RecordBatch.from_arrays(
-            [pa.array(list(column), field.type) for column, field in zip(columns, self.outputs, strict=True)],
-            schema=self.outputs,
-        )
-        if errors:
-            raise RowsFailed(result, errors)
-        return result
+        return answered(self.outputs, rows, errors)
 
     def close(self) -> None:
         if self._finder is not None:

@@ -13,7 +13,7 @@ from builder.models.detectors import TOLERANCES, Block, DetectorOptions, FaceFin
 from builder.models.scrfd import LICENCE
 from builder.query import Lookup
 from builder.schema import BOXES, output
-from builder.stage import Resources, RowsFailed
+from builder.stage import Resources, answered
 
 
 class FacesOptions(DetectorOptions):
@@ -119,14 +119,7 @@ class Faces:
                 except ValueError as error:
                     errors[place] = error
             rows.append(row)
-        columns = zip(*rows, strict=True)
-        result = pa.RecordBatch.from_arrays(
-            [pa.array(list(column), field.type) for column, field in zip(columns, self.outputs, strict=True)],
-            schema=self.outputs,
-        )
-        if errors:
-            raise RowsFailed(result, errors)
-        return result
+        return answered(self.outputs, rows, errors)
 
     def _given(
         self, boxes: list[list[float]] | None, boxes_from: str | None, width: int | None, height: int | None
