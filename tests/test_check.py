@@ -102,8 +102,9 @@ def test_faces_by_scrfd(tmp_path: Path) -> None:
 
 def classifier(folder: Path, labels: dict[int, str]) -> str:
     """A tiny ViT of random weights, and its processor."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
 ROOT = Path(__file__).parent.parent
 
 

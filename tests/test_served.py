@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -13,13 +12,7 @@ from conftest import Sample, Workspace, picture, read_tar
 from served import free_port, served, transformers_command
 from tiny_models import GROUPS, REFUSAL, REFUSED, SYSTEM, caption, group_talks, portrait, tiny_llama
 
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "fastapi")),
-        reason="needs the extra serve",
-    ),
-]
+pytestmark = pytest.mark.timeout(900)
 CAPTIONS = [caption(i) for i in range(4)]
 #: As a hub's cache names it, with a revision: the server lists it under this name and answers with it.
 MODEL = "tests/tiny@v1"
