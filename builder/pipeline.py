@@ -220,7 +220,7 @@ def _next_draw(use: StageUse) -> dict[str, Any]:
         raise ConfigError(
             f"stage '{use.stage.name}' has no draws: its work SQL uses no $draw",
             where={"file": use.sql.origin},
-            fix="select coalesce(image_draw, 0) + $draw as draw, as the generate stage's own SQL does",
+            fix="select coalesce(image_draw + $draw, 0) as draw, as the generate stage's own SQL does",
         )
     return {**use.params, "draw": use.params["draw"] + 1}
 

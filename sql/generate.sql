@@ -3,6 +3,6 @@
 -- returns:    shard, row, uid, key, prompt, draw
 -- parameters: $draw
 select shard, row, uid, key, prompt,
-       coalesce(image_draw, 0) + $draw as draw      -- the sample's drawing as it is, or the next
+       coalesce(image_draw + $draw, 0) as draw  -- the sample's drawing as it is, or the next; the first is 0
 from samples
 where prompt is not null

@@ -3,7 +3,7 @@
 -- returns:    shard, row, uid, key, prompt, draw, width, height
 -- parameters: $draw
 select shard, row, uid, key, prompt,
-       coalesce(image_draw, 0) + $draw as draw,     -- the sample's drawing as it is, or the next
+       coalesce(image_draw + $draw, 0) as draw,  -- the sample's drawing as it is, or the next; the first is 0
        source_width as width,
        source_height as height
 from samples

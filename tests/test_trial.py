@@ -184,7 +184,7 @@ def test_a_stage_without_draws_refuses_one(drawn: Workspace) -> None:
         2,
         "error: stage 'lang' has no draws: its work SQL uses no $draw\n"
         "  file: sql/lang.sql\n"
-        "  fix: select coalesce(image_draw, 0) + $draw as draw, as the generate stage's own SQL does\n",
+        "  fix: select coalesce(image_draw + $draw, 0) as draw, as the generate stage's own SQL does\n",
     )
 
 
