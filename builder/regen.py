@@ -134,7 +134,13 @@ def _stage_of(run: dict[str, Any], row: dict[str, Any]) -> tuple[Stage, BaseMode
 def _inputs(
     pipeline: Pipeline, run: dict[str, Any], stage: Stage, options: BaseModel, row: dict[str, Any]
 ) -> pa.RecordBatch:
-    """The row's inputs: as the run's SQL gives them, and those that its answer has recorded as they were then."""
+    """The row's inputs: those that its answer has recorded as they were then, the others as the run's SQL gives them.
+
+    Where that no longer returns the row, as the table has them under the same name.
+
+    Raises:
+        ConfigError: the SQL does not return the row, and the table has no such column.
+    """
     sql = Sql(run["sql"]["text"], run["sql"]["origin"])
     condition = f"shard = '{row['shard'].replace(chr(39), 2 * chr(39))}' and row = {row['row']}"
     work = Work(
@@ -142,19 +148,18 @@ def _inputs(
         options_hash(stage, options),
     )  # fmt: skip
     found = workset.first_rows(pipeline.layout, work, 1)
-    if found.num_rows == 0:
+    recorded: dict[str, str] = getattr(stage, "recorded", {})
+    given = found.to_pylist()[0] if found.num_rows else row
+    values = {field.name: row[recorded[field.name]] for field in stage.inputs if field.name in recorded}
+    if lacking := [field.name for field in stage.inputs if field.name not in {*values, *given}]:
         raise ConfigError(
             "the work SQL of the image's run does not return its sample any more",
-            where={"shard": row["shard"], "row": row["row"], "sql": sql.origin},
+            where={"shard": row["shard"], "row": row["row"], "sql": sql.origin, "needed": ", ".join(lacking)},
             fix="what it asks for has changed in the table since: see builder show",
         )
-    names = ["shard", "row", "uid", *(field.name for field in stage.inputs)]
-    batch = found.select(names).combine_chunks().to_batches()[0]
-    for name, column in getattr(stage, "recorded", {}).items():
-        if name in batch.schema.names:
-            at = batch.schema.get_field_index(name)
-            batch = batch.set_column(at, batch.schema.field(at), pa.array([row[column]], batch.schema.field(at).type))
-    return batch
+    fields = [pa.field("shard", pa.string()), pa.field("row", pa.int64()), pa.field("uid", pa.string()), *stage.inputs]
+    columns = [pa.array([values.get(field.name, given.get(field.name))], field.type) for field in fields]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
 def _reasons(run: dict[str, Any], stage: Stage, row: dict[str, Any], values: dict[str, Any]) -> list[str]:
@@ -169,8 +174,12 @@ def _reasons(run: dict[str, Any], stage: Stage, row: dict[str, Any], values: dic
             found.append(f"{name}: {then}, now {now.get(name, 'not installed')}")
     for name, value in values.items():
         if name != "image" and name in row and row[name] != value:
-            found.append(f"{name}: {row[name]}, now {value}")
+            found.append(f"{name}: {_said(row[name])}, now {_said(value)}")
     return found
+
+
+def _said(value: Any) -> Any:
+    return "not recorded" if value is None else value
 
 
 def _compare(again: Again) -> None:
