@@ -293,9 +293,11 @@ def options_hash(stage: Stage, options: BaseModel) -> str:
     """16 hex digits over a stage's name, version, inputs, outputs and the options that decide its result.
 
     An option whose field says `json_schema_extra={"decides": False}` (a timeout, a thread count) is left out, in models
-    within models too; of a list with `{"decides": "as a set"}` neither order nor repetition counts.
+    within models too; of a list with `{"decides": "as a set"}` neither order nor repetition counts. An output that is
+    made with `decides=False` is left out, too.
     """
-    columns = [[(field.name, str(field.type)) for field in side] for side in (stage.inputs, stage.outputs)]
+    outputs = [field for field in stage.outputs if b"decides" not in (field.metadata or {})]
+    columns = [[(field.name, str(field.type)) for field in side] for side in (stage.inputs, outputs)]
     text = json.dumps([stage.name, stage.version, columns, _deciding(options)], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

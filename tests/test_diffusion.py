@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 import tiny_diffusers
+from builder.asking import error_text
 from builder.errors import StageError
 from builder.models.diffusion import Diffusion, is_out_of_memory, name_of
 from builder.stage import Preparing, RowsFailed
@@ -30,6 +31,31 @@ from conftest import Workspace, read_tar, samples
 ROOT = Path(__file__).parent.parent
 BATCH = 4
 SMALL = {"dtype": "float32", "steps": 2, "width": 64, "height": 64, "batch_size": BATCH}
+
+
+def saved(name: str) -> Callable[[Path], Path]:
+    """A maker of one of the pipelines that bench/gpu_generate.py measures, tiny."""
+
+    def make(folder: Path) -> Path:
+        import torch
+
+        from bench import gpu_generate
+
+        make_tiny = gpu_generate.MODELS[name][1]
+        gpu_generate.built(make_tiny, "cpu", torch.float32, tiny=True).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+#: Pipelines beside the two tiny ones, with the options of their blocks in docs/generate.md.
+OTHERS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
+    "sd3": (tiny_diffusers.make_sd3, {"guidance": 7.0, "negative_prompt": "blurry, deformed"}),
+    "klein": (tiny_diffusers.make_klein, {"guidance": 1.0}),
+    "sprint": (tiny_diffusers.make_sprint, {}),
+    "flux": (saved("flux"), {"guidance": 0.0, "max_sequence_length": 256}),
+    "sdxl": (saved("sdxl"), {"guidance": 0.0}),
+}
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +140,22 @@ def test_an_image_is_the_same_in_any_order_beside_any_neighbours_and_padded(
     assert images(again.process(batch([1, 2]))) == [made[1], made[2]]
 
 
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_other_pipelines_make_what_they_make_when_they_are_called(tmp_path: Path, name: str) -> None:
+    """Encoded apart, in any order: the images of the pipeline called with the prompts themselves."""
+    make, options = OTHERS[name]
+    stage = Generate(GenerateOptions(backend="diffusers", model=str(make(tmp_path / name)), **{**SMALL, **options}))
+    stage.setup("cpu")
+    assert stage._model is not None and stage._model._names
+    made = images(stage.process(batch(range(BATCH))))
+    assert len(set(made)) == BATCH
+    assert images(stage.process(batch([2, 0]))) == [made[2], made[0]]
+    stage._model._names, stage._model._encoder_takes = (), {}
+    assert stage._model.encode(["a"]) == [{"prompt": "a"}]
+    assert images(stage.process(batch(range(BATCH)))) == made
+    stage.close()
+
+
 def test_prompt_seed_and_draw_each_decide(tiny: Generate) -> None:
     first = images(tiny.process(batch([1])))
     assert images(tiny.process(batch([1], prompt=["another prompt"]))) != first
@@ -139,13 +181,15 @@ def test_the_sketch_is_what_it_always_was() -> None:
     assert row == {
         "image_width": 64, "image_height": 64, "image_seed": 1528385617982717309, "image_draw": 0,
         "image_model": "sketch", "image_prompt": "a cat", "image_steps": None, "image_guidance": None,
-        "image_batch_size": None,
+        "image_batch_size": None, "image_device": None,
     }  # fmt: skip
     assert stage.resources.gpus == 0
     assert (stage.tolerance, stage.sql, stage.take_notes()) == (0.0, "generate.sql", [])
 
 
 def test_the_row_says_how_the_image_was_made(start: Callable[..., Generate], models: dict[str, Path]) -> None:
+    import torch
+
     stage = start("dit", guidance=3.5, seed=9, quality=50)
     [row] = stage.process(batch([7], draw=2)).to_pylist()
     image = Image.open(io.BytesIO(row.pop("image")))
@@ -155,7 +199,7 @@ def test_the_row_says_how_the_image_was_made(start: Callable[..., Generate], mod
     assert row == {
         "image_width": 64, "image_height": 64, "image_seed": seed_of(9, f"{7:032x}", "00000007", 2), "image_draw": 2,
         "image_model": "dit", "image_prompt": "a photo of number 7", "image_steps": 2, "image_guidance": 3.5,
-        "image_batch_size": BATCH,
+        "image_batch_size": BATCH, "image_device": f"cpu {torch.backends.cpu.get_cpu_capability()}",
     }  # fmt: skip
     assert (stage.resources.batch_rows, stage.resources.gpus, stage.resources.ahead) == (BATCH, 1, 3)
 
@@ -167,13 +211,16 @@ def test_the_difference_of_two_answers_is_the_mean_of_the_pixels(tiny: Generate)
     assert tiny.difference(both.slice(0, 1), both.slice(1)) > 10
     assert tiny.difference(both.slice(0, 0), both.slice(0, 0)) == 0
 
-    def plain(level: int, side: int = 8) -> pa.RecordBatch:
+    def plain(level: int, side: int = 8, size: int = BATCH) -> pa.RecordBatch:
         out = io.BytesIO()
         Image.new("L", (side, side), level).save(out, "PNG")
-        return pa.RecordBatch.from_pydict({"image": pa.array([out.getvalue()], pa.large_binary())})
+        return pa.RecordBatch.from_pydict(
+            {"image": pa.array([out.getvalue()], pa.large_binary()), "image_batch_size": [size]}
+        )
 
     assert tiny.difference(plain(10), plain(13)) == 3
     assert tiny.difference(plain(10), plain(10, side=16)) == 255
+    assert tiny.difference(plain(10), plain(13, size=2)) == 0  # memory ended between the two
 
 
 def test_names_of_models_hold_no_path(tmp_path: Path) -> None:
@@ -301,6 +348,12 @@ def test_the_size_nearest_to_the_original(start: Callable[..., Generate]) -> Non
     ]  # fmt: skip
 
 
+def test_a_size_that_is_not_the_largest_is_tried_too(models: dict[str, Path]) -> None:
+    assert refused(model=str(models["dit"]), sizes=[[64, 64], [40, 64]]).splitlines()[1:4] == [
+        f"  model: {models['dit']}", "  size: 40x64 px", "  device: cpu",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("width", "height", "size"),
     [(100, 100, (64, 64)), (122, 100, (64, 64)), (123, 100, (96, 64)), (100, 123, (64, 96)), (1, 4000, (64, 96)),
@@ -315,6 +368,7 @@ def test_nearest(width: int | None, height: int | None, size: tuple[int, int]) -
     [
         ({"backend": "diffusers", "width": 100}, "100x384 px: backend 'diffusers' takes multiples of 8"),
         ({"size_by": "aspect"}, "size_by = 'aspect' chooses of sizes, and there are none"),
+        ({"model": "models/flux"}, "model = 'models/flux' is not looked at without backend = \"diffusers\""),
     ],
 )
 def test_options_that_do_not_fit_together(options: dict[str, Any], message: str) -> None:
@@ -360,6 +414,20 @@ def test_out_of_memory_halves_the_batch_for_good(
     made = recorded(stage, monkeypatch)
     assert images(stage.process(batch([0]))) == wanted[:1]
     assert made == [seeds([0, 0])]
+
+
+def test_out_of_memory_for_prompts_that_are_encoded_again(
+    start: Callable[..., Generate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halved once by the images, and again by the prompts that are encoded anew for that size."""
+    wanted = images(start(batch_size=1).process(batch(range(4))))
+    stage = start(batch_size=4)
+    jobs = stage.prepare(batch(range(3)))
+    out_of_memory_above(2, monkeypatch)
+    out_of_memory_above(1, monkeypatch, "encode")
+    result = stage.process(batch(range(3)), jobs)
+    assert result.column("image_batch_size").to_pylist() == [1] * 3
+    assert images(result) == wanted[:3]
 
 
 def test_out_of_memory_at_the_start(start: Callable[..., Generate], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +503,62 @@ def test_values_that_are_no_numbers_are_no_image(start: Callable[..., Generate])
     with pytest.raises(RowsFailed) as caught:
         stage.process(batch([1]))
     assert str(caught.value.errors[0]) == "the model's image holds values that are no numbers: try another dtype"
+
+
+def test_an_image_that_the_models_own_safety_checker_blacked_out_is_none(
+    start: Callable[..., Generate], models: dict[str, Path], tmp_path: Path
+) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessorPil
+
+    plain = StableDiffusionPipeline.from_pretrained(models["sd"], local_files_only=True)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=small, vision_config={**small, "image_size": 32, "patch_size": 16}, projection_dim=16)
+    )
+    looks = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for threshold, folder in ((2.0, "calm"), (-2.0, "strict")):
+        checker.concept_embeds_weights.data.fill_(threshold)
+        checker.special_care_embeds_weights.data.fill_(2.0)
+        parts = {**plain.components, "safety_checker": checker, "feature_extractor": looks}
+        StableDiffusionPipeline(**parts).save_pretrained(tmp_path / folder)
+    calm, strict = (
+        Generate(GenerateOptions(backend="diffusers", model=str(tmp_path / name), **SMALL))
+        for name in ("calm", "strict")
+    )
+    calm.setup("cpu")
+    strict.setup("cpu")
+    assert images(calm.process(batch([1]))) == images(start().process(batch([1])))
+    with pytest.raises(RowsFailed) as caught:
+        strict.process(batch([1]))
+    assert [error_text(error) for error in caught.value.errors.values()] == [
+        "Unsafe: the model's own safety checker blacked the image out"
+    ]
+    calm.close()
+    strict.close()
+
+
+def test_sana_is_heard_where_its_vae_has_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pipelines catch the error, warn, and fail on the image that is not there."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_dc import Decoder
+
+    forward = Decoder.forward
+
+    def failing(self: Any, latents: Any) -> Any:
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, latents)
+
+    monkeypatch.setattr(Decoder, "forward", failing)
+    model = tiny_diffusers.make_sprint(tmp_path)
+    stage = Generate(GenerateOptions(backend="diffusers", model=str(model), **SMALL))
+    stage.setup("cpu")
+    assert stage.process(batch(range(3))).column("image_batch_size").to_pylist() == [2] * 3
+    stage.close()
 
 
 # --- what stops the stage before the first row ---

@@ -57,6 +57,10 @@ _SNAPSHOT = re.compile(r"models--([\w.-]+)--([\w.-]+)/snapshots/(\w+)$")
 Text = Mapping[str, Any]
 
 
+class Unsafe(ValueError):
+    """The model's own safety checker blacked an image out."""
+
+
 class DiffusionOptions(Strict):
     """What a diffusers pipeline can be told. None: as the pipeline has it."""
 
@@ -102,6 +106,7 @@ class Diffusion:
         name: the model's name without the machine's paths, `@` and its revision where it has one.
         steps: denoising steps.
         guidance: guidance scale; None where the pipeline has none.
+        device_name: what it computes on, as far as that decides the last bits: a GPU's name, a CPU's vector unit.
 
     Raises:
         StageError: a package, the device, the model or a part of it is missing, it is no text-to-image pipeline, or it
@@ -124,7 +129,9 @@ class Diffusion:
         _adapt(pipe, options)
         pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
+        _tell_memory(pipe)
         self._torch = torch
+        self.device_name = _device_name(device)
 
     def _guidance(self) -> float | None:
         if "guidance_scale" not in self._taken:
@@ -194,7 +201,7 @@ class Diffusion:
 
     def make(
         self, texts: Sequence[Text], seeds: Sequence[int], size: tuple[int, int]
-    ) -> Callable[[], tuple[Pixels, list[bool]]]:
+    ) -> Callable[[], tuple[Pixels, list[Exception | None]]]:
         """Begins a batch of images.
 
         Args:
@@ -203,8 +210,8 @@ class Diffusion:
             size: width and height, px.
 
         Returns:
-            A function that waits for the device and returns uint8 (count, height, width, 3), and of each image whether
-            all its values were numbers.
+            A function that waits for the device and returns uint8 (count, height, width, 3), and of each image why it
+            is none, if it is none.
 
         Raises:
             ValueError: the pipeline made another size.
@@ -229,7 +236,8 @@ class Diffusion:
             for name in texts[0]:
                 values = [text[name] for text in texts]
                 args[name] = values if name == "prompt" else torch.cat(values)
-            images = self._pipe(**args).images
+            output = self._pipe(**args)
+            images = output.images
             if tuple(images.shape[-2:]) != (size[1], size[0]):
                 raise ValueError(
                     f"asked for {size[0]}x{size[1]} px, the pipeline made {images.shape[-1]}x{images.shape[-2]}"
@@ -240,10 +248,12 @@ class Diffusion:
             pixels, finite = (tensor.to("cpu", non_blocking=on_cuda) for tensor in (pixels, finite))
             copied = torch.cuda.current_stream().record_event() if on_cuda else None
 
-        def wait() -> tuple[Pixels, list[bool]]:
+        blacked = getattr(output, "nsfw_content_detected", None) or [False] * len(texts)
+
+        def wait() -> tuple[Pixels, list[Exception | None]]:
             if copied is not None:
                 copied.synchronize()
-            return np.asarray(pixels), finite.tolist()
+            return np.asarray(pixels), [_fault(*of) for of in zip(blacked, finite.tolist(), strict=True)]
 
         return wait
 
@@ -251,6 +261,12 @@ class Diffusion:
         """Gives back device memory that nothing uses."""
         if self.device.startswith("cuda"):
             self._torch.cuda.empty_cache()
+
+
+def _fault(is_blacked: bool, is_finite: bool) -> Exception | None:
+    if is_blacked:
+        return Unsafe("the model's own safety checker blacked the image out")
+    return None if is_finite else ValueError("the model's image holds values that are no numbers: try another dtype")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -309,6 +325,31 @@ def _check_device(device: str) -> None:
             f"there is no device '{device}': torch {torch.__version__} sees {count} CUDA devices",
             fix='see nvidia-smi and CUDA_VISIBLE_DEVICES, or set devices = ["cpu"] in [stages.generate.run]',
         )
+
+
+def _device_name(device: str) -> str:
+    torch, _ = _packages()
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
+
+
+def _tell_memory(pipe: Any) -> None:
+    """Lets a VAE without memory be heard of: SANA's pipelines catch that error and go on without an image."""
+    torch, _ = _packages()
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return
+    decode = vae.decode
+
+    def heard(*args: Any, **more: Any) -> Any:
+        try:
+            return decode(*args, **more)
+        except torch.OutOfMemoryError as error:
+            said = str(error)
+        raise MemoryError(said)  # outside, so that it holds no tensors
+
+    vae.decode = heard
 
 
 def _loaded(options: DiffusionOptions) -> Any:

@@ -30,7 +30,7 @@ class Model(Protocol):
 
     def make(
         self, texts: Sequence[Any], seeds: Sequence[int], size: tuple[int, int]
-    ) -> Callable[[], tuple[Pixels, list[bool]]]: ...
+    ) -> Callable[[], tuple[Pixels, list[Exception | None]]]: ...
 
     def free(self) -> None: ...
 
@@ -68,7 +68,7 @@ class ImageQueue:
     is asked for and no more are being added. Jobs that nobody holds any more are forgotten.
 
     A batch that fails is halved, padded, until the jobs that fail stand alone; no other job fails with them. Out of
-    memory halves `batch_size` for good, and `notes` says so.
+    memory halves `batch_size` for good, and `take_notes` says so.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ImageQueue:
     ) -> None:
         self._model, self._quality, self._is_out_of_memory = model, quality, is_out_of_memory
         self.batch_size = batch_size
-        self.notes: list[dict[str, Any]] = []
+        self._notes: list[dict[str, Any]] = []
         self._changed = threading.Condition()
         self._waiting: list[weakref.ref[Job]] = []
         self._asked: frozenset[Job] = frozenset()
@@ -123,6 +123,12 @@ class ImageQueue:
             else:
                 raise error
         return found
+
+    def take_notes(self) -> list[dict[str, Any]]:
+        """Batch sizes that were halved since this was last asked."""
+        with self._changed:
+            notes, self._notes = self._notes, []
+        return notes
 
     def close(self) -> None:
         """Ends the threads; jobs that are queued are not made."""
@@ -173,11 +179,17 @@ class ImageQueue:
         try:
             if stale := [job for job in jobs if job.text_batch != size]:
                 self._encode(stale, size)
-            padded = jobs + [jobs[-1]] * (size - len(jobs))
-            images = self._model.make([job.text for job in padded], [job.seed for job in padded], jobs[0].size)
+            images = None
+            if all(job.text_batch == size for job in jobs):
+                padded = jobs + [jobs[-1]] * (size - len(jobs))
+                images = self._model.make([job.text for job in padded], [job.seed for job in padded], jobs[0].size)
         except Exception as error:
             failure = error.with_traceback(None)  # it holds the batch's tensors
+            failure.__context__ = None
         else:
+            if images is None:  # there was no memory for so many prompts
+                self._make(jobs)
+                return
             for i, job in enumerate(jobs):
                 job.text = None  # memory of the device
                 self._pool.submit(self._finish, job, images, i, size)
@@ -220,17 +232,19 @@ class ImageQueue:
         with self._changed:
             if self.batch_size == size:
                 self.batch_size = size // 2
-                self.notes.append({"note": "out of memory", "batch_size": size, "batch_size_now": self.batch_size})
+                self._notes.append({"note": "out of memory", "batch_size": size, "batch_size_now": self.batch_size})
         gc.collect()
         self._model.free()
 
     # --- the threads that encode JPEG ---
 
-    def _finish(self, job: Job, images: Callable[[], tuple[Pixels, list[bool]]], place: int, size: int) -> None:
+    def _finish(
+        self, job: Job, images: Callable[[], tuple[Pixels, list[Exception | None]]], place: int, size: int
+    ) -> None:
         try:
-            pixels, finite = images()
-            if not finite[place]:
-                raise ValueError("the model's image holds values that are no numbers: try another dtype")
+            pixels, faults = images()
+            if fault := faults[place]:
+                raise fault
             job.made.set_result(Made(encode(pixels[place], self._quality), size))
         except BaseException as error:
             job.made.set_exception(error)

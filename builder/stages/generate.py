@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from builder.errors import StageError
-from builder.models.diffusion import Diffusion, DiffusionOptions, is_out_of_memory
+from builder.models.diffusion import Diffusion, DiffusionOptions, Unsafe, is_out_of_memory
 from builder.models.image_queue import ImageQueue, Job, Made
 from builder.models.pictures import decode
 from builder.models.sketch import draw
@@ -24,6 +24,9 @@ AHEAD = 3
 #: Sizes of diffusion models are multiples of this: their VAEs shrink each side by it. FLUX wants 16, SANA 32; a size
 #: that a model does not make is refused when it is loaded.
 MULTIPLE = 8
+
+#: Columns that `difference` looks at.
+_COMPARED = ("image", "image_batch_size")
 
 Side = Annotated[int, Field(ge=32, le=4096)]
 Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
@@ -48,6 +51,12 @@ class GenerateOptions(DiffusionOptions):
     size_by: Literal["hash", "aspect"] = "hash"
     #: Images that the model makes at once, always: a batch is filled or padded. Out of memory halves it.
     batch_size: int = Field(default=32, ge=1, json_schema_extra={"decides": False})
+
+    @model_validator(mode="after")
+    def _check_model(self) -> GenerateOptions:
+        if self.model and self.backend == "sketch":
+            raise ValueError(f"model = '{self.model}' is not looked at without backend = \"diffusers\"")
+        return self
 
     @model_validator(mode="after")
     def _check_sizes(self) -> GenerateOptions:
@@ -84,13 +93,21 @@ class Generate:
             output(
                 "image_batch_size", pa.int32(), "images made at once, padding counted; null where each is by itself"
             ),
+            output(
+                "image_device",
+                pa.string(),
+                "what the model ran on, such as a GPU's name; null without a model",
+                decides=False,
+            ),
         ]
     )
     resources: Resources = Resources(cpus=1, memory_gb=0.5, batch_rows=32)
     #: Values of $names in the work SQL: 1 draws each image again with its next seed.
     params: ClassVar[dict[str, Any]] = {"draw": 0}
     #: Columns that hold an input of an image as it was when it was made.
-    recorded: ClassVar[dict[str, str]] = {"prompt": "image_prompt", "draw": "image_draw"}
+    recorded: ClassVar[dict[str, str]] = {
+        "prompt": "image_prompt", "draw": "image_draw", "width": "image_width", "height": "image_height",
+    }  # fmt: skip
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
@@ -111,7 +128,7 @@ class Generate:
         self._queue: ImageQueue | None = None
 
     def setup(self, device: str) -> None:
-        """Loads the model, and makes one batch of the largest size that is thrown away.
+        """Loads the model, and makes one batch of each size, the largest first, that is thrown away.
 
         Raises:
             StageError: the model cannot be loaded, does not take an option, or makes no such image.
@@ -126,20 +143,20 @@ class Generate:
             is_out_of_memory=is_out_of_memory,
         )
         try:
-            self._try_once(device)
+            for size in sorted(set(self.sizes), key=math.prod, reverse=True):
+                self._try_once(device, size)
         except BaseException:
             self.close()
             raise
 
-    def _try_once(self, device: str) -> None:
+    def _try_once(self, device: str, size: tuple[int, int]) -> None:
         assert self._queue is not None
-        size = max(self.sizes, key=math.prod)
         where = {"model": self.options.model, "size": f"{size[0]}x{size[1]} px", "device": device}
         try:
             [made] = self._queue.answers(self._queue.add([Job("a photo", 0, size)]))
         except Exception as error:
             made = error
-        if isinstance(made, Exception):
+        if isinstance(made, Exception) and not isinstance(made, Unsafe):
             fix = "set another dtype, size, scheduler or number of steps, as the model's card says"
             if is_out_of_memory(made):
                 fix = 'set a smaller size, weights = "fp8", vae_slicing or vae_tiling'
@@ -169,7 +186,8 @@ class Generate:
                 for prompt, seed, (width, height) in zip(prompts, seeds, sizes, strict=True)
             ]
             columns["image_model"] = [self.options.backend] * count
-            columns |= {name: [None] * count for name in ("image_steps", "image_guidance", "image_batch_size")}
+            denoised = ("image_steps", "image_guidance", "image_batch_size", "image_device")
+            columns |= {name: [None] * count for name in denoised}
         else:
             jobs = prepared if prepared is not None else self.prepare(batch)
             answers = self._queue.answers(jobs or [])
@@ -180,6 +198,7 @@ class Generate:
             columns["image_model"] = [self._model.name] * count
             columns["image_steps"] = [self._model.steps] * count
             columns["image_guidance"] = [self._model.guidance] * count
+            columns["image_device"] = [self._model.device_name] * count
         result = pa.RecordBatch.from_pydict(columns, schema=self.outputs)
         if errors:
             raise RowsFailed(result, errors)
@@ -187,15 +206,18 @@ class Generate:
 
     def take_notes(self) -> list[dict[str, Any]]:
         """Batch sizes that were halved since this was last asked."""
-        if self._queue is None:
-            return []
-        notes, self._queue.notes = self._queue.notes, []
-        return notes
+        return [] if self._queue is None else self._queue.take_notes()
 
     def difference(self, alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
-        """How far two answers of the same rows are apart: the largest mean absolute difference of pixels, 0..255."""
-        pairs = zip(alone.column("image").to_pylist(), within.column("image").to_pylist(), strict=True)
-        return max((_apart(one, other) for one, other in pairs), default=0.0)
+        """How far two answers of the same rows are apart: the largest mean absolute difference of pixels, 0..255.
+
+        Images of other batch sizes, since memory ended between them, say nothing of each other.
+        """
+        sides = (zip(*(side.column(name).to_pylist() for name in _COMPARED), strict=True) for side in (alone, within))
+        pairs = (
+            _apart(one, other) for (one, size), (other, other_size) in zip(*sides, strict=True) if size == other_size
+        )
+        return max(pairs, default=0.0)
 
     def close(self) -> None:
         """Ends the threads and frees the device's memory."""
