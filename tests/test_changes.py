@@ -8,11 +8,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+import planned
+from builder import output, table, workset
 from builder import pipeline as pipelines
-from builder import table
 from builder.cli import main
 from builder.errors import ConfigError, ShardError
 from builder.progress import Talk
@@ -26,6 +29,7 @@ from conftest import (
     read_tar,
     samples,
 )
+from stages import Note, Options
 
 Make = Callable[..., Workspace]
 NOTE = """\
@@ -217,6 +221,28 @@ def test_a_stage_that_gains_an_output_is_stale(workspace: Make, tmp_path: Path) 
     assert json.loads(made.run("plan", "--stale", "--json").stdout)["stages"]["note"]["todo"] == 4
     made.run("stage", "note", "--stale")
     assert made.rows("select count(size), count(note) from samples") == [(4, 4)]
+
+
+class Signed(Note):
+    """Note, and by whom: a record that decides nothing."""
+
+    outputs = pa.schema([*Note.outputs, output("note_by", pa.string(), "who wrote it", decides=False)])
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        notes = Note(self.options).process(batch)
+        return pa.RecordBatch.from_arrays([notes["note"], pa.array(["me"] * len(notes))], schema=self.outputs)
+
+
+def test_a_stage_that_gains_a_record_of_how_it_answered_is_not_stale(dataset: Workspace) -> None:
+    layout = dataset.load().layout
+    before, after = Note(Options()), Signed(Options())
+    planned.do(layout, planned.plan(layout, before), before)
+    [counts] = workset.count(layout, [planned.work_of(layout, after, Choice(stale=True))])
+    assert (counts.ok, counts.todo) == (16, 0)
+    planned.do(layout, planned.plan(layout, after, Choice(redo=True, where="row = 1")), after)
+    found = pq.read_table(layout.partition("00000000"), columns=["note", "note_by"]).to_pydict()
+    assert found["note_by"] == [None, "me", *[None] * 6]
+    assert found["note"] == [f"seen: a man with a hat is standing in the street number {i}" for i in range(8)]
 
 
 @pytest.mark.parametrize("flags", [("--redo", "--stale"), ("--retry", "failed", "--redo")])

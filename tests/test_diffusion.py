@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -17,16 +18,20 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from pydantic import ValidationError
 
+import planned
 import tiny_diffusers
 from builder.asking import error_text
+from builder.cli import main
 from builder.errors import StageError
 from builder.models.diffusion import Diffusion, is_out_of_memory, name_of
 from builder.stage import Preparing, RowsFailed
 from builder.stages.generate import Generate, GenerateOptions, nearest, seed_of
-from conftest import Workspace, read_tar, samples
+from builder.workset import Choice
+from conftest import Workspace, ingest_here, read_tar, samples
 
 ROOT = Path(__file__).parent.parent
 BATCH = 4
@@ -188,8 +193,6 @@ def test_the_sketch_is_what_it_always_was() -> None:
 
 
 def test_the_row_says_how_the_image_was_made(start: Callable[..., Generate], models: dict[str, Path]) -> None:
-    import torch
-
     stage = start("dit", guidance=3.5, seed=9, quality=50)
     [row] = stage.process(batch([7], draw=2)).to_pylist()
     image = Image.open(io.BytesIO(row.pop("image")))
@@ -199,7 +202,7 @@ def test_the_row_says_how_the_image_was_made(start: Callable[..., Generate], mod
     assert row == {
         "image_width": 64, "image_height": 64, "image_seed": seed_of(9, f"{7:032x}", "00000007", 2), "image_draw": 2,
         "image_model": "dit", "image_prompt": "a photo of number 7", "image_steps": 2, "image_guidance": 3.5,
-        "image_batch_size": BATCH, "image_device": f"cpu {torch.backends.cpu.get_cpu_capability()}",
+        "image_batch_size": BATCH, "image_device": f"cpu {torch_capability()}",
     }  # fmt: skip
     assert (stage.resources.batch_rows, stage.resources.gpus, stage.resources.ahead) == (BATCH, 1, 3)
 
@@ -800,6 +803,18 @@ batch_size = 4
 """
 
 
+DRAWN = """\
+[stages.generate]
+sql = "{folder}/drawn.sql"
+backend = "diffusers"
+model = "{model}"
+dtype = "float32"
+steps = 2
+sizes = [[64, 64], [64, 32]]
+batch_size = 4
+"""
+
+
 def test_the_whole_way_gives_the_same_bytes_with_other_batches(
     workspace: Callable[..., Workspace], models: dict[str, Path]
 ) -> None:
@@ -817,6 +832,63 @@ def test_the_whole_way_gives_the_same_bytes_with_other_batches(
     before = digest(made)
     made.run("stage", "generate", "--redo", "--set", "stages.generate.run.batch_rows=3")
     assert digest(made) == before
+
+
+@pytest.fixture
+def pictured(workspace: Callable[..., Workspace], models: dict[str, Path]) -> Workspace:
+    """Six samples with an image each, made in this process."""
+    made = workspace({"00000000": samples(6)}, stages=DRAWN.format(model=models["sd"], folder="{folder}"))
+    (made.folder / "drawn.sql").write_text(
+        "select shard, row, uid, key, caption as prompt, coalesce(image_draw + $draw, 0) as draw from samples"
+    )
+    made.file.write_text(made.file.read_text().replace("{folder}", str(made.folder)))
+    pipeline = made.load()
+    ingest_here(pipeline)
+    run = planned.described(pipeline, "generate", Choice(), 1)
+    assert planned.do(pipeline.layout, run, pipeline.stages["generate"].stage).ok == 6
+    return made
+
+
+def test_an_image_that_comes_out_otherwise_is_told_with_what_is_not_as_it_was(
+    pictured: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [description] = pictured.root.glob("runs/*/run.json")
+    data = json.loads(description.read_text())
+    versions = {name: data["packages"].pop(name) for name in ("torch", "peft")}
+    data["packages"] |= {"torch": "1.0"}
+    data["options"]["steps"] = 3
+    description.write_text(json.dumps(data))
+    monkeypatch.setattr("builder.models.diffusion._device_name", lambda device: "NVIDIA H200")
+    out_of_memory_above(2, monkeypatch)
+    again = CliRunner().invoke(main, ["regen", "00000000:1", "--check", "--pipeline", str(pictured.file)])
+    [pixels] = re.findall(r"pixels differ by .* of 255 on average, \d+ at most", again.output)
+    assert (again.exit_code, again.output) == (
+        3,
+        f"sample {1:032x}: shard 00000000 row 1\n"
+        f"another image: {pixels}\n"
+        f"  peft: not installed, now {versions['peft']}\n"
+        f"  torch: 1.0, now {versions['torch']}\n"
+        "  image_steps: 2, now 3\n"
+        "  image_batch_size: 4, now 2\n"
+        f"  image_device: cpu {torch_capability()}, now NVIDIA H200\n",
+    )
+
+
+def torch_capability() -> str:
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def test_an_image_is_made_again_though_the_sql_of_its_run_no_longer_returns_it(pictured: Workspace) -> None:
+    [description] = pictured.root.glob("runs/*/run.json")
+    data = json.loads(description.read_text())
+    data["sql"]["text"] += " where image_path is null"
+    description.write_text(json.dumps(data))
+    again = CliRunner().invoke(main, ["regen", "00000000:1", "--check", "--pipeline", str(pictured.file)])
+    assert (again.exit_code, again.output) == (
+        0, f"sample {1:032x}: shard 00000000 row 1\nthe same image, bit for bit\n",
+    )  # fmt: skip
 
 
 def digest(made: Workspace) -> list[tuple[Any, ...]]:
