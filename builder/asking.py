@@ -131,6 +131,8 @@ def check_alone(
         found = math.inf if isinstance(alone, Failure) else measure(alone, within)
         if not found <= tolerance:
             said = alone.error if isinstance(alone, Failure) else _shown(alone)
+            batches_itself = "batch_size" in type(stage).Options.model_fields
+            section = f"[stages.{stage.name}]" if batches_itself else f"[stages.{stage.name}.run]"
             place = {"shard": batch.column("shard")[row].as_py(), "row": batch.column("row")[row].as_py()}
             raise StageError(
                 f"stage '{stage.name}' gives a row another answer alone than in a batch of {batch.num_rows}",
@@ -139,7 +141,7 @@ def check_alone(
                     "tolerance": f"{tolerance:g}",
                 },
                 fix="its model lets rows of one batch change each other: use another model, or "
-                f"batch_rows = 1 in [stages.{stage.name}.run]",
+                f"{'batch_size' if batches_itself else 'batch_rows'} = 1 in {section}",
             )  # fmt: skip
         largest = max(largest, found)
     return largest

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 import planned
 import tiny_diffusers
-from builder.asking import error_text
+from builder.asking import check_alone, error_text
 from builder.cli import main
 from builder.errors import StageError
 from builder.models.diffusion import Diffusion, is_out_of_memory, name_of
@@ -672,6 +672,9 @@ def test_options_that_cannot_be_met(models: dict[str, Path]) -> None:
     assert refused(model=sd, scheduler="UNet2DModel") == (
         "diffusers has no scheduler 'UNet2DModel'\n  fix: name a class such as EulerDiscreteScheduler"
     )
+    assert refused(model=sd, scheduler="DPMSolverSDEScheduler") == (
+        "scheduler 'DPMSolverSDEScheduler' needs torch and torchsde\n  fix: install them, or name another one"
+    )
     assert refused(model=sd, lora="./lora.safetensors") == (
         "there is no LoRA file './lora.safetensors'\n  fix: name a file, a directory or a hub id"
     )
@@ -699,6 +702,38 @@ def test_a_size_that_the_pipeline_does_not_make(models: dict[str, Path], monkeyp
         "  size: 72x64 px\n"
         "  device: cpu\n"
         "  fix: set another dtype, size, scheduler or number of steps, as the model's card says"
+    )
+
+
+def test_a_scheduler_whose_noise_no_seed_decides(tmp_path: Path) -> None:
+    """Stable Diffusion 3 does not give its scheduler the generators."""
+    model = str(tiny_diffusers.make_sd3(tmp_path))
+    told = refused(model=model, scheduler="LCMScheduler", guidance=1.0, max_sequence_length=16).splitlines()
+    assert float(told.pop(3).removeprefix("  difference: ")) > 1
+    assert told == [
+        "the model makes another image of the same prompt and seed each time",
+        f"  model: {model}",
+        "  device: cpu",
+        "  tolerance: 1",
+        "  fix: set another scheduler: this one draws noise that no seed decides",
+    ]
+
+
+def test_a_model_that_lets_images_of_a_batch_change_each_other(
+    start: Callable[..., Generate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = start(steps=1)
+    make = Diffusion.make
+
+    def leaking(self: Diffusion, texts: Any, given: Sequence[int], size: tuple[int, int]) -> Any:
+        return make(self, texts, [sum(given) % 2**63] * len(given), size)
+
+    monkeypatch.setattr(Diffusion, "make", leaking)
+    rows = batch(range(BATCH))
+    with pytest.raises(StageError) as caught:
+        check_alone(stage, rows, [(0, stage.process(rows))])
+    assert caught.value.fix == (
+        "its model lets rows of one batch change each other: use another model, or batch_size = 1 in [stages.generate]"
     )
 
 

@@ -429,6 +429,8 @@ def _scheduler(diffusers: Any, name: str, current: Any) -> Any:
     base = diffusers.SchedulerMixin
     names = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     kind = getattr(diffusers, name, None) if name in names else None
+    if needed := getattr(kind, "_backends", None):  # diffusers' stand-in where one of them is missing
+        raise StageError(f"scheduler '{name}' needs {' and '.join(needed)}", fix="install them, or name another one")
     if kind is None or not issubclass(kind, base):
         near = difflib.get_close_matches(name, names, 1)
         raise StageError(

@@ -128,10 +128,11 @@ class Generate:
         self._queue: ImageQueue | None = None
 
     def setup(self, device: str) -> None:
-        """Loads the model, and makes one batch of each size, the largest first, that is thrown away.
+        """Loads the model, and makes a batch of each size, the largest first and again at the end: thrown away.
 
         Raises:
-            StageError: the model cannot be loaded, does not take an option, or makes no such image.
+            StageError: the model cannot be loaded, does not take an option, makes no such image, or another one each
+                time.
         """
         if self.options.backend == "sketch":
             return
@@ -143,24 +144,40 @@ class Generate:
             is_out_of_memory=is_out_of_memory,
         )
         try:
-            for size in sorted(set(self.sizes), key=math.prod, reverse=True):
-                self._try_once(device, size)
+            self._try(device)
         except BaseException:
             self.close()
             raise
 
-    def _try_once(self, device: str, size: tuple[int, int]) -> None:
+    def _try(self, device: str) -> None:
+        largest, *others = sorted(set(self.sizes), key=math.prod, reverse=True)
+        first, *_, last = [self._tried(device, size) for size in (largest, *others, largest)]
+        if first is None or last is None or first.batch_size != last.batch_size:
+            return
+        if (found := _apart(first.jpeg, last.jpeg)) > self.tolerance:
+            raise StageError(
+                "the model makes another image of the same prompt and seed each time",
+                where={
+                    "model": self.options.model, "device": device, "difference": f"{found:g}",
+                    "tolerance": f"{self.tolerance:g}",
+                },
+                fix="set another scheduler: this one draws noise that no seed decides",
+            )  # fmt: skip
+
+    def _tried(self, device: str, size: tuple[int, int]) -> Made | None:
+        """An image of any prompt; None where the model's own safety checker has blacked it out."""
         assert self._queue is not None
         where = {"model": self.options.model, "size": f"{size[0]}x{size[1]} px", "device": device}
         try:
             [made] = self._queue.answers(self._queue.add([Job("a photo", 0, size)]))
         except Exception as error:
             made = error
-        if isinstance(made, Exception) and not isinstance(made, Unsafe):
-            fix = "set another dtype, size, scheduler or number of steps, as the model's card says"
-            if is_out_of_memory(made):
-                fix = 'set a smaller size, weights = "fp8", vae_slicing or vae_tiling'
-            raise StageError(f"the model makes no image: {type(made).__name__}: {made}", where=where, fix=fix) from made
+        if isinstance(made, Made | Unsafe):
+            return made if isinstance(made, Made) else None
+        fix = "set another dtype, size, scheduler or number of steps, as the model's card says"
+        if is_out_of_memory(made):
+            fix = 'set a smaller size, weights = "fp8", vae_slicing or vae_tiling'
+        raise StageError(f"the model makes no image: {type(made).__name__}: {made}", where=where, fix=fix) from made
 
     def prepare(self, batch: pa.RecordBatch) -> list[Job] | None:
         """Encodes the prompts of a batch and queues its images: they may be made before `process` is called."""
