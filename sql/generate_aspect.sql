@@ -1,9 +1,10 @@
 -- purpose:    which prompts become images, with the originals' sizes: for size_by = "aspect"
--- reads:      key, prompt, image_draw, source_width, source_height
+-- reads:      key, prompt, image_draw, generate_status, source_width, source_height
 -- returns:    shard, row, uid, key, prompt, draw, width, height
 -- parameters: $draw
 select shard, row, uid, key, prompt,
-       coalesce(image_draw + $draw, 0) as draw,  -- the sample's drawing as it is, or the next; the first is 0
+       -- the sample's drawing as it is, or the next; the first is 0, and the next of one that failed 1
+       coalesce(image_draw + $draw, case generate_status when 'failed' then $draw end, 0) as draw,
        source_width as width,
        source_height as height
 from samples

@@ -107,17 +107,19 @@ def test_work_sql_returns_the_inputs_of_its_stage(stage: str, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["generate.sql", "generate_aspect.sql"])
-def test_the_next_draw_of_a_sample_that_was_never_drawn_is_the_first(name: str) -> None:
+def test_the_next_draw_is_the_first_of_a_sample_that_was_never_tried(name: str) -> None:
     with duckdb.connect() as connection:
         connection.execute(
-            "create table samples as select * from (values (0, null), (1, 0), (2, 4)) t(row, image_draw), "
+            "create table samples as select * from "
+            "(values (0, null, null), (1, 0, 'ok'), (2, 4, 'ok'), (3, null, 'failed')) "
+            "t(row, image_draw, generate_status), "
             "(select 'a' as shard, 'u' as uid, 'k' as key, 'p' as prompt, 1 as source_width, 1 as source_height)"
         )
         sql = (FOLDER / name).read_text("utf-8")
         found = [
             connection.execute(f"select row, draw from ({sql}) order by 1", {"draw": n}).fetchall() for n in (0, 1)
         ]
-    assert found == [[(0, 0), (1, 0), (2, 4)], [(0, 0), (1, 1), (2, 5)]]
+    assert found == [[(0, 0), (1, 0), (2, 4), (3, 0)], [(0, 0), (1, 1), (2, 5), (3, 1)]]
 
 
 def test_statistics_of_a_fresh_and_of_a_finished_dataset(workspace: Callable[..., Workspace]) -> None:
