@@ -100,7 +100,7 @@ def test_faces_by_scrfd(tmp_path: Path) -> None:
 # --- unsafe ---
 
 
-def classifier(folder: Path, labels: dict[int, str]) -> str:
+def classifier(folder: Path, labels: dict[int, str], **more: str) -> str:
     """A tiny ViT of random weights, and its processor."""
     import torch
     import transformers
@@ -108,7 +108,7 @@ def classifier(folder: Path, labels: dict[int, str]) -> str:
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
-        id2label=labels, label2id={name: number for number, name in labels.items()},
+        id2label=labels, label2id={name: number for number, name in labels.items()}, **more,
     )  # fmt: skip
     model = transformers.ViTForImageClassification(config)
     model.classifier.weight.data *= 100  # so that pictures differ clearly
@@ -137,8 +137,16 @@ def test_a_safety_checker_says_how_unsafe(tmp_path: Path) -> None:
     assert ((scores["nsfw"] >= 0) & (scores["nsfw"] <= 1)).all()
 
 
-def test_the_score_is_that_of_transformers(tmp_path: Path) -> None:
-    folder = classifier(tmp_path / "model", {0: "normal", 1: "nsfw"})
+@pytest.mark.parametrize(
+    ("labels", "more"),
+    [
+        ({0: "normal", 1: "nsfw"}, {}),
+        ({0: "nsfw"}, {}),
+        ({0: "cat", 1: "nsfw"}, {"problem_type": "multi_label_classification"}),
+    ],
+)
+def test_the_score_is_that_of_transformers(tmp_path: Path, labels: dict[int, str], more: dict[str, str]) -> None:
+    folder = classifier(tmp_path / "model", labels, **more)
     from transformers import pipeline
 
     wanted = pipeline("image-classification", folder, device="cpu")(Image.fromarray(skimage.data.astronaut()))

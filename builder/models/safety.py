@@ -24,6 +24,8 @@ UNSAFE = ("nsfw", "unsafe", "porn", "sexy", "hentai", "explicit")
 class SafetyModel:
     """An image classifier one or more of whose labels mean unsafe.
 
+    Where a picture may have several labels, or there is one alone, the most probable unsafe one counts; else their sum.
+
     Args:
         folder: a model and its image processor, as `save_pretrained` writes them.
         labels: those that mean unsafe; `UNSAFE` where none is named.
@@ -59,6 +61,8 @@ class SafetyModel:
                 fix="set nsfw_model to a folder with an image classifier and its preprocessor_config.json",
             ) from error
         self._torch, self._device = torch, device
+        config = self._model.config
+        self._each_by_itself = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         self._model = self._model.to(device).eval()
         names = {number: str(name) for number, name in self._model.config.id2label.items()}
         wanted = {label.lower() for label in labels or UNSAFE}
@@ -81,5 +85,7 @@ class SafetyModel:
     def score(self, looked: npt.NDArray[np.float32]) -> float:
         """The probability, 0..1, that a picture is unsafe: alone in its call, so that no neighbour moves it."""
         with self._torch.inference_mode():
-            logits = self._model(pixel_values=self._torch.from_numpy(looked)[None].to(self._device)).logits[0]
-            return float(self._torch.softmax(logits.double(), 0)[self._unsafe].sum())
+            logits = self._model(pixel_values=self._torch.from_numpy(looked)[None].to(self._device)).logits[0].double()
+            if self._each_by_itself:
+                return float(self._torch.sigmoid(logits)[self._unsafe].max())
+            return float(self._torch.softmax(logits, 0)[self._unsafe].sum())
