@@ -164,6 +164,9 @@ def built(make: Callable[[bool], Any], device: str, dtype: torch.dtype, tiny: bo
             pipe = make(tiny)
     finally:
         torch.set_default_dtype(before)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()  # as `from_pretrained` does: T5 drops values out while it is trained
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
