@@ -257,6 +257,13 @@ class Diffusion:
 
         return wait
 
+    def common_noise(self) -> bytes:
+        """The state of the generators that all of the process shares; an image's own generator leaves it as it is."""
+        states = [self._torch.get_rng_state()]
+        if self.device.startswith("cuda"):
+            states.append(self._torch.cuda.get_rng_state(self.device))
+        return b"".join(state.numpy().tobytes() for state in states)
+
     def free(self) -> None:
         """Gives back device memory that nothing uses."""
         if self.device.startswith("cuda"):

@@ -128,7 +128,7 @@ class Generate:
         self._queue: ImageQueue | None = None
 
     def setup(self, device: str) -> None:
-        """Loads the model, and makes a batch of each size, the largest first and again at the end: thrown away.
+        """Loads the model, and makes one batch of each size, the largest first, that is thrown away.
 
         Raises:
             StageError: the model cannot be loaded, does not take an option, makes no such image, or another one each
@@ -150,11 +150,18 @@ class Generate:
             raise
 
     def _try(self, device: str) -> None:
+        assert self._model is not None
         largest, *others = sorted(set(self.sizes), key=math.prod, reverse=True)
-        first, *_, last = [self._tried(device, size) for size in (largest, *others, largest)]
-        if first is None or last is None or first.batch_size != last.batch_size:
+        before = self._model.common_noise()
+        made = self._tried(device, largest)
+        for size in others:
+            self._tried(device, size)
+        if self._model.common_noise() == before:
             return
-        if (found := _apart(first.jpeg, last.jpeg)) > self.tolerance:
+        again = self._tried(device, largest)
+        if made is None or again is None or made.batch_size != again.batch_size:
+            return
+        if (found := _apart(made.jpeg, again.jpeg)) > self.tolerance:
             raise StageError(
                 "the model makes another image of the same prompt and seed each time",
                 where={
