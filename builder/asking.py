@@ -41,7 +41,7 @@ def answer(
         ahead: what the stage's `prepare` returned or raised for this batch; without it, `prepare` is called here.
 
     Raises:
-        StageError: the stage broke its contract.
+        StageError: the stage broke its contract, or says that it cannot go on.
     """
     try:
         result = _patiently(stage, batch, ahead)
@@ -54,6 +54,8 @@ def answer(
             ) from None
         yield from _apart(check_result(type(stage), batch, partial.result), partial.errors, first)
         return
+    except StageError:
+        raise
     except Exception as error:
         if batch.num_rows == 1:
             yield first, Failure(error_text(error))

@@ -4,7 +4,7 @@
     +-- ConfigError         the pipeline, an option or the command line is wrong: edit and run again
     +-- ShardError          a source shard cannot be used: the other shards go on
     +-- SchemaError         columns or types do not fit together
-    +-- StageError          a stage cannot start, or broke its contract
+    +-- StageError          a stage cannot start or go on, or broke its contract
     +-- ConflictError       the state on disk is not what this work was planned for: plan again
     +-- TransientError      the same call may succeed later; the only class that is retried
 
@@ -69,7 +69,7 @@ class SchemaError(BuilderError):
 
 
 class StageError(BuilderError):
-    """A stage cannot start, or broke its contract."""
+    """A stage cannot start or go on, or broke its contract."""
 
 
 class ConflictError(BuilderError):

@@ -481,7 +481,11 @@ class _Shard:
             elif kills:
                 answers = [(0, Failure("ProcessDied: the process died twice in this row"))]
             else:
-                answers = list(answer(self._stage, batch.given, ahead=batch.prepared))
+                try:
+                    answers = list(answer(self._stage, batch.given, ahead=batch.prepared))
+                except StageError:
+                    self.checkpoint()
+                    raise
                 self._task.compare(batch.given, answers)
             failed = 0
             for first, result in answers:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 import planned
 import tiny_diffusers
+from builder import table
 from builder.asking import check_alone, error_text
 from builder.cli import main
 from builder.errors import StageError
@@ -922,6 +923,37 @@ def test_an_image_is_made_again_though_the_sql_of_its_run_no_longer_returns_it(p
     assert (again.exit_code, again.output) == (
         0, f"sample {1:032x}: shard 00000000 row 1\nthe same image, bit for bit\n",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["make", "encode"])
+def test_a_device_that_computes_no_more_marks_no_row(
+    pictured: Workspace, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """As with a GPU that fell off its bus: every call fails from then on, also one that computes a single number."""
+    real, calls = getattr(Diffusion, method), []
+    pipeline = pictured.load("stages.generate.sizes=[[64, 64]]", "stages.generate.batch_size=1")
+    run = planned.described(pipeline, "generate", Choice(redo=True, next_draw=True), 1)
+    lost = StageError("device 'cuda:0' computes no more: AcceleratorError: CUDA error: unspecified launch failure")
+
+    def failing(self: Diffusion, *given: Any) -> Any:
+        calls.append(given)
+        if len(calls) > 4:  # one at the start, and three rows
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return real(self, *given)
+
+    def check(self: Diffusion) -> None:
+        if len(calls) > 4:
+            raise lost
+
+    monkeypatch.setattr(Diffusion, method, failing)
+    monkeypatch.setattr(Diffusion, "check", check)
+    with pytest.raises(StageError) as caught:
+        planned.do(pipeline.layout, run, pipeline.stages["generate"].stage, batch_rows=1)
+    assert caught.value is lost
+    table.heal(pipeline.layout, ["00000000"])
+    found = pictured.rows("select generate_status, count(*), count(image_path) from samples group by 1")
+    assert found == [("ok", 6, 6)]
+    assert pictured.rows("select row, image_draw from samples order by row") == [*((i, i < 3) for i in range(6))]
 
 
 def digest(made: Workspace) -> list[tuple[Any, ...]]:

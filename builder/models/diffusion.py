@@ -264,10 +264,29 @@ class Diffusion:
             states.append(self._torch.cuda.get_rng_state(self.device))
         return b"".join(state.numpy().tobytes() for state in states)
 
+    def check(self) -> None:
+        """Computes one number.
+
+        Raises:
+            StageError: the device does not compute any more.
+        """
+        if not self.device.startswith("cuda"):
+            return
+        try:
+            self._torch.ones(1, device=self.device).item()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise StageError(
+                    f"device '{self.device}' computes no more: {_line(error)}",
+                    where={"name": self.device_name},
+                    fix="see nvidia-smi and dmesg, then run the same command again: it goes on where it was",
+                ) from error
+
     def free(self) -> None:
         """Gives back device memory that nothing uses."""
         if self.device.startswith("cuda"):
-            self._torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # of a device that is lost: no reason to hide why
+                self._torch.cuda.empty_cache()
 
 
 def _fault(is_blacked: bool, is_finite: bool) -> Exception | None:

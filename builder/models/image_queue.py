@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from builder.errors import StageError
 from builder.models.pictures import Pixels, encode
 
 #: Threads that encode JPEG, at most: one encodes some 1,000 images of 384 px a second.
@@ -31,6 +32,8 @@ class Model(Protocol):
     def make(
         self, texts: Sequence[Any], seeds: Sequence[int], size: tuple[int, int]
     ) -> Callable[[], tuple[Pixels, list[Exception | None]]]: ...
+
+    def check(self) -> None: ...
 
     def free(self) -> None: ...
 
@@ -68,7 +71,8 @@ class ImageQueue:
     is asked for and no more are being added. Jobs that nobody holds any more are forgotten.
 
     A batch that fails is halved, padded, until the jobs that fail stand alone; no other job fails with them. Out of
-    memory halves `batch_size` for good, and `take_notes` says so.
+    memory halves `batch_size` for good, and `take_notes` says so. A device that computes no more is no job's fault: its
+    jobs get the StageError that says so.
     """
 
     def __init__(
@@ -91,12 +95,17 @@ class ImageQueue:
         """Encodes the prompts of jobs and queues them; for any thread.
 
         Raises:
+            StageError: the device computes no more.
             Exception: whatever the text encoder raises; no job of these is queued then.
         """
         with self._changed:
             self._adding += 1
         try:
-            self._encode(jobs, self.batch_size)
+            try:
+                self._encode(jobs, self.batch_size)
+            except RuntimeError:
+                self._model.check()
+                raise
             with self._changed:
                 self._waiting += [weakref.ref(job) for job in jobs]
         finally:
@@ -184,7 +193,7 @@ class ImageQueue:
                 padded = jobs + [jobs[-1]] * (size - len(jobs))
                 images = self._model.make([job.text for job in padded], [job.seed for job in padded], jobs[0].size)
         except Exception as error:
-            failure = error.with_traceback(None)  # it holds the batch's tensors
+            failure = self._cause(error).with_traceback(None)  # it holds the batch's tensors
             failure.__context__ = None
         else:
             if images is None:  # there was no memory for so many prompts
@@ -194,13 +203,25 @@ class ImageQueue:
                 job.text = None  # memory of the device
                 self._pool.submit(self._finish, job, images, i, size)
             return
-        if self._is_out_of_memory(failure) and size > 1:
+        if isinstance(failure, StageError):
+            for job in jobs:
+                job.made.set_exception(failure)
+        elif self._is_out_of_memory(failure) and size > 1:
             self._halve(size)
             self._make_apart(jobs, self.batch_size)
         elif len(jobs) > 1:
             self._make_apart(jobs, (len(jobs) + 1) // 2)
         else:
             jobs[0].made.set_exception(failure)
+
+    def _cause(self, error: Exception) -> Exception:
+        """Why a batch failed: what the model said, or that its device computes no more."""
+        if isinstance(error, RuntimeError) and not self._is_out_of_memory(error):
+            try:
+                self._model.check()
+            except StageError as lost:
+                return lost
+        return error
 
     def _make_apart(self, jobs: list[Job], count: int) -> None:
         for i in range(0, len(jobs), count):
@@ -246,5 +267,7 @@ class ImageQueue:
             if fault := faults[place]:
                 raise fault
             job.made.set_result(Made(encode(pixels[place], self._quality), size))
+        except Exception as error:
+            job.made.set_exception(self._cause(error))
         except BaseException as error:
             job.made.set_exception(error)

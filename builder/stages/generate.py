@@ -179,6 +179,8 @@ class Generate:
             [made] = self._queue.answers(self._queue.add([Job("a photo", 0, size)]))
         except Exception as error:
             made = error
+        if isinstance(made, StageError):
+            raise made
         if isinstance(made, Made | Unsafe):
             return made if isinstance(made, Made) else None
         fix = "set another dtype, size, scheduler or number of steps, as the model's card says"
@@ -194,6 +196,12 @@ class Generate:
         return self._queue.add([Job(*job) for job in zip(prompts, self._seeds(batch), self._sizes(batch), strict=True)])
 
     def process(self, batch: pa.RecordBatch, prepared: list[Job] | None = None) -> pa.RecordBatch:
+        """Answers a batch.
+
+        Raises:
+            RowsFailed: prompts of which the model makes no image.
+            StageError: the device computes no more.
+        """
         prompts = batch.column("prompt").to_pylist()
         seeds, sizes = self._seeds(batch), self._sizes(batch)
         columns: dict[str, list[Any]] = {
@@ -216,6 +224,8 @@ class Generate:
             jobs = prepared if prepared is not None else self.prepare(batch)
             answers = self._queue.answers(jobs or [])
             errors = {i: answer for i, answer in enumerate(answers) if isinstance(answer, Exception)}
+            if lost := next((error for error in errors.values() if isinstance(error, StageError)), None):
+                raise lost
             made = [answer if isinstance(answer, Made) else None for answer in answers]
             columns["image"] = [image.jpeg if image else None for image in made]
             columns["image_batch_size"] = [image.batch_size if image else None for image in made]
