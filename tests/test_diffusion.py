@@ -991,6 +991,12 @@ def test_the_measurement_on_a_gpu_goes_its_whole_way_on_a_cpu(capsys: pytest.Cap
         assert figures, line
         assert float(figures[1]) > 0 < float(figures[2])
         assert float(figures[4]) > 0
+        [best] = re.findall(rf"^{re.escape(name)}: best stage (.*)$", told, re.M)
+        assert re.fullmatch(
+            rf"{figures[2]}, best bare {figures[1]} images/s: [\d.]+ x, target 0.97; "
+            r"network [\d.]+% of peak, target 60%",
+            best,
+        )
 
 
 def test_hashes_of_two_processes_agree(models: dict[str, Path], tmp_path: Path) -> None:
