@@ -18,14 +18,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from here import builder_here
 from PIL import Image
 
 from builder import pipeline as pipelines
 from builder import table
+from builder.executors import local
 from builder.pipeline import Pipeline
 from builder.schema import BOXES
 from builder.sources import shards as tar_shards
 
+local.as_a_worker()  # before a library counts its threads
 STAGES = Path(__file__).parent / "stages.py"
 #: mtime of the test tars' members; the fraction makes tarfile write a pax header for each, as webdataset's writer does.
 PAX_MTIME, USTAR_MTIME = 1_700_000_000.5, 1_700_000_000
@@ -168,18 +171,22 @@ class Workspace:
     def load(self, *sets: str) -> Pipeline:
         return pipelines.load(self.file, sets)
 
-    def run(self, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-        """`builder ARGUMENTS --pipeline FILE` as a process."""
-        result = builder(*arguments, "--pipeline", str(self.file), **options)
-        if check:
-            assert result.returncode == 0, (
-                f"builder {arguments}: exit {result.returncode}\n{result.stdout}{result.stderr}"
-            )
-        return result
+    def run(self, *arguments: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """`builder ARGUMENTS --pipeline FILE` in this process, tasks and all."""
+        return _good(builder_here(*arguments, "--pipeline", str(self.file), cwd=cwd), check)
+
+    def process(self, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+        """The same as a process, its tasks as processes of their own."""
+        return _good(builder(*arguments, "--pipeline", str(self.file), **options), check)
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """Rows of a question."""
         return pipelines.answer(self.load(), pipelines.Sql(sql, "test"), {})[1]
+
+
+def _good(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.CompletedProcess[str]:
+    assert not check or done.returncode == 0, f"{done.args}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
 
 
 def builder(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -74,7 +74,7 @@ def own(tmp_path: Path, workspace: Make) -> Callable[..., Workspace]:
     def make(kind: str, options: str = "", **more: Any) -> Workspace:
         (tmp_path / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
         made = workspace({"a": samples(12)}, stages=OWN.format(folder=tmp_path) % (kind, options), **more)
-        made.run("ingest")
+        made.process("ingest")
         return made
 
     return make
@@ -180,7 +180,7 @@ def test_json_of_values_that_json_has_no_word_for(ask: Callable[..., Done]) -> N
 
 
 def test_json_of_verify(dataset: Workspace) -> None:
-    dataset.run("write")
+    dataset.process("write")
     done = run("verify", "--json", "--pipeline", str(dataset.file))
     value = done.json()
     assert done.code == 0
@@ -277,7 +277,7 @@ def test_json_of_a_file_that_cannot_be_read(ask: Callable[..., Done], dataset: W
 def test_json_from_a_process_is_all_there_is(dataset: Workspace) -> None:
     """As a script runs it: no warning of a library slips onto either stream."""
     for arguments in (("status",), ("plan",), ("sql", "select 1"), ("show", "00000000:0"), ("verify",)):
-        done = dataset.run(*arguments, "--json", check=False)
+        done = dataset.process(*arguments, "--json", check=False)
         Done(done.returncode, done.stdout, done.stderr).json()
 
 
@@ -289,7 +289,7 @@ def test_exit_0_done(ask: Callable[..., Done]) -> None:
 
 
 def test_exit_1_did_not_finish(own: Callable[..., Workspace]) -> None:
-    done = own("NoModel").run("stage", "note", check=False)
+    done = own("NoModel").process("stage", "note", check=False)
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert "error: there is no model in '/models/none'" in lines
@@ -310,7 +310,7 @@ def test_exit_2_usage_and_bad_pipelines(tmp_path: Path) -> None:
 
 def test_exit_3_failed_rows_and_what_to_do(own: Callable[..., Workspace]) -> None:
     made = own("Fails", f'bad = ["{3:032x}-0"]')
-    done = made.run("stage", "note", check=False)
+    done = made.process("stage", "note", check=False)
     assert done.returncode == 3
     assert done.stderr.splitlines()[-3:] == [
         "note: 1 failed",
@@ -329,7 +329,7 @@ def test_exit_3_failed_rows_and_what_to_do(own: Callable[..., Workspace]) -> Non
 def test_exit_3_refused_shard(workspace: Make) -> None:
     made = workspace({"a": samples(2)})
     (made.folder / "source/b.tar").write_bytes(b"")
-    done = made.run("ingest", check=False)
+    done = made.process("ingest", check=False)
     assert done.returncode == 3
     assert done.stderr.splitlines()[-3:] == [
         "refused shard 'b': the shard is empty (0 bytes)",
@@ -351,7 +351,7 @@ def test_exit_130_stopped_as_a_scheduler_does_and_gone_on(own: Callable[..., Wor
     assert talk.splitlines()[-1] == "stopped: everything committed is kept; run the same command again to go on"
     [(before,)] = made.rows("select count(note) from samples")
     assert 4 <= before < 12
-    made.run("stage", "note")
+    made.process("stage", "note")
     assert made.rows("select count(note) from samples") == [(12,)]
 
 
@@ -529,7 +529,7 @@ def test_init_into_a_file(tmp_path: Path) -> None:
 
 
 def test_fold_and_drop(ask: Callable[..., Done], dataset: Workspace) -> None:
-    dataset.run("stage", "lang")
+    dataset.process("stage", "lang")
     assert ask("fold").err.splitlines()[-1] == "0 partitions folded"
     done = ask("drop", "lang_score")
     again = f"--pipeline {dataset.file}"
@@ -563,7 +563,7 @@ def test_gc_says_what_it_deletes(ask: Callable[..., Done], dataset: Workspace) -
 def test_escapes_in_captions_are_never_printed_raw(workspace: Make) -> None:
     nasty = "red \x1b[31m\x1b]0;title\x07 \u202egnp.exe \x9b2J\r\nnew line"
     made = workspace({"a": [Sample("0", nasty, fields={"url": nasty})]}, stages="")
-    made.run("ingest")
+    made.process("ingest")
     question = ("sql", 'select caption, [caption] as list, {c: caption} as struct, caption as "\x1b[1m" from samples')
     for arguments in (question, ("show", "a:0")):
         done = run(*arguments, "--pipeline", str(made.file))
@@ -632,8 +632,8 @@ def _processor_s() -> float:
 
 def test_nothing_to_do_is_said_in_under_two_seconds(workspace: Make) -> None:
     made = workspace({"a": samples(2)}, stages="")
-    made.run("run")
-    done = in_time(2, lambda: made.run("run"))
+    made.process("run")
+    done = in_time(2, lambda: made.process("run"))
     assert done.stderr.splitlines() == [
         "ingest: nothing to do (1 shards)",
         "write: nothing to do (1 hybrid shards up to date)",
