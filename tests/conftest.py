@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from here import builder_here
 from PIL import Image
 
 from builder import pipeline as pipelines
@@ -27,6 +26,7 @@ from builder.executors import local
 from builder.pipeline import Pipeline
 from builder.schema import BOXES
 from builder.sources import shards as tar_shards
+from here import builder_here
 
 local.as_a_worker()  # before a library counts its threads
 STAGES = Path(__file__).parent / "stages.py"
@@ -220,6 +220,20 @@ def make_workspace(
     text = PIPELINE.format(folder=folder, stages=stages, workers=workers, checkpoint_rows=checkpoint_rows)
     file.write_text(text, "utf-8")
     return Workspace(folder, file)
+
+
+#: Files whose tests take long: first, so that no process is left alone with one at the end.
+LONG = ("test_real_models.py", "test_diffusion.py", "test_crash.py", "test_docs.py", "test_cli.py", "test_writer.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files are dealt to the processes in the order of `pytest_collection_modifyitems`."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture

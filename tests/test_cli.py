@@ -74,7 +74,7 @@ def own(tmp_path: Path, workspace: Make) -> Callable[..., Workspace]:
     def make(kind: str, options: str = "", **more: Any) -> Workspace:
         (tmp_path / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
         made = workspace({"a": samples(12)}, stages=OWN.format(folder=tmp_path) % (kind, options), **more)
-        made.process("ingest")
+        made.run("ingest")
         return made
 
     return make
@@ -180,7 +180,7 @@ def test_json_of_values_that_json_has_no_word_for(ask: Callable[..., Done]) -> N
 
 
 def test_json_of_verify(dataset: Workspace) -> None:
-    dataset.process("write")
+    dataset.run("write")
     done = run("verify", "--json", "--pipeline", str(dataset.file))
     value = done.json()
     assert done.code == 0
@@ -329,7 +329,7 @@ def test_exit_3_failed_rows_and_what_to_do(own: Callable[..., Workspace]) -> Non
 def test_exit_3_refused_shard(workspace: Make) -> None:
     made = workspace({"a": samples(2)})
     (made.folder / "source/b.tar").write_bytes(b"")
-    done = made.process("ingest", check=False)
+    done = made.run("ingest", check=False)
     assert done.returncode == 3
     assert done.stderr.splitlines()[-3:] == [
         "refused shard 'b': the shard is empty (0 bytes)",
@@ -351,7 +351,7 @@ def test_exit_130_stopped_as_a_scheduler_does_and_gone_on(own: Callable[..., Wor
     assert talk.splitlines()[-1] == "stopped: everything committed is kept; run the same command again to go on"
     [(before,)] = made.rows("select count(note) from samples")
     assert 4 <= before < 12
-    made.process("stage", "note")
+    made.run("stage", "note")
     assert made.rows("select count(note) from samples") == [(12,)]
 
 
@@ -529,7 +529,7 @@ def test_init_into_a_file(tmp_path: Path) -> None:
 
 
 def test_fold_and_drop(ask: Callable[..., Done], dataset: Workspace) -> None:
-    dataset.process("stage", "lang")
+    dataset.run("stage", "lang")
     assert ask("fold").err.splitlines()[-1] == "0 partitions folded"
     done = ask("drop", "lang_score")
     again = f"--pipeline {dataset.file}"
@@ -563,7 +563,7 @@ def test_gc_says_what_it_deletes(ask: Callable[..., Done], dataset: Workspace) -
 def test_escapes_in_captions_are_never_printed_raw(workspace: Make) -> None:
     nasty = "red \x1b[31m\x1b]0;title\x07 \u202egnp.exe \x9b2J\r\nnew line"
     made = workspace({"a": [Sample("0", nasty, fields={"url": nasty})]}, stages="")
-    made.process("ingest")
+    made.run("ingest")
     question = ("sql", 'select caption, [caption] as list, {c: caption} as struct, caption as "\x1b[1m" from samples')
     for arguments in (question, ("show", "a:0")):
         done = run(*arguments, "--pipeline", str(made.file))

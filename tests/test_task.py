@@ -179,7 +179,7 @@ def test_a_stage_that_cannot_start_marks_no_row(workspace: Make) -> None:
     made = workspace(stages=section("NoModel"))
     (made.folder / "note.sql").write_text(SQL)
     ingest_here(made.load())
-    done = made.process("stage", "note", check=False, cwd=made.folder)
+    done = made.run("stage", "note", check=False, cwd=made.folder)
     assert done.returncode == 1
     [run] = (made.root / "runs").iterdir()
     assert done.stderr.splitlines()[1:] == [
@@ -1163,7 +1163,7 @@ def test_ctrl_c_keeps_what_is_committed(workspace: Make) -> None:
     assert len(before) == len(set(before)) < 48
     answered = made.rows("select uid from samples where note_status = 'ok'")
     assert {uid for (uid,) in answered} == set(before)  # every row that was looked at is committed
-    made.process("stage", "note", cwd=made.folder)
+    made.run("stage", "note", cwd=made.folder)
     assert sorted(log.read_text().split()) == sorted(uid(number) for number in range(48))
     assert made.rows("select count(*) from samples where note is not null") == [(48,)]
 

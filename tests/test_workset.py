@@ -138,7 +138,7 @@ def test_two_columns_of_one_name_are_refused(layout: Layout) -> None:
 def test_sql_that_does_not_exist_is_refused(workspace: Make) -> None:
     made = workspace(stages=section("Note", "nowhere.sql"))
     ingest_here(made.load())
-    done = made.process("stage", "note", check=False, cwd=made.folder)
+    done = made.run("stage", "note", check=False, cwd=made.folder)
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "error: no SQL file 'nowhere.sql'"
     assert done.stderr.splitlines()[-1].startswith("  fix: write it, or copy the ones that come with builder:")
