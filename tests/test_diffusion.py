@@ -16,7 +16,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 from pydantic import ValidationError
 
@@ -24,7 +23,6 @@ import planned
 import tiny_diffusers
 from builder import table
 from builder.asking import check_alone, error_text
-from builder.cli import main
 from builder.errors import StageError
 from builder.models.diffusion import Diffusion, is_out_of_memory, name_of
 from builder.stage import Preparing, RowsFailed
@@ -894,9 +892,9 @@ def test_an_image_that_comes_out_otherwise_is_told_with_what_is_not_as_it_was(
     description.write_text(json.dumps(data))
     monkeypatch.setattr("builder.models.diffusion._device_name", lambda device: "NVIDIA H200")
     out_of_memory_above(2, monkeypatch)
-    again = CliRunner().invoke(main, ["regen", "00000000:1", "--check", "--pipeline", str(pictured.file)])
-    [pixels] = re.findall(r"pixels differ by .* of 255 on average, \d+ at most", again.output)
-    assert (again.exit_code, again.output) == (
+    again = pictured.run("regen", "00000000:1", "--check", check=False)
+    [pixels] = re.findall(r"pixels differ by .* of 255 on average, \d+ at most", again.stdout)
+    assert (again.returncode, again.stdout) == (
         3,
         f"sample {1:032x}: shard 00000000 row 1\n"
         f"another image: {pixels}\n"
@@ -919,8 +917,8 @@ def test_an_image_is_made_again_though_the_sql_of_its_run_no_longer_returns_it(p
     data = json.loads(description.read_text())
     data["sql"]["text"] += " where image_path is null"
     description.write_text(json.dumps(data))
-    again = CliRunner().invoke(main, ["regen", "00000000:1", "--check", "--pipeline", str(pictured.file)])
-    assert (again.exit_code, again.output) == (
+    again = pictured.run("regen", "00000000:1", "--check", check=False)
+    assert (again.returncode, again.stdout) == (
         0, f"sample {1:032x}: shard 00000000 row 1\nthe same image, bit for bit\n",
     )  # fmt: skip
 

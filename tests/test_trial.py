@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from builder.layout import RunFiles
-from conftest import Workspace
+from conftest import Workspace, make_workspace
 from planned import section
 
 Make = Callable[..., Workspace]
@@ -21,6 +21,14 @@ Make = Callable[..., Workspace]
 def drawn(workspace: Make) -> Workspace:
     """A dataset that was run to its end: every sample with a face and an English caption has a sketch."""
     made = workspace()
+    made.run("run")
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The same, for tests that leave it as it is."""
+    made = make_workspace(tmp_path_factory.mktemp("finished"))
     made.run("run")
     return made
 
@@ -50,14 +58,14 @@ def test_a_trial_shows_answers_and_commits_nothing(workspace: Make) -> None:
     assert files_of(made.root) == before
 
 
-def test_a_trial_of_generated_bytes_shows_and_saves_them(drawn: Workspace) -> None:
-    before = files_of(drawn.root)
-    done = drawn.run("stage", "generate", "--try", "2", "--redo", "--save", str(drawn.folder / "look"))
+def test_a_trial_of_generated_bytes_shows_and_saves_them(finished: Workspace) -> None:
+    before = files_of(finished.root)
+    done = finished.run("stage", "generate", "--try", "2", "--redo", "--save", str(finished.folder / "look"))
     assert " bytes  " in done.stdout
-    saved = sorted((drawn.folder / "look").iterdir())
+    saved = sorted((finished.folder / "look").iterdir())
     assert len(saved) == 2
     assert all(Image.open(path).size == (64, 64) for path in saved)
-    assert files_of(drawn.root) == before
+    assert files_of(finished.root) == before
 
 
 def test_a_trial_tells_of_rows_that_fail(workspace: Make) -> None:
@@ -70,8 +78,8 @@ def test_a_trial_tells_of_rows_that_fail(workspace: Make) -> None:
     assert f"ValueError: cannot note {0:032x}-0" in done.stdout
 
 
-def test_a_trial_without_rows_says_what_would_be_tried(drawn: Workspace) -> None:
-    done = drawn.run("stage", "lang", "--try", "2", check=False)
+def test_a_trial_without_rows_says_what_would_be_tried(finished: Workspace) -> None:
+    done = finished.run("stage", "lang", "--try", "2", check=False)
     assert done.returncode == 2
     assert done.stderr == (
         "error: stage 'lang' has no row to try\n  sql: sql/lang.sql\n"
@@ -79,8 +87,8 @@ def test_a_trial_without_rows_says_what_would_be_tried(drawn: Workspace) -> None
     )
 
 
-def test_save_is_for_a_trial(drawn: Workspace) -> None:
-    done = drawn.run("stage", "lang", "--save", "x", check=False)
+def test_save_is_for_a_trial(finished: Workspace) -> None:
+    done = finished.run("stage", "lang", "--save", "x", check=False)
     assert done.returncode == 2
     assert done.stderr == (
         "error: --save is for --try\n  fix: builder show SHARD:ROW --save DIR writes what is in the table\n"
@@ -90,13 +98,15 @@ def test_save_is_for_a_trial(drawn: Workspace) -> None:
 # --- builder regen ---
 
 
-def test_an_image_is_made_again_bit_for_bit(drawn: Workspace) -> None:
-    uid, shard, row = an_image(drawn)
-    done = drawn.run("regen", uid, "--check", "--out", str(drawn.folder / "again.jpg"))
+def test_an_image_is_made_again_bit_for_bit(finished: Workspace) -> None:
+    uid, shard, row = an_image(finished)
+    done = finished.run("regen", uid, "--check", "--out", str(finished.folder / "again.jpg"))
     assert done.stdout == f"sample {uid}: shard {shard} row {row}\nthe same image, bit for bit\n"
-    [(path, offset, size)] = drawn.rows(f"select image_path, image_offset, image_size from samples where uid = '{uid}'")
-    stored = (drawn.root / path).read_bytes()[offset : offset + size]
-    assert (drawn.folder / "again.jpg").read_bytes() == stored
+    [(path, offset, size)] = finished.rows(
+        f"select image_path, image_offset, image_size from samples where uid = '{uid}'"
+    )
+    stored = (finished.root / path).read_bytes()[offset : offset + size]
+    assert (finished.folder / "again.jpg").read_bytes() == stored
 
 
 def test_an_image_is_made_of_what_its_row_recorded(drawn: Workspace) -> None:
@@ -127,15 +137,15 @@ def test_an_image_that_comes_out_otherwise_is_told_with_the_reasons(drawn: Works
     assert len(lines) == 4
 
 
-def test_what_cannot_be_made_again_says_why(drawn: Workspace) -> None:
-    [(uid,)] = drawn.rows("select uid from samples where image_path is null limit 1")
-    done = drawn.run("regen", uid, "--check", check=False)
+def test_what_cannot_be_made_again_says_why(finished: Workspace) -> None:
+    [(uid,)] = finished.rows("select uid from samples where image_path is null limit 1")
+    done = finished.run("regen", uid, "--check", check=False)
     assert (done.returncode, done.stderr) == (
         2,
         f"error: sample '{uid}' has no generated image\n"
         "  fix: builder sql 'select uid from samples where image_path is not null limit 5'\n",
     )
-    done = drawn.run("regen", uid, check=False)
+    done = finished.run("regen", uid, check=False)
     assert (
         done.stderr == f"error: builder regen needs --check, --out FILE, or both\n  fix: builder regen {uid} --check\n"
     )
@@ -170,16 +180,16 @@ def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None
 
 
 @pytest.mark.parametrize("flags", [("--draw", "next"), ("--draw", "next", "--stale")])
-def test_another_draw_is_for_rows_with_an_answer(drawn: Workspace, flags: tuple[str, ...]) -> None:
-    done = drawn.run("stage", "generate", *flags, check=False)
+def test_another_draw_is_for_rows_with_an_answer(finished: Workspace, flags: tuple[str, ...]) -> None:
+    done = finished.run("stage", "generate", *flags, check=False)
     assert (done.returncode, done.stderr) == (
         2,
         "error: --draw next is for rows with an answer\n  fix: --redo --draw next --where 'check_faces = 0'\n",
     )
 
 
-def test_a_stage_without_draws_refuses_one(drawn: Workspace) -> None:
-    done = drawn.run("stage", "lang", "--redo", "--draw", "next", check=False)
+def test_a_stage_without_draws_refuses_one(finished: Workspace) -> None:
+    done = finished.run("stage", "lang", "--redo", "--draw", "next", check=False)
     assert (done.returncode, done.stderr) == (
         2,
         "error: stage 'lang' has no draws: its work SQL uses no $draw\n"
