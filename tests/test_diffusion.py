@@ -234,6 +234,22 @@ def test_names_of_models_hold_no_path(tmp_path: Path) -> None:
     assert name_of("stabilityai/sd-turbo", "main") == "stabilityai/sd-turbo@main"
 
 
+def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--some--sd"
+    tiny_diffusers.make_sd(cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    stage = Generate(GenerateOptions(backend="diffusers", model="some/sd", revision="main", **SMALL))
+    stage.setup("cpu")
+    assert stage._model is not None and stage._model.name == f"some/sd@{commit}"
+    stage.close()
+
+
 # --- batches ---
 
 

@@ -103,7 +103,7 @@ class Diffusion:
     """A loaded pipeline on one device.
 
     Attributes:
-        name: the model's name without the machine's paths, `@` and its revision where it has one.
+        name: the model's name without paths of the machine, `@` and its revision where it has one (of the hub the commit).
         steps: denoising steps.
         guidance: guidance scale; None where the pipeline has none.
         device_name: what it computes on, as far as that decides the last bits: a GPU's name, a CPU's vector unit.
@@ -117,8 +117,8 @@ class Diffusion:
         torch, _ = _packages()
         self.options, self.device = options, device
         _check_device(device)
-        self.name = name_of(options.model, options.revision)
         pipe = self._pipe = _loaded(options)
+        self.name = _name_as_loaded(pipe, options)
         self._taken = inspect.signature(pipe.__call__).parameters
         self._names = _encoded(pipe)
         self._encoder_takes = inspect.signature(pipe.encode_prompt).parameters if self._names else {}
@@ -313,6 +313,20 @@ def name_of(model: str, revision: str | None) -> str:
     return f"{model}@{revision}" if revision else model
 
 
+def _name_as_loaded(pipe: Any, options: DiffusionOptions) -> str:
+    """`name_of`, with the commit where the model comes of the hub, whose branches move."""
+    config = getattr(_network(pipe), "config", None)
+    folder = Path(str(getattr(config, "_name_or_path", ""))).parent  # of the hub's cache
+    if not Path(options.model).expanduser().is_dir() and _SNAPSHOT.search(folder.as_posix()):
+        return name_of(str(folder), None)
+    return name_of(options.model, options.revision)
+
+
+def _network(pipe: Any) -> Any:
+    """What denoises."""
+    return getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+
+
 def _packages() -> tuple[Any, Any]:
     """torch and diffusers, quiet; the others that every pipeline needs are there, too."""
     found = {}
@@ -436,7 +450,7 @@ def _adapt(pipe: Any, options: DiffusionOptions) -> None:
             if enable is None:
                 raise StageError(f"the VAE of '{kind}' has no {option}", where=where, fix=f"take vae_{option} out")
             enable()
-    network: Any = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    network = _network(pipe)
     if options.attention is not None:
         with _told(f'attention = "{options.attention}" cannot be set', where, "take attention out, or another name"):
             network.set_attention_backend(options.attention)
