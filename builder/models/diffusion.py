@@ -103,7 +103,7 @@ class Diffusion:
     """A loaded pipeline on one device.
 
     Attributes:
-        name: the model's name without paths of the machine, `@` and its revision where it has one (of the hub the commit).
+        name: the model's name without paths of the machine; of the hub `owner/name@commit`.
         steps: denoising steps.
         guidance: guidance scale; None where the pipeline has none.
         device_name: what it computes on, as far as that decides the last bits: a GPU's name, a CPU's vector unit.
