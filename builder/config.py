@@ -61,7 +61,7 @@ class Run(Strict):
 
     #: Where tasks run; this version has `local` only.
     executor: Literal["local", "slurm", "ray"] = "local"
-    #: Worker processes; one a device for a stage whose own section names devices and not this.
+    #: Worker processes; one a device for a stage that takes a GPU, or whose own section names devices, and not this.
     workers: int = Field(default=2, ge=1)
     #: Most rows that a task answers without committing them: what a kill costs.
     checkpoint_rows: int = Field(default=2048, ge=1)

@@ -108,7 +108,8 @@ def load(path: Path, sets: Sequence[str] = ()) -> Pipeline:
         run = configs.run_of(config, name)
         if options is not None:
             try:
-                stages[name] = StageUse(kind(options), options, run, section)  # type: ignore[call-arg]
+                stage = kind(options)  # type: ignore[call-arg]
+                stages[name] = StageUse(stage, options, _on_gpus(stage, run, section), section)
             except BuilderError as error:
                 config.problems.add(("stages", name), "\n".join([error.what, error.fix]))
     fields = configs.fields_of(config.dataset, config.problems)
@@ -117,6 +118,13 @@ def load(path: Path, sets: Sequence[str] = ()) -> Pipeline:
     with _in_file(config.path):
         _ = pipeline.own_columns
     return pipeline
+
+
+def _on_gpus(stage: Stage, run: configs.Run, section: configs.StageTable) -> configs.Run:
+    """One worker a GPU where each holds a model of its own, unless the stage's own section says how many."""
+    if not stage.resources.gpus or "workers" in section.run or all(device == "cpu" for device in run.devices):
+        return run
+    return run.model_copy(update={"workers": len(run.devices)})
 
 
 @contextlib.contextmanager

@@ -243,6 +243,22 @@ def test_scales_are_looked_up_here_first(file: Path) -> None:
     assert config.find_pipeline(None, "p.toml") == Path("p.toml")
 
 
+@pytest.mark.parametrize(
+    ("sets", "workers"),
+    [
+        ((), 8),  # the sketch takes no GPU
+        (("stages.generate.backend=diffusers", "stages.generate.model=a/b"), 2),
+        (("stages.generate.backend=diffusers", "stages.generate.model=a/b", "stages.generate.run.workers=4"), 4),
+        (("stages.generate.backend=diffusers", "stages.generate.model=a/b", "run.devices=['cpu']"), 8),
+    ],
+)
+def test_a_stage_that_takes_a_gpu_gets_one_worker_for_each(file: Path, sets: tuple[str, ...], workers: int) -> None:
+    file.write_text(GOOD.replace("workers = 1", 'workers = 8\ndevices = ["cuda:0", "cuda:1"]') + "[stages.generate]\n")
+    pipeline = pipelines.load(file, sets)
+    assert pipeline.stages["generate"].run.workers == workers
+    assert pipeline.stages["faces"].run.workers == 8
+
+
 # --- overrides ---
 
 
