@@ -78,7 +78,7 @@ class Stage(Protocol):
     A row that the stage cannot answer is told by raising from `process` for a batch of that row alone: the engine
     halves a batch that raises until the bad rows stand alone. Where asking twice is dear, it raises `RowsFailed`. A
     `StageError` from `process` or `prepare` says that no row can be answered any more, as where a GPU is lost: the task
-    stops, what it answered before is committed, and no row is marked.
+    stops, its checkpoints stay, and no row is marked.
 
     A stage that can do some of its work ahead, such as decoding, has `prepare` too: see `Preparing`.
 

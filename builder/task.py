@@ -481,11 +481,7 @@ class _Shard:
             elif kills:
                 answers = [(0, Failure("ProcessDied: the process died twice in this row"))]
             else:
-                try:
-                    answers = list(answer(self._stage, batch.given, ahead=batch.prepared))
-                except StageError:
-                    self.checkpoint()
-                    raise
+                answers = list(answer(self._stage, batch.given, ahead=batch.prepared))
                 self._task.compare(batch.given, answers)
             failed = 0
             for first, result in answers:

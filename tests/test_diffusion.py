@@ -962,7 +962,7 @@ def test_a_device_that_computes_no_more_marks_no_row(
     monkeypatch.setattr(Diffusion, method, failing)
     monkeypatch.setattr(Diffusion, "check", check)
     with pytest.raises(StageError) as caught:
-        planned.do(pipeline.layout, run, pipeline.stages["generate"].stage, batch_rows=1)
+        planned.do(pipeline.layout, run, pipeline.stages["generate"].stage, batch_rows=1, checkpoint_rows=1)
     assert caught.value is lost
     table.heal(pipeline.layout, ["00000000"])
     found = pictured.rows("select generate_status, count(*), count(image_path) from samples group by 1")
