@@ -117,8 +117,10 @@ def classifier(folder: Path, labels: dict[int, str], **more: str) -> str:
     return str(folder)
 
 
-def test_a_safety_checker_says_how_unsafe(tmp_path: Path) -> None:
-    folder = classifier(tmp_path / "model", {0: "normal", 1: "NSFW", 2: "odd"})
+def test_a_safety_checker_says_how_unsafe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier(tmp_path / "model", {0: "normal", 1: "NSFW", 2: "odd"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = "~/model"
     images = [png(skimage.data.astronaut()), png(skimage.data.coffee()), png(np.full((32, 32, 3), 7))]
     stages = {
         name: Check(CheckOptions(nsfw_model=folder, nsfw_labels=labels))

@@ -40,10 +40,11 @@ class SafetyModel:
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise missing_extra(package, "images", "nsfw_model")
-        if not (Path(folder) / "config.json").is_file():
+        place = Path(folder).expanduser()
+        if not (place / "config.json").is_file():
             raise StageError(
                 f"there is no model in '{folder}'",
-                where={"looked for": Path(folder) / "config.json"},
+                where={"looked for": place / "config.json"},
                 fix="set nsfw_model to a folder with an image classifier, as save_pretrained writes it",
             )
         import torch
@@ -52,8 +53,8 @@ class SafetyModel:
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise StageError(f"torch finds no CUDA for device '{device}'", fix='set devices = ["cpu"]')
         try:
-            self._processor: Any = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-            self._model: Any = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+            self._processor: Any = AutoImageProcessor.from_pretrained(place, local_files_only=True, backend="pil")
+            self._model: Any = AutoModelForImageClassification.from_pretrained(place, local_files_only=True)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise StageError(
                 f"the image classifier cannot be loaded: {' '.join(str(error).split())}",
