@@ -1013,7 +1013,7 @@ def test_the_measurement_on_a_gpu_goes_its_whole_way_on_a_cpu(capsys: pytest.Cap
         )
 
 
-def test_hashes_of_two_processes_agree(models: dict[str, Path], tmp_path: Path) -> None:
+def test_the_tiny_models_have_the_same_weights_whenever_they_are_made(models: dict[str, Path], tmp_path: Path) -> None:
     """Making the tiny models again gives the same weights: the tests of another process see the same images."""
     again = tiny_diffusers.make_sd(tmp_path / "sd")
     for name in ("unet", "vae"):
