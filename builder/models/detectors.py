@@ -257,7 +257,7 @@ def _started(options: DetectorOptions, device: str, stage: str) -> Detector:
         batch=options.detector_batch,
     )
     print(f"{stage}: {scrfd.file} ({LICENCE})", file=sys.stderr, flush=True)
-    if scrfd.why_single and (options.detector_batch or device != "cpu"):
+    if scrfd.why_single:
         print(f"{stage}: {scrfd.file.name} gets one picture at a time: {scrfd.why_single}", file=sys.stderr, flush=True)
     return scrfd
 
