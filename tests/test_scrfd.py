@@ -106,7 +106,7 @@ def test_places_that_stay_empty_have_no_faces(toy: Path) -> None:
 def test_a_graph_is_batched_where_that_changes_nothing(
     tmp_path: Path, form: Form, fixed: int | None, why: str | None
 ) -> None:
-    """Shapes do not tell: a list can be taken apart, a number in the input freed, and the leaking one mixes pictures."""
+    """Shapes do not tell: a list can be taken apart, a fixed number freed, and the leaking one mixes pictures."""
     path = str(write_toy(tmp_path / "toy.onnx", form, fixed_batch=fixed))
     detector = Scrfd(path, input_px=64, batch=8)
     assert (detector.why_single, detector.batch) == (why, 1 if why else 8)

@@ -12,8 +12,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw
 
-#: How the outputs lie: (cells, values), those of several pictures in turn, as in insightface's det_10g.onnx; with a true
-#: axis for pictures in front; and with such an axis whose values are of all pictures mixed.
+#: How the outputs lie: (cells, values), those of several pictures in turn, as in insightface's det_10g.onnx; with a
+#: true axis for pictures in front; and with such an axis whose values are of all pictures mixed.
 Form = Literal["flat", "batched", "leaking"]
 STRIDES = (8, 16, 32)
 #: By stride: a face where the mean colour of a cell is magenta. -30 silences a stride.

@@ -4,9 +4,9 @@ Knows pixels and boxes; knows nothing of stages, columns and tables. The method 
 and Computation Redistribution for Efficient Face Detection", ICLR 2022. What is done before and after the network is
 what insightface's `SCRFD.detect` does, for several pictures at once where the graph can.
 
-The published exports, det_10g.onnx among them, say that they take one picture, and list their outputs without an axis for
-pictures, (rows, columns, pictures, anchors) in this order. Nothing in such a graph depends on the number of pictures, so
-that number is freed, and the list is taken apart.
+The published exports, det_10g.onnx among them, say that they take one picture, and list their outputs without an axis
+for pictures, in the order rows, columns, pictures, anchors. Nothing in such a graph depends on the number of pictures,
+so that number is freed, and the list is taken apart.
 
 insightface's code is MIT; the models that it publishes are for non-commercial research only.
 """
@@ -223,7 +223,9 @@ class Scrfd:
             cells = self._places(stride) * _ANCHORS[levels]
             shapes = [alone[0][at].shape for at in (i, i + levels)]
             if not cells or shapes != [(1, cells, 1), (1, cells, 4)]:
-                raise self._unfit(f"its scores and boxes of stride {stride} have the shapes {shapes[0]} and {shapes[1]}")
+                raise self._unfit(
+                    f"its scores and boxes of stride {stride} have the shapes {shapes[0]} and {shapes[1]}"
+                )
         if wanted == 1:
             return None
         try:
@@ -296,7 +298,7 @@ def _loaded(model: str, providers: list[tuple[str, dict[str, Any]]], batch: int)
 
 
 def _freed(file: Path) -> bytes:
-    """The graph for any number of pictures: its input does not fix it, and no shape is promised that followed from it."""
+    """The graph, for any number of pictures: its input does not fix it, and no shape is left that followed from it."""
     import onnx
 
     model = onnx.load(str(file))
