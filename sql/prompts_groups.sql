@@ -5,4 +5,4 @@
 select shard, row, uid, caption as text, key
 from samples
 where face_count >= $min_faces
-  and lang = $lang
+  and $lang in ('any', lang)
