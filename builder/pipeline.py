@@ -251,15 +251,21 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     work = work_of(pipeline, name, choice, shards)
     table.extend_schema(layout, columns_of(use.stage))
     table.heal(layout, shards)
-    [counts] = workset.count(layout, [work])
-    if counts.todo == 0:
-        return _nothing_to_do(name, counts, talk)
-    if notice := getattr(use.stage, "notice", ""):
-        talk.say(f"{name}: {notice}")
-    run = runs.new_run(layout, name)
-    _describe_stage(pipeline, run, use, work)
-    with files.naming(run.workset):
-        slices = workset.freeze(layout, run, work)
+    unnamed = layout.runs / "workset.parquet"
+    frozen = files.temp_path(unnamed)
+    try:
+        with files.naming(unnamed):
+            slices = workset.freeze(layout, frozen, work)
+        if not slices:
+            [counts] = workset.count(layout, [work])
+            return _nothing_to_do(name, counts, talk)
+        if notice := getattr(use.stage, "notice", ""):
+            talk.say(f"{name}: {notice}")
+        run = runs.new_run(layout, name)
+        _describe_stage(pipeline, run, use, work)
+        files.write_atomic(run.workset, frozen.replace)
+    finally:
+        frozen.unlink(missing_ok=True)
     dealt = workset.cut(slices, use.run.workers)
     workset.write_tasks(run, dealt)
     return runs.execute(run, len(dealt), use.run, talk, name, sum(part.count for part in slices), "rows")

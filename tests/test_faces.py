@@ -15,14 +15,18 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from builder import pipeline as pipelines
+from builder import query
 from builder.asking import answer, check_alone
 from builder.errors import ConfigError, StageError
 from builder.models import detectors
 from builder.models.detectors import nearness
+from builder.progress import Talk
 from builder.schema import BOXES
 from builder.stage import Preparing, RowsFailed
 from builder.stages.check import Check, CheckOptions
 from builder.stages.faces import Faces, FacesOptions
+from builder.workset import Choice
 from conftest import Sample, Workspace, metadata, picture, samples
 from toy_scrfd import magenta, write_toy
 
@@ -195,6 +199,23 @@ def test_metadata_is_joined_by_uid(workspace: Make, tmp_path: Path) -> None:
         ("b", 3, 1, box, "metadata"),
     ]
     assert "nothing to do" in made.run("stage", "faces").stderr
+
+
+def test_metadata_is_joined_once(dataset: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the freeze: reading it takes minutes where there is much of it."""
+    path = metadata(dataset.folder / "meta.parquet", {f"{0:032x}": []})
+    dataset.file.write_text(
+        dataset.file.read_text().replace('source = "json"', f'source = "metadata"\nmetadata = "{path}"')
+    )
+    looked, look_up = [], query._look_up
+
+    def noting(connection: Any, name: str, lookup: query.Lookup) -> None:
+        looked.append(name)
+        look_up(connection, name, lookup)
+
+    monkeypatch.setattr(query, "_look_up", noting)
+    outcome = pipelines.run_stage(dataset.load(), "faces", Choice(), Talk())
+    assert (outcome["ok"], looked) == (16, ["metadata"])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
