@@ -54,6 +54,11 @@ class Choice:
     where: str | None = None
     next_draw: bool = False
 
+    @property
+    def retry_class(self) -> str | None:
+        """The class of errors to retry; `failed` for all."""
+        return None if self.retry is None else self.retry.removeprefix("failed:")
+
     def __post_init__(self) -> None:
         given = [f"--{name}" for name in ("retry", "redo", "stale") if getattr(self, name)]
         if len(given) > 1:
@@ -404,8 +409,8 @@ def _states(samples: Samples, works: Sequence[Work], sort: set[str], *, whole: b
     for work in works:
         name = work.stage.name
         retried = "false"
-        if choice.retry:
-            kind = choice.retry.removeprefix("failed:").replace("'", "''")
+        if choice.retry_class:
+            kind = choice.retry_class.replace("'", "''")
             retried = "true" if kind == "failed" else f"starts_with(s.{name}_error, '{kind}:')"
         parts.append(
             f"(case s.{name}_status when 'ok' then {_OK} when 'failed' then"
