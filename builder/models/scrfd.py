@@ -228,13 +228,16 @@ class Scrfd:
                 )
         if wanted == 1:
             return None
+        blobs = np.zeros((wanted, *pair.shape[1:]), np.float32)
+        blobs[:2] = pair
         try:
-            together = self._run(pair)
+            together = self._run(blobs)
         except Exception as error:
-            return f"it fails on two pictures: {' '.join(str(error).split())}"
+            return f"it fails on {wanted} pictures: {' '.join(str(error).split())}"
         for i in range(2):
-            for one, both in zip(alone[i], together, strict=True):
-                if both.shape != (2, *one.shape[1:]) or (np.abs(both[i] - one[0]) > _LEAK * (1 + np.abs(one[0]))).any():
+            for one, many in zip(alone[i], together, strict=True):
+                far = _LEAK * (1 + np.abs(one[0]))
+                if many.shape != (wanted, *one.shape[1:]) or (np.abs(many[i] - one[0]) > far).any():
                     return "its outputs for a picture depend on the pictures beside it"
         return None
 
