@@ -23,7 +23,7 @@ from builder.models import detectors
 from builder.models.detectors import nearness
 from builder.progress import Talk
 from builder.schema import BOXES
-from builder.stage import Preparing, RowsFailed
+from builder.stage import Preparing, RowsFailed, options_hash
 from builder.stages.check import Check, CheckOptions
 from builder.stages.faces import Faces, FacesOptions
 from builder.workset import Choice
@@ -199,6 +199,12 @@ def test_metadata_is_joined_by_uid(workspace: Make, tmp_path: Path) -> None:
         ("b", 3, 1, box, "metadata"),
     ]
     assert "nothing to do" in made.run("stage", "faces").stderr
+
+
+def test_metadata_that_moved_makes_no_answer_stale() -> None:
+    """Its boxes are inputs of the rows: what changed in them is seen there."""
+    one, other = (FacesOptions(source="metadata", metadata=path) for path in ("a/*.parquet", "b.parquet"))
+    assert options_hash(Faces(one), one) == options_hash(Faces(other), other)
 
 
 def test_metadata_is_joined_once(dataset: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

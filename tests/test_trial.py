@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from builder.cli import main
 from builder.layout import RunFiles
-from conftest import Workspace
+from conftest import Workspace, make_workspace
 from planned import section
 
 Make = Callable[..., Workspace]
 
 
-@pytest.fixture
-def drawn(workspace: Make) -> Workspace:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A dataset that was run to its end: every sample with a face and an English caption has a sketch."""
-    made = workspace()
+    made = make_workspace(tmp_path_factory.mktemp("whole"))
     made.run("run")
+    return made
+
+
+@pytest.fixture
+def drawn(whole: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of it."""
+    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
+    made = Workspace(tmp_path, tmp_path / whole.file.name)
+    made.file.write_text(whole.file.read_text().replace(str(whole.folder), str(tmp_path)))
     return made
 
 
@@ -68,23 +79,6 @@ def test_a_trial_tells_of_rows_that_fail(workspace: Make) -> None:
     assert done.returncode == 3
     assert "2 rows, 1 failed; ready in " in done.stderr
     assert f"ValueError: cannot note {0:032x}-0" in done.stdout
-
-
-def test_a_trial_without_rows_says_what_would_be_tried(drawn: Workspace) -> None:
-    done = drawn.run("stage", "lang", "--try", "2", check=False)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: stage 'lang' has no row to try\n  sql: sql/lang.sql\n"
-        "  fix: with --redo rows that have an answer are tried, too\n"
-    )
-
-
-def test_save_is_for_a_trial(drawn: Workspace) -> None:
-    done = drawn.run("stage", "lang", "--save", "x", check=False)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: --save is for --try\n  fix: builder show SHARD:ROW --save DIR writes what is in the table\n"
-    )
 
 
 # --- builder regen ---
@@ -151,43 +145,6 @@ def test_a_stored_image_that_is_gone_is_made_again(drawn: Workspace) -> None:
     assert Image.open(io.BytesIO((drawn.folder / "again.jpg").read_bytes())).size == (64, 64)
 
 
-# --- notices ---
-
-
-def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None:
-    made = workspace(stages=section("Licensed"))
-    (made.folder / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
-    made.run("ingest")
-    talk = made.run("stage", "note", cwd=made.folder).stderr
-    assert talk.count("its weights are for research only") == 1
-    assert talk.startswith("note: its weights are for research only\n")
-    assert "research" not in made.run("stage", "note", cwd=made.folder).stderr  # there is nothing to do
-    tried = made.run("stage", "note", "--try", "1", "--redo", cwd=made.folder)
-    assert "note: its weights are for research only\n" in tried.stderr
-
-
-# --- draws and classes of failures ---
-
-
-@pytest.mark.parametrize("flags", [("--draw", "next"), ("--draw", "next", "--stale")])
-def test_another_draw_is_for_rows_with_an_answer(drawn: Workspace, flags: tuple[str, ...]) -> None:
-    done = drawn.run("stage", "generate", *flags, check=False)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: --draw next is for rows with an answer\n  fix: --redo --draw next --where 'check_faces = 0'\n",
-    )
-
-
-def test_a_stage_without_draws_refuses_one(drawn: Workspace) -> None:
-    done = drawn.run("stage", "lang", "--redo", "--draw", "next", check=False)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: stage 'lang' has no draws: its work SQL uses no $draw\n"
-        "  file: sql/lang.sql\n"
-        "  fix: select coalesce(image_draw, 0) + $draw as draw, as the generate stage's own SQL does\n",
-    )
-
-
 def test_stored_bytes_that_are_no_picture_are_told(drawn: Workspace) -> None:
     uid, _, _ = an_image(drawn)
     [(path, offset)] = drawn.rows(f"select image_path, image_offset from samples where uid = '{uid}'")
@@ -215,3 +172,55 @@ def test_options_that_are_known_no_more_are_told(drawn: Workspace) -> None:
         "Extra inputs are not permitted\n"
         f"  run: {run}\n  option: brush\n  fix: use the version that made it: builder {data['builder']}\n",
     )
+
+
+# --- notices ---
+
+
+def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None:
+    made = workspace(stages=section("Licensed"))
+    (made.folder / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
+    made.run("ingest")
+    talk = made.run("stage", "note", cwd=made.folder).stderr
+    assert talk.count("its weights are for research only") == 1
+    assert talk.startswith("note: its weights are for research only\n")
+    assert "research" not in made.run("stage", "note", cwd=made.folder).stderr  # there is nothing to do
+    tried = made.run("stage", "note", "--try", "1", "--redo", cwd=made.folder)
+    assert "note: its weights are for research only\n" in tried.stderr
+
+
+# --- what makes no sense ---
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "stage lang --try 2",
+            "stage 'lang' has no row to try\n  sql: sql/lang.sql\n"
+            "  fix: with --redo rows that have an answer are tried, too",
+        ),
+        (
+            "stage lang --save x",
+            "--save is for --try\n  fix: builder show SHARD:ROW --save DIR writes what is in the table",
+        ),
+        *(
+            (
+                f"stage generate {flags}",
+                "--draw next is for rows with an answer\n  fix: --redo --draw next --where 'check_faces = 0'",
+            )
+            for flags in ("--draw next", "--draw next --stale")
+        ),
+        (
+            "stage lang --redo --draw next",
+            "stage 'lang' has no draws: its work SQL uses no $draw\n  file: sql/lang.sql\n"
+            "  fix: select coalesce(image_draw, 0) + $draw as draw, as the generate stage's own SQL does",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    whole: Workspace, capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--pipeline", str(whole.file)])
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
+from pydantic import Field
 
 from builder.asking import difference
 from builder.errors import ConfigError
@@ -33,7 +34,7 @@ class FacesOptions(DetectorOptions):
     #: json takes the source's alone, metadata the metadata's alone, detector always detects.
     source: Literal["auto", "json", "metadata", "detector"] = "auto"
     #: Parquet files with uid and face_bboxes (DataComp's) or face-boxes (dataset2metadata's): a path or a glob.
-    metadata: str | None = None
+    metadata: str | None = Field(default=None, json_schema_extra={"decides": False})  # the boxes in them are inputs
 
 
 class Faces:
