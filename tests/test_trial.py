@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from builder.cli import main
 from builder.layout import RunFiles
 from conftest import Workspace, make_workspace
 from planned import section
@@ -218,9 +217,6 @@ def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused(
-    whole: Workspace, capsys: pytest.CaptureFixture[str], command: str, message: str
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([*command.split(), "--pipeline", str(whole.file)])
-    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
+def test_what_makes_no_sense_is_refused(whole: Workspace, command: str, message: str) -> None:
+    done = whole.run(*command.split(), check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
