@@ -144,11 +144,9 @@ def heal(folder: str) -> Work:
 def freeze(folder: str) -> Work:
     """The work set of the language stage, all rows."""
     pipeline = tables.pipeline_in(Path(folder))
-    run = pipeline.layout.root / "bench-run"
-    shutil.rmtree(run, ignore_errors=True)
-    files = workset.RunFiles(run)
+    path = pipeline.layout.root / "bench-workset.parquet"
     return lambda: workset.freeze(
-        pipeline.layout, files, pipelines.work_of(pipeline, "lang", Choice(redo=True), pipelines.shards_of(pipeline))
+        pipeline.layout, path, pipelines.work_of(pipeline, "lang", Choice(redo=True), pipelines.shards_of(pipeline))
     )
 
 

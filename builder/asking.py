@@ -6,6 +6,7 @@ Owns what a failed row is. Knows no table.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -21,6 +22,8 @@ from builder.stage import Preparing, RowsFailed, Stage, check_result
 TRANSIENT_TRIES, TRANSIENT_PAUSE_S = 3, 0.5
 #: An error text in the table is cut at this length.
 MAX_ERROR = 500
+#: What can be a class of errors, as `--retry failed:CLASS` takes it.
+_KIND = re.compile(r"\w{1,80}")
 #: Rows of a batch that are asked about alone, too.
 TESTED = 3
 
@@ -97,10 +100,12 @@ def _asked(stage: Stage, batch: pa.RecordBatch, ahead: Future[Any] | None) -> pa
 
 
 def error_text(error: Exception) -> str:
-    """`class: message` on one line of printable text; the class is what the error calls its `kind`, if it does."""
+    """`class: message` on one line of printable text; the class is its `kind`, if it has one that is a word."""
     message = error.what if isinstance(error, BuilderError) else str(error)
-    clean = "".join(char if char.isprintable() else " " for char in message)
-    kind = getattr(error, "kind", type(error).__name__)
+    kind = getattr(error, "kind", None)
+    if not isinstance(kind, str) or not _KIND.fullmatch(kind):
+        kind = type(error).__name__
+    clean = "".join(char if char.isprintable() else " " for char in message[: 10 * MAX_ERROR])
     return f"{kind}: {' '.join(clean.split())}"[:MAX_ERROR]
 
 

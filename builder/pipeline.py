@@ -259,15 +259,23 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     work = work_of(pipeline, name, choice, shards)
     table.extend_schema(layout, columns_of(use.stage))
     table.heal(layout, shards)
-    [counts] = workset.count(layout, [work])
-    if counts.todo == 0:
-        return _nothing_to_do(name, counts, talk)
-    if notice := getattr(use.stage, "notice", ""):
-        talk.say(f"{name}: {notice}")
-    run = runs.new_run(layout, name)
-    _describe_stage(pipeline, run, use, work)
-    with files.naming(run.workset):
-        slices = workset.freeze(layout, run, work)
+    unnamed = layout.runs / "workset.parquet"
+    frozen = files.temp_path(unnamed)
+    try:
+        with files.naming(unnamed):
+            slices = workset.freeze(layout, frozen, work)
+        if not slices:
+            [counts] = workset.count(layout, [work])
+            if choice.retry and counts.failed:
+                _tell_classes(layout, work, talk)
+            return _nothing_to_do(name, counts, talk)
+        if notice := getattr(use.stage, "notice", ""):
+            talk.say(f"{name}: {notice}")
+        run = runs.new_run(layout, name)
+        _describe_stage(pipeline, run, use, work)
+        files.write_atomic(run.workset, frozen.replace)
+    finally:
+        frozen.unlink(missing_ok=True)
     dealt = workset.cut(slices, use.run.workers)
     workset.write_tasks(run, dealt)
     return runs.execute(run, len(dealt), use.run, talk, name, sum(part.count for part in slices), "rows")
@@ -276,6 +284,21 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
 def _nothing_to_do(name: str, counts: Counts, talk: Talk) -> Outcome:
     talk.say(f"{name}: nothing to do ({counts.ok} ok, {counts.failed} failed of {counts.covered} covered)")
     return Outcome()
+
+
+def _tell_classes(layout: Layout, work: Work, talk: Talk) -> None:
+    """Says of what classes a stage's failures are: none of them is the one that was to be tried again."""
+    with Samples(layout, work.columns, work.shards) as samples:
+        classes = ", ".join(f"{kind} ({rows})" for kind, rows, _ in _classes(samples, work.stage.name))
+    talk.say(f"{work.stage.name}: no failed row is of class '{work.choice.retry_class}'; there are: {classes}")
+
+
+def _classes(samples: Samples, name: str) -> list[tuple[Any, ...]]:
+    """The classes of a stage's failures, each with its rows and an example, the most frequent first."""
+    return samples.fixed(
+        f"select split_part({name}_error, ':', 1), count(*), any_value({name}_error) from samples "
+        f"where {name}_status = 'failed' group by 1 order by 2 desc, 1"
+    )
 
 
 def _done_stages(pipeline: Pipeline) -> dict[str, Counts]:
@@ -493,10 +516,7 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
         result["rows"] = row[0]
         for i, name in enumerate(stages):
             ok, failed = row[1 + 2 * i], row[2 + 2 * i]
-            classes = samples.fixed(
-                f"select split_part({name}_error, ':', 1), count(*), any_value({name}_error) from samples "
-                f"where {name}_status = 'failed' group by 1 order by 2 desc"
-            )
+            classes = _classes(samples, name)
             result["stages"][name] = {
                 "ok": ok,
                 "failed": failed,

@@ -94,7 +94,8 @@ class Samples:
             They are read here, once, and what is kept of them spills to disk.
 
     Raises:
-        ConfigError: files of a lookup that do not exist, lack a column or say different things of one uid.
+        ConfigError: files of a lookup that do not exist, lack a column, have no uid of these shards, or say different
+            things of one.
     """
 
     def __init__(
@@ -292,6 +293,14 @@ def _look_up(connection: duckdb.DuckDBPyConnection, name: str, lookup: Lookup) -
                 fix=f"name files in '{lookup.files}' that agree, or take the wrong rows out of them",
             )
         connection.execute(f'alter table "{name}" drop column is_ambiguous')
+        examples = [connection.execute(f"select uid from {of} limit 1").fetchone() for of in ("samples", f"({rows})")]
+        if examples[0] and not connection.execute(f'select 1 from "{name}" limit 1').fetchone():
+            one, other = ("none" if found is None else str(found[0]) for found in examples)
+            raise ConfigError(
+                f"no uid of the samples is in the files of '{name}'",
+                where={"files": lookup.files, "a uid of the samples": one, "a uid of the files": other},
+                fix="name the files of this dataset",
+            )
     except duckdb.Error as error:
         if isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException):
             raise _refused(Sql("", lookup.files), error) from error

@@ -54,6 +54,11 @@ class Choice:
     where: str | None = None
     next_draw: bool = False
 
+    @property
+    def retry_class(self) -> str | None:
+        """The class of errors to retry; `failed` for all."""
+        return None if self.retry is None else self.retry.removeprefix("failed:")
+
     def __post_init__(self) -> None:
         given = [f"--{name}" for name in ("retry", "redo", "stale") if getattr(self, name)]
         if len(given) > 1:
@@ -186,26 +191,21 @@ def _added(counts: Counts, work: Work, state: pa.Table, wanted: pa.Table | None)
     )
 
 
-def freeze(layout: Layout, run: RunFiles, work: Work) -> list[Slice]:
-    """Evaluates the SQL once and writes the rows to try, sorted by shard and row.
+def freeze(layout: Layout, path: Path, work: Work) -> list[Slice]:
+    """Evaluates the SQL once and writes the rows to try to a file, sorted by shard and row.
 
     Raises:
         ConfigError: the SQL returns other columns than the stage needs, or a row twice.
         ConflictError: shards were ingested again all the while.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(_ATTEMPTS):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        temp = files.temp_path(run.workset)
-        try:
-            with Samples(layout, work.columns, sorted(work.shards), work.lookups) as samples:
-                _check_columns(samples, work)
-                before = {shard: _rows_of(layout, shard) for shard in work.shards}
-                slices = _in_order(partial(_frozen_to, temp, samples, work, before))
-            if all(_rows_of(layout, part.shard) == part.rows for part in slices):
-                files.write_atomic(run.workset, temp.replace)
-                return slices
-        finally:
-            temp.unlink(missing_ok=True)
+        with Samples(layout, work.columns, sorted(work.shards), work.lookups) as samples:
+            _check_columns(samples, work)
+            before = {shard: _rows_of(layout, shard) for shard in work.shards}
+            slices = _in_order(partial(_frozen_to, path, samples, work, before))
+        if all(_rows_of(layout, part.shard) == part.rows for part in slices):
+            return slices
     raise ConflictError("shards were ingested again while the work set was frozen", fix="run the same command again")
 
 
@@ -409,8 +409,8 @@ def _states(samples: Samples, works: Sequence[Work], sort: set[str], *, whole: b
     for work in works:
         name = work.stage.name
         retried = "false"
-        if choice.retry:
-            kind = choice.retry.removeprefix("failed:").replace("'", "''")
+        if choice.retry_class:
+            kind = choice.retry_class.replace("'", "''")
             retried = "true" if kind == "failed" else f"starts_with(s.{name}_error, '{kind}:')"
         parts.append(
             f"(case s.{name}_status when 'ok' then {_OK} when 'failed' then"

@@ -38,7 +38,7 @@ def plan(layout: Layout, stage: Stage, choice: Choice = Choice(), sql: str = SQL
     table.extend_schema(layout, columns_of(type(stage)))
     table.heal(layout, layout.shard_names())
     run = runs.new_run(layout, type(stage).name)
-    slices = workset.freeze(layout, run, work_of(layout, stage, choice, sql, **params))
+    slices = workset.freeze(layout, run.workset, work_of(layout, stage, choice, sql, **params))
     workset.write_tasks(run, workset.cut(slices, 1))
     return run
 
@@ -68,7 +68,7 @@ def described(pipeline: Pipeline, name: str, choice: Choice, tasks: int) -> RunF
     table.heal(layout, shards)
     run = runs.new_run(layout, name)
     pipelines._describe_stage(pipeline, run, use, work)
-    workset.write_tasks(run, workset.cut(workset.freeze(layout, run, work), tasks))
+    workset.write_tasks(run, workset.cut(workset.freeze(layout, run.workset, work), tasks))
     return run
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,15 +15,20 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from builder import query
+from builder.asking import answer, check_alone
 from builder.errors import ConfigError, StageError
 from builder.models import detectors
+from builder.models.detectors import nearness
 from builder.schema import BOXES
-from builder.stage import Preparing, RowsFailed
+from builder.stage import Preparing, RowsFailed, options_hash
+from builder.stages.check import Check, CheckOptions
 from builder.stages.faces import Faces, FacesOptions
 from conftest import Sample, Workspace, metadata, picture, samples
 from toy_scrfd import magenta, write_toy
 
 Make = Callable[..., Workspace]
+Detections = tuple[list[list[float]], list[float]]
 
 
 def astronaut() -> bytes:
@@ -192,6 +198,29 @@ def test_metadata_is_joined_by_uid(workspace: Make, tmp_path: Path) -> None:
     assert "nothing to do" in made.run("stage", "faces").stderr
 
 
+def test_metadata_that_moved_makes_no_answer_stale() -> None:
+    """Its boxes are inputs of the rows: what changed in them is seen there."""
+    one, other = (FacesOptions(source="metadata", metadata=path) for path in ("a/*.parquet", "b.parquet"))
+    assert options_hash(Faces(one), one) == options_hash(Faces(other), other)
+
+
+def test_metadata_is_joined_once(dataset: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the freeze: reading it takes minutes where there is much of it."""
+    path = metadata(dataset.folder / "meta.parquet", {f"{0:032x}": []})
+    dataset.file.write_text(
+        dataset.file.read_text().replace('source = "json"', f'source = "metadata"\nmetadata = "{path}"')
+    )
+    looked, look_up = [], query._look_up
+
+    def noting(connection: Any, name: str, lookup: query.Lookup) -> None:
+        looked.append(name)
+        look_up(connection, name, lookup)
+
+    monkeypatch.setattr(query, "_look_up", noting)
+    assert "faces: 16 rows, 16 ok" in dataset.run("stage", "faces").stderr
+    assert looked == ["metadata"]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_row_gets_the_boxes_of_its_own_uid(workspace: Make, tmp_path: Path, workers: int) -> None:
     """In whatever order the join gives them: the files hold the uids in the order of their hashes."""
@@ -274,6 +303,18 @@ def test_an_ambiguous_uid_is_refused_with_examples(workspace: Make, tmp_path: Pa
             "this is not a parquet file.\n  file: {folder}/text.parquet\n  fix: mend it, or name other files",
         ),
         (
+            "others.parquet",
+            "no uid of the samples is in the files of 'metadata'\n  files: {folder}/others.parquet\n"
+            "  a uid of the samples: 00000000000000000000000000000000\n"
+            "  a uid of the files: 00000000000000000000000000000063\n  fix: name the files of this dataset",
+        ),
+        (
+            "empty.parquet",
+            "no uid of the samples is in the files of 'metadata'\n  files: {folder}/empty.parquet\n"
+            "  a uid of the samples: 00000000000000000000000000000000\n  a uid of the files: none\n"
+            "  fix: name the files of this dataset",
+        ),
+        (
             "strings.parquet",
             "the files of 'metadata' do not fit: Conversion Error: Error while reading file "
             '"{folder}/strings.parquet"',
@@ -284,6 +325,8 @@ def test_files_that_cannot_be_joined_are_refused(dataset: Workspace, files: str,
     folder = dataset.folder / "meta"
     metadata(folder / "noboxes.parquet", {"a": []}, name="faces")
     pq.write_table(pa.table({"face-boxes": pa.array([[]], BOXES)}), folder / "nouid.parquet")
+    metadata(folder / "others.parquet", {f"{99:032X}": []})
+    metadata(folder / "empty.parquet", {})
     uids = pa.array([f"{0:032x}"])
     pq.write_table(pa.table({"uid": uids, "face_bboxes": ["none"]}), folder / "strings.parquet")
     (folder / "text.parquet").write_text("no parquet file\n")
@@ -301,7 +344,7 @@ def test_files_that_cannot_be_joined_are_refused(dataset: Workspace, files: str,
 
 def test_scrfd_through_the_command_line(workspace: Make, tmp_path: Path) -> None:
     """Magenta squares are faces of the toy, in batches that are not full too; workers and order change nothing."""
-    model = write_toy(tmp_path / "toy.onnx", "batched")
+    model = write_toy(tmp_path / "toy.onnx", "flat", fixed_batch=1)  # as insightface publishes its own
     stages = f"""[stages.faces]
 source = "detector"
 detector = "scrfd"
@@ -329,6 +372,7 @@ batch_rows = 3
     assert [row[2] for row in found[:2]] == [[0, 0.1, 0.1, 0.3], [0, 0.1, 0.2, 0.3]]
     assert done.stderr.count("are licensed for non-commercial research only") == 1  # once a run, whatever the workers
     logs = "".join(path.read_text() for path in (first.root / "runs").glob("*faces*/logs/*"))
+    assert "gets one picture at a time" not in logs
     assert logs.count("are licensed for non-commercial research only") == 1
     one = faces_of(first)
     for more in ("--set", "stages.faces.run.batch_rows=1"), ("--set", "stages.faces.run.workers=2"):
@@ -392,6 +436,78 @@ def test_a_row_alone_and_in_a_batch_agree(tmp_path: Path, form: str) -> None:
         assert len(alone["face_boxes"]) == len(row["face_boxes"])
         assert np.array(alone["face_boxes"]) == pytest.approx(np.array(row["face_boxes"]), abs=stage.tolerance)
         assert alone["face_scores"] == pytest.approx(row["face_scores"], abs=stage.tolerance)
+
+
+BOX, NEAR, FAR = [0.1, 0.1, 0.5, 0.5], [0.1, 0.1002, 0.5, 0.5], [0.6, 0.1, 0.9, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        (([], []), ([], []), 0),
+        (([BOX], [0.9]), ([BOX], [0.9]), 0),
+        (([BOX], [0.9]), ([NEAR], [0.9]), 0.0002),
+        (([BOX], [0.9]), ([BOX], [0.8]), 0.1),
+        (([BOX, FAR], [0.9, 0.8996]), ([FAR, BOX], [0.9, 0.8996]), 0.0004),  # their order says nothing
+        (([BOX], [0.9]), ([], []), 0.6),
+        (([BOX, FAR], [0.9, 0.3004]), ([BOX], [0.9]), 0.0004),  # a hair more, and it is not reported
+        (([BOX], [0.9]), ([FAR], [0.9]), 0.5),
+    ],
+)
+def test_how_far_detections_are_apart(one: Detections, other: Detections, apart: float) -> None:
+    assert nearness(one, other, 0.3) == nearness(other, one, 0.3) == pytest.approx(apart, abs=1e-9)
+
+
+def told_of(face_count: int, *, boxes: list[list[float]], scores: list[float]) -> pa.RecordBatch:
+    row = {"face_count": face_count, "face_boxes": boxes, "face_scores": scores, "face_source": "scrfd"}
+    return pa.RecordBatch.from_pylist([row], schema=Faces.outputs)
+
+
+def test_a_score_at_a_threshold_is_no_difference() -> None:
+    """Of two equal pictures a GPU may count one face more: what counts is how far its score moved."""
+    stage = Faces(FacesOptions(source="detector", detector="scrfd"))
+    one = told_of(2, boxes=[BOX, FAR], scores=[0.9, 0.5002])
+    assert stage.difference(one, told_of(1, boxes=[BOX, FAR], scores=[0.9, 0.4999])) == pytest.approx(0.0003)
+    assert stage.difference(one, told_of(1, boxes=[BOX], scores=[0.9])) > stage.tolerance
+
+
+@pytest.mark.parametrize("source", ["detector", "auto"])
+def test_a_detector_that_lets_pictures_change_each_other_is_refused(tmp_path: Path, source: str) -> None:
+    options = {"detector": "scrfd", "model": str(write_toy(tmp_path / "toy.onnx", "leaking")), "input_px": 320}
+    stage = Faces(FacesOptions(source=source, **options))  # type: ignore[arg-type]
+    stage.setup("cpu")
+    assert stage._finder is not None
+    stage._finder._detector.batch = 4  # type: ignore[attr-defined]
+    rows = batch(*(magenta(320, 320, [(32 * i, 64, 32 * i + 16, 80)]) for i in range(4)))
+    rows = rows.append_column("shard", pa.array(["a"] * 4)).append_column("row", pa.array(range(4)))
+    with pytest.raises(StageError, match="stage 'faces' gives a row another answer alone than in a batch of 4"):
+        check_alone(stage, rows, list(answer(stage, rows)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"model": "det_10g.onnx"},
+            "model is set, but detector = 'mtcnn' does not read it\n"
+            '  fix: set detector = "scrfd" in [stages.{}], or leave model out',
+        ),
+        (
+            {"detector": "scrfd", "min_face_px": 30},
+            "min_face_px is set, but detector = 'scrfd' does not read it\n"
+            '  fix: set detector = "mtcnn" in [stages.{}], or leave min_face_px out',
+        ),
+    ],
+)
+def test_options_of_the_other_detector_are_refused(options: dict[str, Any], message: str) -> None:
+    """Else a model that is named without `detector` would not be looked at, and MTCNN answer."""
+    with pytest.raises(ConfigError) as caught:
+        Faces(FacesOptions(**options))
+    assert str(caught.value) == message.format("faces")
+    with pytest.raises(ConfigError) as caught:
+        Check(CheckOptions(**options))
+    assert str(caught.value) == message.format("check")
+    Faces(FacesOptions(source="json", **options))  # no detector at all
 
 
 def test_no_insightface_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -126,6 +126,24 @@ def test_a_task_that_dies_in_ever_new_batches_is_given_up_some_day(
     assert run(text, 1, in_hand=lambda number: tmp_path / "in_hand") == [Ended(0, -9, 6)]
 
 
+@pytest.mark.parametrize(("rows", "deaths"), [(10_000, 2), (9_999, 6)])
+def test_deaths_far_apart_do_not_add_up(
+    run: Callable[..., list[Ended]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, deaths: int
+) -> None:
+    """One process of seven does much; what was done before a process began is not its work."""
+    monkeypatch.setattr(local, "MAX_DEATHS", 6)
+    text = f"""
+(folder / "in_hand").write_text(start.name)
+number = len(list(folder.glob("start-0-*")))
+for done in (50_000, 50_000 + {rows} * (number == 5)):
+    print(json.dumps({{"done": done, "failed": 0}}), flush=True)
+if number < 7:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    [ended] = run(text, 1, in_hand=lambda number: tmp_path / "in_hand")
+    assert ended == Ended(0, 0 if deaths < 6 else -9, deaths)
+
+
 def test_a_process_that_a_worker_leaves_behind_holds_nothing_up(
     run: Callable[..., list[Ended]], tmp_path: Path
 ) -> None:

@@ -29,9 +29,12 @@ SCENES: list[tuple[int, int, list[tuple[int, int, int, int]]]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=[*FORMS, "as published"])
 def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy(tmp_path_factory.mktemp("toy") / "toy.onnx", request.param)
+    path = tmp_path_factory.mktemp("toy") / "toy.onnx"
+    if request.param == "as published":
+        return write_toy(path, "flat", fixed_batch=1)
+    return write_toy(path, request.param)
 
 
 def pictures() -> list[Pixels]:
@@ -88,21 +91,33 @@ def test_places_that_stay_empty_have_no_faces(toy: Path) -> None:
     assert found(detector, []) == []
 
 
-def test_a_graph_is_batched_where_that_changes_nothing(tmp_path: Path) -> None:
-    """Shapes alone do not tell: the third one has an axis for pictures and mixes them."""
-    reasons = {
-        form: Scrfd(str(write_toy(tmp_path / f"{form}.onnx", form)), input_px=64, batch=8).why_single for form in FORMS
-    }
-    assert reasons == {
-        "flat": "its outputs have no axis for pictures",
-        "batched": None,
-        "leaking": "its outputs for a picture depend on the pictures beside it",
-    }
-    one = write_toy(tmp_path / "one.onnx", "batched", fixed_batch=True)
-    assert Scrfd(str(one), input_px=64, batch=8).why_single == "its input is fixed to 1 a call"
-    detectors = [Scrfd(str(tmp_path / f"{form}.onnx"), input_px=64, batch=8) for form in FORMS]
-    assert [detector.batch for detector in detectors] == [1, 8, 1]
-    assert [detector.most_frames for detector in detectors] == [64, 64, 64]
+@pytest.mark.parametrize(
+    ("form", "fixed", "why"),
+    [
+        ("flat", None, None),
+        ("flat", 1, None),
+        ("batched", None, None),
+        ("batched", 1, None),
+        ("batched", 3, None),
+        ("leaking", None, "its outputs for a picture depend on the pictures beside it"),
+        ("leaking", 1, "its outputs for a picture depend on the pictures beside it"),
+    ],
+)
+def test_a_graph_is_batched_where_that_changes_nothing(
+    tmp_path: Path, form: Form, fixed: int | None, why: str | None
+) -> None:
+    """Shapes do not tell: a list can be taken apart, a fixed number freed, and the leaking one mixes pictures."""
+    path = str(write_toy(tmp_path / "toy.onnx", form, fixed_batch=fixed))
+    detector = Scrfd(path, input_px=64, batch=8)
+    assert (detector.why_single, detector.batch) == (why, 1 if why else 8)
+    one = Scrfd(path, input_px=64)
+    assert (one.why_single, one.batch) == (None, 1)
+
+
+@pytest.mark.parametrize(("input_px", "batch", "most"), [(640, 1, 64), (640, 24, 48), (1280, 1, 16), (1280, 24, 24)])
+def test_frames_in_memory_are_bounded(tmp_path: Path, input_px: int, batch: int, most: int) -> None:
+    path = str(write_toy(tmp_path / "toy.onnx", "batched"))
+    assert Scrfd(path, input_px=input_px, batch=batch).most_frames == most
 
 
 def test_the_leaking_graph_would_give_wrong_boxes(tmp_path: Path) -> None:
@@ -149,6 +164,17 @@ def test_another_network_is_refused(tmp_path: Path, outputs: int) -> None:
     assert str(caught.value) == (
         f"'{path}' has no SCRFD detector\n  looked at: other.onnx\n"
         "  fix: name an ONNX file with one float32 input and 6, 9, 10 or 15 outputs, for example det_10g.onnx"
+    )
+
+
+def test_a_network_with_as_many_outputs_is_refused(tmp_path: Path) -> None:
+    path = other_model(tmp_path / "other.onnx", 9)
+    with pytest.raises(StageError) as caught:
+        Scrfd(str(path))
+    assert str(caught.value) == (
+        "the model does not work as an SCRFD detector: its scores and boxes of stride 8 have the shapes (1, 3, 64, 64) "
+        f"and (1, 3, 64, 64)\n  file: {path}\n  frame: 64 x 64 px\n"
+        "  fix: name another one, for example det_10g.onnx"
     )
 
 

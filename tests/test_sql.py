@@ -374,3 +374,15 @@ def test_two_questions_at_once_spill_apart(dataset: Workspace) -> None:
         folders = [s.fixed("select current_setting('temp_directory')")[0][0] for s in (one, other)]
     assert folders[0] != folders[1]
     assert not any(Path(folder).exists() for folder in folders)
+
+
+@pytest.mark.parametrize("name", ["prompts.sql", "prompts_groups.sql"])
+@pytest.mark.parametrize(("lang", "covered"), [("en", ["a"]), ("any", ["a", "b", "c"]), ("de", ["b"])])
+def test_captions_in_any_language_may_be_rewritten(name: str, lang: str, covered: list[str]) -> None:
+    rows = "(values ('a', 'en', 1), ('b', 'de', 2), ('c', null, 1), ('d', 'en', 0)) t(uid, lang, face_count)"
+    with duckdb.connect() as connection:
+        connection.execute(
+            f"create table samples as select *, 's' as shard, 0 as row, '' as caption, '' as key from {rows}"
+        )
+        found = connection.execute((FOLDER / name).read_text("utf-8"), {"min_faces": 1, "lang": lang}).fetchall()
+    assert [row[2] for row in found] == covered

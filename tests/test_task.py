@@ -113,6 +113,27 @@ def test_an_error_is_one_line_of_printable_text() -> None:
     assert error_text(KeyError("x" * 1000)) == ("KeyError: '" + "x" * 1000)[: asking.MAX_ERROR]
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("rate_limited", "rate_limited: no"),
+        ("two\nlines", "Strange: no"),
+        ("x" * 1000, "Strange: no"),
+        ("", "Strange: no"),
+        (7, "Strange: no"),
+    ],
+)
+def test_the_class_of_an_error_is_a_word(kind: Any, text: str) -> None:
+    """An error of somebody's library may call anything its kind; `--retry failed:CLASS` must find it again."""
+
+    class Strange(Exception):
+        pass
+
+    error = Strange("no")
+    error.kind = kind  # type: ignore[attr-defined]
+    assert error_text(error) == text
+
+
 def test_a_failing_redo_keeps_the_answers_and_tells_the_log(layout: Layout) -> None:
     do(layout, plan(layout, Note(Options())), Note(Options()))
     stage = Fails(Options(word="again", bad=[key(3), key(9)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,19 +18,20 @@ from planned import section
 Make = Callable[..., Workspace]
 
 
-@pytest.fixture
-def drawn(workspace: Make) -> Workspace:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A dataset that was run to its end: every sample with a face and an English caption has a sketch."""
-    made = workspace()
+    made = make_workspace(tmp_path_factory.mktemp("whole"))
     made.run("run")
     return made
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The same, for tests that leave it as it is."""
-    made = make_workspace(tmp_path_factory.mktemp("finished"))
-    made.run("run")
+@pytest.fixture
+def drawn(whole: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of it."""
+    shutil.copytree(whole.folder, tmp_path, dirs_exist_ok=True)
+    made = Workspace(tmp_path, tmp_path / whole.file.name)
+    made.file.write_text(whole.file.read_text().replace(str(whole.folder), str(tmp_path)))
     return made
 
 
@@ -58,14 +60,14 @@ def test_a_trial_shows_answers_and_commits_nothing(workspace: Make) -> None:
     assert files_of(made.root) == before
 
 
-def test_a_trial_of_generated_bytes_shows_and_saves_them(finished: Workspace) -> None:
-    before = files_of(finished.root)
-    done = finished.run("stage", "generate", "--try", "2", "--redo", "--save", str(finished.folder / "look"))
+def test_a_trial_of_generated_bytes_shows_and_saves_them(whole: Workspace) -> None:
+    before = files_of(whole.root)
+    done = whole.run("stage", "generate", "--try", "2", "--redo", "--save", str(whole.folder / "look"))
     assert " bytes  " in done.stdout
-    saved = sorted((finished.folder / "look").iterdir())
+    saved = sorted((whole.folder / "look").iterdir())
     assert len(saved) == 2
     assert all(Image.open(path).size == (64, 64) for path in saved)
-    assert files_of(finished.root) == before
+    assert files_of(whole.root) == before
 
 
 def test_a_trial_tells_of_rows_that_fail(workspace: Make) -> None:
@@ -78,35 +80,16 @@ def test_a_trial_tells_of_rows_that_fail(workspace: Make) -> None:
     assert f"ValueError: cannot note {0:032x}-0" in done.stdout
 
 
-def test_a_trial_without_rows_says_what_would_be_tried(finished: Workspace) -> None:
-    done = finished.run("stage", "lang", "--try", "2", check=False)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: stage 'lang' has no row to try\n  sql: sql/lang.sql\n"
-        "  fix: with --redo rows that have an answer are tried, too\n"
-    )
-
-
-def test_save_is_for_a_trial(finished: Workspace) -> None:
-    done = finished.run("stage", "lang", "--save", "x", check=False)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: --save is for --try\n  fix: builder show SHARD:ROW --save DIR writes what is in the table\n"
-    )
-
-
 # --- builder regen ---
 
 
-def test_an_image_is_made_again_bit_for_bit(finished: Workspace) -> None:
-    uid, shard, row = an_image(finished)
-    done = finished.run("regen", uid, "--check", "--out", str(finished.folder / "again.jpg"))
+def test_an_image_is_made_again_bit_for_bit(whole: Workspace) -> None:
+    uid, shard, row = an_image(whole)
+    done = whole.run("regen", uid, "--check", "--out", str(whole.folder / "again.jpg"))
     assert done.stdout == f"sample {uid}: shard {shard} row {row}\nthe same image, bit for bit\n"
-    [(path, offset, size)] = finished.rows(
-        f"select image_path, image_offset, image_size from samples where uid = '{uid}'"
-    )
-    stored = (finished.root / path).read_bytes()[offset : offset + size]
-    assert (finished.folder / "again.jpg").read_bytes() == stored
+    [(path, offset, size)] = whole.rows(f"select image_path, image_offset, image_size from samples where uid = '{uid}'")
+    stored = (whole.root / path).read_bytes()[offset : offset + size]
+    assert (whole.folder / "again.jpg").read_bytes() == stored
 
 
 def test_an_image_is_made_of_what_its_row_recorded(drawn: Workspace) -> None:
@@ -137,15 +120,15 @@ def test_an_image_that_comes_out_otherwise_is_told_with_the_reasons(drawn: Works
     assert len(lines) == 4
 
 
-def test_what_cannot_be_made_again_says_why(finished: Workspace) -> None:
-    [(uid,)] = finished.rows("select uid from samples where image_path is null limit 1")
-    done = finished.run("regen", uid, "--check", check=False)
+def test_what_cannot_be_made_again_says_why(whole: Workspace) -> None:
+    [(uid,)] = whole.rows("select uid from samples where image_path is null limit 1")
+    done = whole.run("regen", uid, "--check", check=False)
     assert (done.returncode, done.stderr) == (
         2,
         f"error: sample '{uid}' has no generated image\n"
         "  fix: builder sql 'select uid from samples where image_path is not null limit 5'\n",
     )
-    done = finished.run("regen", uid, check=False)
+    done = whole.run("regen", uid, check=False)
     assert (
         done.stderr == f"error: builder regen needs --check, --out FILE, or both\n  fix: builder regen {uid} --check\n"
     )
@@ -159,43 +142,6 @@ def test_a_stored_image_that_is_gone_is_made_again(drawn: Workspace) -> None:
     assert done.returncode == 3
     assert done.stdout.splitlines()[1] == "the stored image is gone"
     assert Image.open(io.BytesIO((drawn.folder / "again.jpg").read_bytes())).size == (64, 64)
-
-
-# --- notices ---
-
-
-def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None:
-    made = workspace(stages=section("Licensed"))
-    (made.folder / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
-    made.run("ingest")
-    talk = made.run("stage", "note", cwd=made.folder).stderr
-    assert talk.count("its weights are for research only") == 1
-    assert talk.startswith("note: its weights are for research only\n")
-    assert "research" not in made.run("stage", "note", cwd=made.folder).stderr  # there is nothing to do
-    tried = made.run("stage", "note", "--try", "1", "--redo", cwd=made.folder)
-    assert "note: its weights are for research only\n" in tried.stderr
-
-
-# --- draws and classes of failures ---
-
-
-@pytest.mark.parametrize("flags", [("--draw", "next"), ("--draw", "next", "--stale")])
-def test_another_draw_is_for_rows_with_an_answer(finished: Workspace, flags: tuple[str, ...]) -> None:
-    done = finished.run("stage", "generate", *flags, check=False)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: --draw next is for rows with an answer\n  fix: --redo --draw next --where 'check_faces = 0'\n",
-    )
-
-
-def test_a_stage_without_draws_refuses_one(finished: Workspace) -> None:
-    done = finished.run("stage", "lang", "--redo", "--draw", "next", check=False)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "error: stage 'lang' has no draws: its work SQL uses no $draw\n"
-        "  file: sql/lang.sql\n"
-        "  fix: select coalesce(image_draw + $draw, 0) as draw, as the generate stage's own SQL does\n",
-    )
 
 
 def test_stored_bytes_that_are_no_picture_are_told(drawn: Workspace) -> None:
@@ -225,3 +171,52 @@ def test_options_that_are_known_no_more_are_told(drawn: Workspace) -> None:
         "Extra inputs are not permitted\n"
         f"  run: {run}\n  option: brush\n  fix: use the version that made it: builder {data['builder']}\n",
     )
+
+
+# --- notices ---
+
+
+def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None:
+    made = workspace(stages=section("Licensed"))
+    (made.folder / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
+    made.run("ingest")
+    talk = made.run("stage", "note", cwd=made.folder).stderr
+    assert talk.count("its weights are for research only") == 1
+    assert talk.startswith("note: its weights are for research only\n")
+    assert "research" not in made.run("stage", "note", cwd=made.folder).stderr  # there is nothing to do
+    tried = made.run("stage", "note", "--try", "1", "--redo", cwd=made.folder)
+    assert "note: its weights are for research only\n" in tried.stderr
+
+
+# --- what makes no sense ---
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "stage lang --try 2",
+            "stage 'lang' has no row to try\n  sql: sql/lang.sql\n"
+            "  fix: with --redo rows that have an answer are tried, too",
+        ),
+        (
+            "stage lang --save x",
+            "--save is for --try\n  fix: builder show SHARD:ROW --save DIR writes what is in the table",
+        ),
+        *(
+            (
+                f"stage generate {flags}",
+                "--draw next is for rows with an answer\n  fix: --redo --draw next --where 'check_faces = 0'",
+            )
+            for flags in ("--draw next", "--draw next --stale")
+        ),
+        (
+            "stage lang --redo --draw next",
+            "stage 'lang' has no draws: its work SQL uses no $draw\n  file: sql/lang.sql\n"
+            "  fix: select coalesce(image_draw + $draw, 0) as draw, as the generate stage's own SQL does",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(whole: Workspace, command: str, message: str) -> None:
+    done = whole.run(*command.split(), check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")

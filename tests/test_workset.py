@@ -19,6 +19,7 @@ from builder import pipeline as pipelines
 from builder import table, workset
 from builder.errors import ConfigError, ConflictError
 from builder.layout import Layout, RunFiles
+from builder.progress import Talk
 from builder.sources.shards import Reading
 from builder.table import SourceShard
 from builder.workset import Choice, Counts, Slice, Work, cut
@@ -513,3 +514,21 @@ def test_a_work_set_without_rows_has_no_tasks(layout: Layout) -> None:
 
 def test_shards_are_those_of_the_pipeline_that_the_table_has() -> None:
     assert workset.narrow_to(["c", "a", "x"], ["a", "b", "c"]) == ["c", "a"]
+
+
+def test_a_class_without_failures_is_told_with_those_there_are(
+    workspace: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class that is misspelt would look like nothing left to do."""
+    made = workspace(stages=section("Fails", bad=f'["{1:032x}-0", "{2:032x}-0"]'))
+    (made.folder / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
+    monkeypatch.chdir(made.folder)
+    ingest_here(made.load())
+    pipeline = made.load()
+    stage = pipeline.stages["note"].stage
+    do(pipeline.layout, plan(pipeline.layout, stage), stage)
+    assert pipelines.run_stage(pipeline, "note", Choice(retry="failed:valueerror"), Talk()).counts == {}
+    assert capsys.readouterr().err == (
+        "note: no failed row is of class 'valueerror'; there are: ValueError (2)\n"
+        "note: nothing to do (14 ok, 2 failed of 16 covered)\n"
+    )

@@ -12,8 +12,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw
 
-#: How the outputs lie: (cells, values) as in insightface's det_10g.onnx; the same with a true axis for pictures in
-#: front; and with such an axis whose values are of all pictures mixed.
+#: How the outputs lie: (cells, values), those of several pictures in turn, as in insightface's det_10g.onnx; with a
+#: true axis for pictures in front; and with such an axis whose values are of all pictures mixed.
 Form = Literal["flat", "batched", "leaking"]
 STRIDES = (8, 16, 32)
 #: By stride: a face where the mean colour of a cell is magenta. -30 silences a stride.
@@ -31,8 +31,11 @@ def magenta(width: int, height: int, squares: Sequence[tuple[int, int, int, int]
     return out.getvalue()
 
 
-def write_toy(path: Path, form: Form = "flat", *, size: int | None = None, fixed_batch: bool = False) -> Path:
-    """Writes the detector; `size` fixes its input, px, and `fixed_batch` the number of pictures to one."""
+def write_toy(path: Path, form: Form = "flat", *, size: int | None = None, fixed_batch: int | None = None) -> Path:
+    """Writes the detector; `size` fixes its input, px, and `fixed_batch` the number of pictures that it says to take.
+
+    A flat one whose batch is fixed says the sizes of its outputs for one frame of 640 px, as det_10g.onnx does.
+    """
     nodes, weights = [], []
 
     def constant(name: str, value: np.ndarray) -> str:
@@ -74,14 +77,13 @@ def write_toy(path: Path, form: Form = "flat", *, size: int | None = None, fixed
                 nodes.append(helper.make_node("Sigmoid", [last], [out]))
             names[kind].append(out)
     widths = {"score": 1, "box": 4, "landmark": 10}
-    batch: str | int = 1 if fixed_batch else "n"
-    outputs = [
-        helper.make_tensor_value_info(
-            name, TensorProto.FLOAT, [*([] if form == "flat" else [batch]), f"{name}_cells", widths[kind]]
-        )
-        for kind, made in names.items()
-        for name in made
-    ]
+    batch: str | int = fixed_batch or "n"
+    outputs = []
+    for kind, made in names.items():
+        for name, stride in zip(made, STRIDES, strict=True):
+            cells: str | int = 2 * (640 // stride) ** 2 if form == "flat" and fixed_batch else f"{name}_cells"
+            shape = [*([] if form == "flat" else [batch]), cells, widths[kind]]
+            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     sides: list[str | int] = [size, size] if size else ["h", "w"]
     given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, *sides])
     graph = helper.make_graph(nodes, "toy", [given], outputs, weights)

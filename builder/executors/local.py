@@ -25,6 +25,8 @@ DONE, DONE_WITH_FAILURES, STOPPED = 0, 3, 130
 #: Deaths of one task's process after which it is given up. A row that kills the process is found by halving its batch,
 #: which costs two deaths a halving.
 MAX_DEATHS = 40
+#: What a process has to do, rows or shards, for the deaths before its own to count no more: a task may run for weeks.
+FORGIVEN_AFTER = 10_000
 #: Deaths without any halving between them, after which a task is given up: the process dies before its first batch.
 MAX_IDLE_DEATHS = 3
 #: Seconds in which the last lines of a worker that ended are awaited.
@@ -57,6 +59,9 @@ class _Worker:
     process: subprocess.Popen[bytes]
     log: Path
     error: dict[str, Any] | None = None
+    #: What its first report says is done, and its last.
+    begun: int | None = None
+    done: int = 0
 
 
 def run(
@@ -116,7 +121,7 @@ class _Pool:
                     continue
                 code = worker.process.wait()
                 del self._running[worker.slot]
-                if self._again(worker.number, code):
+                if self._again(worker, code):
                     waiting.insert(0, worker.number)
                 else:
                     ended.append(Ended(worker.number, code, self._deaths.get(worker.number, 0), worker.error))
@@ -186,12 +191,16 @@ class _Pool:
             with contextlib.suppress(OSError), worker.log.open("ab") as log:  # on a full disk the work matters more
                 log.write(line)  # something that a stage printed
             return
+        worker.begun, worker.done = done if worker.begun is None else worker.begun, done
         self._on_progress(worker.number, done, failed)
 
-    def _again(self, number: int, code: int) -> bool:
+    def _again(self, worker: _Worker, code: int) -> bool:
         """Whether a task whose process ended so is tried again: after a death that found out something."""
         if code >= 0:
             return False
+        number = worker.number
+        if worker.done - (worker.begun or 0) >= FORGIVEN_AFTER:
+            self._deaths[number] = 0
         self._deaths[number] = self._deaths.get(number, 0) + 1
         now = self._read_in_hand(number)
         self._idle[number] = 0 if now != self._last.get(number, "") else self._idle.get(number, 0) + 1

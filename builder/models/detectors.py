@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from builder.config import Strict
+from builder.errors import ConfigError
 from builder.models.mtcnn import Mtcnn
 from builder.models.pictures import Pixels, decode, pixels_of
 from builder.models.scrfd import GRAIN_PX, LICENCE, Scrfd
@@ -32,6 +33,9 @@ MIN_SCORES = {"mtcnn": 0.9, "scrfd": 0.5}
 #: scores. MTCNN looks at one at a time. SCRFD's calls have one size whatever they hold, yet a GPU may add up the places
 #: of a call in another order.
 TOLERANCES = {"mtcnn": 0.0, "scrfd": 0.001}
+
+#: Options that one detector alone reads.
+_OWN = {"mtcnn": ("min_face_px",), "scrfd": ("model", "input_px", "threshold", "detector_batch")}
 
 Floats = npt.NDArray[np.float64]
 
@@ -72,6 +76,37 @@ class Faces:
     boxes: list[list[float]]
     scores: list[float]
     count: int
+
+
+def check_options(options: DetectorOptions, stage: str) -> None:
+    """Refuses options of the other detector.
+
+    Raises:
+        ConfigError: one is set that the configured detector does not read.
+    """
+    other = "scrfd" if options.detector == "mtcnn" else "mtcnn"
+    for name in _OWN[other]:
+        if getattr(options, name) != DetectorOptions.model_fields[name].default:
+            raise ConfigError(
+                f"{name} is set, but detector = '{options.detector}' does not read it",
+                fix=f'set detector = "{other}" in [stages.{stage}], or leave {name} out',
+            )
+
+
+def nearness(
+    one: tuple[list[list[float]], list[float]], other: tuple[list[list[float]], list[float]], threshold: float
+) -> float:
+    """How far two answers of a detector for one picture are apart, each as boxes in 0..1 and their scores.
+
+    Every box is held against the nearest of the other answer. One that has none counts by how far its score is above
+    the threshold: the least change of that may leave it out.
+    """
+    a, b = (np.column_stack([np.reshape(boxes, (-1, 4)), scores]) for boxes, scores in (one, other))
+    apart = np.abs(a[:, None] - b[None]).max(axis=2)
+    found = 0.0
+    for rows, nearest in ((a, apart.min(axis=1, initial=1.0)), (b, apart.min(axis=0, initial=1.0))):
+        found = max(found, np.minimum(nearest, rows[:, 4] - threshold).max(initial=0.0))
+    return found
 
 
 class Frames(Protocol):
@@ -257,7 +292,7 @@ def _started(options: DetectorOptions, device: str, stage: str) -> Detector:
         batch=options.detector_batch,
     )
     print(f"{stage}: {scrfd.file} ({LICENCE})", file=sys.stderr, flush=True)
-    if scrfd.why_single and (options.detector_batch or device != "cpu"):
+    if scrfd.why_single:
         print(f"{stage}: {scrfd.file.name} gets one picture at a time: {scrfd.why_single}", file=sys.stderr, flush=True)
     return scrfd
 

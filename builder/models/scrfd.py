@@ -4,11 +4,16 @@ Knows pixels and boxes; knows nothing of stages, columns and tables. The method 
 and Computation Redistribution for Efficient Face Detection", ICLR 2022. What is done before and after the network is
 what insightface's `SCRFD.detect` does, for several pictures at once where the graph can.
 
+The published exports, det_10g.onnx among them, say that they take one picture, and list their outputs without an axis
+for pictures, in the order rows, columns, pictures, anchors. Nothing in such a graph depends on the number of pictures,
+so that number is freed, and the list is taken apart.
+
 insightface's code is MIT; the models that it publishes are for non-commercial research only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +48,8 @@ _FRAMES = 64
 _MEAN, _SCALE = 127.5, 1 / 128
 #: Strides by the number of outputs: scores, boxes and perhaps landmarks of each. Source: insightface's `SCRFD`.
 _STRIDES = {6: (8, 16, 32), 9: (8, 16, 32), 10: (8, 16, 32, 64, 128), 15: (8, 16, 32, 64, 128)}
+#: Boxes of a place, by the number of strides. Source: the same.
+_ANCHORS = {3: 2, 5: 1}
 #: Difference, as a share of 1 + the value, from which outputs of a picture alone and beside another are not the same:
 #: rounding in TF32 stays below, another picture's values are far beyond.
 _LEAK = 1e-2
@@ -83,10 +90,11 @@ class Scrfd:
             depend on its neighbours' number. Where the graph takes one at a time, it is 1.
 
     Attributes:
-        why_single: why the graph takes one picture at a time; None where it takes more.
+        why_single: why the graph takes one picture at a time, though more were asked for; None where it takes them.
 
     Raises:
-        StageError: insightface is not installed, there is no such model or device, or the file is no SCRFD detector.
+        StageError: insightface is not installed, there is no such model or device, or the file is no SCRFD detector
+            that runs.
     """
 
     def __init__(
@@ -106,7 +114,8 @@ class Scrfd:
         cv2.setNumThreads(1)
         self.threshold = threshold
         providers = _providers(device)
-        self.file, self._model = _loaded(model, providers)
+        wanted = batch or (1 if device == "cpu" else GPU_BATCH)
+        self.file, self._model = _loaded(model, providers, wanted)
         self._session = self._model.session
         if self._session.get_providers()[0] != providers[0][0]:
             raise StageError(
@@ -115,13 +124,14 @@ class Scrfd:
                 fix="install the CUDA and cuDNN libraries that onnxruntime-gpu needs; its own words are in the log",
             )
         self._input = self._session.get_inputs()[0].name
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self._strides = _STRIDES[len(self._outputs)]
+        names = [output.name for output in self._session.get_outputs()]
+        self._strides = _STRIDES[len(names)]
+        self._outputs = names[: 2 * len(self._strides)]  # the landmarks stay where they are
         self.width, self.height = _size(self.file, self._model.static_input_size, input_px)
-        self.why_single = self._why_single()
-        wanted = batch or (1 if device == "cpu" else GPU_BATCH)
+        self.why_single = self._why_single(wanted)
         self.batch = 1 if self.why_single else wanted
-        self.most_frames = self.batch * max(_FRAMES // self.batch, 1)
+        frames = _FRAMES * INPUT_PX**2 // (self.width * self.height)
+        self.most_frames = self.batch * max(frames // self.batch, 1)
 
     def frames(self, count: int) -> Frames:
         """Room for so many pictures."""
@@ -156,9 +166,21 @@ class Scrfd:
         return np.concatenate([blobs, np.zeros((self.batch - len(blobs), *blobs.shape[1:]), np.float32)])
 
     def _run(self, blobs: Blobs) -> list[npt.NDArray[np.float32]]:
-        """The outputs, (n, cells, values) each."""
+        """Scores of every stride, then boxes of every stride, (n, cells, values) each."""
         answers = self._session.run(self._outputs, {self._input: blobs})
-        return [answer if answer.ndim == 3 else answer[None] for answer in answers]
+        return [
+            self._apart(answer, len(blobs), stride) if answer.ndim == 2 else answer
+            for answer, stride in zip(answers, self._strides * 2, strict=True)
+        ]
+
+    def _apart(self, answer: npt.NDArray[np.float32], count: int, stride: int) -> npt.NDArray[np.float32]:
+        """The cells of each picture, (count, cells, values), out of a list of rows, columns, pictures, anchors."""
+        places, values = self._places(stride), answer.shape[1]
+        return answer.reshape(places, count, -1, values).swapaxes(0, 1).reshape(count, -1, values)
+
+    def _places(self, stride: int) -> int:
+        """Places of a frame that have cells of that stride."""
+        return (self.width // stride) * (self.height // stride)
 
     def _faces(
         self, answers: Sequence[npt.NDArray[np.float32]], scale: float
@@ -183,29 +205,48 @@ class Scrfd:
         sides = distances[keep] * stride
         return np.concatenate([corners - sides[:, :2], corners + sides[:, 2:]], axis=1), scores[keep]
 
-    def _why_single(self) -> str | None:
-        """Why several pictures cannot go through the graph together; None if they can.
+    def _why_single(self, wanted: int) -> str | None:
+        """Why so many pictures cannot go through the graph together; None if they can.
 
-        The shapes alone do not say it: a graph may take two pictures and mix them. So it is tried.
+        Shapes do not say it: a graph may take two pictures and mix them. So it is tried.
+
+        Raises:
+            StageError: not even one can.
         """
-        shapes = [self._session.get_inputs()[0].shape, *(output.shape for output in self._session.get_outputs())]
-        if isinstance(shapes[0][0], int):
-            return f"its input is fixed to {shapes[0][0]} a call"
-        if any(len(shape) != 3 for shape in shapes[1:]):
-            return "its outputs have no axis for pictures"
-        if any(isinstance(shape[0], int) for shape in shapes[1:]):
-            return "its outputs are fixed to one picture"
         pair = _test_frames(self.width, self.height)
-        alone = [self._run(pair[i : i + 1]) for i in range(2)]
         try:
-            together = self._run(pair)
+            alone = [self._run(pair[i : i + 1]) for i in range(2)]
         except Exception as error:
-            return f"it fails on two pictures: {' '.join(str(error).split())}"
+            raise self._unfit(" ".join(str(error).split())) from error
+        levels = len(self._strides)
+        for i, stride in enumerate(self._strides):
+            cells = self._places(stride) * _ANCHORS[levels]
+            shapes = [alone[0][at].shape for at in (i, i + levels)]
+            if not cells or shapes != [(1, cells, 1), (1, cells, 4)]:
+                raise self._unfit(
+                    f"its scores and boxes of stride {stride} have the shapes {shapes[0]} and {shapes[1]}"
+                )
+        if wanted == 1:
+            return None
+        blobs = np.zeros((wanted, *pair.shape[1:]), np.float32)
+        blobs[:2] = pair
+        try:
+            together = self._run(blobs)
+        except Exception as error:
+            return f"it fails on {wanted} pictures: {' '.join(str(error).split())}"
         for i in range(2):
-            for one, both in zip(alone[i], together, strict=True):
-                if both.shape != (2, *one.shape[1:]) or (np.abs(both[i] - one[0]) > _LEAK * (1 + np.abs(one[0]))).any():
+            for one, many in zip(alone[i], together, strict=True):
+                far = _LEAK * (1 + np.abs(one[0]))
+                if many.shape != (wanted, *one.shape[1:]) or (np.abs(many[i] - one[0]) > far).any():
                     return "its outputs for a picture depend on the pictures beside it"
         return None
+
+    def _unfit(self, why: str) -> StageError:
+        return StageError(
+            f"the model does not work as an SCRFD detector: {why}",
+            where={"file": self.file, "frame": f"{self.width} x {self.height} px"},
+            fix="name another one, for example det_10g.onnx",
+        )
 
 
 def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
@@ -228,8 +269,8 @@ def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
     return [("CUDAExecutionProvider", cuda), ("CPUExecutionProvider", {})]
 
 
-def _loaded(model: str, providers: list[tuple[str, dict[str, Any]]]) -> tuple[Path, Any]:
-    """The file and what insightface makes of it."""
+def _loaded(model: str, providers: list[tuple[str, dict[str, Any]]], batch: int) -> tuple[Path, Any]:
+    """The file and what insightface makes of it, for so many pictures a call if that can be."""
     import onnxruntime
     from insightface import model_zoo
 
@@ -247,12 +288,31 @@ def _loaded(model: str, providers: list[tuple[str, dict[str, Any]]]) -> tuple[Pa
                 fix="name an SCRFD detector as ONNX, for example det_10g.onnx",
             ) from error
         if getattr(found, "taskname", "") == "detection" and _is_scrfd(found.session):
+            fixed = found.session.get_inputs()[0].shape[0]
+            if isinstance(fixed, int) and fixed != batch:
+                with contextlib.suppress(Exception):  # it is tried what the graph takes, whatever it says
+                    found.session = onnxruntime.InferenceSession(_freed(file), options, providers)
             return file, found
     raise StageError(
         f"'{model}' has no SCRFD detector",
         where={"looked at": ", ".join(file.name for file in files)},
         fix="name an ONNX file with one float32 input and 6, 9, 10 or 15 outputs, for example det_10g.onnx",
     )
+
+
+def _freed(file: Path) -> bytes:
+    """The graph, for any number of pictures: its input does not fix it, and no shape is left that followed from it."""
+    import onnx
+
+    model = onnx.load(str(file))
+    weights = {weight.name for weight in model.graph.initializer}
+    [given] = [given for given in model.graph.input if given.name not in weights]
+    given.type.tensor_type.shape.dim[0].dim_param = "pictures"
+    for output in model.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    del model.graph.value_info[:]
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def _is_scrfd(session: Any) -> bool:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
-from builder.models.detectors import DIGITS, TOLERANCES, Block, DetectorOptions, FaceFinder
+from builder.models.detectors import DIGITS, TOLERANCES, Block, DetectorOptions, FaceFinder, check_options
 from builder.models.pictures import Pixels
 from builder.models.safety import SafetyModel
 from builder.models.scrfd import LICENCE
@@ -50,6 +50,7 @@ class Check:
     resources: Resources = Resources(cpus=1, memory_gb=1, batch_rows=32)
 
     def __init__(self, options: CheckOptions) -> None:
+        check_options(options, self.name)
         self.options = options
         #: A classifier looks at one picture at a time: only the detector's answers may move.
         self.tolerance = TOLERANCES[options.detector]

@@ -7,9 +7,20 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
+from pydantic import Field
 
+from builder.asking import difference
 from builder.errors import ConfigError
-from builder.models.detectors import TOLERANCES, Block, DetectorOptions, FaceFinder, Seen, is_large
+from builder.models.detectors import (
+    TOLERANCES,
+    Block,
+    DetectorOptions,
+    FaceFinder,
+    Seen,
+    check_options,
+    is_large,
+    nearness,
+)
 from builder.models.scrfd import LICENCE
 from builder.query import Lookup
 from builder.schema import BOXES, output
@@ -23,7 +34,7 @@ class FacesOptions(DetectorOptions):
     #: json takes the source's alone, metadata the metadata's alone, detector always detects.
     source: Literal["auto", "json", "metadata", "detector"] = "auto"
     #: Parquet files with uid and face_bboxes (DataComp's) or face-boxes (dataset2metadata's): a path or a glob.
-    metadata: str | None = None
+    metadata: str | None = Field(default=None, json_schema_extra={"decides": False})  # the boxes in them are inputs
 
 
 class Faces:
@@ -58,6 +69,7 @@ class Faces:
             boxes = (BOXES, ("face_bboxes", "face-boxes"))
             self.lookups = {"metadata": Lookup(options.metadata, {"uid": (pa.string(), ("uid",)), "boxes": boxes})}
         if self._detects:
+            check_options(options, self.name)
             self.tolerance = TOLERANCES[options.detector]
             if options.detector == "scrfd":
                 self.notice = LICENCE
@@ -120,6 +132,14 @@ class Faces:
                     errors[place] = error
             rows.append(row)
         return answered(self.outputs, rows, errors)
+
+    def difference(self, alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
+        """How far two answers for one row are apart; `face_count` follows from boxes and scores, and does not count."""
+        [one], [other] = alone.to_pylist(), within.to_pylist()
+        if one["face_scores"] is None or other["face_scores"] is None:
+            return difference(alone, within)
+        first, second = ((answer["face_boxes"], answer["face_scores"]) for answer in (one, other))
+        return nearness(first, second, self.options.threshold)
 
     def _given(
         self, boxes: list[list[float]] | None, boxes_from: str | None, width: int | None, height: int | None
