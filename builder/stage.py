@@ -92,6 +92,7 @@ class Stage(Protocol):
     - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart, by its own
       `difference(alone, within) -> float` or `asking.difference`: it declares itself deterministic so, and is held
       to it.
+    - `deciding`: its options in one form, for `options_hash`, where several forms ask for the same answers.
     - `notice`: what a run says of it before it starts, such as a licence.
     - `take_notes() -> list[dict]`: what the run's log should keep beside the answers, since it was last asked.
     """
@@ -293,10 +294,12 @@ def options_hash(stage: Stage, options: BaseModel) -> str:
     """16 hex digits over a stage's name, version, inputs, outputs and the options that decide its result.
 
     An option whose field says `json_schema_extra={"decides": False}` (a timeout, a thread count) is left out, in models
-    within models too; of a list with `{"decides": "as a set"}` neither order nor repetition counts.
+    within models too; of a list with `{"decides": "as a set"}` neither order nor repetition counts. Where the stage has
+    `deciding`, these are the options.
     """
     columns = [[(field.name, str(field.type)) for field in side] for side in (stage.inputs, stage.outputs)]
-    text = json.dumps([stage.name, stage.version, columns, _deciding(options)], sort_keys=True)
+    decide = _deciding(getattr(stage, "deciding", options))
+    text = json.dumps([stage.name, stage.version, columns, decide], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -419,12 +419,50 @@ def test_vllm_that_is_not_installed_and_a_folder_that_is_not_there() -> None:
     )
 
 
-def test_more_servers_of_one_model_make_no_answer_stale() -> None:
-    def signature(*models: str, **more: Any) -> str:
-        endpoints = [{"base_url": f"http://127.0.0.1:{8000 + i}/v1", "model": model} for i, model in enumerate(models)]
-        stage = Prompts(PromptsOptions.model_validate({"backend": "openai", "endpoints": endpoints, **more}))
-        return options_hash(stage, stage.options)
+def signature(**options: Any) -> str:
+    stage = Prompts(PromptsOptions.model_validate(options))
+    return options_hash(stage, stage.options)
 
-    assert signature("a") == signature("a", "a", timeout_s=7.0)
-    assert signature("a", "b") == signature("b", "a", "b")
-    assert len({signature("a"), signature("b"), signature("a", "b"), signature("a", temperature=0.5)}) == 4
+
+def servers(*models: str, **each: Any) -> list[dict[str, Any]]:
+    return [{"base_url": f"http://127.0.0.1:{8000 + i}/v1", "model": model, **each} for i, model in enumerate(models)]
+
+
+def test_how_servers_are_reached_makes_no_answer_stale() -> None:
+    asked: dict[str, Any] = {"backend": "openai", "temperature": 0.5, "groups": GROUPS}
+    limits = {
+        "max_concurrency": 2, "api_key_env": "KEY", "requests_per_minute": 3.0, "tokens_per_minute": 5.0,
+        "tier": "paid", "price_in": 1.0, "price_out": 1.0, "budget": 9.0,
+    }  # fmt: skip
+    said = [
+        {"endpoints": servers("a")},
+        {"endpoints": servers("a", "a", **limits)},
+        {"ports": [1], "model": "a"},
+        {"ports": [1, 2], "model": "a", "host": "node7"},
+        {"ports": [1], "model": "a", "endpoints": servers("a")},
+        {"endpoints": servers("a"), "model": "of no port", "style": "{caption}"},
+        {
+            "endpoints": servers("a"),
+            "timeout_s": 7.0,
+            "attempts": 1,
+            "rest_after": 1,
+            "rest_s": 1.0,
+            "engine": {"x": 1},
+        },
+        {"endpoints": servers("a"), "groups": {"x": GROUPS[0], "y": GROUPS[1]}},
+    ]
+    assert len({signature(**{**asked, **one}) for one in said}) == 1
+    both = {**asked, "endpoints": servers("a", "b")}
+    assert signature(**both) == signature(**{**both, "endpoints": servers("b", "a", "b")})
+
+
+def test_what_is_asked_makes_answers_stale() -> None:
+    asked: dict[str, Any] = {"backend": "openai", "endpoints": servers("a"), "groups": {"x": GROUPS[0], "y": GROUPS[1]}}
+    changes: list[dict[str, Any]] = [
+        {}, {"endpoints": servers("b")}, {"endpoints": servers("a", "b")}, {"system": "s"}, {"user": "{text}"},
+        {"temperature": 0.5}, {"seed": 1}, {"max_tokens": 9}, {"body": {"top_p": 0.5}}, {"lang": "de"}, {"retries": 0},
+        {"groups": {"y": GROUPS[1], "x": GROUPS[0]}}, {"groups": [GROUPS[0]]}, {"group_seed": 1}, {"mention": "any"},
+        {"synonyms": {"man": ["sir"]}}, {"min_chars": 9}, {"max_chars": 99}, {"backend": "vllm", "model": "a"},
+        {"backend": "template"}, {"json_schema": {"properties": {"prompt": {}}}},
+    ]  # fmt: skip
+    assert len({signature(**{**asked, **change}) for change in changes}) == len(changes)

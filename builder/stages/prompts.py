@@ -119,6 +119,7 @@ class Prompts:
             ConfigError: options that do not fit together.
         """
         self.options = options
+        self.deciding = _deciding(options)
         self._asking: Asking | None = None
         self._engine: VllmChat | None = None
         self._notes: list[dict[str, Any]] = []
@@ -285,6 +286,17 @@ class _Asked:
 
     def __init__(self, talks: list[Talk | Rejected], outcomes: Future[list[Outcome]]) -> None:
         self.talks, self.outcomes = talks, outcomes
+
+
+def _deciding(options: PromptsOptions) -> PromptsOptions:
+    """The options that the backend uses: all servers in one list, and the attributes of groups in the order given."""
+    if options.backend == "template":
+        return PromptsOptions(style=options.style)
+    groups = list(options.groups.values()) if isinstance(options.groups, dict) else options.groups
+    used = {"style": DEFAULT_STYLE, "groups": groups, "endpoints": []}
+    if options.backend == "openai":
+        used |= {"model": None, "endpoints": _endpoints(options)}
+    return options.model_copy(update=used)
 
 
 def _endpoints(options: PromptsOptions) -> list[Endpoint]:
