@@ -270,6 +270,8 @@ def _layout(run: RunFiles) -> Layout:
 def _stage_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
     kind = find(data["stage"], data["python_file"])
     stage = kind(kind.Options.model_validate_json(json.dumps(data["options"])))  # type: ignore[call-arg]
+    if hasattr(stage, "workers"):
+        stage.workers = run.tasks
     settings = TaskSettings(**data["settings"])
     device = os.environ.get("BUILDER_DEVICE", "cpu")
     result = run_stage_task(_layout(run), run, number, stage, settings, device=device, progress=_report, stopping=stop)

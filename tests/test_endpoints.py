@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from builder.config import Problems, Strict, check
 from builder.errors import StageError
-from builder.models.endpoints import AskFailed, Endpoint, Pool, Reply
+from builder.models.endpoints import AskFailed, Endpoint, Over, Pool, Reply
 from llm_server import (
     LlmServer,
     Play,
@@ -396,8 +396,9 @@ def test_a_budget_is_not_passed(serve: Serve) -> None:
                 await ask(pool, f"house {i}", max_tokens=10)
             with pytest.raises(AskFailed) as failed:
                 await ask(pool, max_tokens=10)
-            message = "no endpoint is left; none has failed"
+            message = f"no endpoint is left; {server.base_url}: its budget of 25 allows no further request"
             assert (failed.value.kind, str(failed.value)) == ("no_budget", message)
+            assert isinstance(failed.value, Over)
             assert pool.totals()[server.base_url]["spent"] == 18
             notice = f"{server.base_url} is used no more: its budget of 25 allows no further request"
             assert list(pool.notices) == [notice]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +18,11 @@ from builder.models.rewrites import GROUP_SYSTEM, Rewrites, Template
 from builder.stage import RowsFailed, find, options_hash
 from builder.stages.prompts import Prompts, PromptsOptions
 from conftest import Workspace, samples
-from llm_server import LlmServer, Play
+from llm_server import LlmServer, Play, disconnect, hang
+from planned import do, plan
 
 GROUPS = [["Black", "white", "Asian"], ["man", "woman"]]
+SQL = "select shard, row, uid, caption as text from samples"
 REFUSAL = "I'm sorry, but I can't help with that request."
 
 
@@ -301,6 +304,61 @@ def test_close_gives_up_what_is_not_answered() -> None:
         assert "asking" not in {thread.name for thread in threading.enumerate()}
 
 
+# --- what ends the stage before its end ---
+
+
+def prompts_for(server: LlmServer, each: dict[str, Any] | None = None, **options: Any) -> Prompts:
+    one = {"base_url": server.base_url, "model": server.model, **(each or {})}
+    given = {"backend": "openai", "endpoints": [one], "system": "", "user": "{text}", "timeout_s": 600.0, **options}
+    return Prompts(PromptsOptions.model_validate(given))
+
+
+def statuses(made: Workspace) -> Counter[str | None]:
+    return Counter(status for (status,) in made.rows("select prompts_status from samples"))
+
+
+@pytest.mark.parametrize("batch_rows", [4, 16])
+def test_a_stop_leaves_what_is_not_answered_and_keeps_what_is(dataset: Workspace, batch_rows: int) -> None:
+    """Answers about batches ahead are kept, too."""
+    with LlmServer() as server:
+        stage = prompts_for(server)
+        server.script(*[hang()] * 2)
+        layout = dataset.load().layout
+        run = plan(layout, stage, sql=SQL)
+        done = do(layout, run, stage, batch_rows=batch_rows, stopping=lambda: server.answered == 14)
+        assert len(server.requests) == 16
+    assert (done.stopped, done.ok, done.failed, done.dropped) == (True, 14, 0, 0)
+    assert statuses(dataset) == {"ok": 14, None: 2}
+
+
+def test_endpoints_that_are_all_gone_end_the_stage_and_mark_no_row(dataset: Workspace) -> None:
+    with LlmServer() as server:
+        stage = prompts_for(server, {"max_concurrency": 1}, rest_s=0.02, rest_after=1)
+        server.script(*[Play()] * 5)
+        server.always(disconnect())
+        with pytest.raises(StageError) as caught:
+            do(dataset.load().layout, plan(dataset.load().layout, stage, sql=SQL), stage)
+    assert str(caught.value) == (
+        f"no endpoint is open; {server.base_url}: the connection was closed before an answer\n"
+        "  fix: mend that; the same command goes on with the rows that are left"
+    )
+    assert statuses(dataset) == {"ok": 5, None: 11}
+
+
+def test_a_budget_that_is_spent_ends_the_stage_and_marks_no_row(dataset: Workspace) -> None:
+    with LlmServer() as server:
+        each = {"max_concurrency": 1, "price_in": 0.0, "price_out": 1e6, "budget": 30.0}  # 1 a token
+        stage = prompts_for(server, each, max_tokens=10)
+        server.always(Play(fields={"usage": {"prompt_tokens": 5, "completion_tokens": 7}}))
+        with pytest.raises(StageError) as caught:
+            do(dataset.load().layout, plan(dataset.load().layout, stage, sql=SQL), stage)
+    assert str(caught.value) == (
+        f"no endpoint is left; {server.base_url}: its budget of 30 allows no further request\n"
+        "  fix: raise its 'budget', or name other endpoints; the same command goes on with the rows that are left"
+    )
+    assert statuses(dataset) == {"ok": 3, None: 13}
+
+
 # --- what stops the stage before any row ---
 
 
@@ -338,7 +396,8 @@ def test_what_the_options_decide() -> None:
     assert not hasattr(template, "sql")
     asked = Prompts(PromptsOptions(backend="openai", ports=[11434] * 8, model="m", groups=GROUPS))
     assert (asked.inputs.names, asked.sql) == (["text", "key"], "prompts_groups.sql")
-    assert (asked.resources.batch_rows, asked.resources.ahead) == (256, 3)  # 8 times 64 requests at a time
+    assert (asked.resources.batch_rows, asked.resources.ahead) == (256, 1)
+    assert asked.resources.ahead_rows == 256 + 8 * 64
     assert not hasattr(asked, "tolerance")
     inside = Prompts(PromptsOptions(backend="vllm", model="m"))
     assert (inside.inputs.names, inside.resources.gpus, inside.resources.batch_rows) == (["text"], 1, 4096)

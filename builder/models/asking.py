@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from builder.models.endpoints import Pool
+from builder.models.endpoints import Over, Pool
 from builder.models.rewrites import Answer, Talk
 
 #: What came of a talk.
@@ -31,6 +31,8 @@ class Asking:
 
     def __init__(self, pool: Pool, body: dict[str, Any]) -> None:
         self._pool, self._body = pool, body
+        self._talking: set[asyncio.Task[Outcome]] = set()
+        self._is_over = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="asking", daemon=True)
         self._thread.start()
@@ -45,7 +47,15 @@ class Asking:
         return asyncio.run_coroutine_threadsafe(self._all(talks), self._loop)
 
     async def _all(self, talks: Sequence[Talk]) -> list[Outcome]:
-        return list(await asyncio.gather(*(self._one(talk) for talk in talks)))
+        if self._is_over:
+            return [_stopped() for _ in talks]
+        tasks = [asyncio.ensure_future(self._one(talk)) for talk in talks]
+        self._talking.update(tasks)
+        try:
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            self._talking.difference_update(tasks)
+        return [one if isinstance(one, Answer | Exception) else _stopped() for one in found]
 
     async def _one(self, talk: Talk) -> Outcome:
         try:
@@ -63,6 +73,15 @@ class Asking:
                     )
         except Exception as error:  # whatever it is: the other rows' answers are paid for
             return error
+
+    def give_up(self) -> None:
+        """Ends every talk that is not answered yet at once, and those that begin later: their outcome is `Over`."""
+        self._loop.call_soon_threadsafe(self._end_talks)
+
+    def _end_talks(self) -> None:
+        self._is_over = True
+        for task in self._talking:
+            task.cancel()
 
     def notices(self) -> list[str]:
         """What the pool has to tell of its endpoints, since it was last asked."""
@@ -92,3 +111,7 @@ class Asking:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _stopped() -> Over:
+    return Over("stopped", "the run was stopped")

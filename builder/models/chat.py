@@ -76,6 +76,14 @@ class AskFailed(Exception):
         return self.message
 
 
+class Over(AskFailed):
+    """The request has no answer, and no other one will have: it says nothing of the request.
+
+    Attributes:
+        kind: that of the last failure; `stopped` where the caller asked for it.
+    """
+
+
 class Http:
     """A session to any number of servers, for the event loop in which it is made.
 

@@ -42,9 +42,9 @@ class Endpoint(Strict):
     model: str = Field(min_length=1)
     #: Name of the environment variable that holds the key.
     api_key_env: str | None = Field(default=None, min_length=1, json_schema_extra=_SAME_ANSWER)
-    #: Most requests in flight; how many there are adapts below it.
+    #: Most requests in flight; how many there are adapts below it. A run's workers share this and all limits here.
     max_concurrency: int = Field(default=64, ge=1, json_schema_extra=_SAME_ANSWER)
-    #: Requests a minute, in a steady flow; of each worker, as all limits here.
+    #: Requests a minute, in a steady flow.
     requests_per_minute: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
     #: Tokens a minute, of requests and answers together.
     tokens_per_minute: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
@@ -55,6 +55,12 @@ class Endpoint(Strict):
     price_out: float | None = Field(default=None, ge=0, json_schema_extra=_SAME_ANSWER)
     #: What may be spent here, in the same currency; what no answer tells is counted at its most.
     budget: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
+
+    def share(self, workers: int) -> Endpoint:
+        """What one of several processes may take of it."""
+        limits = {name: getattr(self, name) for name in ("requests_per_minute", "tokens_per_minute", "budget")}
+        parts: dict[str, Any] = {name: limit / workers for name, limit in limits.items() if limit is not None}
+        return self.model_copy(update={**parts, "max_concurrency": max(1, self.max_concurrency // workers)})
 
     @field_validator("base_url")
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from builder.errors import StageError
-from builder.models.chat import AskFailed, Http, Reply, read_reply, read_status
+from builder.models.chat import AskFailed, Http, Over, Reply, read_reply, read_status
 from builder.models.endpoint import (
     BACK_OFF_S,
     LONGEST_BACK_OFF_S,
@@ -26,7 +26,7 @@ from builder.models.endpoint import (
     is_pushed_back,
 )
 
-__all__ = ["AskFailed", "Endpoint", "Pool", "Reply"]
+__all__ = ["AskFailed", "Endpoint", "Over", "Pool", "Reply"]
 
 TIERS = ("free", "local", "paid")
 #: Tokens of an answer, at most, where the request does not say.
@@ -79,6 +79,7 @@ class Pool:
         self._timer: asyncio.TimerHandle | None = None
         #: Since when no endpoint is open.
         self._dark_since: float | None = None
+        self._answered_at = 0.0
         #: Its kind and message.
         self._last_failure = ("unreachable", "none has failed")
 
@@ -93,7 +94,7 @@ class Pool:
             StageError: aiohttp or a key is missing; a key is refused; a model is unknown; no endpoint answers.
         """
         self._loop = asyncio.get_running_loop()
-        now = self._loop.time()
+        now = self._answered_at = self._loop.time()
         names = _names(self._endpoints)
         self._served = [Served(one, name, now) for one, name in zip(self._endpoints, names, strict=True)]
         self._tiers = [[one for one in self._served if one.endpoint.tier == tier] for tier in TIERS]
@@ -147,8 +148,8 @@ class Pool:
             body: further fields: temperature, max_tokens, seed, response_format.
 
         Raises:
-            AskFailed: it was rejected, or it failed as often as allowed, or no endpoint was open for too long; of
-                several failures the last.
+            Over: no endpoint is left, or none was open, or gave an answer, for too long.
+            AskFailed: it was rejected, or it failed as often as allowed; of several failures the last.
         """
         most_out = body.get("max_completion_tokens") or body.get("max_tokens") or _TOKENS_OUT
         request = Request(messages, body, Cost(len(orjson.dumps(messages)), most_out))
@@ -158,6 +159,7 @@ class Pool:
             try:
                 reply = await self._send(one, request)
                 self._dark_since = None
+                self._answered_at = self._loop.time()
                 self._tell(one.answered(request, reply, taken))
                 return reply
             except AskFailed as error:
@@ -189,10 +191,13 @@ class Pool:
         if is_pushed_back(error):
             request.pushed_back = request.pushed_back or now
             if now - request.pushed_back > self._patience_s:
-                raise error
+                is_silent = now - self._answered_at > self._patience_s
+                raise Over(error.kind, f"no endpoint takes a request; {error.message}") if is_silent else error
             return
+        if now > self._end_of_patience(now):
+            raise Over(error.kind, f"no endpoint is open; {error.message}")
         request.attempts += 1
-        if request.attempts >= self._attempts or now > self._end_of_patience(now):
+        if request.attempts >= self._attempts:
             raise error
         if one.is_open(now) and not self._others(request, now):
             await asyncio.sleep(min(BACK_OFF_S * 2.0 ** (request.attempts - 1), LONGEST_BACK_OFF_S))
@@ -300,12 +305,14 @@ class Pool:
         cost = self._waiting[0][0].cost
         for one in self._served:
             if one.closed is None and one.is_spent(cost):
-                self._tell(one.close("no_budget", f"its budget of {one.endpoint.budget:g} allows no further request"))
+                why = f"its budget of {one.endpoint.budget:g} allows no further request"
+                self._tell(one.close("no_budget", why))
+                self._last_failure = ("no_budget", f"{one.name}: {why}")
 
     def _fail_waiting(self, kind: str, what: str) -> None:
         for _, future in self._waiting:
             if not future.done():
-                future.set_exception(AskFailed(kind, f"{what}; {self._last_failure[1]}"))
+                future.set_exception(Over(kind, f"{what}; {self._last_failure[1]}"))
         self._waiting.clear()
 
 

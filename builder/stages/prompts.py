@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -12,10 +11,10 @@ from pydantic import Field
 from pydantic.config import JsonDict
 
 from builder.config import Strict
-from builder.errors import ConfigError
+from builder.errors import ConfigError, StageError
 from builder.models.answers import Contract, Detect, Rejected
 from builder.models.asking import Asking, Outcome
-from builder.models.endpoints import Endpoint, Pool
+from builder.models.endpoints import Endpoint, Over, Pool
 from builder.models.groups import Groups, text_of
 from builder.models.language import LanguageModel
 from builder.models.rewrites import Answer, Rewrites, Talk
@@ -111,6 +110,8 @@ class Prompts:
         ]
     )
     resources: Resources = Resources(cpus=1, memory_gb=0.5, batch_rows=1024)
+    #: Processes of the run that ask the same servers.
+    workers: int = 1
 
     def __init__(self, options: PromptsOptions) -> None:
         """Checks what can be checked without a model.
@@ -143,8 +144,7 @@ class Prompts:
         if options.backend == "openai":
             self._endpoints = _endpoints(options)
             ceiling = sum(endpoint.max_concurrency for endpoint in self._endpoints)
-            ahead = 1 + math.ceil(ceiling / ASKED_ROWS)
-            self.resources = Resources(cpus=1, memory_gb=1, batch_rows=ASKED_ROWS, ahead=ahead)
+            self.resources = Resources(cpus=1, memory_gb=1, batch_rows=ASKED_ROWS, ahead_rows=ASKED_ROWS + ceiling)
         else:
             if options.model is None:
                 raise ConfigError(
@@ -178,7 +178,7 @@ class Prompts:
         sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
         if options.backend == "openai":
             pool = Pool(
-                self._endpoints,
+                [endpoint.share(self.workers) for endpoint in self._endpoints],
                 timeout_s=options.timeout_s,
                 attempts=options.attempts,
                 rest_after=options.rest_after,
@@ -246,9 +246,11 @@ class Prompts:
         if self._groups is not None:
             columns["prompt_group"] = [text_of(self._group_of(row)) for row in batch.to_pylist()]
         result = self._filled(batch.num_rows, columns)
-        errors = {i: outcome for i, outcome in enumerate(outcomes) if not isinstance(outcome, Answer)}
-        if errors:
-            raise RowsFailed(result, errors)
+        others = {i: outcome for i, outcome in enumerate(outcomes) if not isinstance(outcome, Answer)}
+        left = {i: outcome for i, outcome in others.items() if isinstance(outcome, Over)}
+        if others:
+            errors = {i: outcome for i, outcome in others.items() if i not in left}
+            raise RowsFailed(result, errors, left=left, why=_why(left.values()))
         return result
 
     def _filled(self, rows: int, columns: dict[str, list[Any]]) -> pa.RecordBatch:
@@ -272,6 +274,10 @@ class Prompts:
         nobody = {"uid": None, "shard": None, "row": None, "kind": "notice", "endpoint": None}
         return notes + [{**nobody, "text": text} for text in told]
 
+    def give_up(self) -> None:
+        if self._asking is not None:
+            self._asking.give_up()
+
     def close(self) -> None:
         if self._asking is not None:
             self._asking.close()
@@ -287,13 +293,17 @@ class _Asked:
     def __init__(self, talks: list[Talk | Rejected], outcomes: Future[list[Outcome]]) -> None:
         self.talks, self.outcomes = talks, outcomes
 
+    def cancel(self) -> None:
+        """Asks about it no more."""
+        self.outcomes.cancel()
+
 
 def _deciding(options: PromptsOptions) -> PromptsOptions:
     """The options that the backend uses: all servers in one list, and the attributes of groups in the order given."""
     if options.backend == "template":
         return PromptsOptions(style=options.style)
     groups = list(options.groups.values()) if isinstance(options.groups, dict) else options.groups
-    used = {"style": DEFAULT_STYLE, "groups": groups, "endpoints": []}
+    used: dict[str, Any] = {"style": DEFAULT_STYLE, "groups": groups, "endpoints": []}
     if options.backend == "openai":
         used |= {"model": None, "endpoints": _endpoints(options)}
     return options.model_copy(update=used)
@@ -310,6 +320,15 @@ def _endpoints(options: PromptsOptions) -> list[Endpoint]:
             fix='write [[stages.prompts.endpoints]] with base_url and model, or ports = [11434] and model = "..."',
         )
     return [*options.endpoints, *short]
+
+
+def _why(overs: Iterable[Over]) -> StageError | None:
+    """Why no endpoint answers any more; None if the run was stopped."""
+    for over in overs:
+        if over.kind != "stopped":
+            fix = "raise its 'budget', or name other endpoints" if over.kind == "no_budget" else "mend that"
+            return StageError(str(over), fix=f"{fix}; the same command goes on with the rows that are left")
+    return None
 
 
 def _body(options: PromptsOptions, sampling: dict[str, Any]) -> dict[str, Any]:
