@@ -54,17 +54,20 @@ class Outcome:
         counts: by name: rows, ok, failed, kept, dropped, edited ...
         refused: shards that could not be used, with the reason.
         folder: the run directory; None where there was nothing to do.
+        totals: what the stage has counted itself, by task.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     folder: Path | None = None
+    totals: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, result: dict[str, Any]) -> None:
         for name, value in result.items():
             if isinstance(value, int) and not isinstance(value, bool):
                 self.counts[name] = self.counts.get(name, 0) + value
+        self.totals += [result["totals"]] if result.get("totals") else []
         self.refused.update(result.get("refused") or {})
         self.refused.update(result.get("left") or {})
 

@@ -110,6 +110,8 @@ class Stage(Protocol):
     - `workers`: set before `setup` to the number of processes that the run has for it, which share what is limited.
     - `give_up()`, where `process` waits for something outside: called from another thread when the run is stopped;
       `process` then returns at once, and raises `RowsFailed` with the rows that are `left`.
+    - `totals() -> dict`, what a worker has counted until `close`, as json; `summary(list of these) -> list[str]`, what
+      the run says of them at its end.
     - `take_notes() -> list[dict]`: what the run's log should keep beside the answers, since it was last asked.
     """
 

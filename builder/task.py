@@ -71,6 +71,7 @@ class Result:
         left: shards that were ingested again meanwhile, or whose bytes cannot be read, with the reason.
         stopped: whether it was asked to stop before its end.
         difference: the largest one between an answer alone and in a batch; None for a stage that names no tolerance.
+        totals: what the stage has counted itself.
     """
 
     rows: int = 0
@@ -82,6 +83,7 @@ class Result:
     stopped: bool = False
     seconds: float = 0.0
     difference: float | None = None
+    totals: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,6 +112,7 @@ def run_stage_task(
     try:
         with _giving_up(stage, stopping):
             task.run()
+        task.result.totals = getattr(stage, "totals", dict)()
     finally:
         stage.close()
         with contextlib.suppress(OSError):  # it is of no use any more, and no reason to hide another error

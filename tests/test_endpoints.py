@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from builder.config import Problems, Strict, check
 from builder.errors import StageError
-from builder.models.endpoints import AskFailed, Endpoint, Over, Pool, Reply
+from builder.models.endpoints import AskFailed, Endpoint, Over, Pool, Reply, summary
 from llm_server import (
     LlmServer,
     Play,
@@ -103,13 +103,23 @@ def test_a_request_is_answered(serve: Serve) -> None:
             assert server.requests == [sent]
             assert pool.totals() == {
                 server.base_url: {
-                    "model": "tiny", "requests": 1, "answers": 1, "failures": {}, "tokens_in": 3, "tokens_out": 4,
-                    "spent": 0.0, "limit": 8, "state": "open",
+                    "model": "tiny", "requests": 1, "answers": 1, "ms": reply.ms, "rests": 0, "failures": {},
+                    "tokens_in": 3, "tokens_out": 4, "spent": 0.0, "limit": 8, "state": "open",
                 }
             }  # fmt: skip
             assert list(pool.notices) == []
 
     run(work)
+
+
+def test_what_pools_have_counted_is_told_in_a_line_an_endpoint() -> None:
+    one = {"answers": 3, "ms": 4500, "rests": 1, "spent": 0.0, "failures": {"timeout": 1, "server_error": 2}}
+    two = {"answers": 1, "ms": 500, "rests": 0, "spent": 0.5, "failures": {"timeout": 4}}
+    none = {"answers": 0, "ms": 0, "rests": 0, "spent": 0.0, "failures": {}}
+    assert summary([{"a": one, "b": none}, {"a": two}]) == [
+        "a: 4 answers in 1.25 s on average, 7 failures (timeout 5, server_error 2), 1 rests, 0.50 spent",
+        "b: 0 answers, 0 failures, 0 rests",
+    ]
 
 
 def test_the_model_is_the_one_that_the_server_says(serve: Serve) -> None:
@@ -866,6 +876,17 @@ def test_only_the_model_decides_the_answer() -> None:
         if (info.json_schema_extra or {}).get("decides", True)  # type: ignore[union-attr]
     ]
     assert deciding == ["model"]
+
+
+def test_workers_share_an_endpoint() -> None:
+    given = Endpoint(
+        base_url="http://host/v1", model="m", max_concurrency=9, requests_per_minute=60, tokens_per_minute=6000,
+        price_in=1, price_out=2, budget=20,
+    )  # fmt: skip
+    limits = {"max_concurrency": 2, "requests_per_minute": 15, "tokens_per_minute": 1500, "budget": 5}
+    assert given.share(4) == given.model_copy(update=limits)
+    assert given.share(1) == given
+    assert Endpoint(base_url="http://host/v1", model="m", max_concurrency=2).share(4).max_concurrency == 1
 
 
 def test_a_pool_needs_an_endpoint() -> None:

@@ -13,11 +13,13 @@ import pyarrow as pa
 import pytest
 
 import llm_server as llm
-from builder.errors import ConfigError, StageError
+from builder import table
+from builder.errors import ConfigError, ShardError, StageError
+from builder.layout import Layout
 from builder.models.rewrites import GROUP_SYSTEM, Rewrites, Template
 from builder.stage import RowsFailed, find, options_hash
 from builder.stages.prompts import Prompts, PromptsOptions
-from conftest import Workspace, samples
+from conftest import Workspace, ingest_here, samples
 from llm_server import LlmServer, Play, disconnect, hang
 from planned import do, plan
 
@@ -357,6 +359,60 @@ def test_a_budget_that_is_spent_ends_the_stage_and_marks_no_row(dataset: Workspa
         "  fix: raise its 'budget', or name other endpoints; the same command goes on with the rows that are left"
     )
     assert statuses(dataset) == {"ok": 3, None: 13}
+
+
+# --- how many requests there are ---
+
+
+def test_small_batches_keep_all_places_of_the_servers_busy(dataset: Workspace) -> None:
+    with LlmServer(latency_s=0.02) as server:
+        stage = prompts_for(server, {"max_concurrency": 8})
+        done = do(dataset.load().layout, plan(dataset.load().layout, stage, sql=SQL), stage, batch_rows=1)
+        assert (done.ok, server.most_at_once) == (16, 8)
+        assert done.totals[server.base_url]["answers"] == 16
+
+
+def test_nobody_is_asked_any_more_about_a_shard_that_is_left(
+    dataset: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = table.commit
+
+    def refused(layout: Layout, shard: str, *args: Any, **options: Any) -> Any:
+        if shard == "00000000":
+            raise ShardError("it cannot be used")
+        return commit(layout, shard, *args, **options)
+
+    monkeypatch.setattr(table, "commit", refused)
+    with LlmServer() as server:
+        stage = prompts_for(server, {"max_concurrency": 6}, timeout_s=5.0)
+        server.script(*[Play()] * 2, *[hang()] * 6)  # these six take all places
+        layout = dataset.load().layout
+        done = do(layout, plan(layout, stage, sql=SQL), stage, batch_rows=2, checkpoint_rows=2)
+    assert (done.left, done.ok) == ({"00000000": "it cannot be used"}, 8)
+    assert done.totals[server.base_url]["failures"] == {}
+
+
+def test_the_workers_of_a_run_share_its_limits(workspace: Callable[..., Workspace]) -> None:
+    with LlmServer(latency_s=0.1) as server:
+        stages = f"""\
+[stages.prompts]
+backend = "openai"
+system = ""
+user = "{{text}}"
+sql = "all.sql"
+[[stages.prompts.endpoints]]
+base_url = "{server.base_url}"
+model = "tiny"
+max_concurrency = 4
+"""
+        made = workspace(stages=stages, workers=2)
+        (made.folder / "all.sql").write_text(SQL)
+        ingest_here(made.load())
+        done = made.run("stage", "prompts", cwd=made.folder)
+        assert server.most_at_once <= 4
+    assert re.search(
+        rf"^prompts: {server.base_url}: 16 answers in 0\.\d\d s on average, 0 failures, 0 rests$", done.stderr, re.M
+    )
 
 
 # --- what stops the stage before any row ---

@@ -90,6 +90,10 @@ class Asking:
             taken.append(self._pool.notices.popleft())
         return taken
 
+    def totals(self) -> dict[str, dict[str, Any]]:
+        """As `Pool.totals`."""
+        return self._pool.totals()
+
     def close(self) -> None:
         """Gives up what is not answered, and closes the connections."""
         try:

@@ -138,6 +138,8 @@ class Served:
         self._mean_out: float | None = None
         self.asked = 0
         self._answered = 0
+        self._ms = 0
+        self._rests = 0
         self._tokens_in = 0
         self._tokens_out = 0
         self._failures: Counter[str] = Counter()
@@ -203,6 +205,7 @@ class Served:
     def answered(self, request: Request, reply: Reply, taken: float) -> str | None:
         """Takes note of an answer, for whose request `taken` tokens were taken; returns what there is to tell."""
         self._answered += 1
+        self._ms += reply.ms
         self.concurrency.increase()
         self._pushed_in_row = 0
         if reply.tokens_in is None or reply.tokens_out is None:
@@ -259,6 +262,7 @@ class Served:
 
     def rest(self, why: str, now: float, rest_s: float) -> str:
         self.is_resting = True
+        self._rests += 1
         self._paused_until = max(self._paused_until, now + rest_s)
         return f"{self.name} rests for {rest_s:g} s: {why}"
 
@@ -278,6 +282,8 @@ class Served:
             "model": self.endpoint.model,
             "requests": self.asked,
             "answers": self._answered,
+            "ms": self._ms,
+            "rests": self._rests,
             "failures": dict(sorted(self._failures.items())),
             "tokens_in": self._tokens_in,
             "tokens_out": self._tokens_out,

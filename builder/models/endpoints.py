@@ -7,8 +7,8 @@ Everything happens in one event loop, so nothing here is locked.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -132,7 +132,7 @@ class Pool:
         return max(1, sum(one.concurrency.limit for one in self._served if not one.closed and not one.is_resting))
 
     def totals(self) -> dict[str, dict[str, Any]]:
-        """By endpoint: requests, answers, failures by kind, tokens, what was spent, the present limit, the state."""
+        """By endpoint: counts, failures by kind, milliseconds of all answers, the present limit, the state."""
         return {one.name: one.totals() for one in self._served}
 
     def _tell(self, notice: str | None) -> None:
@@ -314,6 +314,21 @@ class Pool:
             if not future.done():
                 future.set_exception(Over(kind, f"{what}; {self._last_failure[1]}"))
         self._waiting.clear()
+
+
+def summary(totals: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """A line for every endpoint from the `totals` of several pools."""
+    lines = []
+    for name in dict.fromkeys(name for one in totals for name in one):
+        parts = [one[name] for one in totals if name in one]
+        answers, ms, rests, spent = (sum(part[key] for part in parts) for key in ("answers", "ms", "rests", "spent"))
+        failures = sum((Counter(part["failures"]) for part in parts), Counter[str]())
+        kinds = ", ".join(f"{kind} {count}" for kind, count in failures.most_common())
+        line = f"{name}: {answers} answers"
+        line += f" in {ms / answers / 1000:.2f} s on average" if answers else ""
+        line += f", {failures.total()} failures" + (f" ({kinds})" if kinds else "") + f", {rests} rests"
+        lines.append(line + (f", {spent:.2f} spent" if spent else ""))
+    return lines
 
 
 def _names(endpoints: Sequence[Endpoint]) -> list[str]:

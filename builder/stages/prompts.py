@@ -14,7 +14,7 @@ from builder.config import Strict
 from builder.errors import ConfigError, StageError
 from builder.models.answers import Contract, Detect, Rejected
 from builder.models.asking import Asking, Outcome
-from builder.models.endpoints import Endpoint, Over, Pool
+from builder.models.endpoints import Endpoint, Over, Pool, summary
 from builder.models.groups import Groups, text_of
 from builder.models.language import LanguageModel
 from builder.models.rewrites import Answer, Rewrites, Talk
@@ -273,6 +273,12 @@ class Prompts:
         told = [] if self._asking is None else self._asking.notices()
         nobody = {"uid": None, "shard": None, "row": None, "kind": "notice", "endpoint": None}
         return notes + [{**nobody, "text": text} for text in told]
+
+    def totals(self) -> dict[str, dict[str, Any]]:
+        """What the pool counted, by endpoint."""
+        return {} if self._asking is None else self._asking.totals()
+
+    summary = staticmethod(summary)
 
     def give_up(self) -> None:
         if self._asking is not None:
