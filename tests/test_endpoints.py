@@ -299,6 +299,20 @@ def test_waiting_for_room_is_not_part_of_the_time_out(serve: Serve) -> None:
     run(work)
 
 
+def test_what_is_to_be_next_goes_before_others_that_wait(serve: Serve) -> None:
+    server = serve(latency_s=0.02)
+
+    async def work() -> None:
+        async with started(endpoint(server, max_concurrency=1)) as pool:
+            first = asyncio.gather(*(ask(pool, f"house {i}") for i in range(3)))
+            await until(lambda: len(server.requests) == 1)
+            await pool.ask([{"role": "user", "content": "again"}], True)
+            await first
+            assert server.contents() == ["house 0", "again", "house 1", "house 2"]
+
+    run(work)
+
+
 def test_the_limit_grows_to_its_ceiling(serve: Serve) -> None:
     server = serve(latency_s=0.02)
 

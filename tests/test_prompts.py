@@ -453,7 +453,7 @@ def test_what_the_options_decide() -> None:
     asked = Prompts(PromptsOptions(backend="openai", ports=[11434] * 8, model="m", groups=GROUPS))
     assert (asked.inputs.names, asked.sql) == (["text", "key"], "prompts_groups.sql")
     assert (asked.resources.batch_rows, asked.resources.ahead) == (256, 1)
-    assert asked.resources.ahead_rows == 256 + 8 * 64
+    assert asked.resources.ahead_rows == 256 + 4 * 8 * 64
     assert not hasattr(asked, "tolerance")
     inside = Prompts(PromptsOptions(backend="vllm", model="m"))
     assert (inside.inputs.names, inside.resources.gpus, inside.resources.batch_rows) == (["text"], 1, 4096)

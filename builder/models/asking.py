@@ -60,7 +60,7 @@ class Asking:
     async def _one(self, talk: Talk) -> Outcome:
         try:
             while True:
-                reply = await self._pool.ask(talk.messages, **self._body)
+                reply = await self._pool.ask(talk.messages, bool(talk.turned), **self._body)
                 if accepted := talk.hear(reply.text, reply.endpoint):
                     return Answer(
                         accepted.prompt,

@@ -99,6 +99,7 @@ class Request:
     """One `ask` on its way.
 
     Attributes:
+        is_next: whether it goes before others that wait.
         tried: endpoints that have failed it.
         attempts: how often it failed, being pushed back not counted.
         pushed_back: when it was pushed back for the first time.
@@ -107,6 +108,7 @@ class Request:
     messages: list[dict[str, str]]
     body: dict[str, Any]
     cost: Cost
+    is_next: bool = False
     tried: list[Served] = field(default_factory=list)
     attempts: int = 0
     pushed_back: float | None = None

@@ -141,10 +141,11 @@ class Pool:
 
     # --- asking ---
 
-    async def ask(self, messages: list[dict[str, str]], **body: Any) -> Reply:
+    async def ask(self, messages: list[dict[str, str]], is_next: bool = False, /, **body: Any) -> Reply:
         """Sends a chat request until it is answered.
 
         Args:
+            is_next: whether it goes before others that wait.
             body: further fields: temperature, max_tokens, seed, response_format.
 
         Raises:
@@ -152,7 +153,7 @@ class Pool:
             AskFailed: it was rejected, or it failed as often as allowed; of several failures the last.
         """
         most_out = body.get("max_completion_tokens") or body.get("max_tokens") or _TOKENS_OUT
-        request = Request(messages, body, Cost(len(orjson.dumps(messages)), most_out))
+        request = Request(messages, body, Cost(len(orjson.dumps(messages)), most_out), is_next)
         while True:
             one, taken = await self._room(request)
             sent = self._loop.time()
@@ -215,7 +216,7 @@ class Pool:
             if one is not None:
                 return one, one.begin(request)
         future: asyncio.Future[tuple[Served, float]] = self._loop.create_future()
-        if request.pushed_back is not None:
+        if request.pushed_back is not None or (request.is_next and not request.tried):
             self._waiting.appendleft((request, future))
         else:
             self._waiting.append((request, future))
@@ -250,7 +251,7 @@ class Pool:
         return None, soonest
 
     def _dispatch(self) -> None:
-        """Gives room to those who wait, first come, first served; those pushed back stand in front."""
+        """Gives room to those who wait, first come, first served; those pushed back or asked again stand in front."""
         if not self._waiting:
             return
         now = self._loop.time()

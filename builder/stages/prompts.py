@@ -25,6 +25,8 @@ from builder.stage import Resources, RowsFailed
 
 #: Rows of a batch that is asked of servers.
 ASKED_ROWS = 256
+#: Rows ahead for every request in flight: one slow answer holds up its batch, and the others go on meanwhile.
+AHEAD = 4
 #: Rows of a batch that vLLM does in process: it fills its own batches the better the more it is given.
 IN_PROCESS_ROWS = 4096
 _SAME_ANSWER: JsonDict = {"decides": False}
@@ -144,7 +146,8 @@ class Prompts:
         if options.backend == "openai":
             self._endpoints = _endpoints(options)
             ceiling = sum(endpoint.max_concurrency for endpoint in self._endpoints)
-            self.resources = Resources(cpus=1, memory_gb=1, batch_rows=ASKED_ROWS, ahead_rows=ASKED_ROWS + ceiling)
+            ahead = ASKED_ROWS + AHEAD * ceiling
+            self.resources = Resources(cpus=1, memory_gb=1, batch_rows=ASKED_ROWS, ahead_rows=ahead)
         else:
             if options.model is None:
                 raise ConfigError(
