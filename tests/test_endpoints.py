@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import socket
 import sys
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from builder.config import Problems, Strict, check
 from builder.errors import StageError
+from builder.models.chat import Http
 from builder.models.endpoints import AskFailed, Endpoint, Over, Pool, Reply, summary
 from llm_server import (
     LlmServer,
@@ -743,6 +745,26 @@ def test_a_start_without_any_endpoint_that_answers_is_refused(serve: Serve) -> N
     )
 
 
+def test_a_server_that_takes_no_connection_is_unreachable_before_the_time_out() -> None:
+    async def work() -> None:
+        with socket.socket() as full, contextlib.ExitStack() as clients:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)  # more than its queue holds wait for a connection in vain
+            for _ in range(3):
+                one = clients.enter_context(socket.socket())
+                one.setblocking(False)
+                one.connect_ex(full.getsockname())
+            http = Http(timeout_s=60, connect_s=0.1)
+            try:
+                with pytest.raises(AskFailed) as failed:
+                    await http.request("GET", f"http://127.0.0.1:{full.getsockname()[1]}/", {})
+            finally:
+                await http.close()
+            assert (failed.value.kind, str(failed.value)) == ("unreachable", "no connection within 0.1 s")
+
+    run(work)
+
+
 def test_an_endpoint_that_does_not_answer_at_the_start_rests_while_others_work(serve: Serve) -> None:
     server, other = serve(), serve()
     server.die()
@@ -863,6 +885,12 @@ def test_an_endpoint_is_checked() -> None:
         f"'base_url' {where} is '127.0.0.1:8000': it is refused: no address such as \"http://127.0.0.1:8000/v1\"\n"
         "change its value"
     ]
+    for url in ("http://[::1/v1", "http://host:port/v1", "http://host:99999/v1", "http://a..b/v1", "http://my host/v1"):
+        assert problems(base_url=url) == [
+            f"'base_url' {where} is '{url}': it is refused: no address such as \"http://127.0.0.1:8000/v1\"\n"
+            "change its value"
+        ]
+    assert problems(base_url="http://[::1]:8000/v1") == []
     assert problems(base_url="http://me:secret@host/v1") == [
         f"'base_url' {where} is 'http://me:secret@host/v1': it is refused: it holds more than an address; "
         "a key belongs into the variable that api_key_env names\nchange its value"

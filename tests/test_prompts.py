@@ -14,6 +14,7 @@ import pytest
 
 import llm_server as llm
 from builder import table
+from builder.config import Problems, check
 from builder.errors import ConfigError, ShardError, StageError
 from builder.layout import Layout
 from builder.models.rewrites import GROUP_SYSTEM, Rewrites, Template
@@ -500,6 +501,32 @@ def test_options_that_do_not_fit_together(options: dict[str, Any], message: str)
     with pytest.raises(ConfigError) as caught:
         Prompts(PromptsOptions.model_validate(options))
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"host": "::1"}, 'no name of a host such as "127.0.0.1", "node7" or "[::1]"'),
+        ({"host": "http://node7"}, 'no name of a host such as "127.0.0.1", "node7" or "[::1]"'),
+        ({"host": "a..b"}, 'no name of a host such as "127.0.0.1", "node7" or "[::1]"'),
+        ({"lang": "English"}, 'no code of ISO 639-1 such as "en"'),
+        ({"body": {"stream": True}}, "'stream' is what the stage itself says"),
+        ({"body": {"messages": []}}, "'messages' is what the stage itself says"),
+        ({"synonyms": {"Black": ["Nigerian", " "]}}, "an empty word would count as every group"),
+    ],
+)
+def test_values_that_no_server_could_take(options: dict[str, Any], why: str) -> None:
+    found = Problems("p.toml")
+    check(PromptsOptions, options, ("stages", "prompts"), found)
+    [(name, value)] = options.items()
+    told = f"'{name}' in [stages.prompts] is {value!r}: it is refused: {why}\n"
+    assert [text[: len(told)] for _, _, text in found.found] == [told]
+
+
+def test_groups_that_a_template_does_not_assign_are_told() -> None:
+    assert not hasattr(Prompts(PromptsOptions()), "notice")
+    told = "backend 'template' assigns no groups: its prompts show none"
+    assert Prompts(PromptsOptions(groups=GROUPS)).notice == told
 
 
 @pytest.mark.parametrize("text", ["{text!r}", "{text:>9}", "{0}", "{}", "{a.b}", "{Text}"])

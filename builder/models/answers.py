@@ -300,7 +300,12 @@ def _validator(json_schema: Mapping[str, Any], field: str) -> Any:
         jsonschema.Draft202012Validator.check_schema(json_schema)
     except jsonschema.SchemaError as error:
         raise ConfigError(f"json_schema is no JSON schema: {error.message}", fix="mend it") from None
-    return jsonschema.Draft202012Validator(json_schema)
+    validator = jsonschema.Draft202012Validator(json_schema)
+    try:
+        next(validator.iter_errors({field: ""}), None)
+    except Exception as error:  # a reference that leads nowhere, of whatever package resolves them
+        raise ConfigError(f"json_schema cannot be used: {error}", fix="mend it") from None
+    return validator
 
 
 #: "Here is the rewritten sentence:", "Sure! ...:": an introduction, at whose end the prompt would begin.

@@ -10,6 +10,7 @@ spent: for good).
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -65,9 +66,9 @@ class Endpoint(Strict):
     @field_validator("base_url")
     @classmethod
     def _is_base_url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not is_address(value):
             raise ValueError('no address such as "http://127.0.0.1:8000/v1"')
+        parts = urlsplit(value)
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("it holds more than an address; a key belongs into the variable that api_key_env names")
         if parts.path.rstrip("/").endswith("/completions"):
@@ -80,6 +81,16 @@ class Endpoint(Strict):
         if value is not None and None in (info.data.get("price_in"), info.data.get("price_out")):
             raise ValueError("a budget needs price_in and price_out")
         return value
+
+
+def is_address(url: str) -> bool:
+    """Whether a text is the address of a server, with a port or without one."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port, (parts.hostname or "").encode("idna")
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"[\s\x00-\x1f]", url)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Annotated, Any, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic.config import JsonDict
 
 from builder.config import Strict
 from builder.errors import ConfigError, StageError
 from builder.models.answers import Contract, Detect, Rejected
 from builder.models.asking import Asking, Outcome
+from builder.models.endpoint import is_address
 from builder.models.endpoints import Endpoint, Over, Pool, summary
 from builder.models.groups import Groups, text_of
 from builder.models.language import LanguageModel
@@ -47,7 +49,7 @@ class PromptsOptions(Strict):
     #: The host of `ports`.
     host: str = Field(default="127.0.0.1", json_schema_extra=_SAME_ANSWER)
     #: Of `ports`: the model's name at the servers; of vllm: its folder, or a hub's id.
-    model: str | None = None
+    model: str | None = Field(default=None, min_length=1)
     #: Of openai: seconds from sending a request to the last byte of its answer.
     timeout_s: float = Field(default=120.0, gt=0, json_schema_extra=_SAME_ANSWER)
     #: Of openai: how often one request may fail before its row has.
@@ -90,6 +92,34 @@ class PromptsOptions(Strict):
     #: How often a refused answer is asked for again, with the reason.
     retries: int = Field(default=2, ge=0)
 
+    @field_validator("host")
+    @classmethod
+    def _is_host(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", value) or not is_address(f"http://{value}:1"):
+            raise ValueError('no name of a host such as "127.0.0.1", "node7" or "[::1]"')
+        return value
+
+    @field_validator("lang")
+    @classmethod
+    def _is_language(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z]{2,3}", value):
+            raise ValueError('no code of ISO 639-1 such as "en"')
+        return value
+
+    @field_validator("body")
+    @classmethod
+    def _leaves_the_talk_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if own := [name for name in ("messages", "model", "n", "stream") if name in value]:
+            raise ValueError(f"'{own[0]}' is what the stage itself says")
+        return value
+
+    @field_validator("synonyms")
+    @classmethod
+    def _are_words(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        if any(not word.strip() for words in value.values() for word in words):
+            raise ValueError("an empty word would count as every group")
+        return value
+
 
 class Prompts:
     """Adds `prompt`, and who wrote it."""
@@ -128,6 +158,8 @@ class Prompts:
         self._notes: list[dict[str, Any]] = []
         if options.backend == "template":
             self.tolerance = 0.0
+            if options.groups is not None:
+                self.notice = "backend 'template' assigns no groups: its prompts show none"
             return
         self._groups = Groups(options.groups, seed=options.group_seed) if options.groups is not None else None
         self._rewrites = Rewrites(
