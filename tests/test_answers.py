@@ -349,6 +349,4 @@ def test_bounds_and_schemas_that_nothing_meets_are_refused() -> None:
     assert caught.value.what.startswith("json_schema is no JSON schema: 'thing' is not valid")
     with pytest.raises(ConfigError) as caught:
         Contract(json_schema={"properties": {"prompt": {"$ref": "#/nowhere"}}})
-    assert (
-        str(caught.value) == "json_schema cannot be used: PointerToNowhere: '/nowhere' does not exist\n  fix: mend it"
-    )
+    assert caught.value.what.startswith("json_schema cannot be used: PointerToNowhere: '/nowhere' does not exist")
