@@ -191,12 +191,11 @@ class Batch:
     given: pa.RecordBatch | Failure
     prepared: Future[Any] | None = None
 
-    def cancel(self) -> None:
-        """Tells what is prepared, if it wants to know, that it is of no use."""
-        if self.prepared is not None and self.prepared.exception() is None:
-            cancel = getattr(self.prepared.result(), "cancel", None)
-            if cancel is not None:
-                cancel()
+    @property
+    def under_way(self) -> Any | None:
+        """What is prepared, if work on it goes on outside: it can be cancelled."""
+        prepared = None if self.prepared is None or self.prepared.exception() else self.prepared.result()
+        return prepared if hasattr(prepared, "cancel") else None
 
 
 @dataclass(frozen=True)
@@ -298,7 +297,7 @@ class _Task:
         while self._window:
             step = self._window.popleft()
             with self._leaving(step.shard.part):
-                step.shard.ask([batch for batch in step.following.result() if batch.prepared is not None], kills=False)
+                step.shard.ask([batch for batch in step.following.result() if batch.under_way is not None], kills=False)
 
     def _do(self, step: _Step) -> None:
         """Asks the stage about one group, while those behind it are read."""
@@ -433,7 +432,8 @@ class _Task:
             self._window.remove(step)
             if not step.following.cancel() and step.following.exception() is None:
                 for batch in step.following.result():
-                    batch.cancel()
+                    if batch.under_way is not None:
+                        batch.under_way.cancel()
 
     def _tally(self, part: Slice) -> None:
         """Adds what the table says of a shard's rows now to the result."""
