@@ -765,6 +765,26 @@ def test_a_server_that_takes_no_connection_is_unreachable_before_the_time_out() 
     run(work)
 
 
+def test_a_server_that_is_silent_is_asked_once_at_the_start() -> None:
+    came = []
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(await reader.readuntil(b"\r\n"))
+        await reader.read()
+        writer.close()
+
+    async def work() -> None:
+        async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            pool = Pool([Endpoint(base_url=url, model="tiny")], timeout_s=0.1)
+            with pytest.raises(StageError) as refused:
+                await pool.start()
+            assert refused.value.where == {url: "no whole answer within 0.1 s"}
+        assert came == [b"GET /v1/models HTTP/1.1\r\n"]
+
+    run(work)
+
+
 def test_an_endpoint_that_does_not_answer_at_the_start_rests_while_others_work(serve: Serve) -> None:
     server, other = serve(), serve()
     server.die()

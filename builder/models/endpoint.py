@@ -345,7 +345,7 @@ async def check(one: Served, http: Http) -> str:
     except AskFailed as error:
         if error.status is not None:
             raise _refused(one, error) from None
-        if error.kind == "unreachable":
+        if error.kind in ("unreachable", "timeout"):
             return one.told(str(error))
     if models is not None and not any(is_same_model(one.endpoint.model, name) for name in models):
         raise _unknown_model(one, {"its models": ", ".join(models[:20]) or "none"}, "set 'model' to one that it has")
