@@ -270,6 +270,12 @@ def test_words_that_mean_a_group(answer: str, group: tuple[str, ...]) -> None:
     assert Contract().read(answer, Request("x", "x y", (), group)).prompt == answer
 
 
+def test_the_group_alone_rewrites_a_caption_that_is_as_short() -> None:
+    assert (
+        Contract().read("Black woman", Request("Man", 'sentence: "Man"', ("sentence",), GROUP)).prompt == "Black woman"
+    )
+
+
 def test_group() -> None:
     both = "The answer did not mention: Black, woman."
     assert rejection("A person with a red hat in the street") == ("group", both)

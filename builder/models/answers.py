@@ -194,7 +194,8 @@ class Contract:
             frame = re.compile(rf"(?<!\w){re.escape(label)}\s*[:=]", re.I)
             if frame.search(text) and not frame.search(request.given):
                 raise Rejected("echo", f'The answer had the request\'s "{label}:" in it; {alone}.')
-        if request.group and said == _letters(" ".join(request.group)):
+        is_more = len(request.caption.split()) > len(request.group)
+        if request.group and is_more and said == _letters(" ".join(request.group)):
             raise Rejected("echo", f"The answer was the group alone; {alone}.")
         if request.group and said == _letters(request.caption) and not self._mentions(request.caption, request.group):
             raise Rejected("echo", f"The answer was the sentence unchanged; portray: {' '.join(request.group)}.")
