@@ -235,7 +235,7 @@ def test_all_faults_at_once_leave_every_request_answered(serve: Serve) -> None:
         server.script(*(fault for fault, _, _ in FAULTS[::-1]), status(429, retry_after="0"), status(429))
 
     async def work() -> None:
-        async with started(*servers, attempts=30) as pool:
+        async with started(*servers, attempts=30, rest_after=1000) as pool:
             assert await ask_all(pool, 200) == right(200)
             totals = pool.totals().values()
             assert sum(one["answers"] for one in totals) == 200
@@ -529,7 +529,7 @@ def test_503_with_retry_after_is_being_pushed_back(serve: Serve) -> None:
 # --- rests ---
 
 
-def test_an_endpoint_that_fails_in_a_row_rests_and_is_probed_by_one_request(serve: Serve) -> None:
+def test_an_endpoint_that_fails_in_a_row_rests_until_it_answers_a_request_for_a_token(serve: Serve) -> None:
     server = serve(latency_s=0.2)
     server.script(*[status(500, "boom")] * 4)
 
@@ -539,14 +539,49 @@ def test_an_endpoint_that_fails_in_a_row_rests_and_is_probed_by_one_request(serv
                 with pytest.raises(AskFailed):
                     await ask(pool)
             assert pool.totals()[server.base_url]["state"] == "resting"
-            assert await ask_all(pool, 6) == ["server_error", *right(6)[1:]]
+            assert await ask_all(pool, 6) == right(6)
             times = server.times
+            assert server.contents()[3:5] == ["Hello"] * 2  # no row is risked
+            assert [request["max_tokens"] for request in server.requests[3:5]] == [1, 1]
             assert times[3] - times[2] >= 0.49  # an answer and a rest
-            assert times[4] - times[3] >= 0.49  # the probe failed: another rest
-            assert times[5] - times[4] >= 0.19  # the probe alone
-            assert server.most_at_once == 4  # then all
+            assert times[4] - times[3] >= 0.49  # another rest
+            assert times[5] - times[4] >= 0.19  # that request alone
+            assert server.most_at_once == 6  # then all
             rests = f"{server.base_url} rests for 0.3 s: status 500: boom"
             assert list(pool.notices) == [rests, rests, f"{server.base_url} answers again"]
+
+    run(work)
+
+
+def test_nothing_waits_for_an_endpoint_that_hangs_and_rests(serve: Serve) -> None:
+    server, other = serve(), serve()
+    server.always(hang())
+
+    async def work() -> None:
+        async with started(server, endpoint(other, max_concurrency=2), rest_after=1, rest_s=0.01) as pool:
+            assert await ask_all(pool, 30) == right(30)
+            sent = len(server.requests)
+            await until(lambda: len(server.requests) == sent + 1)
+            assert server.contents()[sent] == "Hello"
+            assert await ask_all(pool, 30) == right(30)
+            assert set(server.contents()[sent:]) == {"Hello"}
+            assert pool.totals()[server.base_url]["state"] == "resting"
+
+    run(work)
+
+
+def test_an_endpoint_that_refuses_the_key_after_a_rest_is_used_no_more(serve: Serve) -> None:
+    server = serve()
+    server.script(status(500, "boom"))
+    server.always(status(401, "who?"))
+
+    async def work() -> None:
+        async with started(server, rest_after=1, rest_s=0.01) as pool:
+            with pytest.raises(Over) as failed:
+                await ask(pool)
+            message = f"no endpoint is left; {server.base_url}: status 401: who?"
+            assert (failed.value.kind, str(failed.value)) == ("rejected", message)
+            assert len(server.requests) == 2
 
     run(work)
 

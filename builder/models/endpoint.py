@@ -3,8 +3,8 @@
 Owns when an endpoint may be sent a request, and what answers and failures change in that. Knows no other endpoint.
 
 An endpoint is *open*, or it is *paused* (it said 429: for as long as it asks), *resting* (it failed several times in a
-row: for a fixed time, after which one request probes it) or *closed* (it refused the key or the model, or its budget is
-spent: for good).
+row: for a fixed time, and again until it answers a request for one token) or *closed* (it refused the key or the model,
+or its budget is spent: for good).
 """
 
 from __future__ import annotations
@@ -142,8 +142,6 @@ class Served:
         self.closed: str | None = None
         self.is_resting = False
         self._paused_until = 0.0
-        #: The one request that may end a rest.
-        self._probe: Request | None = None
         self._failed_in_row = 0
         self._pushed_in_row = 0
         self._pending = 0.0
@@ -165,12 +163,12 @@ class Served:
         return float("inf") if self.closed else self._paused_until
 
     def wait(self, cost: Cost, now: float) -> float:
-        """Seconds until a request may be sent; 0 if now, infinite if that hangs on the end of another."""
-        if self.closed is not None:
+        """Seconds until a request may be sent; 0 if now, infinite if that hangs on the end of another or of a rest."""
+        if self.closed is not None or self.is_resting:
             return float("inf")
         if now < self._paused_until:
             return self._paused_until - now
-        if not self.concurrency.has_room or (self.is_resting and self._probe is not None):
+        if not self.concurrency.has_room:
             return float("inf")
         if self.endpoint.budget is not None and self._spent + self._pending + self._most(cost) > self.endpoint.budget:
             return float("inf")
@@ -197,8 +195,6 @@ class Served:
         self.asked += 1
         self.concurrency.in_flight += 1
         self._pending += self._most(request.cost)
-        if self.is_resting:
-            self._probe = request
         taken = request.cost.tokens(self._mean_out)
         if self._requests is not None:
             self._requests.take(1)
@@ -212,11 +208,9 @@ class Served:
         self._pending -= self._most(request.cost)
         if not self.concurrency.in_flight:
             self._pending = 0.0  # what floating point numbers leave
-        if self._probe is request:
-            self._probe = None
 
-    def answered(self, request: Request, reply: Reply, taken: float) -> str | None:
-        """Takes note of an answer, for whose request `taken` tokens were taken; returns what there is to tell."""
+    def answered(self, request: Request, reply: Reply, taken: float) -> None:
+        """Takes note of an answer, for whose request `taken` tokens were taken."""
         self._answered += 1
         self._ms += reply.ms
         self.concurrency.increase()
@@ -231,17 +225,7 @@ class Served:
             self._mean_out = reply.tokens_out if mean is None else mean + 0.1 * (reply.tokens_out - mean)
             if self._tokens is not None:
                 self._tokens.take(reply.tokens_in + reply.tokens_out - taken)
-        return self._is_alive(request)
-
-    def _is_alive(self, request: Request) -> str | None:
-        """The server works; this ends a rest if the request was the probe, and returns what there is to tell."""
-        if self.is_resting and self._probe is not request:
-            return None
         self._failed_in_row = 0
-        if not self.is_resting:
-            return None
-        self.is_resting = False
-        return f"{self.name} answers again"
 
     def failed(
         self, request: Request, error: AskFailed, sent: float, now: float, *, rest_after: int, rest_s: float
@@ -258,18 +242,15 @@ class Served:
             if self._pushed_in_row > 1:  # a lower limit alone did not help
                 pause = max(pause, min(BACK_OFF_S * 2.0 ** (self._pushed_in_row - 2), LONGEST_BACK_OFF_S))
             self._paused_until = max(self._paused_until, now + pause)
-            return self._is_alive(request)
+            self._failed_in_row = 0
+            return None
         if error.status in (401, 402, 404):
             return self.close("no_budget" if error.status == 402 else "rejected", str(error))
         if error.status == 403:  # of a filter for one request, or of the endpoint for all
             self._failed_in_row += 1
             return self.close("rejected", str(error)) if self._failed_in_row >= rest_after else None
-        if error.is_final:
-            return self._is_alive(request)
-        if self.is_resting and self._probe is not request:
-            return None
-        self._failed_in_row += 1
-        if self.is_resting or self._failed_in_row >= rest_after:
+        self._failed_in_row = 0 if error.is_final else self._failed_in_row + 1
+        if self._failed_in_row >= rest_after and not self.is_resting:
             return self.rest(str(error), now, rest_s)
         return None
 
@@ -278,6 +259,11 @@ class Served:
         self._rests += 1
         self._paused_until = max(self._paused_until, now + rest_s)
         return f"{self.name} rests for {rest_s:g} s: {why}"
+
+    def wake(self) -> str:
+        self.is_resting = False
+        self._failed_in_row = 0
+        return f"{self.name} answers again"
 
     def close(self, kind: str, why: str) -> str | None:
         if self.closed is not None:
@@ -351,17 +337,28 @@ async def check(one: Served, http: Http) -> str:
         raise _unknown_model(one, {"its models": ", ".join(models[:20]) or "none"}, "set 'model' to one that it has")
     if models is not None and one.key is None:
         return ""
+    failure = await say_hello(one, http)
+    return failure if models is None else ""
+
+
+async def say_hello(one: Served, http: Http) -> str:
+    """Why an endpoint does not answer a request for one token; empty if it does, or would take another request.
+
+    Raises:
+        StageError: the key is refused, or the model unknown.
+    """
     message = {"role": "user", "content": "Hello"}
     content = orjson.dumps({"model": one.endpoint.model, "messages": [message], "max_tokens": 1})
     try:
-        status, headers, body = await http.request("POST", f"{url}/chat/completions", one.headers, content)
+        url = f"{one.endpoint.base_url}/chat/completions"
+        status, headers, body = await http.request("POST", url, one.headers, content)
         read_status(status, headers, body)
         if (other := other_model(body, one.endpoint.model)) is not None:
             raise _unknown_model(one, {"it answers as": one.told(other)}, "set 'model' to that name")
     except AskFailed as error:
         if error.status in (401, 402, 403, 404):
             raise _refused(one, error) from None
-        if models is None and error.kind not in ("rate_limited", "rejected"):
+        if error.kind not in ("rate_limited", "rejected"):
             return one.told(str(error))
     return ""
 

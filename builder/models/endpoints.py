@@ -24,6 +24,7 @@ from builder.models.endpoint import (
     Served,
     check,
     is_pushed_back,
+    say_hello,
 )
 
 __all__ = ["AskFailed", "Endpoint", "Over", "Pool", "Reply"]
@@ -80,6 +81,8 @@ class Pool:
         #: Since when no endpoint is open.
         self._dark_since: float | None = None
         self._answered_at = 0.0
+        #: What asks endpoints that rest whether they answer again.
+        self._wakening: dict[Served, asyncio.Task[None]] = {}
         #: Its kind and message.
         self._last_failure = ("unreachable", "none has failed")
 
@@ -112,8 +115,8 @@ class Pool:
             raise
         for one, failure in zip(self._served, failures, strict=True):
             if failure:
-                self._tell(one.rest(failure, self._loop.time(), self._rest_s))
-                self._last_failure = ("unreachable", f"{one.name}: {failure}")
+                self._rest("unreachable", one, failure)
+                self._waken(one)
 
     async def close(self) -> None:
         """Closes the connections; what still waits for room is cancelled."""
@@ -122,6 +125,10 @@ class Pool:
         self._waiting.clear()
         if self._timer is not None:
             self._timer.cancel()
+        wakening = list(self._wakening.values())
+        for task in wakening:
+            task.cancel()
+        await asyncio.gather(*wakening, return_exceptions=True)
         await self._http.close()
 
     # --- what is told ---
@@ -161,7 +168,7 @@ class Pool:
                 reply = await self._send(one, request)
                 self._dark_since = None
                 self._answered_at = self._loop.time()
-                self._tell(one.answered(request, reply, taken))
+                one.answered(request, reply, taken)
                 return reply
             except AskFailed as error:
                 failure, now = error, self._loop.time()
@@ -169,6 +176,8 @@ class Pool:
                 self._tell(one.failed(request, error, sent, now, rest_after=self._rest_after, rest_s=self._rest_s))
                 error.message = f"{one.name}: {error.message}"
                 self._last_failure = (error.kind, error.message)
+                if one.is_resting:
+                    self._waken(one)
             finally:
                 one.end(request)
                 self._dispatch()
@@ -206,6 +215,34 @@ class Pool:
     def _others(self, request: Request, now: float) -> bool:
         """Whether an endpoint is open that has not failed the request."""
         return any(one.is_open(now) and one not in request.tried for one in self._served)
+
+    # --- rests ---
+
+    def _rest(self, kind: str, one: Served, why: str) -> None:
+        self._tell(one.rest(why, self._loop.time(), self._rest_s))
+        self._last_failure = (kind, f"{one.name}: {why}")
+
+    def _waken(self, one: Served) -> None:
+        """Sees to it that an endpoint is used again when it answers; no row is risked for finding out."""
+        if one not in self._wakening:
+            self._wakening[one] = self._loop.create_task(self._say_hello(one))
+
+    async def _say_hello(self, one: Served) -> None:
+        while one.is_resting and one.closed is None:
+            await asyncio.sleep(max(0.0, one.opens() - self._loop.time()))
+            try:
+                failure = await say_hello(one, self._http)
+            except StageError as error:
+                why = str(error.where.get("it says", error.what))
+                self._tell(one.close("rejected", why))
+                self._last_failure = ("rejected", f"{one.name}: {why}")
+                break
+            if failure:
+                self._rest(self._last_failure[0], one, failure)
+            else:
+                self._tell(one.wake())
+        del self._wakening[one]
+        self._dispatch()
 
     # --- room ---
 
