@@ -983,7 +983,12 @@ def test_workers_share_an_endpoint() -> None:
     limits = {"max_concurrency": 2, "requests_per_minute": 15, "tokens_per_minute": 1500, "budget": 5}
     assert given.share(4) == given.model_copy(update=limits)
     assert given.share(1) == given
-    assert Endpoint(base_url="http://host/v1", model="m", max_concurrency=2).share(4).max_concurrency == 1
+    with pytest.raises(StageError) as refused:
+        Endpoint(base_url="http://host/v1", model="m", max_concurrency=2).share(4)
+    assert str(refused.value) == (
+        "endpoint 'http://host/v1' takes 2 requests at a time, fewer than the run has workers\n  workers: 4\n"
+        "  fix: workers = 1 in [stages.prompts.run]: one keeps all servers busy"
+    )
 
 
 def test_a_pool_needs_an_endpoint() -> None:

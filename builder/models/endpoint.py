@@ -58,10 +58,21 @@ class Endpoint(Strict):
     budget: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
 
     def share(self, workers: int) -> Endpoint:
-        """What one of several processes may take of it."""
+        """What one of several processes may take of it.
+
+        Raises:
+            StageError: each of them needs one request at a time, and that is more than `max_concurrency`.
+        """
+        if workers > self.max_concurrency:
+            raise StageError(
+                f"endpoint '{self.base_url}' takes {self.max_concurrency} requests at a time, "
+                "fewer than the run has workers",
+                where={"workers": workers},
+                fix="workers = 1 in [stages.prompts.run]: one keeps all servers busy",
+            )
         limits = {name: getattr(self, name) for name in ("requests_per_minute", "tokens_per_minute", "budget")}
         parts: dict[str, Any] = {name: limit / workers for name, limit in limits.items() if limit is not None}
-        return self.model_copy(update={**parts, "max_concurrency": max(1, self.max_concurrency // workers)})
+        return self.model_copy(update={**parts, "max_concurrency": self.max_concurrency // workers})
 
     @field_validator("base_url")
     @classmethod
