@@ -81,14 +81,15 @@ def _measure(name: str, make: Callable[[Path], Path], rounds: int, shards: Path,
         ]
         with Worker(model, prompts) as worker:
 
-            def run_stage() -> float:
+            def run_stage(count: int = images) -> float:
+                choice = Choice(redo=True, where=f"row < {count // 2}")
                 with mock.patch.object(local, "run", worker.run):
-                    done = pipelines.run_stage(pipelines.load(file), "generate", Choice(redo=True), Talk(quiet=True))
-                if done["ok"] != images:
-                    raise SystemExit(f"the stage answered {done['ok']} of {images} rows: {done.counts}")
-                return images / worker.took
+                    done = pipelines.run_stage(pipelines.load(file), "generate", choice, Talk(quiet=True))
+                if done["ok"] != count:
+                    raise SystemExit(f"the stage answered {done['ok']} of {count} rows: {done.counts}")
+                return count / worker.took
 
-            run_stage()  # what a process does once only: imports of the engine's threads, caches of kernels
+            run_stage(4 * BATCH)  # what a process does once only: imports of the engine's threads, caches of kernels
             pairs = [(run_stage(), images / worker.ask("loop")) for _ in range(rounds)]
     ours, peer = ([pair[side] for pair in pairs] for side in (0, 1))
     what = f"images: stage, {name}, {images} of {SIDE} px, batches of {BATCH} / bare loop"

@@ -22,10 +22,13 @@ from PIL import Image
 
 from builder import pipeline as pipelines
 from builder import table
+from builder.executors import local
 from builder.pipeline import Pipeline
 from builder.schema import BOXES
 from builder.sources import shards as tar_shards
+from here import builder_here
 
+local.as_a_worker()  # before a library counts its threads
 STAGES = Path(__file__).parent / "stages.py"
 #: mtime of the test tars' members; the fraction makes tarfile write a pax header for each, as webdataset's writer does.
 PAX_MTIME, USTAR_MTIME = 1_700_000_000.5, 1_700_000_000
@@ -168,18 +171,22 @@ class Workspace:
     def load(self, *sets: str) -> Pipeline:
         return pipelines.load(self.file, sets)
 
-    def run(self, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-        """`builder ARGUMENTS --pipeline FILE` as a process."""
-        result = builder(*arguments, "--pipeline", str(self.file), **options)
-        if check:
-            assert result.returncode == 0, (
-                f"builder {arguments}: exit {result.returncode}\n{result.stdout}{result.stderr}"
-            )
-        return result
+    def run(self, *arguments: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """`builder ARGUMENTS --pipeline FILE` in this process, tasks and all."""
+        return _good(builder_here(*arguments, "--pipeline", str(self.file), cwd=cwd), check)
+
+    def process(self, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+        """The same as a process, its tasks as processes of their own."""
+        return _good(builder(*arguments, "--pipeline", str(self.file), **options), check)
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """Rows of a question."""
         return pipelines.answer(self.load(), pipelines.Sql(sql, "test"), {})[1]
+
+
+def _good(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.CompletedProcess[str]:
+    assert not check or done.returncode == 0, f"{done.args}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
 
 
 def builder(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -213,6 +220,20 @@ def make_workspace(
     text = PIPELINE.format(folder=folder, stages=stages, workers=workers, checkpoint_rows=checkpoint_rows)
     file.write_text(text, "utf-8")
     return Workspace(folder, file)
+
+
+#: Files whose tests take long: first, so that no process is left alone with one at the end.
+LONG = ("test_real_models.py", "test_diffusion.py", "test_crash.py", "test_docs.py", "test_cli.py", "test_writer.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files are dealt to the processes in the order of `pytest_collection_modifyitems`."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def start(made: Workspace, *arguments: str, **environment: str) -> subprocess.Po
 
 def run(made: Workspace, *arguments: str) -> list[str]:
     """`builder ARGUMENTS` to a good end; its talk."""
-    return made.run(*arguments, cwd=made.folder).stderr.splitlines()
+    return made.process(*arguments, cwd=made.folder).stderr.splitlines()
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

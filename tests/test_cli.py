@@ -277,7 +277,7 @@ def test_json_of_a_file_that_cannot_be_read(ask: Callable[..., Done], dataset: W
 def test_json_from_a_process_is_all_there_is(dataset: Workspace) -> None:
     """As a script runs it: no warning of a library slips onto either stream."""
     for arguments in (("status",), ("plan",), ("sql", "select 1"), ("show", "00000000:0"), ("verify",)):
-        done = dataset.run(*arguments, "--json", check=False)
+        done = dataset.process(*arguments, "--json", check=False)
         Done(done.returncode, done.stdout, done.stderr).json()
 
 
@@ -289,7 +289,7 @@ def test_exit_0_done(ask: Callable[..., Done]) -> None:
 
 
 def test_exit_1_did_not_finish(own: Callable[..., Workspace]) -> None:
-    done = own("NoModel").run("stage", "note", check=False)
+    done = own("NoModel").process("stage", "note", check=False)
     assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert "error: there is no model in '/models/none'" in lines
@@ -310,7 +310,7 @@ def test_exit_2_usage_and_bad_pipelines(tmp_path: Path) -> None:
 
 def test_exit_3_failed_rows_and_what_to_do(own: Callable[..., Workspace]) -> None:
     made = own("Fails", f'bad = ["{3:032x}-0"]')
-    done = made.run("stage", "note", check=False)
+    done = made.process("stage", "note", check=False)
     assert done.returncode == 3
     assert done.stderr.splitlines()[-3:] == [
         "note: 1 failed",
@@ -632,8 +632,8 @@ def _processor_s() -> float:
 
 def test_nothing_to_do_is_said_in_under_two_seconds(workspace: Make) -> None:
     made = workspace({"a": samples(2)}, stages="")
-    made.run("run")
-    done = in_time(2, lambda: made.run("run"))
+    made.process("run")
+    done = in_time(2, lambda: made.process("run"))
     assert done.stderr.splitlines() == [
         "ingest: nothing to do (1 shards)",
         "write: nothing to do (1 hybrid shards up to date)",

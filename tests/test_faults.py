@@ -312,7 +312,7 @@ def test_a_task_whose_result_cannot_be_written_is_told_by_its_process(own: Calla
     """Nor its log: a real worker, whose words come through its pipe."""
     made = own()
     fault = Fault(str(made.root), ("create", "write"), "result.json", times=0, errno=errno.ENOSPC)
-    done = made.run("stage", "note", check=False, cwd=made.folder, env={**os.environ, **environment(fault, made.folder / "site")})  # fmt: skip  # noqa: E501
+    done = made.process("stage", "note", check=False, cwd=made.folder, env={**os.environ, **environment(fault, made.folder / "site")})  # fmt: skip  # noqa: E501
     [run] = made.root.glob("runs/*")
     what, fix = FULL
     assert (done.returncode, talk(done.stderr)) == (1, [
@@ -558,7 +558,7 @@ def test_a_limit_on_the_size_of_files(own: Callable[..., Workspace], ask: Callab
 def test_a_stage_that_faults_on_one_row(own: Callable[..., Workspace]) -> None:
     """A real SIGSEGV: the row fails alone, and the log says in which line of the stage."""
     made = own("Faulty", bad=f'["{key(5)}"]')
-    done = made.run("stage", "note", check=False, cwd=made.folder)
+    done = made.process("stage", "note", check=False, cwd=made.folder)
     assert (done.returncode, talk(done.stderr)) == (3, [
         "note: 12 rows, 11 ok, 1 failed", "note: 1 failed",
         f"  why: builder status --pipeline {made.file}",
@@ -574,7 +574,7 @@ def test_a_stage_that_faults_on_one_row(own: Callable[..., Workspace]) -> None:
 
 def test_a_stage_whose_process_dies_before_its_first_row(own: Callable[..., Workspace]) -> None:
     made = own("DiesAtOnce")
-    done = made.run("stage", "note", check=False, cwd=made.folder)
+    done = made.process("stage", "note", check=False, cwd=made.folder)
     [run] = made.root.glob("runs/*")
     assert (done.returncode, talk(done.stderr)) == (1, [
         "error: task 0 was given up: its process ended with SIGKILL 3 times",
@@ -587,7 +587,7 @@ def test_a_shard_in_which_the_process_dies_is_left(own: Callable[..., Workspace]
     """Killed whenever it comes to one shard: the others are ingested, and all once it is not."""
     made = own(ingested=False)
     fault = Fault(str(made.root), ("mkdir",), "columns/00000001$", times=0)
-    done = made.run("ingest", check=False, cwd=made.folder, env={**os.environ, **environment(fault, made.folder / "site")})  # fmt: skip  # noqa: E501
+    done = made.process("ingest", check=False, cwd=made.folder, env={**os.environ, **environment(fault, made.folder / "site")})  # fmt: skip  # noqa: E501
     [run] = made.root.glob("runs/*")
     assert (done.returncode, talk(done.stderr)) == (3, [
         "ingest: 2 shards, 8 rows",
@@ -596,5 +596,5 @@ def test_a_shard_in_which_the_process_dies_is_left(own: Callable[..., Workspace]
         "  fix: see the log, and dmesg for want of memory; mend that and run the same command again, or take the shard "
         "out of dataset.shards",
     ])  # fmt: skip
-    assert talk(made.run("ingest", cwd=made.folder).stderr) == ["ingest: 1 shards, 4 rows"]
+    assert talk(made.process("ingest", cwd=made.folder).stderr) == ["ingest: 1 shards, 4 rows"]
     assert count(made, "source_status = 'ok'") == 12

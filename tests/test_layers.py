@@ -151,5 +151,5 @@ def test_ingest_questions_and_writer_do_not_import_torch(workspace: object, tmp_
     assert mark.exists()
     mark.unlink()
     for command in (["ingest"], ["sql", "select count(*) from samples"], ["write"], ["verify"]):
-        made.run(*command, env=environment)
+        made.process(*command, env=environment)
         assert not mark.exists(), command

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from builder.models.groups import Groups, text_of
 from conftest import Sample, Workspace, make_workspace, read_tar
 from served import free_port, served, transformers_command
 from tiny_diffusers import make_dit, make_sd
@@ -24,6 +25,8 @@ from toy_scrfd import magenta, write_toy
 #: Captions that the tiny LLM knows.
 CAPTIONS = [caption(number) for number in range(4)]
 ROWS = 8
+#: The LLM as a hub names it, with a revision: its server lists it under this name and answers with it.
+LLM, REVISION = "tests/tiny@v1", "1" * 40
 STAGES = ("faces", "lang", "prompts", "generate", "check")
 
 
@@ -40,10 +43,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(models: Path) -> Iterator[str]:
-    """A real server of the LLM."""
+    """A real server of the LLM, by its name in a hub's cache."""
+    cached = models / "home/hub/models--tests--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/v1").write_text(REVISION)
+    shutil.copytree(models / "llama", cached / "snapshots" / REVISION)
     port = free_port()
     environment = {"HF_HOME": str(models / "home"), "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
-    with served(transformers_command(str(models / "llama"), port), port, models / "serve.log", environment) as address:
+    with served(transformers_command(LLM, port), port, models / "serve.log", environment) as address:
         yield address
 
 
@@ -76,7 +83,7 @@ retries = 1
 
 [[stages.prompts.endpoints]]
 base_url = "{url}"
-model = "{models}/llama"
+model = "{LLM}"
 
 [stages.prompts.params]
 min_faces = 1
@@ -106,22 +113,24 @@ def digests(made: Workspace) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.tar"))}
 
 
-def whole_of(folder: Path, models: Path, url: str, image_model: str) -> Workspace:
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory, models: Path, url: str) -> Workspace:
     """A dataset that was run to its end: rows whose group the LLM refuses have failed."""
-    made = made_of(folder, models, url, image_model)
-    done = made.run("run", check=False)
-    assert done.returncode == 3, done.stderr
+    made = made_of(tmp_path_factory.mktemp("sd"), models, url, "sd")
+    assert_refused(made.run("run", check=False))
     return made
 
 
 @pytest.fixture(scope="module")
-def sd(tmp_path_factory: pytest.TempPathFactory, models: Path, url: str) -> Workspace:
-    return whole_of(tmp_path_factory.mktemp("sd"), models, url, "sd")
-
-
-@pytest.fixture(scope="module")
 def dit(tmp_path_factory: pytest.TempPathFactory, models: Path, url: str) -> Workspace:
-    return whole_of(tmp_path_factory.mktemp("dit"), models, url, "dit")
+    """Another, by processes."""
+    made = made_of(tmp_path_factory.mktemp("dit"), models, url, "dit")
+    assert_refused(made.process("run", check=False))
+    return made
+
+
+def assert_refused(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 3, done.stderr
 
 
 @pytest.fixture
@@ -135,11 +144,20 @@ both = pytest.mark.parametrize("whole", ["sd", "dit"], indirect=True)
 
 
 @both
-def test_every_stage_answers_and_the_proof_holds(whole: Workspace) -> None:
+def test_every_stage_answers_and_the_proof_holds(whole: Workspace, url: str) -> None:
+    """Every answer is the prompt of its own sample; what the LLM refuses changes no sample."""
     found = whole.rows(
         "select row, shard, caption, face_count, face_source, prompts_status, prompts_error, prompt, prompt_group, "
         "image_model, image_steps, image_batch_size, check_status from samples order by shard, row"
     )
+    groups = Groups(GROUPS)
+    answered = whole.rows(
+        "select uid, key, prompt_group, prompt_lang, prompt_model, prompt_endpoint, prompt_tokens_in > 20, "
+        "prompt_tokens_out > 5, prompt_ms > 0 from samples where prompts_status = 'ok'"
+    )
+    assert [row[2:] for row in answered] == [
+        (text_of(groups.of(uid, key)), "en", LLM, url, True, True, True) for uid, key, *_ in answered
+    ]
     name = whole.load().config.stages["generate"].options["model"].rsplit("/", 1)[-1]
     failed = 0
     for row, shard, text, faces, source, status, error, prompt, group, model, steps, batch, checked in found:
@@ -179,8 +197,9 @@ def test_a_rerun_in_another_order_gives_the_same_bytes(
     other = made_of(tmp_path, models, url, name)
     source = other.folder / "source"
     order = ("--set", f'dataset.shards=["{source}/00000001.tar", "{source}/00000000.tar"]')
-    done = other.run("run", *order, "--set", "run.workers=2", "--set", "run.checkpoint_rows=1", check=False)
-    assert done.returncode == 3, done.stderr
+    order = (*order, "--set", "run.workers=2", "--set", "run.checkpoint_rows=1")
+    run = other.process if name == "sd" else other.run  # each the other way than before
+    assert_refused(run("run", *order, check=False))
     assert digests(other) == digests(whole)
     [(uid,)] = other.rows("select uid from samples where image_path is not null order by uid limit 1")
     assert other.run("regen", uid, "--check").stdout.endswith("the same image, bit for bit\n")

@@ -261,7 +261,7 @@ def test_a_row_whose_process_dies_fails_alone(workspace: Make) -> None:
     )
     (made.folder / "note.sql").write_text(SQL)
     ingest_here(made.load())
-    done = made.run("stage", "note", check=False, cwd=made.folder)
+    done = made.process("stage", "note", check=False, cwd=made.folder)
     assert done.returncode == 3, done.stderr
     assert "note: 16 rows, 15 ok, 1 failed in" in done.stderr
     assert made.rows("select row, note_error from samples where note_status = 'failed'") == [

@@ -138,7 +138,8 @@ def _lane(folder: Path, number: int, options: argparse.Namespace) -> Report:
             print(
                 f"lane {number}: {done} of {len(jobs)} kills, {len(report.broken)} broken", file=sys.stderr, flush=True
             )
-        if time.monotonic() > until or len(report.broken) >= ENOUGH:
+        is_alone = (parent := multiprocessing.parent_process()) is None or not parent.is_alive()
+        if is_alone or time.monotonic() > until or len(report.broken) >= ENOUGH:
             break
         scene = scenes[kill.scene]
         try:
