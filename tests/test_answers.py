@@ -191,6 +191,15 @@ def test_a_remark_that_mentions_the_group_is_none_the_less_a_remark(answer: str)
     assert rejection(answer)[0] == "refusal"
 
 
+def test_a_remark_in_english_is_told_where_any_language_is_taken() -> None:
+    contract = Contract(lang=None, detect=LanguageModel().detect)
+    with pytest.raises(Rejected) as caught:
+        contract.read("I can't portray a Black woman that way", REQUEST)
+    assert caught.value.kind == "refusal"
+    italian = "I ragazzi e le ragazze sono al mare con una donna"
+    assert contract.read(italian, Request("ragazzi", 'caption: "ragazzi"')).lang == "it"
+
+
 def test_words_of_a_remark_are_the_caption_s_own_right() -> None:
     caption = "I can't believe it is not possible, note: my prompt request"
     answer = caption.replace("my", "my Black woman's")

@@ -157,7 +157,7 @@ class Contract:
         self._check_echo(text, request)
         self._check_length(text)
         self._check_form(text, request.given)
-        if is_remark(text, request.given, in_english=self._lang == "en"):
+        if is_remark(text, request.given, in_english=self._is_english(text)):
             raise Rejected("refusal", _NO_REMARK)
         self._check_group(text, request.group)
         return Accepted(text, self._language(text))
@@ -234,6 +234,12 @@ class Contract:
             joined = "|".join(_inflected(word) for word in words)
             self._patterns[value] = re.compile(rf"(?<!\w)(?:{joined})(?!\w)", re.I)
         return self._patterns[value]
+
+    def _is_english(self, text: str) -> bool:
+        """Whether an answer shall be in English, or may be and is."""
+        if self._lang is None and self._detect is not None:
+            return self._detect(text)[0] == "en"
+        return self._lang == "en"
 
     def _language(self, text: str) -> str | None:
         if self._detect is None:
