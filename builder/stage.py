@@ -108,8 +108,8 @@ class Stage(Protocol):
     - `deciding`: its options in one form, for `options_hash`, where several forms ask for the same answers.
     - `notice`: what a run says of it before it starts, such as a licence.
     - `workers`: set before `setup` to the number of processes that the run has for it, which share what is limited.
-    - `give_up()`, where `process` waits for something outside: called from another thread when the run is stopped;
-      `process` then returns at once, and raises `RowsFailed` with the rows that are `left`.
+    - `give_up()`, where `setup` or `process` waits for something outside: called from another thread when the run is
+      stopped, more than once; `process` then raises `RowsFailed` at once, with the rows that are `left`.
     - `totals() -> dict`, what a worker has counted until `close`, as json; `summary(list of these) -> list[str]`, what
       the run says of them at its end.
     - `take_notes() -> list[dict]`: what the run's log should keep beside the answers, since it was last asked.

@@ -108,7 +108,8 @@ def run_stage_task(
     """
     started = time.monotonic()
     task = _Task(layout, run, number, stage, settings, progress, stopping)
-    stage.setup(device)
+    with _giving_up(stage, stopping):
+        stage.setup(device)
     try:
         with _giving_up(stage, stopping):
             task.run()
@@ -135,7 +136,6 @@ def _giving_up(stage: Stage, stopping: Callable[[], bool]) -> Iterator[None]:
         while not is_over.wait(STOP_EVERY_S):
             if stopping():
                 give_up()
-                return
 
     watcher = threading.Thread(target=watch, name="stopping")
     watcher.start()

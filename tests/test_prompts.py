@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -332,6 +333,17 @@ def test_a_stop_leaves_what_is_not_answered_and_keeps_what_is(dataset: Workspace
         assert len(server.requests) == 16
     assert (done.stopped, done.ok, done.failed, done.dropped) == (True, 14, 0, 0)
     assert statuses(dataset) == {"ok": 14, None: 2}
+
+
+def test_a_stop_does_not_wait_for_a_server_that_is_silent_at_the_start(dataset: Workspace) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = {"backend": "openai", "ports": [silent.getsockname()[1]], "model": "m", "timeout_s": 600.0}
+        stage = Prompts(PromptsOptions.model_validate(options))
+        layout = dataset.load().layout
+        with pytest.raises(StageError) as caught:
+            do(layout, plan(layout, stage, sql=SQL), stage, stopping=lambda: True)
+    assert str(caught.value) == "the run was stopped before an endpoint answered"
+    assert "asking" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_endpoints_that_are_all_gone_end_the_stage_and_mark_no_row(dataset: Workspace) -> None:

@@ -6,11 +6,13 @@ Owns the thread. A caller that is no coroutine hands talks over and comes back f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
+from builder.errors import StageError
 from builder.models.endpoints import Over, Pool
 from builder.models.rewrites import Answer, Talk
 
@@ -24,23 +26,37 @@ class Asking:
     Args:
         pool: not yet started; it belongs to this object from now on.
         body: fields of every request besides model and messages.
-
-    Raises:
-        StageError: as `Pool.start`.
     """
 
     def __init__(self, pool: Pool, body: dict[str, Any]) -> None:
         self._pool, self._body = pool, body
-        self._talking: set[asyncio.Task[Outcome]] = set()
+        self._working: set[asyncio.Task[Any]] = set()
         self._is_over = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="asking", daemon=True)
         self._thread.start()
+
+    def start(self) -> None:
+        """Before anything else.
+
+        Raises:
+            StageError: as `Pool.start`; or it was told to `give_up`.
+        """
         try:
-            self._wait(pool.start)
+            self._wait(self._start)
+        except CancelledError:
+            self._end_loop()
+            raise StageError("the run was stopped before an endpoint answered") from None
         except BaseException:
             self._end_loop()
             raise
+
+    async def _start(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._working.add(task)
+        await self._pool.start()
+        self._working.discard(task)
 
     def submit(self, talks: Sequence[Talk]) -> Future[list[Outcome]]:
         """Begins all of these talks and returns at once; the result has their outcomes in order."""
@@ -50,11 +66,11 @@ class Asking:
         if self._is_over:
             return [_stopped() for _ in talks]
         tasks = [asyncio.ensure_future(self._one(talk)) for talk in talks]
-        self._talking.update(tasks)
+        self._working.update(tasks)
         try:
             found = await asyncio.gather(*tasks, return_exceptions=True)
         finally:
-            self._talking.difference_update(tasks)
+            self._working.difference_update(tasks)
         return [one if isinstance(one, Answer | Exception) else _stopped() for one in found]
 
     async def _one(self, talk: Talk) -> Outcome:
@@ -76,11 +92,12 @@ class Asking:
 
     def give_up(self) -> None:
         """Ends every talk that is not answered yet at once, and those that begin later: their outcome is `Over`."""
-        self._loop.call_soon_threadsafe(self._end_talks)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._end_talks)
 
     def _end_talks(self) -> None:
         self._is_over = True
-        for task in self._talking:
+        for task in self._working:
             task.cancel()
 
     def notices(self) -> list[str]:

@@ -220,6 +220,11 @@ class Prompts:
                 rest_s=options.rest_s,
             )
             self._asking = Asking(pool, _body(options, sampling))
+            try:
+                self._asking.start()
+            except BaseException:
+                self._asking = None
+                raise
         else:
             assert options.model is not None
             self._engine = VllmChat(
