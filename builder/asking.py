@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
@@ -35,9 +35,20 @@ class Failure:
     error: str
 
 
+@dataclass(frozen=True)
+class Left:
+    """One row that stays as it is, since the task ends; `why` is None where it was asked to."""
+
+    why: StageError | None
+
+
+#: What is found out about rows: answers of several, or that one has none.
+Found: TypeAlias = pa.RecordBatch | Failure | Left
+
+
 def answer(
     stage: Stage, batch: pa.RecordBatch, first: int = 0, *, ahead: Future[Any] | None = None
-) -> Iterator[tuple[int, pa.RecordBatch | Failure]]:
+) -> Iterator[tuple[int, Found]]:
     """Answers of a batch in order, with the position of their first row; a batch that raises is halved.
 
     Args:
@@ -49,13 +60,15 @@ def answer(
     try:
         result = _patiently(stage, batch, ahead)
     except RowsFailed as partial:
-        outside = [row for row in partial.errors if not 0 <= row < batch.num_rows]
+        outside = [row for row in {*partial.errors, *partial.left} if not 0 <= row < batch.num_rows]
         if outside:
             raise StageError(
                 f"stage '{stage.name}' says that row {outside[0]} of a batch of {batch.num_rows} failed",
                 fix="RowsFailed takes positions in the batch, from 0",
             ) from None
-        yield from _apart(check_result(type(stage), batch, partial.result), partial.errors, first)
+        alone: dict[int, Failure | Left] = {row: Failure(error_text(error)) for row, error in partial.errors.items()}
+        alone |= dict.fromkeys(partial.left, Left(partial.why))
+        yield from _apart(check_result(type(stage), batch, partial.result), alone, first)
         return
     except StageError:
         raise
@@ -70,16 +83,14 @@ def answer(
     yield first, check_result(type(stage), batch, result)
 
 
-def _apart(
-    result: pa.RecordBatch, errors: Mapping[int, Exception], first: int
-) -> Iterator[tuple[int, pa.RecordBatch | Failure]]:
-    """The answers of a batch some of whose rows failed: each of these alone, the rows between them together."""
+def _apart(result: pa.RecordBatch, others: Mapping[int, Failure | Left], first: int) -> Iterator[tuple[int, Found]]:
+    """The answers of a batch some of whose rows have none: each of these alone, the rows between them together."""
     start = 0
-    for row in [*sorted(errors), result.num_rows]:
+    for row in [*sorted(others), result.num_rows]:
         if row > start:
             yield first + start, result.slice(start, row - start)
         if row < result.num_rows:
-            yield first + row, Failure(error_text(errors[row]))
+            yield first + row, others[row]
         start = row + 1
 
 
@@ -112,9 +123,7 @@ def error_text(error: Exception) -> str:
 # --- alone and in a batch ---
 
 
-def check_alone(
-    stage: Stage, batch: pa.RecordBatch, answers: Sequence[tuple[int, pa.RecordBatch | Failure]]
-) -> float | None:
+def check_alone(stage: Stage, batch: pa.RecordBatch, answers: Sequence[tuple[int, Found]]) -> float | None:
     """Asks about a few rows of a batch alone, and compares that with the answers that they got beside the others.
 
     Returns:
@@ -133,7 +142,7 @@ def check_alone(
     for i in range(min(TESTED, len(places))):
         row, within = places[i * (len(places) - 1) // max(min(TESTED, len(places)) - 1, 1)]
         [(_, alone)] = answer(stage, batch.slice(row, 1))
-        if isinstance(alone, Failure) and alone.error.startswith(TransientError.__name__):
+        if isinstance(alone, Left) or (isinstance(alone, Failure) and alone.error.startswith(TransientError.__name__)):
             continue  # that says nothing of the answers
         found = math.inf if isinstance(alone, Failure) else measure(alone, within)
         if not found <= tolerance:
@@ -154,8 +163,8 @@ def check_alone(
     return largest
 
 
-def _good(answers: Sequence[tuple[int, pa.RecordBatch | Failure]]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    return ((first, answer) for first, answer in answers if not isinstance(answer, Failure))
+def _good(answers: Sequence[tuple[int, Found]]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    return ((first, answer) for first, answer in answers if isinstance(answer, pa.RecordBatch))
 
 
 def difference(alone: pa.RecordBatch, within: pa.RecordBatch) -> float:

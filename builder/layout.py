@@ -111,6 +111,11 @@ class RunFiles:
     def logs(self) -> Path:
         return self.folder / "logs"
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks there are."""
+        return sum(name.count(".") == 1 for name in names(self.folder / "tasks"))
+
     def task(self, number: int) -> Path:
         return self.folder / "tasks" / f"{number:05d}.json"
 

@@ -278,7 +278,10 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
         frozen.unlink(missing_ok=True)
     dealt = workset.cut(slices, use.run.workers)
     workset.write_tasks(run, dealt)
-    return runs.execute(run, len(dealt), use.run, talk, name, sum(part.count for part in slices), "rows")
+    outcome = runs.execute(run, len(dealt), use.run, talk, name, sum(part.count for part in slices), "rows")
+    for line in getattr(use.stage, "summary", lambda totals: [])(outcome.totals):
+        talk.say(f"{name}: {line}")
+    return outcome
 
 
 def _nothing_to_do(name: str, counts: Counts, talk: Talk) -> Outcome:

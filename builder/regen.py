@@ -89,9 +89,9 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
         [(_, found)] = list(answer(stage, inputs))
     finally:
         stage.close()
-    if isinstance(found, Failure):
+    if not isinstance(found, pa.RecordBatch):
         raise StageError(
-            f"the image cannot be made again: {found.error}",
+            f"the image cannot be made again: {found.error if isinstance(found, Failure) else found.why}",
             where={"shard": row["shard"], "row": row["row"]},
             fix="see builder show",
         )

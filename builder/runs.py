@@ -54,17 +54,20 @@ class Outcome:
         counts: by name: rows, ok, failed, kept, dropped, edited ...
         refused: shards that could not be used, with the reason.
         folder: the run directory; None where there was nothing to do.
+        totals: what the stage has counted itself, by task.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     folder: Path | None = None
+    totals: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, result: dict[str, Any]) -> None:
         for name, value in result.items():
             if isinstance(value, int) and not isinstance(value, bool):
                 self.counts[name] = self.counts.get(name, 0) + value
+        self.totals += [result["totals"]] if result.get("totals") else []
         self.refused.update(result.get("refused") or {})
         self.refused.update(result.get("left") or {})
 
@@ -270,6 +273,8 @@ def _layout(run: RunFiles) -> Layout:
 def _stage_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
     kind = find(data["stage"], data["python_file"])
     stage = kind(kind.Options.model_validate_json(json.dumps(data["options"])))  # type: ignore[call-arg]
+    if hasattr(stage, "workers"):
+        stage.workers = run.tasks
     settings = TaskSettings(**data["settings"])
     device = os.environ.get("BUILDER_DEVICE", "cpu")
     result = run_stage_task(_layout(run), run, number, stage, settings, device=device, progress=_report, stopping=stop)

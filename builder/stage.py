@@ -14,7 +14,7 @@ import inspect
 import json
 import re
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -46,6 +46,7 @@ class Resources:
         memory_gb: main memory.
         batch_rows: rows of one `process` call.
         ahead: batches that are read, and prepared, before the one in hand is answered.
+        ahead_rows: rows that are, at least, however few a batch has.
     """
 
     cpus: int = 1
@@ -53,6 +54,7 @@ class Resources:
     memory_gb: float = 2.0
     batch_rows: int = 64
     ahead: int = 1
+    ahead_rows: int = 0
 
 
 class RowsFailed(Exception):
@@ -61,14 +63,25 @@ class RowsFailed(Exception):
     None of them is tried again in this run: a stage that raises it has done so itself where that may help.
 
     Attributes:
-        result: an answer of every row; those of the failed ones are not looked at.
+        result: an answer of every row; those of the others are not looked at.
         errors: why, by position in the batch.
+        left: positions of rows that are neither answered nor failed: they stay as they are, and the task ends.
+        why: what ended it; None where the stage was told to `give_up`.
     """
 
-    def __init__(self, result: pa.RecordBatch, errors: Mapping[int, Exception]) -> None:
+    def __init__(
+        self,
+        result: pa.RecordBatch,
+        errors: Mapping[int, Exception],
+        *,
+        left: Collection[int] = (),
+        why: StageError | None = None,
+    ) -> None:
         super().__init__(f"{len(errors)} of {result.num_rows} rows failed")
         self.result = result
         self.errors = dict(errors)
+        self.left = frozenset(left)
+        self.why = why
 
 
 @runtime_checkable
@@ -94,7 +107,13 @@ class Stage(Protocol):
     - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart, by its own
       `difference(alone, within) -> float` or `asking.difference`: it declares itself deterministic so, and is held
       to it.
+    - `deciding`: its options in one form, for `options_hash`, where several forms ask for the same answers.
     - `notice`: what a run says of it before it starts, such as a licence.
+    - `workers`: set before `setup` to the number of processes that the run has for it, which share what is limited.
+    - `give_up()`, where `setup` or `process` waits for something outside: called from another thread when the run is
+      stopped, more than once; `process` then raises `RowsFailed` at once, with the rows that are `left`.
+    - `totals() -> dict`, what a worker has counted until `close`, as json; `summary(list of these) -> list[str]`, what
+      the run says of them at its end.
     - `take_notes() -> list[dict]`: what the run's log should keep beside the answers, since it was last asked.
     """
 
@@ -131,7 +150,8 @@ class Preparing(Stage, Protocol):
 
         It touches nothing that `process` changes, and releases the interpreter's lock where it takes long. What it
         raises counts as raised by `process`: the batch is halved, and its halves are prepared again. What it returns
-        lives beside that of the batch before: a result that may be large is bounded here.
+        lives beside that of the batch before: a result that may be large is bounded here. If it has a method
+        `cancel`, that is called where the batch is not going to be processed.
         """
 
     def process(self, batch: pa.RecordBatch, prepared: Any = None) -> pa.RecordBatch:
@@ -296,11 +316,12 @@ def options_hash(stage: Stage, options: BaseModel) -> str:
 
     An option whose field says `json_schema_extra={"decides": False}` (a timeout, a thread count) is left out, in models
     within models too; of a list with `{"decides": "as a set"}` neither order nor repetition counts. An output that is
-    made with `decides=False` is left out, too.
+    made with `decides=False` is left out, too. Where the stage has `deciding`, these are the options.
     """
     outputs = [field for field in stage.outputs if b"decides" not in (field.metadata or {})]
     columns = [[(field.name, str(field.type)) for field in side] for side in (stage.inputs, outputs)]
-    text = json.dumps([stage.name, stage.version, columns, _deciding(options)], sort_keys=True)
+    decide = _deciding(getattr(stage, "deciding", options))
+    text = json.dumps([stage.name, stage.version, columns, decide], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 

@@ -11,17 +11,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from builder import files, schema, table
-from builder.asking import Failure, answer, check_alone, error_text
+from builder.asking import Failure, Found, Left, answer, check_alone, error_text
 from builder.deaths import Deaths
 from builder.edits import EditsTar
 from builder.errors import BuilderError, ConflictError, ShardError, StageError, TransientError
@@ -39,6 +40,8 @@ JUDGED_AFTER = 100
 EARLY_FROM = 8
 #: Batches, of few rows each, that are read ahead for one of full size.
 MOST_AHEAD = 8
+#: Seconds between two looks at whether the run was stopped, for a stage that waits for something outside.
+STOP_EVERY_S = 0.1
 #: Shards in a row that a full disk or the like keeps from being done, after which a task stops.
 SETBACKS = 3
 
@@ -68,6 +71,7 @@ class Result:
         left: shards that were ingested again meanwhile, or whose bytes cannot be read, with the reason.
         stopped: whether it was asked to stop before its end.
         difference: the largest one between an answer alone and in a batch; None for a stage that names no tolerance.
+        totals: what the stage has counted itself.
     """
 
     rows: int = 0
@@ -79,6 +83,7 @@ class Result:
     stopped: bool = False
     seconds: float = 0.0
     difference: float | None = None
+    totals: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,14 +103,17 @@ def run_stage_task(
     """Does one task of a stage's run to its end, or until `stopping` says so; commits what is done either way.
 
     Raises:
-        StageError: the stage cannot start, broke its contract, or more than `max_failed` of the rows failed.
+        StageError: the stage cannot start or go on, broke its contract, or more than `max_failed` of the rows failed.
         TransientError: a full disk or the like was in the way of shard after shard.
     """
     started = time.monotonic()
     task = _Task(layout, run, number, stage, settings, progress, stopping)
-    stage.setup(device)
+    with _giving_up(stage, stopping):
+        stage.setup(device)
     try:
-        task.run()
+        with _giving_up(stage, stopping):
+            task.run()
+        task.result.totals = getattr(stage, "totals", dict)()
     finally:
         stage.close()
         with contextlib.suppress(OSError):  # it is of no use any more, and no reason to hide another error
@@ -113,6 +121,29 @@ def run_stage_task(
     task.result.stopped = stopping()
     task.result.seconds = time.monotonic() - started
     return task.result
+
+
+@contextlib.contextmanager
+def _giving_up(stage: Stage, stopping: Callable[[], bool]) -> Iterator[None]:
+    """Meanwhile, a stage that waits for something outside is told when the run is stopped."""
+    give_up: Callable[[], None] | None = getattr(stage, "give_up", None)
+    if give_up is None:
+        yield
+        return
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(STOP_EVERY_S):
+            if stopping():
+                give_up()
+
+    watcher = threading.Thread(target=watch, name="stopping")
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 class Setbacks:
@@ -159,6 +190,12 @@ class Batch:
     rows: list[int]
     given: pa.RecordBatch | Failure
     prepared: Future[Any] | None = None
+
+    @property
+    def under_way(self) -> Any | None:
+        """What is prepared, if work on it goes on outside: it can be cancelled."""
+        prepared = None if self.prepared is None or self.prepared.exception() else self.prepared.result()
+        return prepared if hasattr(prepared, "cancel") else None
 
 
 @dataclass(frozen=True)
@@ -215,20 +252,22 @@ class _Task:
         self._reader = ThreadPoolExecutor(1, "reader")
         self._done = self._failed = 0
         self._passed: dict[str, int] = {}  # rows of the shards behind, by shard
+        self._ended: list[StageError] = []  # why the stage cannot go on
         self.result = Result()
 
     def run(self) -> None:
         """Asks the stage about every row that is left, and commits checkpoints."""
         with self._reader:
             try:
-                while self._waiting and not self._stopping():  # again for shards that are swept at their last commit
+                while self._waiting and not self._ends():  # again for shards that are swept at their last commit
                     self._read_on()
-                    while self._window and not self._stopping():
+                    while self._window and not self._ends():
                         step = self._window.popleft()
                         with self._leaving(step.shard.part):
                             self._do(step)
                         if not self._window:
                             self._read_on()
+                    self._take_over()
                     self._forget(self._window)
                     for shard in list(self._shards):
                         with self._leaving(shard.part):
@@ -238,6 +277,27 @@ class _Task:
                 self._forget(self._window)
                 for shard in self._shards:
                     shard.abandon()
+        for why in self._ended:
+            raise why
+
+    def _ends(self) -> bool:
+        return bool(self._ended) or self._stopping()
+
+    def end(self, why: StageError | None) -> None:
+        """Ends the task with what is answered, and with an error if one is given."""
+        if why is not None and not self._ended:
+            self._ended.append(why)
+
+    def _take_over(self) -> None:
+        """At the end of a task that is not done: what a stage that gives up was answered about batches ahead."""
+        give_up = getattr(self._stage, "give_up", None)
+        if give_up is None or not self._ends():
+            return
+        give_up()
+        while self._window:
+            step = self._window.popleft()
+            with self._leaving(step.shard.part):
+                step.shard.ask([batch for batch in step.following.result() if batch.under_way is not None], kills=False)
 
     def _do(self, step: _Step) -> None:
         """Asks the stage about one group, while those behind it are read."""
@@ -298,7 +358,7 @@ class _Task:
         wanted = max(self._stage.resources.ahead, 1)
         rows = sum(len(group.positions) for group in groups)
         is_short = rows < wanted * self._settings.batch_rows and len(groups) < MOST_AHEAD * wanted
-        return len(groups) < wanted or is_short
+        return len(groups) < wanted or is_short or rows < self._stage.resources.ahead_rows
 
     def _next_group(self) -> tuple[_Shard, _Group] | None:
         found = next(self._groups, None)
@@ -367,11 +427,13 @@ class _Task:
             shard.abandon()
 
     def _forget(self, steps: Iterable[_Step]) -> None:
-        """Takes steps out of the window; none of them is being read any more then."""
+        """Takes steps out of the window; none of them is being read any more then, nor answered outside."""
         for step in list(steps):
             self._window.remove(step)
-            if not step.following.cancel():
-                wait([step.following])
+            if not step.following.cancel() and step.following.exception() is None:
+                for batch in step.following.result():
+                    if batch.under_way is not None:
+                        batch.under_way.cancel()
 
     def _tally(self, part: Slice) -> None:
         """Adds what the table says of a shard's rows now to the result."""
@@ -402,7 +464,7 @@ class _Task:
         runs, statuses = (have[name].take(work["row"]).to_pylist() for name in names)
         return work, runs, statuses
 
-    def compare(self, batch: pa.RecordBatch, answers: Sequence[tuple[int, pa.RecordBatch | Failure]]) -> None:
+    def compare(self, batch: pa.RecordBatch, answers: Sequence[tuple[int, Found]]) -> None:
         """On the first batch that allows it: a stage that names a tolerance has to keep it, or nothing is committed."""
         if self.result.difference is None:
             self.result.difference = check_alone(self._stage, batch, answers)
@@ -477,22 +539,26 @@ class _Shard:
         """Asks the stage about the batches of one group; `kills`: they are one row in which the process dies."""
         for batch in batches:
             if isinstance(batch.given, Failure):
-                answers: Iterable[tuple[int, pa.RecordBatch | Failure]] = [(0, batch.given)]
+                answers: Iterable[tuple[int, Found]] = [(0, batch.given)]
             elif kills:
                 answers = [(0, Failure("ProcessDied: the process died twice in this row"))]
             else:
                 answers = list(answer(self._stage, batch.given, ahead=batch.prepared))
                 self._task.compare(batch.given, answers)
-            failed = 0
+            failed = left = 0
             for first, result in answers:
+                if isinstance(result, Left):
+                    left += 1
+                    self._task.end(result.why)
+                    continue
                 count = 1 if isinstance(result, Failure) else result.num_rows
                 failed += isinstance(result, Failure)
                 self._pending.rows += batch.rows[first : first + count]
                 self._pending.answers.append(
                     result if isinstance(result, Failure) else self._with_edits(result, batch.rows[first:])
                 )
-            self._seen += len(batch.rows)
-            self._task.count(len(batch.rows), failed)
+            self._seen += len(batch.rows) - left
+            self._task.count(len(batch.rows) - left, failed)
         self._task.keep_notes()
         self._task.show(self._seen)
         if self._task.too_many_failed():

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from builder import files, schema, table, workset
-from builder.asking import Failure, answer, check_alone
-from builder.errors import ConfigError
+from builder.asking import Failure, Left, answer, check_alone
+from builder.errors import ConfigError, StageError
 from builder.executors.local import as_a_worker
 from builder.pipeline import Pipeline, table_shards, use_of, work_of
 from builder.task import read_once
@@ -92,6 +92,8 @@ def _try(trial: Trial, layout: Any, shard: str, stage: Any, rows: pa.Table) -> N
         if not failed and trial.difference is None:
             trial.difference = check_alone(stage, batch.given, answers)
         for first, found in answers:
+            if isinstance(found, Left):
+                raise found.why or StageError(f"stage '{stage.name}' was stopped")
             trial.failed += isinstance(found, Failure)
             told = [{"error": found.error}] if isinstance(found, Failure) else found.to_pylist()
             for row, values in zip(batch.rows[first:], told, strict=False):

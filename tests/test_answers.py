@@ -161,8 +161,82 @@ def test_refusals(answer: str) -> None:
 
 @pytest.mark.parametrize("answer", NO_REFUSALS)
 def test_captions_that_are_no_refusals(answer: str) -> None:
+    caption = answer.replace("Black", "old")
     assert not is_refusal(answer)
-    assert Contract().read(answer, PLAIN).prompt == answer
+    assert Contract().read(answer, Request(caption, f'caption: "{caption}"', ("caption",))).prompt == answer
+
+
+REMARKS = """\
+I can't portray a Black woman that way, sorry.
+I cannot change the person's ethnicity to a Black woman.
+I'd rather not change this person into a Black woman.
+A Black woman? I can't assist with that request.
+Depicting a Black woman this way is something I can’t help with.
+Changing the person to a Black woman would be inappropriate.
+Rewriting this sentence to include a Black woman would be offensive.
+The caption already portrays a Black woman.
+My guidelines prevent portraying a Black woman.
+It seems that a Black woman cannot be added.
+No change is needed; she is a Black woman.
+Unfortunately, portraying a Black woman is not possible here.
+What would you like the Black woman to do?
+A Black woman with a hat in the street. Note: the person is a woman now.
+A Black woman with a hat in the street. Let me know if anything is missing!
+A Black woman with a hat in the street (I replaced the person)
+As requested, a Black woman with a hat in the street""".splitlines()
+
+
+@pytest.mark.parametrize("answer", REMARKS)
+def test_a_remark_that_mentions_the_group_is_none_the_less_a_remark(answer: str) -> None:
+    assert rejection(answer)[0] == "refusal"
+
+
+def test_a_remark_in_english_is_told_where_any_language_is_taken() -> None:
+    contract = Contract(lang=None, detect=LanguageModel().detect)
+    with pytest.raises(Rejected) as caught:
+        contract.read("I can't portray a Black woman that way", REQUEST)
+    assert caught.value.kind == "refusal"
+    italian = "I ragazzi e le ragazze sono al mare con una donna"
+    assert contract.read(italian, Request("ragazzi", 'caption: "ragazzi"')).lang == "it"
+
+
+def test_words_of_a_remark_are_the_caption_s_own_right() -> None:
+    caption = "I can't believe it is not possible, note: my prompt request"
+    answer = caption.replace("my", "my Black woman's")
+    assert Contract().read(answer, Request(caption, "x y", (), GROUP)).prompt == answer
+    assert Contract(lang="it").read("I ragazzi sono al mare", Request("ragazzi", "x y")).prompt
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ("<think>The person is a woman.</think> A Black woman with a hat", 'had "<" in it'),
+        ("A Black woman with a hat in the street<|im_end|>", 'had "<" in it'),
+        ("[INST] A Black woman with a hat [/INST]", 'had "[" in it'),
+        ('{"rewritten": "A Black woman with a hat in the street"}', 'had "{" in it'),
+        ("**A Black woman with a hat in the street**", 'had "*" in it'),
+        ("```A Black woman with a hat in the street```", 'had "`" in it'),
+        ("A Black woman with a hat \\n A Black woman", 'had "\\" in it'),
+        ("A Black woman with a hat | Black woman", 'had "|" in it'),
+        ("- A Black woman with a hat", 'began with "-"'),
+        ("1. A Black woman with a hat", 'began with "1."'),
+        ("Final version A: a Black woman with a hat", 'began with "Final version A:"'),
+        ("The group is: Black woman with a hat", 'began with "The group is:"'),
+        ("Sure, a Black woman with a hat", 'began with "Sure,"'),
+        ("A Black woman at sea. " * 3, "said the same several times"),
+    ],
+)
+def test_form(answer: str, shown: str) -> None:
+    wanted = ("lines", f"The answer {shown}; give the sentence alone, as plain text.")
+    assert rejection(answer) == wanted
+
+
+def test_marks_of_a_caption_may_stay() -> None:
+    caption = "1. Photo: a person [2] | shop *new* <b>#1</b> {x} `y` \\z, {place}"
+    answer = caption.replace("person", "Black woman")
+    assert Contract().read(answer, Request(caption, f"a caption: {caption}", (), GROUP)).prompt == answer
+    told = "A Black woman in Rome [Lazio]"
+    assert Contract().read(told, Request(CAPTION, "x y", (), GROUP, more="Rome [Lazio]")).prompt == told
 
 
 @pytest.mark.parametrize(
@@ -173,6 +247,8 @@ def test_captions_that_are_no_refusals(answer: str) -> None:
         "sentence: A Black woman",
         'A Black woman in a hat. group: "Black woman"',
         f"You said {USER}",
+        "A Black woman with a hat (group: Black woman)",
+        "Black woman",
         CAPTION,
         f"{CAPTION.capitalize()}.",
     ],
@@ -201,6 +277,12 @@ def test_a_caption_may_stay_where_nothing_had_to_be_added() -> None:
 )
 def test_words_that_mean_a_group(answer: str, group: tuple[str, ...]) -> None:
     assert Contract().read(answer, Request("x", "x y", (), group)).prompt == answer
+
+
+def test_the_group_alone_rewrites_a_caption_that_is_as_short() -> None:
+    assert (
+        Contract().read("Black woman", Request("Man", 'sentence: "Man"', ("sentence",), GROUP)).prompt == "Black woman"
+    )
 
 
 def test_group() -> None:
@@ -280,3 +362,6 @@ def test_bounds_and_schemas_that_nothing_meets_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         Contract(json_schema={"type": "thing", "properties": {"prompt": {}}})
     assert caught.value.what.startswith("json_schema is no JSON schema: 'thing' is not valid")
+    with pytest.raises(ConfigError) as caught:
+        Contract(json_schema={"properties": {"prompt": {"$ref": "#/nowhere"}}})
+    assert caught.value.what.startswith("json_schema cannot be used: PointerToNowhere: '/nowhere' does not exist")

@@ -28,6 +28,7 @@ def test_an_answer_is_taken_as_it_came() -> None:
     assert read(body()) == Reply(" A red house.\n", "org/tiny", "here", 7, 4, 12)
     assert read(body(usage=None, model=None)) == Reply(" A red house.\n", "org/tiny", "here", None, None, 12)
     assert read(body(usage={"prompt_tokens": -1, "completion_tokens": "4"})).tokens_in is None
+    assert read(body(usage={"prompt_tokens": 2**31, "completion_tokens": 2**31 - 1})).tokens_in is None
     assert read(body(model="tiny", finish_reason=None, error=None)).model == "tiny"
 
 

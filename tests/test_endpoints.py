@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
 import socket
 import sys
@@ -16,7 +17,8 @@ from pydantic import ValidationError
 
 from builder.config import Problems, Strict, check
 from builder.errors import StageError
-from builder.models.endpoints import AskFailed, Endpoint, Pool, Reply
+from builder.models.chat import Http
+from builder.models.endpoints import AskFailed, Endpoint, Over, Pool, Reply, summary
 from llm_server import (
     LlmServer,
     Play,
@@ -103,13 +105,23 @@ def test_a_request_is_answered(serve: Serve) -> None:
             assert server.requests == [sent]
             assert pool.totals() == {
                 server.base_url: {
-                    "model": "tiny", "requests": 1, "answers": 1, "failures": {}, "tokens_in": 3, "tokens_out": 4,
-                    "spent": 0.0, "limit": 8, "state": "open",
+                    "model": "tiny", "requests": 1, "answers": 1, "ms": reply.ms, "rests": 0, "failures": {},
+                    "tokens_in": 3, "tokens_out": 4, "spent": 0.0, "limit": 8, "state": "open",
                 }
             }  # fmt: skip
             assert list(pool.notices) == []
 
     run(work)
+
+
+def test_what_pools_have_counted_is_told_in_a_line_an_endpoint() -> None:
+    one = {"answers": 3, "ms": 4500, "rests": 1, "spent": 0.0, "failures": {"timeout": 1, "server_error": 2}}
+    two = {"answers": 1, "ms": 500, "rests": 0, "spent": 0.5, "failures": {"timeout": 4}}
+    none = {"answers": 0, "ms": 0, "rests": 0, "spent": 0.0, "failures": {}}
+    assert summary([{"a": one, "b": none}, {"a": two}]) == [
+        "a: 4 answers in 1.25 s on average, 7 failures (timeout 5, server_error 2), 1 rests, 0.50 spent",
+        "b: 0 answers, 0 failures, 0 rests",
+    ]
 
 
 def test_the_model_is_the_one_that_the_server_says(serve: Serve) -> None:
@@ -223,7 +235,7 @@ def test_all_faults_at_once_leave_every_request_answered(serve: Serve) -> None:
         server.script(*(fault for fault, _, _ in FAULTS[::-1]), status(429, retry_after="0"), status(429))
 
     async def work() -> None:
-        async with started(*servers, attempts=30) as pool:
+        async with started(*servers, attempts=30, rest_after=1000) as pool:
             assert await ask_all(pool, 200) == right(200)
             totals = pool.totals().values()
             assert sum(one["answers"] for one in totals) == 200
@@ -285,6 +297,20 @@ def test_waiting_for_room_is_not_part_of_the_time_out(serve: Serve) -> None:
             assert await ask_all(pool, 10) == right(10)
             assert server.most_at_once == 2
             assert server.contents() == [f"house {i}" for i in range(10)]
+
+    run(work)
+
+
+def test_what_is_to_be_next_goes_before_others_that_wait(serve: Serve) -> None:
+    server = serve(latency_s=0.02)
+
+    async def work() -> None:
+        async with started(endpoint(server, max_concurrency=1)) as pool:
+            first = asyncio.gather(*(ask(pool, f"house {i}") for i in range(3)))
+            await until(lambda: len(server.requests) == 1)
+            await pool.ask([{"role": "user", "content": "again"}], True)
+            await first
+            assert server.contents() == ["house 0", "again", "house 1", "house 2"]
 
     run(work)
 
@@ -396,8 +422,9 @@ def test_a_budget_is_not_passed(serve: Serve) -> None:
                 await ask(pool, f"house {i}", max_tokens=10)
             with pytest.raises(AskFailed) as failed:
                 await ask(pool, max_tokens=10)
-            message = "no endpoint is left; none has failed"
+            message = f"no endpoint is left; {server.base_url}: its budget of 25 allows no further request"
             assert (failed.value.kind, str(failed.value)) == ("no_budget", message)
+            assert isinstance(failed.value, Over)
             assert pool.totals()[server.base_url]["spent"] == 18
             notice = f"{server.base_url} is used no more: its budget of 25 allows no further request"
             assert list(pool.notices) == [notice]
@@ -502,7 +529,7 @@ def test_503_with_retry_after_is_being_pushed_back(serve: Serve) -> None:
 # --- rests ---
 
 
-def test_an_endpoint_that_fails_in_a_row_rests_and_is_probed_by_one_request(serve: Serve) -> None:
+def test_an_endpoint_that_fails_in_a_row_rests_until_it_answers_a_request_for_a_token(serve: Serve) -> None:
     server = serve(latency_s=0.2)
     server.script(*[status(500, "boom")] * 4)
 
@@ -512,14 +539,49 @@ def test_an_endpoint_that_fails_in_a_row_rests_and_is_probed_by_one_request(serv
                 with pytest.raises(AskFailed):
                     await ask(pool)
             assert pool.totals()[server.base_url]["state"] == "resting"
-            assert await ask_all(pool, 6) == ["server_error", *right(6)[1:]]
+            assert await ask_all(pool, 6) == right(6)
             times = server.times
+            assert server.contents()[3:5] == ["Hello"] * 2  # no row is risked
+            assert [request["max_tokens"] for request in server.requests[3:5]] == [1, 1]
             assert times[3] - times[2] >= 0.49  # an answer and a rest
-            assert times[4] - times[3] >= 0.49  # the probe failed: another rest
-            assert times[5] - times[4] >= 0.19  # the probe alone
-            assert server.most_at_once == 4  # then all
+            assert times[4] - times[3] >= 0.49  # another rest
+            assert times[5] - times[4] >= 0.19  # that request alone
+            assert server.most_at_once == 6  # then all
             rests = f"{server.base_url} rests for 0.3 s: status 500: boom"
             assert list(pool.notices) == [rests, rests, f"{server.base_url} answers again"]
+
+    run(work)
+
+
+def test_nothing_waits_for_an_endpoint_that_hangs_and_rests(serve: Serve) -> None:
+    server, other = serve(), serve()
+    server.always(hang())
+
+    async def work() -> None:
+        async with started(server, endpoint(other, max_concurrency=2), rest_after=1, rest_s=0.01) as pool:
+            assert await ask_all(pool, 30) == right(30)
+            sent = len(server.requests)
+            await until(lambda: len(server.requests) == sent + 1)
+            assert server.contents()[sent] == "Hello"
+            assert await ask_all(pool, 30) == right(30)
+            assert set(server.contents()[sent:]) == {"Hello"}
+            assert pool.totals()[server.base_url]["state"] == "resting"
+
+    run(work)
+
+
+def test_an_endpoint_that_refuses_the_key_after_a_rest_is_used_no_more(serve: Serve) -> None:
+    server = serve()
+    server.script(status(500, "boom"))
+    server.always(status(401, "who?"))
+
+    async def work() -> None:
+        async with started(server, rest_after=1, rest_s=0.01) as pool:
+            with pytest.raises(Over) as failed:
+                await ask(pool)
+            message = f"no endpoint is left; {server.base_url}: status 401: who?"
+            assert (failed.value.kind, str(failed.value)) == ("rejected", message)
+            assert len(server.requests) == 2
 
     run(work)
 
@@ -718,6 +780,46 @@ def test_a_start_without_any_endpoint_that_answers_is_refused(serve: Serve) -> N
     )
 
 
+def test_a_server_that_takes_no_connection_is_unreachable_before_the_time_out() -> None:
+    async def work() -> None:
+        with socket.socket() as full, contextlib.ExitStack() as clients:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)  # more than its queue holds wait for a connection in vain
+            for _ in range(3):
+                one = clients.enter_context(socket.socket())
+                one.setblocking(False)
+                one.connect_ex(full.getsockname())
+            http = Http(timeout_s=60, connect_s=0.1)
+            try:
+                with pytest.raises(AskFailed) as failed:
+                    await http.request("GET", f"http://127.0.0.1:{full.getsockname()[1]}/", {})
+            finally:
+                await http.close()
+            assert (failed.value.kind, str(failed.value)) == ("unreachable", "no connection within 0.1 s")
+
+    run(work)
+
+
+def test_a_server_that_is_silent_is_asked_once_at_the_start() -> None:
+    came = []
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.append(await reader.readuntil(b"\r\n"))
+        await reader.read()
+        writer.close()
+
+    async def work() -> None:
+        async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            pool = Pool([Endpoint(base_url=url, model="tiny")], timeout_s=0.1)
+            with pytest.raises(StageError) as refused:
+                await pool.start()
+            assert refused.value.where == {url: "no whole answer within 0.1 s"}
+        assert came == [b"GET /v1/models HTTP/1.1\r\n"]
+
+    run(work)
+
+
 def test_an_endpoint_that_does_not_answer_at_the_start_rests_while_others_work(serve: Serve) -> None:
     server, other = serve(), serve()
     server.die()
@@ -838,6 +940,12 @@ def test_an_endpoint_is_checked() -> None:
         f"'base_url' {where} is '127.0.0.1:8000': it is refused: no address such as \"http://127.0.0.1:8000/v1\"\n"
         "change its value"
     ]
+    for url in ("http://[::1/v1", "http://host:port/v1", "http://host:99999/v1", "http://a..b/v1", "http://my host/v1"):
+        assert problems(base_url=url) == [
+            f"'base_url' {where} is '{url}': it is refused: no address such as \"http://127.0.0.1:8000/v1\"\n"
+            "change its value"
+        ]
+    assert problems(base_url="http://[::1]:8000/v1") == []
     assert problems(base_url="http://me:secret@host/v1") == [
         f"'base_url' {where} is 'http://me:secret@host/v1': it is refused: it holds more than an address; "
         "a key belongs into the variable that api_key_env names\nchange its value"
@@ -865,6 +973,22 @@ def test_only_the_model_decides_the_answer() -> None:
         if (info.json_schema_extra or {}).get("decides", True)  # type: ignore[union-attr]
     ]
     assert deciding == ["model"]
+
+
+def test_workers_share_an_endpoint() -> None:
+    given = Endpoint(
+        base_url="http://host/v1", model="m", max_concurrency=9, requests_per_minute=60, tokens_per_minute=6000,
+        price_in=1, price_out=2, budget=20,
+    )  # fmt: skip
+    limits = {"max_concurrency": 2, "requests_per_minute": 15, "tokens_per_minute": 1500, "budget": 5}
+    assert given.share(4) == given.model_copy(update=limits)
+    assert given.share(1) == given
+    with pytest.raises(StageError) as refused:
+        Endpoint(base_url="http://host/v1", model="m", max_concurrency=2).share(4)
+    assert str(refused.value) == (
+        "endpoint 'http://host/v1' takes 2 requests at a time, fewer than the run has workers\n  workers: 4\n"
+        "  fix: workers = 1 in [stages.prompts.run]: one keeps all servers busy"
+    )
 
 
 def test_a_pool_needs_an_endpoint() -> None:

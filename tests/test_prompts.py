@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +14,19 @@ import pyarrow as pa
 import pytest
 
 import llm_server as llm
-from builder.errors import ConfigError, StageError
+from builder import table
+from builder.config import Problems, check
+from builder.errors import ConfigError, ShardError, StageError
+from builder.layout import Layout
 from builder.models.rewrites import GROUP_SYSTEM, Rewrites, Template
 from builder.stage import RowsFailed, find, options_hash
 from builder.stages.prompts import Prompts, PromptsOptions
-from conftest import Workspace, samples
-from llm_server import LlmServer, Play
+from conftest import Workspace, ingest_here, samples
+from llm_server import LlmServer, Play, disconnect, hang
+from planned import do, plan
 
 GROUPS = [["Black", "white", "Asian"], ["man", "woman"]]
+SQL = "select shard, row, uid, caption as text from samples"
 REFUSAL = "I'm sorry, but I can't help with that request."
 
 
@@ -301,6 +308,126 @@ def test_close_gives_up_what_is_not_answered() -> None:
         assert "asking" not in {thread.name for thread in threading.enumerate()}
 
 
+# --- what ends the stage before its end ---
+
+
+def prompts_for(server: LlmServer, each: dict[str, Any] | None = None, **options: Any) -> Prompts:
+    one = {"base_url": server.base_url, "model": server.model, **(each or {})}
+    given = {"backend": "openai", "endpoints": [one], "system": "", "user": "{text}", "timeout_s": 600.0, **options}
+    return Prompts(PromptsOptions.model_validate(given))
+
+
+def statuses(made: Workspace) -> Counter[str | None]:
+    return Counter(status for (status,) in made.rows("select prompts_status from samples"))
+
+
+@pytest.mark.parametrize("batch_rows", [4, 16])
+def test_a_stop_leaves_what_is_not_answered_and_keeps_what_is(dataset: Workspace, batch_rows: int) -> None:
+    """Answers about batches ahead are kept, too."""
+    with LlmServer() as server:
+        stage = prompts_for(server)
+        server.script(*[hang()] * 2)
+        layout = dataset.load().layout
+        run = plan(layout, stage, sql=SQL)
+        done = do(layout, run, stage, batch_rows=batch_rows, stopping=lambda: server.answered == 14)
+        assert len(server.requests) == 16
+    assert (done.stopped, done.ok, done.failed, done.dropped) == (True, 14, 0, 0)
+    assert statuses(dataset) == {"ok": 14, None: 2}
+
+
+def test_a_stop_does_not_wait_for_a_server_that_is_silent_at_the_start(dataset: Workspace) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        options = {"backend": "openai", "ports": [silent.getsockname()[1]], "model": "m", "timeout_s": 600.0}
+        stage = Prompts(PromptsOptions.model_validate(options))
+        layout = dataset.load().layout
+        with pytest.raises(StageError) as caught:
+            do(layout, plan(layout, stage, sql=SQL), stage, stopping=lambda: True)
+    assert str(caught.value) == "the run was stopped before an endpoint answered"
+    assert "asking" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_endpoints_that_are_all_gone_end_the_stage_and_mark_no_row(dataset: Workspace) -> None:
+    with LlmServer() as server:
+        stage = prompts_for(server, {"max_concurrency": 1}, rest_s=0.02, rest_after=1)
+        server.script(*[Play()] * 5)
+        server.always(disconnect())
+        with pytest.raises(StageError) as caught:
+            do(dataset.load().layout, plan(dataset.load().layout, stage, sql=SQL), stage)
+    assert str(caught.value) == (
+        f"no endpoint is open; {server.base_url}: the connection was closed before an answer\n"
+        "  fix: mend that; the same command goes on with the rows that are left"
+    )
+    assert statuses(dataset) == {"ok": 5, None: 11}
+
+
+def test_a_budget_that_is_spent_ends_the_stage_and_marks_no_row(dataset: Workspace) -> None:
+    with LlmServer() as server:
+        each = {"max_concurrency": 1, "price_in": 0.0, "price_out": 1e6, "budget": 30.0}  # 1 a token
+        stage = prompts_for(server, each, max_tokens=10)
+        server.always(Play(fields={"usage": {"prompt_tokens": 5, "completion_tokens": 7}}))
+        with pytest.raises(StageError) as caught:
+            do(dataset.load().layout, plan(dataset.load().layout, stage, sql=SQL), stage)
+    assert str(caught.value) == (
+        f"no endpoint is left; {server.base_url}: its budget of 30 allows no further request\n"
+        "  fix: raise its 'budget', or name other endpoints; the same command goes on with the rows that are left"
+    )
+    assert statuses(dataset) == {"ok": 3, None: 13}
+
+
+# --- how many requests there are ---
+
+
+def test_small_batches_keep_all_places_of_the_servers_busy(dataset: Workspace) -> None:
+    with LlmServer(latency_s=0.02) as server:
+        stage = prompts_for(server, {"max_concurrency": 8})
+        done = do(dataset.load().layout, plan(dataset.load().layout, stage, sql=SQL), stage, batch_rows=1)
+        assert (done.ok, server.most_at_once) == (16, 8)
+        assert done.totals[server.base_url]["answers"] == 16
+
+
+def test_nobody_is_asked_any_more_about_a_shard_that_is_left(
+    dataset: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = table.commit
+
+    def refused(layout: Layout, shard: str, *args: Any, **options: Any) -> Any:
+        if shard == "00000000":
+            raise ShardError("it cannot be used")
+        return commit(layout, shard, *args, **options)
+
+    monkeypatch.setattr(table, "commit", refused)
+    with LlmServer() as server:
+        stage = prompts_for(server, {"max_concurrency": 6}, timeout_s=5.0)
+        server.script(*[Play()] * 2, *[hang()] * 6)  # these six take all places
+        layout = dataset.load().layout
+        done = do(layout, plan(layout, stage, sql=SQL), stage, batch_rows=2, checkpoint_rows=2)
+    assert (done.left, done.ok) == ({"00000000": "it cannot be used"}, 8)
+    assert done.totals[server.base_url]["failures"] == {}
+
+
+def test_the_workers_of_a_run_share_its_limits(workspace: Callable[..., Workspace]) -> None:
+    with LlmServer(latency_s=0.1) as server:
+        stages = f"""\
+[stages.prompts]
+backend = "openai"
+system = ""
+user = "{{text}}"
+sql = "all.sql"
+[[stages.prompts.endpoints]]
+base_url = "{server.base_url}"
+model = "tiny"
+max_concurrency = 4
+"""
+        made = workspace(stages=stages, workers=2)
+        (made.folder / "all.sql").write_text(SQL)
+        ingest_here(made.load())
+        done = made.run("stage", "prompts", cwd=made.folder)
+        assert server.most_at_once <= 4
+    assert re.search(
+        rf"^prompts: {server.base_url}: 16 answers in 0\.\d\d s on average, 0 failures, 0 rests$", done.stderr, re.M
+    )
+
+
 # --- what stops the stage before any row ---
 
 
@@ -338,7 +465,8 @@ def test_what_the_options_decide() -> None:
     assert not hasattr(template, "sql")
     asked = Prompts(PromptsOptions(backend="openai", ports=[11434] * 8, model="m", groups=GROUPS))
     assert (asked.inputs.names, asked.sql) == (["text", "key"], "prompts_groups.sql")
-    assert (asked.resources.batch_rows, asked.resources.ahead) == (256, 3)  # 8 times 64 requests at a time
+    assert (asked.resources.batch_rows, asked.resources.ahead) == (256, 1)
+    assert asked.resources.ahead_rows == 256 + 4 * 8 * 64
     assert not hasattr(asked, "tolerance")
     inside = Prompts(PromptsOptions(backend="vllm", model="m"))
     assert (inside.inputs.names, inside.resources.gpus, inside.resources.batch_rows) == (["text"], 1, 4096)
@@ -387,6 +515,32 @@ def test_options_that_do_not_fit_together(options: dict[str, Any], message: str)
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"host": "::1"}, 'no name of a host such as "127.0.0.1", "node7" or "[::1]"'),
+        ({"host": "http://node7"}, 'no name of a host such as "127.0.0.1", "node7" or "[::1]"'),
+        ({"host": "a..b"}, 'no name of a host such as "127.0.0.1", "node7" or "[::1]"'),
+        ({"lang": "English"}, 'no code of ISO 639-1 such as "en"'),
+        ({"body": {"stream": True}}, "'stream' is what the stage itself says"),
+        ({"body": {"messages": []}}, "'messages' is what the stage itself says"),
+        ({"synonyms": {"Black": ["Nigerian", " "]}}, "an empty word would count as every group"),
+    ],
+)
+def test_values_that_no_server_could_take(options: dict[str, Any], why: str) -> None:
+    found = Problems("p.toml")
+    check(PromptsOptions, options, ("stages", "prompts"), found)
+    [(name, value)] = options.items()
+    told = f"'{name}' in [stages.prompts] is {value!r}: it is refused: {why}\n"
+    assert [text[: len(told)] for _, _, text in found.found] == [told]
+
+
+def test_groups_that_a_template_does_not_assign_are_told() -> None:
+    assert not hasattr(Prompts(PromptsOptions()), "notice")
+    told = "backend 'template' assigns no groups: its prompts show none"
+    assert Prompts(PromptsOptions(groups=GROUPS)).notice == told
+
+
 @pytest.mark.parametrize("text", ["{text!r}", "{text:>9}", "{0}", "{}", "{a.b}", "{Text}"])
 def test_a_field_that_is_no_column_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="that is no column"):
@@ -419,12 +573,50 @@ def test_vllm_that_is_not_installed_and_a_folder_that_is_not_there() -> None:
     )
 
 
-def test_more_servers_of_one_model_make_no_answer_stale() -> None:
-    def signature(*models: str, **more: Any) -> str:
-        endpoints = [{"base_url": f"http://127.0.0.1:{8000 + i}/v1", "model": model} for i, model in enumerate(models)]
-        stage = Prompts(PromptsOptions.model_validate({"backend": "openai", "endpoints": endpoints, **more}))
-        return options_hash(stage, stage.options)
+def signature(**options: Any) -> str:
+    stage = Prompts(PromptsOptions.model_validate(options))
+    return options_hash(stage, stage.options)
 
-    assert signature("a") == signature("a", "a", timeout_s=7.0)
-    assert signature("a", "b") == signature("b", "a", "b")
-    assert len({signature("a"), signature("b"), signature("a", "b"), signature("a", temperature=0.5)}) == 4
+
+def servers(*models: str, **each: Any) -> list[dict[str, Any]]:
+    return [{"base_url": f"http://127.0.0.1:{8000 + i}/v1", "model": model, **each} for i, model in enumerate(models)]
+
+
+def test_how_servers_are_reached_makes_no_answer_stale() -> None:
+    asked: dict[str, Any] = {"backend": "openai", "temperature": 0.5, "groups": GROUPS}
+    limits = {
+        "max_concurrency": 2, "api_key_env": "KEY", "requests_per_minute": 3.0, "tokens_per_minute": 5.0,
+        "tier": "paid", "price_in": 1.0, "price_out": 1.0, "budget": 9.0,
+    }  # fmt: skip
+    said = [
+        {"endpoints": servers("a")},
+        {"endpoints": servers("a", "a", **limits)},
+        {"ports": [1], "model": "a"},
+        {"ports": [1, 2], "model": "a", "host": "node7"},
+        {"ports": [1], "model": "a", "endpoints": servers("a")},
+        {"endpoints": servers("a"), "model": "of no port", "style": "{caption}"},
+        {
+            "endpoints": servers("a"),
+            "timeout_s": 7.0,
+            "attempts": 1,
+            "rest_after": 1,
+            "rest_s": 1.0,
+            "engine": {"x": 1},
+        },
+        {"endpoints": servers("a"), "groups": {"x": GROUPS[0], "y": GROUPS[1]}},
+    ]
+    assert len({signature(**{**asked, **one}) for one in said}) == 1
+    both = {**asked, "endpoints": servers("a", "b")}
+    assert signature(**both) == signature(**{**both, "endpoints": servers("b", "a", "b")})
+
+
+def test_what_is_asked_makes_answers_stale() -> None:
+    asked: dict[str, Any] = {"backend": "openai", "endpoints": servers("a"), "groups": {"x": GROUPS[0], "y": GROUPS[1]}}
+    changes: list[dict[str, Any]] = [
+        {}, {"endpoints": servers("b")}, {"endpoints": servers("a", "b")}, {"system": "s"}, {"user": "{text}"},
+        {"temperature": 0.5}, {"seed": 1}, {"max_tokens": 9}, {"body": {"top_p": 0.5}}, {"lang": "de"}, {"retries": 0},
+        {"groups": {"y": GROUPS[1], "x": GROUPS[0]}}, {"groups": [GROUPS[0]]}, {"group_seed": 1}, {"mention": "any"},
+        {"synonyms": {"man": ["sir"]}}, {"min_chars": 9}, {"max_chars": 99}, {"backend": "vllm", "model": "a"},
+        {"backend": "template"}, {"json_schema": {"properties": {"prompt": {}}}},
+    ]  # fmt: skip
+    assert len({signature(**{**asked, **change}) for change in changes}) == len(changes)

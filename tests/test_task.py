@@ -399,6 +399,23 @@ class AheadBusy(Ahead):
             raise TransientError("the endpoint is busy")
 
 
+class GivesUp(Ahead):
+    """Can give up, though nothing of it goes on outside."""
+
+    given_up = 0
+
+    def give_up(self) -> None:
+        self.given_up += 1
+
+
+def test_a_stop_begins_nothing_that_is_not_under_way(layout: Layout) -> None:
+    stage, asked = GivesUp(), []
+    stage.before = lambda: asked.append(len(asked))
+    result = do(layout, plan(layout, stage), stage, batch_rows=2, stopping=lambda: bool(asked))
+    assert (len(asked), result.ok, result.stopped) == (1, 2, True)
+    assert stage.given_up >= 1
+
+
 @pytest.mark.parametrize("ahead", [1, 3, 100])
 def test_the_next_batches_are_prepared_while_one_is_processed(layout: Layout, ahead: int) -> None:
     """Those of the next shard, too."""
@@ -1192,7 +1209,7 @@ def test_ctrl_c_keeps_what_is_committed(workspace: Make) -> None:
 def test_a_result_is_json() -> None:
     assert json.loads(json.dumps(Result(rows=3, left={"a": "gone"}).to_json())) == {
         "rows": 3, "ok": 0, "failed": 0, "kept": 0, "dropped": 0, "left": {"a": "gone"}, "stopped": False,
-        "seconds": 0.0, "difference": None,
+        "seconds": 0.0, "difference": None, "totals": {},
     }  # fmt: skip
 
 

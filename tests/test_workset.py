@@ -273,6 +273,7 @@ def mixed(layout: Layout) -> Layout:
         (Choice(), [6, 7]),
         (Choice(retry="failed"), [4, 5, 6, 7]),
         (Choice(retry="ValueError"), [4, 6, 7]),
+        (Choice(retry="failed:ValueError"), [4, 6, 7]),
         (Choice(retry="Value"), [6, 7]),
         (Choice(retry="it's"), [6, 7]),
         (Choice(redo=True), [0, 1, 2, 3, 4, 5, 6, 7]),

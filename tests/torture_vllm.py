@@ -46,7 +46,7 @@ def main(folder: Path) -> int:
     if not (folder / "venv/ready").exists():
         install(folder)
     wrong = 0
-    for step in ("model", "in-process", "in-process-schema", "server"):
+    for step in ("model", "in-process", "in-process-long", "in-process-schema", "server"):
         done = subprocess.run([python, __file__, f"--{step}", folder], env={**os.environ, **ENVIRONMENT})
         wrong += done.returncode != 0
         print(f"{step}: {'ok' if done.returncode == 0 else 'WRONG'}", flush=True)
@@ -77,6 +77,15 @@ def model(folder: Path) -> int:
 def in_process(folder: Path) -> int:
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 32}
     return check("in process", {"backend": "vllm", "model": str(folder / "llama"), "engine": engine})
+
+
+def in_process_long(folder: Path) -> int:
+    """A request that is longer than the model takes fails alone."""
+    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 32}
+    options = {"backend": "vllm", "model": str(folder / "llama"), "engine": engine, "temperature": 0.0, "retries": 0}
+    kinds, prompts, _ = outcomes("in process, one too long", options, more="a house and " * 600)
+    print(f"  {len(prompts)} prompts, rejected: {kinds}")
+    return int(kinds["rejected"] != 1 or len(prompts) + kinds["refusal"] != ROWS - 1)
 
 
 def in_process_schema(folder: Path) -> int:
@@ -118,8 +127,14 @@ def check(what: str, options: dict[str, Any]) -> int:
     )
 
 
-def outcomes(what: str, options: dict[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:
-    """Counts of rows that failed by class, (group, prompt) of the others, and the rejected texts."""
+def outcomes(
+    what: str, options: dict[str, Any], more: str = ""
+) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:
+    """Counts of rows that failed by class, (group, prompt) of the others, and the rejected texts.
+
+    Args:
+        more: put before the caption of the row in the middle.
+    """
     from collections import Counter
 
     import pyarrow as pa
@@ -139,7 +154,7 @@ def outcomes(what: str, options: dict[str, Any]) -> tuple[dict[str, int], list[t
             "shard": ["a"] * ROWS,
             "row": list(range(ROWS)),
             "uid": [f"u{i}" for i in range(ROWS)],
-            "text": [caption(i % 4) for i in range(ROWS)],
+            "text": [more * (i == ROWS // 2) + caption(i % 4) for i in range(ROWS)],
             "key": ["k"] * ROWS,
         }
     )
@@ -157,7 +172,13 @@ def outcomes(what: str, options: dict[str, Any]) -> tuple[dict[str, int], list[t
     return kinds, [(group, prompt) for group, prompt in pairs if prompt is not None], turned
 
 
-STEPS = {"--model": model, "--in-process": in_process, "--in-process-schema": in_process_schema, "--server": server}
+STEPS = {
+    "--model": model,
+    "--in-process": in_process,
+    "--in-process-long": in_process_long,
+    "--in-process-schema": in_process_schema,
+    "--server": server,
+}
 
 if __name__ == "__main__":
     if len(sys.argv) == 3:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from builder.errors import ConfigError, missing_extra
-from builder.models.refusals import is_refusal
+from builder.models.refusals import is_refusal, is_remark
 
 #: Score from which an answer counts as being in another language: at it 0.4 % of sentences are told wrong, and short
 #: prompts with names in them stay. Source: bench/languages.py.
@@ -78,6 +78,7 @@ class Request:
         labels: words that stand before a colon in the frame of the user message, such as `sentence`.
         group: the assigned values, empty if there are none.
         again: the message that asks for the answer again; empty the first time.
+        more: what else the request says of the sample.
     """
 
     caption: str
@@ -85,6 +86,12 @@ class Request:
     labels: tuple[str, ...] = ()
     group: tuple[str, ...] = ()
     again: str = ""
+    more: str = ""
+
+    @property
+    def given(self) -> str:
+        """All that an answer may take up."""
+        return f"{self.caption} {self.more}"
 
 
 class Contract:
@@ -144,11 +151,14 @@ class Contract:
         if any(char == "\ufffd" or unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn") for char in text):
             raise Rejected("lines", "The answer had characters that cannot be printed.")
         if is_refusal(text):
-            raise Rejected("refusal", "The answer was not a rewritten sentence but a remark; rewrite the sentence.")
-        self._check_echo(text, request)
+            raise Rejected("refusal", _NO_REMARK)
         if introduction := _INTRODUCTION.match(text):
             raise Rejected("lines", f'The answer began with "{introduction[0]}"; give the sentence alone.')
+        self._check_echo(text, request)
         self._check_length(text)
+        self._check_form(text, request.given)
+        if is_remark(text, request.given, in_english=self._is_english(text)):
+            raise Rejected("refusal", _NO_REMARK)
         self._check_group(text, request.group)
         return Accepted(text, self._language(text))
 
@@ -180,12 +190,26 @@ class Contract:
         again = _letters(request.again)
         if said == user or (has_frame and user in said) or (again and again in said):
             raise Rejected("echo", f"The answer repeated the request; {alone}.")
-        found = [label for label in labels if re.search(rf"(?<!\w){re.escape(label)}\s*:\s*[\"“'‘]", text, re.I)]
-        heads = [label for label in labels if re.match(rf"\W*{re.escape(label)}\s*:", text, re.I)]
-        if found or heads:
-            raise Rejected("echo", f'The answer had the request\'s "{(found + heads)[0]}:" in it; {alone}.')
+        for label in labels:
+            frame = re.compile(rf"(?<!\w){re.escape(label)}\s*[:=]", re.I)
+            if frame.search(text) and not frame.search(request.given):
+                raise Rejected("echo", f'The answer had the request\'s "{label}:" in it; {alone}.')
+        is_more = len(request.caption.split()) > len(request.group)
+        if request.group and is_more and said == _letters(" ".join(request.group)):
+            raise Rejected("echo", f"The answer was the group alone; {alone}.")
         if request.group and said == _letters(request.caption) and not self._mentions(request.caption, request.group):
             raise Rejected("echo", f"The answer was the sentence unchanged; portray: {' '.join(request.group)}.")
+
+    def _check_form(self, text: str, given: str) -> None:
+        """Refuses markup, tags, lists and labels that are not the caption's own."""
+        alone = "give the sentence alone, as plain text"
+        if mark := next((char for char in text if char in _MARKUP and char not in given), None):
+            raise Rejected("lines", f'The answer had "{mark}" in it; {alone}.')
+        for pattern in (_LIST, _AGREEMENT, *([_LABEL] * (":" not in given))):
+            if (found := pattern.match(text)) and found[0].strip() not in given:
+                raise Rejected("lines", f'The answer began with "{found[0].strip()}"; {alone}.')
+        if _REPEATED.match(text) and not _REPEATED.match(given):
+            raise Rejected("lines", f"The answer said the same several times; {alone}.")
 
     def _check_length(self, text: str) -> None:
         least, most = self._bounds
@@ -211,6 +235,12 @@ class Contract:
             self._patterns[value] = re.compile(rf"(?<!\w)(?:{joined})(?!\w)", re.I)
         return self._patterns[value]
 
+    def _is_english(self, text: str) -> bool:
+        """Whether an answer shall be in English, or may be and is."""
+        if self._lang is None and self._detect is not None:
+            return self._detect(text)[0] == "en"
+        return self._lang == "en"
+
     def _language(self, text: str) -> str | None:
         if self._detect is None:
             return None
@@ -224,6 +254,20 @@ class Contract:
 _TOLD = 0.5
 #: ISO 639-2's code for a language that could not be told.
 _UNDETERMINED = "und"
+_NO_REMARK = "The answer was not a rewritten sentence but a remark; rewrite the sentence."
+#: Marks of tags, JSON, code, emphasis and tables.
+_MARKUP = frozenset("<>{}[]|`*#\\")
+_LIST = re.compile(r"(?:[-+•–—]|\d{1,2}[.)])\s+")
+#: "Final answer:", "The group is:", "Edited:": a few words before a colon, one of them of the task.
+_LABEL = re.compile(
+    r"\W*(?:[\w'-]+ ){0,4}?(?:answer|output|response|result|version|translation|text|description|group|user|human"
+    r"|person|system|assistant|error|final|original|edit(?:ed)?|modified|revised|updated|changed|translated|adapted|improved)"
+    r"(?: [\w'-]+){0,2}:(?=\s|[\"“'‘])",
+    re.I,
+)
+_AGREEMENT = re.compile(r"(?:sure|certainly|of course|okay|ok|absolutely|yes)\s*[,!.]", re.I)
+#: The same of at least twelve characters, three times and more.
+_REPEATED = re.compile(r"(.{12,200}?)\W*(?:\1\W*){2,}")
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.S | re.I)
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」", "`": "`"}
 
@@ -263,7 +307,12 @@ def _validator(json_schema: Mapping[str, Any], field: str) -> Any:
         jsonschema.Draft202012Validator.check_schema(json_schema)
     except jsonschema.SchemaError as error:
         raise ConfigError(f"json_schema is no JSON schema: {error.message}", fix="mend it") from None
-    return jsonschema.Draft202012Validator(json_schema)
+    validator = jsonschema.Draft202012Validator(json_schema)
+    try:
+        next(validator.iter_errors({field: ""}), None)
+    except Exception as error:  # a reference that leads nowhere, of whatever package resolves them
+        raise ConfigError(f"json_schema cannot be used: {error}", fix="mend it") from None
+    return validator
 
 
 #: "Here is the rewritten sentence:", "Sure! ...:": an introduction, at whose end the prompt would begin.

@@ -6,12 +6,14 @@ Owns the thread. A caller that is no coroutine hands talks over and comes back f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
-from builder.models.endpoints import Pool
+from builder.errors import StageError
+from builder.models.endpoints import Over, Pool
 from builder.models.rewrites import Answer, Talk
 
 #: What came of a talk.
@@ -24,33 +26,57 @@ class Asking:
     Args:
         pool: not yet started; it belongs to this object from now on.
         body: fields of every request besides model and messages.
-
-    Raises:
-        StageError: as `Pool.start`.
     """
 
     def __init__(self, pool: Pool, body: dict[str, Any]) -> None:
         self._pool, self._body = pool, body
+        self._working: set[asyncio.Task[Any]] = set()
+        self._is_over = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="asking", daemon=True)
         self._thread.start()
+
+    def start(self) -> None:
+        """Before anything else.
+
+        Raises:
+            StageError: as `Pool.start`; or it was told to `give_up`.
+        """
         try:
-            self._wait(pool.start)
+            self._wait(self._start)
+        except CancelledError:
+            self._end_loop()
+            raise StageError("the run was stopped before an endpoint answered") from None
         except BaseException:
             self._end_loop()
             raise
+
+    async def _start(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._working.add(task)
+        await self._pool.start()
+        self._working.discard(task)
 
     def submit(self, talks: Sequence[Talk]) -> Future[list[Outcome]]:
         """Begins all of these talks and returns at once; the result has their outcomes in order."""
         return asyncio.run_coroutine_threadsafe(self._all(talks), self._loop)
 
     async def _all(self, talks: Sequence[Talk]) -> list[Outcome]:
-        return list(await asyncio.gather(*(self._one(talk) for talk in talks)))
+        if self._is_over:
+            return [_stopped() for _ in talks]
+        tasks = [asyncio.ensure_future(self._one(talk)) for talk in talks]
+        self._working.update(tasks)
+        try:
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            self._working.difference_update(tasks)
+        return [one if isinstance(one, Answer | Exception) else _stopped() for one in found]
 
     async def _one(self, talk: Talk) -> Outcome:
         try:
             while True:
-                reply = await self._pool.ask(talk.messages, **self._body)
+                reply = await self._pool.ask(talk.messages, bool(talk.turned), **self._body)
                 if accepted := talk.hear(reply.text, reply.endpoint):
                     return Answer(
                         accepted.prompt,
@@ -64,12 +90,26 @@ class Asking:
         except Exception as error:  # whatever it is: the other rows' answers are paid for
             return error
 
+    def give_up(self) -> None:
+        """Ends every talk that is not answered yet at once, and those that begin later: their outcome is `Over`."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._end_talks)
+
+    def _end_talks(self) -> None:
+        self._is_over = True
+        for task in self._working:
+            task.cancel()
+
     def notices(self) -> list[str]:
         """What the pool has to tell of its endpoints, since it was last asked."""
         taken = []
         while self._pool.notices:
             taken.append(self._pool.notices.popleft())
         return taken
+
+    def totals(self) -> dict[str, dict[str, Any]]:
+        """As `Pool.totals`."""
+        return self._pool.totals()
 
     def close(self) -> None:
         """Gives up what is not answered, and closes the connections."""
@@ -92,3 +132,7 @@ class Asking:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _stopped() -> Over:
+    return Over("stopped", "the run was stopped")

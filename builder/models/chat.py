@@ -21,6 +21,8 @@ from builder.errors import missing_extra
 MAX_BYTES = 8 * 2**20
 #: Seconds that an idle connection is kept: less than the 5 s after which uvicorn, and so vLLM, closes it.
 _KEEP_ALIVE_S = 4.0
+#: Seconds in which a server that is there takes a connection; packets to a machine that is gone are lost in silence.
+_CONNECT_S = 10.0
 #: Bytes of a server's own words that are looked at where they are no json.
 _WORDS = 4000
 
@@ -76,26 +78,35 @@ class AskFailed(Exception):
         return self.message
 
 
+class Over(AskFailed):
+    """The request has no answer, and no other one will have: it says nothing of the request.
+
+    Attributes:
+        kind: that of the last failure; `stopped` where the caller asked for it.
+    """
+
+
 class Http:
     """A session to any number of servers, for the event loop in which it is made.
 
     Args:
         timeout_s: seconds from sending, connecting included, to the last byte.
+        connect_s: seconds for connecting alone.
 
     Raises:
         StageError: aiohttp is not installed.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, connect_s: float = _CONNECT_S) -> None:
         try:
             import aiohttp
         except ImportError as error:
             raise missing_extra("aiohttp", "llm", "asking an LLM server") from error
         self._aiohttp = aiohttp
-        self._timeout_s = timeout_s
+        self._timeout_s, self._connect_s = timeout_s, connect_s
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=timeout_s, ceil_threshold=float("inf")),
+            timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s, ceil_threshold=float("inf")),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
@@ -121,6 +132,8 @@ class Http:
                         got.close()
                         raise AskFailed("bad_reply", f"the answer is longer than {MAX_BYTES} bytes")
                 return got.status, got.headers, b"".join(parts)
+        except aiohttp.ConnectionTimeoutError:
+            raise AskFailed("unreachable", f"no connection within {self._connect_s:g} s") from None
         except TimeoutError:
             raise AskFailed("timeout", f"no whole answer within {self._timeout_s:g} s") from None
         except aiohttp.ClientConnectorError as error:
@@ -228,7 +241,7 @@ def read_reply(body: bytes, *, asked: str, endpoint: str, ms: int) -> Reply:
 
 def _count(usage: Any, key: str) -> int | None:
     value = usage.get(key) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None
 
 
 def is_same_model(asked: str, said: str) -> bool:

@@ -3,13 +3,14 @@
 Owns when an endpoint may be sent a request, and what answers and failures change in that. Knows no other endpoint.
 
 An endpoint is *open*, or it is *paused* (it said 429: for as long as it asks), *resting* (it failed several times in a
-row: for a fixed time, after which one request probes it) or *closed* (it refused the key or the model, or its budget is
-spent: for good).
+row: for a fixed time, and again until it answers a request for one token) or *closed* (it refused the key or the model,
+or its budget is spent: for good).
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -42,9 +43,9 @@ class Endpoint(Strict):
     model: str = Field(min_length=1)
     #: Name of the environment variable that holds the key.
     api_key_env: str | None = Field(default=None, min_length=1, json_schema_extra=_SAME_ANSWER)
-    #: Most requests in flight; how many there are adapts below it.
+    #: Most requests in flight; how many there are adapts below it. A run's workers share this and all limits here.
     max_concurrency: int = Field(default=64, ge=1, json_schema_extra=_SAME_ANSWER)
-    #: Requests a minute, in a steady flow; of each worker, as all limits here.
+    #: Requests a minute, in a steady flow.
     requests_per_minute: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
     #: Tokens a minute, of requests and answers together.
     tokens_per_minute: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
@@ -56,12 +57,29 @@ class Endpoint(Strict):
     #: What may be spent here, in the same currency; what no answer tells is counted at its most.
     budget: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
 
+    def share(self, workers: int) -> Endpoint:
+        """What one of several processes may take of it.
+
+        Raises:
+            StageError: each of them needs one request at a time, and that is more than `max_concurrency`.
+        """
+        if workers > self.max_concurrency:
+            raise StageError(
+                f"endpoint '{self.base_url}' takes {self.max_concurrency} requests at a time, "
+                "fewer than the run has workers",
+                where={"workers": workers},
+                fix="workers = 1 in [stages.prompts.run]: one keeps all servers busy",
+            )
+        limits = {name: getattr(self, name) for name in ("requests_per_minute", "tokens_per_minute", "budget")}
+        parts: dict[str, Any] = {name: limit / workers for name, limit in limits.items() if limit is not None}
+        return self.model_copy(update={**parts, "max_concurrency": self.max_concurrency // workers})
+
     @field_validator("base_url")
     @classmethod
     def _is_base_url(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not is_address(value):
             raise ValueError('no address such as "http://127.0.0.1:8000/v1"')
+        parts = urlsplit(value)
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("it holds more than an address; a key belongs into the variable that api_key_env names")
         if parts.path.rstrip("/").endswith("/completions"):
@@ -74,6 +92,16 @@ class Endpoint(Strict):
         if value is not None and None in (info.data.get("price_in"), info.data.get("price_out")):
             raise ValueError("a budget needs price_in and price_out")
         return value
+
+
+def is_address(url: str) -> bool:
+    """Whether a text is the address of a server, with a port or without one."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port, (parts.hostname or "").encode("idna")
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not re.search(r"[\s\x00-\x1f]", url)
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,7 @@ class Request:
     """One `ask` on its way.
 
     Attributes:
+        is_next: whether it goes before others that wait.
         tried: endpoints that have failed it.
         attempts: how often it failed, being pushed back not counted.
         pushed_back: when it was pushed back for the first time.
@@ -101,6 +130,7 @@ class Request:
     messages: list[dict[str, str]]
     body: dict[str, Any]
     cost: Cost
+    is_next: bool = False
     tried: list[Served] = field(default_factory=list)
     attempts: int = 0
     pushed_back: float | None = None
@@ -123,8 +153,6 @@ class Served:
         self.closed: str | None = None
         self.is_resting = False
         self._paused_until = 0.0
-        #: The one request that may end a rest.
-        self._probe: Request | None = None
         self._failed_in_row = 0
         self._pushed_in_row = 0
         self._pending = 0.0
@@ -132,6 +160,8 @@ class Served:
         self._mean_out: float | None = None
         self.asked = 0
         self._answered = 0
+        self._ms = 0
+        self._rests = 0
         self._tokens_in = 0
         self._tokens_out = 0
         self._failures: Counter[str] = Counter()
@@ -144,12 +174,12 @@ class Served:
         return float("inf") if self.closed else self._paused_until
 
     def wait(self, cost: Cost, now: float) -> float:
-        """Seconds until a request may be sent; 0 if now, infinite if that hangs on the end of another."""
-        if self.closed is not None:
+        """Seconds until a request may be sent; 0 if now, infinite if that hangs on the end of another or of a rest."""
+        if self.closed is not None or self.is_resting:
             return float("inf")
         if now < self._paused_until:
             return self._paused_until - now
-        if not self.concurrency.has_room or (self.is_resting and self._probe is not None):
+        if not self.concurrency.has_room:
             return float("inf")
         if self.endpoint.budget is not None and self._spent + self._pending + self._most(cost) > self.endpoint.budget:
             return float("inf")
@@ -176,8 +206,6 @@ class Served:
         self.asked += 1
         self.concurrency.in_flight += 1
         self._pending += self._most(request.cost)
-        if self.is_resting:
-            self._probe = request
         taken = request.cost.tokens(self._mean_out)
         if self._requests is not None:
             self._requests.take(1)
@@ -191,12 +219,11 @@ class Served:
         self._pending -= self._most(request.cost)
         if not self.concurrency.in_flight:
             self._pending = 0.0  # what floating point numbers leave
-        if self._probe is request:
-            self._probe = None
 
-    def answered(self, request: Request, reply: Reply, taken: float) -> str | None:
-        """Takes note of an answer, for whose request `taken` tokens were taken; returns what there is to tell."""
+    def answered(self, request: Request, reply: Reply, taken: float) -> None:
+        """Takes note of an answer, for whose request `taken` tokens were taken."""
         self._answered += 1
+        self._ms += reply.ms
         self.concurrency.increase()
         self._pushed_in_row = 0
         if reply.tokens_in is None or reply.tokens_out is None:
@@ -209,17 +236,7 @@ class Served:
             self._mean_out = reply.tokens_out if mean is None else mean + 0.1 * (reply.tokens_out - mean)
             if self._tokens is not None:
                 self._tokens.take(reply.tokens_in + reply.tokens_out - taken)
-        return self._is_alive(request)
-
-    def _is_alive(self, request: Request) -> str | None:
-        """The server works; this ends a rest if the request was the probe, and returns what there is to tell."""
-        if self.is_resting and self._probe is not request:
-            return None
         self._failed_in_row = 0
-        if not self.is_resting:
-            return None
-        self.is_resting = False
-        return f"{self.name} answers again"
 
     def failed(
         self, request: Request, error: AskFailed, sent: float, now: float, *, rest_after: int, rest_s: float
@@ -236,25 +253,28 @@ class Served:
             if self._pushed_in_row > 1:  # a lower limit alone did not help
                 pause = max(pause, min(BACK_OFF_S * 2.0 ** (self._pushed_in_row - 2), LONGEST_BACK_OFF_S))
             self._paused_until = max(self._paused_until, now + pause)
-            return self._is_alive(request)
+            self._failed_in_row = 0
+            return None
         if error.status in (401, 402, 404):
             return self.close("no_budget" if error.status == 402 else "rejected", str(error))
         if error.status == 403:  # of a filter for one request, or of the endpoint for all
             self._failed_in_row += 1
             return self.close("rejected", str(error)) if self._failed_in_row >= rest_after else None
-        if error.is_final:
-            return self._is_alive(request)
-        if self.is_resting and self._probe is not request:
-            return None
-        self._failed_in_row += 1
-        if self.is_resting or self._failed_in_row >= rest_after:
+        self._failed_in_row = 0 if error.is_final else self._failed_in_row + 1
+        if self._failed_in_row >= rest_after and not self.is_resting:
             return self.rest(str(error), now, rest_s)
         return None
 
     def rest(self, why: str, now: float, rest_s: float) -> str:
         self.is_resting = True
+        self._rests += 1
         self._paused_until = max(self._paused_until, now + rest_s)
         return f"{self.name} rests for {rest_s:g} s: {why}"
+
+    def wake(self) -> str:
+        self.is_resting = False
+        self._failed_in_row = 0
+        return f"{self.name} answers again"
 
     def close(self, kind: str, why: str) -> str | None:
         if self.closed is not None:
@@ -272,6 +292,8 @@ class Served:
             "model": self.endpoint.model,
             "requests": self.asked,
             "answers": self._answered,
+            "ms": self._ms,
+            "rests": self._rests,
             "failures": dict(sorted(self._failures.items())),
             "tokens_in": self._tokens_in,
             "tokens_out": self._tokens_out,
@@ -320,23 +342,34 @@ async def check(one: Served, http: Http) -> str:
     except AskFailed as error:
         if error.status is not None:
             raise _refused(one, error) from None
-        if error.kind == "unreachable":
+        if error.kind in ("unreachable", "timeout"):
             return one.told(str(error))
     if models is not None and not any(is_same_model(one.endpoint.model, name) for name in models):
         raise _unknown_model(one, {"its models": ", ".join(models[:20]) or "none"}, "set 'model' to one that it has")
     if models is not None and one.key is None:
         return ""
+    failure = await say_hello(one, http)
+    return failure if models is None else ""
+
+
+async def say_hello(one: Served, http: Http) -> str:
+    """Why an endpoint does not answer a request for one token; empty if it does, or would take another request.
+
+    Raises:
+        StageError: the key is refused, or the model unknown.
+    """
     message = {"role": "user", "content": "Hello"}
     content = orjson.dumps({"model": one.endpoint.model, "messages": [message], "max_tokens": 1})
     try:
-        status, headers, body = await http.request("POST", f"{url}/chat/completions", one.headers, content)
+        url = f"{one.endpoint.base_url}/chat/completions"
+        status, headers, body = await http.request("POST", url, one.headers, content)
         read_status(status, headers, body)
         if (other := other_model(body, one.endpoint.model)) is not None:
             raise _unknown_model(one, {"it answers as": one.told(other)}, "set 'model' to that name")
     except AskFailed as error:
         if error.status in (401, 402, 403, 404):
             raise _refused(one, error) from None
-        if models is None and error.kind not in ("rate_limited", "rejected"):
+        if error.kind not in ("rate_limited", "rejected"):
             return one.told(str(error))
     return ""
 

@@ -7,14 +7,14 @@ Everything happens in one event loop, so nothing here is locked.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from builder.errors import StageError
-from builder.models.chat import AskFailed, Http, Reply, read_reply, read_status
+from builder.models.chat import AskFailed, Http, Over, Reply, read_reply, read_status
 from builder.models.endpoint import (
     BACK_OFF_S,
     LONGEST_BACK_OFF_S,
@@ -24,9 +24,10 @@ from builder.models.endpoint import (
     Served,
     check,
     is_pushed_back,
+    say_hello,
 )
 
-__all__ = ["AskFailed", "Endpoint", "Pool", "Reply"]
+__all__ = ["AskFailed", "Endpoint", "Over", "Pool", "Reply"]
 
 TIERS = ("free", "local", "paid")
 #: Tokens of an answer, at most, where the request does not say.
@@ -79,6 +80,9 @@ class Pool:
         self._timer: asyncio.TimerHandle | None = None
         #: Since when no endpoint is open.
         self._dark_since: float | None = None
+        self._answered_at = 0.0
+        #: What asks endpoints that rest whether they answer again.
+        self._wakening: dict[Served, asyncio.Task[None]] = {}
         #: Its kind and message.
         self._last_failure = ("unreachable", "none has failed")
 
@@ -93,7 +97,7 @@ class Pool:
             StageError: aiohttp or a key is missing; a key is refused; a model is unknown; no endpoint answers.
         """
         self._loop = asyncio.get_running_loop()
-        now = self._loop.time()
+        now = self._answered_at = self._loop.time()
         names = _names(self._endpoints)
         self._served = [Served(one, name, now) for one, name in zip(self._endpoints, names, strict=True)]
         self._tiers = [[one for one in self._served if one.endpoint.tier == tier] for tier in TIERS]
@@ -111,8 +115,8 @@ class Pool:
             raise
         for one, failure in zip(self._served, failures, strict=True):
             if failure:
-                self._tell(one.rest(failure, self._loop.time(), self._rest_s))
-                self._last_failure = ("unreachable", f"{one.name}: {failure}")
+                self._rest("unreachable", one, failure)
+                self._waken(one)
 
     async def close(self) -> None:
         """Closes the connections; what still waits for room is cancelled."""
@@ -121,6 +125,10 @@ class Pool:
         self._waiting.clear()
         if self._timer is not None:
             self._timer.cancel()
+        wakening = list(self._wakening.values())
+        for task in wakening:
+            task.cancel()
+        await asyncio.gather(*wakening, return_exceptions=True)
         await self._http.close()
 
     # --- what is told ---
@@ -131,7 +139,7 @@ class Pool:
         return max(1, sum(one.concurrency.limit for one in self._served if not one.closed and not one.is_resting))
 
     def totals(self) -> dict[str, dict[str, Any]]:
-        """By endpoint: requests, answers, failures by kind, tokens, what was spent, the present limit, the state."""
+        """By endpoint: counts, failures by kind, milliseconds of all answers, the present limit, the state."""
         return {one.name: one.totals() for one in self._served}
 
     def _tell(self, notice: str | None) -> None:
@@ -140,25 +148,27 @@ class Pool:
 
     # --- asking ---
 
-    async def ask(self, messages: list[dict[str, str]], **body: Any) -> Reply:
+    async def ask(self, messages: list[dict[str, str]], is_next: bool = False, /, **body: Any) -> Reply:
         """Sends a chat request until it is answered.
 
         Args:
+            is_next: whether it goes before others that wait.
             body: further fields: temperature, max_tokens, seed, response_format.
 
         Raises:
-            AskFailed: it was rejected, or it failed as often as allowed, or no endpoint was open for too long; of
-                several failures the last.
+            Over: no endpoint is left, or none was open, or gave an answer, for too long.
+            AskFailed: it was rejected, or it failed as often as allowed; of several failures the last.
         """
         most_out = body.get("max_completion_tokens") or body.get("max_tokens") or _TOKENS_OUT
-        request = Request(messages, body, Cost(len(orjson.dumps(messages)), most_out))
+        request = Request(messages, body, Cost(len(orjson.dumps(messages)), most_out), is_next)
         while True:
             one, taken = await self._room(request)
             sent = self._loop.time()
             try:
                 reply = await self._send(one, request)
                 self._dark_since = None
-                self._tell(one.answered(request, reply, taken))
+                self._answered_at = self._loop.time()
+                one.answered(request, reply, taken)
                 return reply
             except AskFailed as error:
                 failure, now = error, self._loop.time()
@@ -166,6 +176,8 @@ class Pool:
                 self._tell(one.failed(request, error, sent, now, rest_after=self._rest_after, rest_s=self._rest_s))
                 error.message = f"{one.name}: {error.message}"
                 self._last_failure = (error.kind, error.message)
+                if one.is_resting:
+                    self._waken(one)
             finally:
                 one.end(request)
                 self._dispatch()
@@ -189,10 +201,13 @@ class Pool:
         if is_pushed_back(error):
             request.pushed_back = request.pushed_back or now
             if now - request.pushed_back > self._patience_s:
-                raise error
+                is_silent = now - self._answered_at > self._patience_s
+                raise Over(error.kind, f"no endpoint takes a request; {error.message}") if is_silent else error
             return
+        if now > self._end_of_patience(now):
+            raise Over(error.kind, f"no endpoint is open; {error.message}")
         request.attempts += 1
-        if request.attempts >= self._attempts or now > self._end_of_patience(now):
+        if request.attempts >= self._attempts:
             raise error
         if one.is_open(now) and not self._others(request, now):
             await asyncio.sleep(min(BACK_OFF_S * 2.0 ** (request.attempts - 1), LONGEST_BACK_OFF_S))
@@ -200,6 +215,34 @@ class Pool:
     def _others(self, request: Request, now: float) -> bool:
         """Whether an endpoint is open that has not failed the request."""
         return any(one.is_open(now) and one not in request.tried for one in self._served)
+
+    # --- rests ---
+
+    def _rest(self, kind: str, one: Served, why: str) -> None:
+        self._tell(one.rest(why, self._loop.time(), self._rest_s))
+        self._last_failure = (kind, f"{one.name}: {why}")
+
+    def _waken(self, one: Served) -> None:
+        """Sees to it that an endpoint is used again when it answers; no row is risked for finding out."""
+        if one not in self._wakening:
+            self._wakening[one] = self._loop.create_task(self._say_hello(one))
+
+    async def _say_hello(self, one: Served) -> None:
+        while one.is_resting and one.closed is None:
+            await asyncio.sleep(max(0.0, one.opens() - self._loop.time()))
+            try:
+                failure = await say_hello(one, self._http)
+            except StageError as error:
+                why = str(error.where.get("it says", error.what))
+                self._tell(one.close("rejected", why))
+                self._last_failure = ("rejected", f"{one.name}: {why}")
+                break
+            if failure:
+                self._rest(self._last_failure[0], one, failure)
+            else:
+                self._tell(one.wake())
+        del self._wakening[one]
+        self._dispatch()
 
     # --- room ---
 
@@ -210,7 +253,7 @@ class Pool:
             if one is not None:
                 return one, one.begin(request)
         future: asyncio.Future[tuple[Served, float]] = self._loop.create_future()
-        if request.pushed_back is not None:
+        if request.pushed_back is not None or (request.is_next and not request.tried):
             self._waiting.appendleft((request, future))
         else:
             self._waiting.append((request, future))
@@ -245,7 +288,7 @@ class Pool:
         return None, soonest
 
     def _dispatch(self) -> None:
-        """Gives room to those who wait, first come, first served; those pushed back stand in front."""
+        """Gives room to those who wait, first come, first served; those pushed back or asked again stand in front."""
         if not self._waiting:
             return
         now = self._loop.time()
@@ -300,13 +343,30 @@ class Pool:
         cost = self._waiting[0][0].cost
         for one in self._served:
             if one.closed is None and one.is_spent(cost):
-                self._tell(one.close("no_budget", f"its budget of {one.endpoint.budget:g} allows no further request"))
+                why = f"its budget of {one.endpoint.budget:g} allows no further request"
+                self._tell(one.close("no_budget", why))
+                self._last_failure = ("no_budget", f"{one.name}: {why}")
 
     def _fail_waiting(self, kind: str, what: str) -> None:
         for _, future in self._waiting:
             if not future.done():
-                future.set_exception(AskFailed(kind, f"{what}; {self._last_failure[1]}"))
+                future.set_exception(Over(kind, f"{what}; {self._last_failure[1]}"))
         self._waiting.clear()
+
+
+def summary(totals: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """A line for every endpoint from the `totals` of several pools."""
+    lines = []
+    for name in dict.fromkeys(name for one in totals for name in one):
+        parts = [one[name] for one in totals if name in one]
+        answers, ms, rests, spent = (sum(part[key] for part in parts) for key in ("answers", "ms", "rests", "spent"))
+        failures = sum((Counter(part["failures"]) for part in parts), Counter[str]())
+        kinds = ", ".join(f"{kind} {count}" for kind, count in failures.most_common())
+        line = f"{name}: {answers} answers"
+        line += f" in {ms / answers / 1000:.2f} s on average" if answers else ""
+        line += f", {failures.total()} failures" + (f" ({kinds})" if kinds else "") + f", {rests} rests"
+        lines.append(line + (f", {spent:.2f} spent" if spent else ""))
+    return lines
 
 
 def _names(endpoints: Sequence[Endpoint]) -> list[str]:

@@ -62,6 +62,37 @@ _PATTERNS = (
 _REFUSAL = re.compile(r"\W*(?:" + "|".join(f"(?:{pattern})" for pattern in _PATTERNS) + ")", re.I)
 
 
+#: What a rewritten caption has only where the caption has it: words that talk to the one who asks, or about the task.
+_REMARKS = (
+    r"\b(?:sentences?|captions?|prompts?|requests?|requested|instructions?|guidelines|policy|policies|stereotyp\w+)\b",
+    r"\b(?:rewrit\w+|rewrote|rephras\w+|reword\w+)\b",
+    r"\b(?:inappropriate|offensive|harmful|disrespectful|unethical|discriminat\w+)\b",
+    r"\b(?:can ?not|can't|could not|couldn't) be\b|\b(?:not|isn't) (?:appropriate|possible|allowed|permitted|able)\b",
+    r"\bno (?:changes?|modifications?) (?:is|are|was|were|needed|necessary|required|made)\b",
+    r"\b(?:note|explanation)\s*:|\bimportant to\b|\blet me\b|\bfeel free\b|\banything else\b",
+)
+#: Pronouns of the one who asks and of the one who is asked, in English; "I" is an article elsewhere.
+_PRONOUNS = r"(?-i:\bI\b)|\b(?:my|we|our|you|your)\b"
+_REMARK = [re.compile(pattern, re.I) for pattern in _REMARKS]
+_PRONOUN = re.compile(_PRONOUNS, re.I)
+
+
 def is_refusal(answer: str) -> bool:
     """Whether an answer of one line declines at its start, or is a remark on the request."""
-    return _REFUSAL.match(answer.replace("’", "'").replace("‘", "'")) is not None
+    return _REFUSAL.match(_straight(answer)) is not None
+
+
+def is_remark(answer: str, given: str, *, in_english: bool) -> bool:
+    """Whether an answer talks about the task, or to the one who asks, where the text that it is made of does not.
+
+    Args:
+        given: the text that is rewritten, and whatever else the request says of the sample.
+        in_english: whether the answer shall be in English.
+    """
+    patterns = [*_REMARK, _PRONOUN] if in_english else _REMARK
+    said, given = _straight(answer), _straight(given)
+    return any(pattern.search(said) and not pattern.search(given) for pattern in patterns)
+
+
+def _straight(text: str) -> str:
+    return text.replace("’", "'").replace("‘", "'")

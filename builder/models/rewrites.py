@@ -137,7 +137,8 @@ class Rewrites:
         system = self._system.fill(plain)
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": user})
-        return messages, Request(plain["text"], user, self._user.labels, tuple(group))
+        more = " ".join(plain[name] for name in self.columns[1:])
+        return messages, Request(plain["text"], user, self._user.labels, tuple(group), more=more)
 
 
 @dataclass(frozen=True)

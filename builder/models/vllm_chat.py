@@ -15,7 +15,7 @@ from typing import Any
 from builder.errors import StageError, missing_extra
 from builder.models.answers import Rejected
 from builder.models.chat import AskFailed
-from builder.models.rewrites import Answer, Talk
+from builder.models.rewrites import Answer, Messages, Talk
 
 #: The engine's own process is left out, so that what kills the worker leaves nothing behind; nothing is reported home.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -80,13 +80,12 @@ class VllmChat:
         self._sampling = package.SamplingParams(**wanted)
 
     def answer(self, talks: Sequence[Talk]) -> list[Answer | AskFailed | Rejected]:
-        """The outcomes of talks, in order; what is rejected is asked again together.
-
-        Raises:
-            ValueError: a request is longer than the model takes.
-        """
+        """The outcomes of talks, in order; what is rejected is asked again together."""
         outcomes: dict[int, Answer | AskFailed | Rejected] = {}
-        while open_ := [i for i in range(len(talks)) if i not in outcomes]:
+        while left := [i for i in range(len(talks)) if i not in outcomes]:
+            outcomes |= {i: failed for i in left if (failed := self._too_long(talks[i].messages)) is not None}
+            if not (open_ := [i for i in left if i not in outcomes]):
+                break
             replies = self._engine.chat(
                 [talks[i].messages for i in open_],
                 self._sampling,
@@ -98,6 +97,23 @@ class VllmChat:
                 if outcome is not None:
                     outcomes[i] = outcome
         return [outcomes[i] for i in range(len(talks))]
+
+    def _too_long(self, messages: Messages) -> AskFailed | None:
+        """Why a request is not asked: for one that is longer than the model takes, the engine refuses them all.
+
+        Tokens are counted where there may be so many: a token of text has a byte at least, a frame has some hundred.
+        """
+        longest: int = self._engine.model_config.max_model_len
+        if 2 * sum(len(message["content"].encode()) for message in messages) < longest:
+            return None
+        tokenizer = self._engine.get_tokenizer()
+        tokens = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=False, add_generation_prompt=True, **self._template
+        )
+        if len(tokens) < longest:
+            return None
+        message = f"the request has {len(tokens)} tokens, and the model takes {longest} with the answer's"
+        return AskFailed("rejected", message, is_final=True)
 
     def _heard(self, talk: Talk, reply: Any) -> Answer | AskFailed | Rejected | None:
         output = reply.outputs[0]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Annotated, Any, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic.config import JsonDict
 
 from builder.config import Strict
-from builder.errors import ConfigError
+from builder.errors import ConfigError, StageError
 from builder.models.answers import Contract, Detect, Rejected
 from builder.models.asking import Asking, Outcome
-from builder.models.endpoints import Endpoint, Pool
+from builder.models.endpoint import is_address
+from builder.models.endpoints import Endpoint, Over, Pool, summary
 from builder.models.groups import Groups, text_of
 from builder.models.language import LanguageModel
 from builder.models.rewrites import Answer, Rewrites, Talk
@@ -26,6 +27,8 @@ from builder.stage import Resources, RowsFailed
 
 #: Rows of a batch that is asked of servers.
 ASKED_ROWS = 256
+#: Rows ahead for every request in flight: one slow answer holds up its batch, and the others go on meanwhile.
+AHEAD = 4
 #: Rows of a batch that vLLM does in process: it fills its own batches the better the more it is given.
 IN_PROCESS_ROWS = 4096
 _SAME_ANSWER: JsonDict = {"decides": False}
@@ -46,7 +49,7 @@ class PromptsOptions(Strict):
     #: The host of `ports`.
     host: str = Field(default="127.0.0.1", json_schema_extra=_SAME_ANSWER)
     #: Of `ports`: the model's name at the servers; of vllm: its folder, or a hub's id.
-    model: str | None = None
+    model: str | None = Field(default=None, min_length=1)
     #: Of openai: seconds from sending a request to the last byte of its answer.
     timeout_s: float = Field(default=120.0, gt=0, json_schema_extra=_SAME_ANSWER)
     #: Of openai: how often one request may fail before its row has.
@@ -89,6 +92,34 @@ class PromptsOptions(Strict):
     #: How often a refused answer is asked for again, with the reason.
     retries: int = Field(default=2, ge=0)
 
+    @field_validator("host")
+    @classmethod
+    def _is_host(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", value) or not is_address(f"http://{value}:1"):
+            raise ValueError('no name of a host such as "127.0.0.1", "node7" or "[::1]"')
+        return value
+
+    @field_validator("lang")
+    @classmethod
+    def _is_language(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z]{2,3}", value):
+            raise ValueError('no code of ISO 639-1 such as "en"')
+        return value
+
+    @field_validator("body")
+    @classmethod
+    def _leaves_the_talk_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if own := [name for name in ("messages", "model", "n", "stream") if name in value]:
+            raise ValueError(f"'{own[0]}' is what the stage itself says")
+        return value
+
+    @field_validator("synonyms")
+    @classmethod
+    def _are_words(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        if any(not word.strip() for words in value.values() for word in words):
+            raise ValueError("an empty word would count as every group")
+        return value
+
 
 class Prompts:
     """Adds `prompt`, and who wrote it."""
@@ -111,6 +142,8 @@ class Prompts:
         ]
     )
     resources: Resources = Resources(cpus=1, memory_gb=0.5, batch_rows=1024)
+    #: Processes of the run that ask the same servers.
+    workers: int = 1
 
     def __init__(self, options: PromptsOptions) -> None:
         """Checks what can be checked without a model.
@@ -119,11 +152,14 @@ class Prompts:
             ConfigError: options that do not fit together.
         """
         self.options = options
+        self.deciding = _deciding(options)
         self._asking: Asking | None = None
         self._engine: VllmChat | None = None
         self._notes: list[dict[str, Any]] = []
         if options.backend == "template":
             self.tolerance = 0.0
+            if options.groups is not None:
+                self.notice = "backend 'template' assigns no groups: its prompts show none"
             return
         self._groups = Groups(options.groups, seed=options.group_seed) if options.groups is not None else None
         self._rewrites = Rewrites(
@@ -142,8 +178,8 @@ class Prompts:
         if options.backend == "openai":
             self._endpoints = _endpoints(options)
             ceiling = sum(endpoint.max_concurrency for endpoint in self._endpoints)
-            ahead = 1 + math.ceil(ceiling / ASKED_ROWS)
-            self.resources = Resources(cpus=1, memory_gb=1, batch_rows=ASKED_ROWS, ahead=ahead)
+            ahead = ASKED_ROWS + AHEAD * ceiling
+            self.resources = Resources(cpus=1, memory_gb=1, batch_rows=ASKED_ROWS, ahead_rows=ahead)
         else:
             if options.model is None:
                 raise ConfigError(
@@ -177,13 +213,18 @@ class Prompts:
         sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
         if options.backend == "openai":
             pool = Pool(
-                self._endpoints,
+                [endpoint.share(self.workers) for endpoint in self._endpoints],
                 timeout_s=options.timeout_s,
                 attempts=options.attempts,
                 rest_after=options.rest_after,
                 rest_s=options.rest_s,
             )
             self._asking = Asking(pool, _body(options, sampling))
+            try:
+                self._asking.start()
+            except BaseException:
+                self._asking = None
+                raise
         else:
             assert options.model is not None
             self._engine = VllmChat(
@@ -245,9 +286,11 @@ class Prompts:
         if self._groups is not None:
             columns["prompt_group"] = [text_of(self._group_of(row)) for row in batch.to_pylist()]
         result = self._filled(batch.num_rows, columns)
-        errors = {i: outcome for i, outcome in enumerate(outcomes) if not isinstance(outcome, Answer)}
-        if errors:
-            raise RowsFailed(result, errors)
+        others = {i: outcome for i, outcome in enumerate(outcomes) if not isinstance(outcome, Answer)}
+        left = {i: outcome for i, outcome in others.items() if isinstance(outcome, Over)}
+        if others:
+            errors = {i: outcome for i, outcome in others.items() if i not in left}
+            raise RowsFailed(result, errors, left=left, why=_why(left.values()))
         return result
 
     def _filled(self, rows: int, columns: dict[str, list[Any]]) -> pa.RecordBatch:
@@ -271,6 +314,16 @@ class Prompts:
         nobody = {"uid": None, "shard": None, "row": None, "kind": "notice", "endpoint": None}
         return notes + [{**nobody, "text": text} for text in told]
 
+    def totals(self) -> dict[str, dict[str, Any]]:
+        """What the pool counted, by endpoint."""
+        return {} if self._asking is None else self._asking.totals()
+
+    summary = staticmethod(summary)
+
+    def give_up(self) -> None:
+        if self._asking is not None:
+            self._asking.give_up()
+
     def close(self) -> None:
         if self._asking is not None:
             self._asking.close()
@@ -286,6 +339,21 @@ class _Asked:
     def __init__(self, talks: list[Talk | Rejected], outcomes: Future[list[Outcome]]) -> None:
         self.talks, self.outcomes = talks, outcomes
 
+    def cancel(self) -> None:
+        """Asks about it no more."""
+        self.outcomes.cancel()
+
+
+def _deciding(options: PromptsOptions) -> PromptsOptions:
+    """The options that the backend uses: all servers in one list, and the attributes of groups in the order given."""
+    if options.backend == "template":
+        return PromptsOptions(style=options.style)
+    groups = list(options.groups.values()) if isinstance(options.groups, dict) else options.groups
+    used: dict[str, Any] = {"style": DEFAULT_STYLE, "groups": groups, "endpoints": []}
+    if options.backend == "openai":
+        used |= {"model": None, "endpoints": _endpoints(options)}
+    return options.model_copy(update=used)
+
 
 def _endpoints(options: PromptsOptions) -> list[Endpoint]:
     """The servers that are named one by one, and those of the short form."""
@@ -298,6 +366,15 @@ def _endpoints(options: PromptsOptions) -> list[Endpoint]:
             fix='write [[stages.prompts.endpoints]] with base_url and model, or ports = [11434] and model = "..."',
         )
     return [*options.endpoints, *short]
+
+
+def _why(overs: Iterable[Over]) -> StageError | None:
+    """Why no endpoint answers any more; None if the run was stopped."""
+    for over in overs:
+        if over.kind != "stopped":
+            fix = "raise its 'budget', or name other endpoints" if over.kind == "no_budget" else "mend that"
+            return StageError(str(over), fix=f"{fix}; the same command goes on with the rows that are left")
+    return None
 
 
 def _body(options: PromptsOptions, sampling: dict[str, Any]) -> dict[str, Any]:
