@@ -141,6 +141,7 @@ class LlmServer:
         self._slots = None if slots is None else asyncio.Semaphore(slots)
         self._plays: deque[Play] = deque()
         self._always = Play()
+        self._endings: dict[str, Play] = {}
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self.port = 0
@@ -158,6 +159,10 @@ class LlmServer:
     def always(self, play: Play) -> None:
         """For every request that the script does not cover."""
         self._always = play
+
+    def about(self, ending: str, play: Play) -> None:
+        """For every request whose last message ends so, whatever the script says."""
+        self._endings[ending] = play
 
     def contents(self) -> list[str]:
         """The last message of every chat request, in order."""
@@ -236,7 +241,9 @@ class LlmServer:
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
-            play = self._plays.popleft() if self._plays else self._always
+            said = str(request["messages"][-1]["content"]).rstrip("\"'. ")
+            endings = [play for ending, play in self._endings.items() if said.endswith(ending)]
+            play = endings[0] if endings else self._plays.popleft() if self._plays else self._always
             if self.limit is not None and self._at_once > self.limit:
                 play = status(429, "too many at a time")
             elif request["model"] != self.model:

@@ -397,8 +397,9 @@ def test_nobody_is_asked_any_more_about_a_shard_that_is_left(
 
     monkeypatch.setattr(table, "commit", refused)
     with LlmServer() as server:
-        stage = prompts_for(server, {"max_concurrency": 6}, timeout_s=5.0)
-        server.script(*[Play()] * 2, *[hang()] * 6)  # these six take all places
+        stage = prompts_for(server, {"max_concurrency": 4}, timeout_s=5.0)
+        for number in range(4, 8):  # behind the second batch, whose checkpoint hears of the refusal at the latest
+            server.about(f"number {number}", hang())
         layout = dataset.load().layout
         done = do(layout, plan(layout, stage, sql=SQL), stage, batch_rows=2, checkpoint_rows=2)
     assert (done.left, done.ok) == ({"00000000": "it cannot be used"}, 8)
