@@ -121,7 +121,7 @@ def _choice_options(command: Command) -> Command:
         click.option(
             "--retry",
             metavar="CLASS",
-            help="Failed rows, too: 'failed' for all, 'failed:timeout' for a class of error.",
+            help="With 'failed', failed rows, too; with 'failed:timeout' those of that class of error alone.",
         ),
     ):
         command = option(command)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from builder import pipeline as pipelines
 from builder import runs, workset, writer
-from builder.asking import Failure, answer
+from builder.answering import Failure, answer
 from builder.errors import ConfigError, ShardError, StageError
 from builder.executors.local import as_a_worker
 from builder.members import EDIT, MemberReader

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import __version__, errors, files, table, workset, writer
-from builder.asking import error_text
+from builder.answering import error_text
 from builder.config import Run
 from builder.deaths import Deaths
 from builder.errors import BuilderError, ShardError, StageError

@@ -105,7 +105,7 @@ class Stage(Protocol):
     - `params`: values of $names in that SQL, where the pipeline gives none.
     - `lookups`: parquet files that its work SQL may join (`query.Lookup`), by the name of the view.
     - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart, by its own
-      `difference(alone, within) -> float` or `asking.difference`: it declares itself deterministic so, and is held
+      `difference(alone, within) -> float` or `answering.difference`: it declares itself deterministic so, and is held
       to it.
     - `deciding`: its options in one form, for `options_hash`, where several forms ask for the same answers.
     - `notice`: what a run says of it before it starts, such as a licence.

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from builder import files, schema, table
-from builder.asking import Failure, Found, Left, answer, check_alone, error_text
+from builder.answering import Failure, Found, Left, answer, check_alone, error_text
 from builder.deaths import Deaths
 from builder.edits import EditsTar
 from builder.errors import BuilderError, ConflictError, ShardError, StageError, TransientError

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from builder import files, schema, table, workset
-from builder.asking import Failure, Left, answer, check_alone
+from builder.answering import Failure, Left, answer, check_alone
 from builder.errors import ConfigError, StageError
 from builder.executors.local import as_a_worker
 from builder.pipeline import Pipeline, table_shards, use_of, work_of

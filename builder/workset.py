@@ -41,7 +41,7 @@ class Choice:
     """Which of the rows that the SQL covers a run tries; rows without an answer always.
 
     Attributes:
-        retry: failed rows too: `failed` for all, `failed:CLASS` or the class of the error for some.
+        retry: failed rows: with `failed` all of them, too; with `failed:CLASS` those of that class of error alone.
         redo: rows with an answer too.
         stale: rows whose inputs, stage version or options differ from those of their answer.
         where: a condition over `samples` that narrows any of these.
@@ -180,7 +180,7 @@ def _added(counts: Counts, work: Work, state: pa.Table, wanted: pa.Table | None)
     if work.choice.stale:
         todo = _to_do(work, _covered(state, wanted)).num_rows
     else:
-        todo = len(of) if work.choice.redo else int(np.count_nonzero(_is_open(of)))
+        todo = len(of) if work.choice.redo else int(np.count_nonzero(_is_open(of, work.choice)))
     return Counts(
         covered=counts.covered + len(of),
         todo=counts.todo + todo,
@@ -457,9 +457,10 @@ def _covered(state: pa.Table, wanted: pa.Table) -> pa.Table:
     return both
 
 
-def _is_open(states: np.ndarray) -> np.ndarray:
-    """Which rows a run without further choice tries: those without an answer, and failures that are to be retried."""
-    return np.asarray((states == 0) | (states == _RETRIED))
+def _is_open(states: np.ndarray, choice: Choice) -> np.ndarray:
+    """Which rows a run tries: those without an answer and failures to retry; of a class of failures these alone."""
+    is_retried = states == _RETRIED
+    return np.asarray(is_retried if choice.retry_class not in (None, "failed") else is_retried | (states == 0))
 
 
 def _to_do(work: Work, covered: pa.Table) -> pa.Table:
@@ -471,7 +472,7 @@ def _to_do(work: Work, covered: pa.Table) -> pa.Table:
         inputs = _inputs_of(covered, work)
         same = pc.fill_null(pc.equal(covered[f"{name}_previous"].cast(pa.uint64()), inputs), False)
         return covered.filter(pc.invert(same))
-    return covered.filter(pa.array(_is_open(covered[f"{name}_state"].to_numpy())))
+    return covered.filter(pa.array(_is_open(covered[f"{name}_state"].to_numpy(), choice)))
 
 
 def _inputs_of(rows: pa.Table, work: Work) -> pa.UInt64Array:

@@ -35,7 +35,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from builder import table, tar
-from builder.asking import MAX_ERROR, answer
+from builder.answering import MAX_ERROR, answer
 from builder.cli import main as builder_command
 from builder.edits import EditsTar
 from builder.errors import ShardError

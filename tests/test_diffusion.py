@@ -22,7 +22,7 @@ from pydantic import ValidationError
 import planned
 import tiny_diffusers
 from builder import table
-from builder.asking import check_alone, error_text
+from builder.answering import check_alone, error_text
 from builder.errors import StageError
 from builder.models.diffusion import Diffusion, is_out_of_memory, name_of
 from builder.stage import Preparing, RowsFailed

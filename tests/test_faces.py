@@ -16,7 +16,7 @@ import skimage.data
 from PIL import Image
 
 from builder import query
-from builder.asking import answer, check_alone
+from builder.answering import answer, check_alone
 from builder.errors import ConfigError, StageError
 from builder.models import detectors
 from builder.models.detectors import nearness

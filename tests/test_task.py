@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pytest
 
-from builder import Resources, Strict, asking, files, output, schema, table, tar, task
-from builder.asking import error_text
+from builder import Resources, Strict, answering, files, output, schema, table, tar, task
+from builder.answering import error_text
 from builder.deaths import Deaths
 from builder.errors import ShardError, StageError, TransientError
 from builder.layout import Layout, RunFiles
@@ -110,7 +110,7 @@ def test_a_batch_is_halved_and_not_done_row_by_row(layout: Layout) -> None:
 def test_an_error_is_one_line_of_printable_text() -> None:
     assert error_text(ValueError("a\n\tb  \x1b[31mc")) == "ValueError: a b [31mc"
     assert error_text(StageError("what", where={"shard": "a"}, fix="do")) == "StageError: what"
-    assert error_text(KeyError("x" * 1000)) == ("KeyError: '" + "x" * 1000)[: asking.MAX_ERROR]
+    assert error_text(KeyError("x" * 1000)) == ("KeyError: '" + "x" * 1000)[: answering.MAX_ERROR]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ class Busy(Base):
 def test_a_transient_error_is_tried_again(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, times: int, failed: int
 ) -> None:
-    monkeypatch.setattr(asking, "TRANSIENT_PAUSE_S", 0.001)
+    monkeypatch.setattr(answering, "TRANSIENT_PAUSE_S", 0.001)
     stage = Busy(Options(word=str(times), bad=[key(2)]))
     result = do(layout, plan(layout, stage), stage, batch_rows=1)
     assert (result.ok, result.failed) == (16 - failed, failed)
@@ -606,7 +606,7 @@ def test_a_row_that_cannot_be_prepared_fails_alone(layout: Layout) -> None:
 
 
 def test_a_transient_error_of_prepare_is_tried_again(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "TRANSIENT_PAUSE_S", 0.001)
+    monkeypatch.setattr(answering, "TRANSIENT_PAUSE_S", 0.001)
     stage = AheadBusy(Options(bad=[key(5)]))
     assert do(layout, plan(layout, stage), stage).ok == 16
     assert [numbers for numbers, here in stage.prepared if here] == [[4, 5, 6, 7]]
@@ -747,7 +747,7 @@ def test_a_stage_may_measure_the_difference_itself(layout: Layout) -> None:
 )
 def test_differences_of_answers(a: Any, b: Any, expected: float) -> None:
     batches = [pa.RecordBatch.from_pylist([{"value": value}]) for value in (a, b)]
-    assert asking.difference(*batches) == expected
+    assert answering.difference(*batches) == expected
 
 
 # --- notes ---

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from builder.asking import difference
+from builder.answering import difference
 from builder.errors import ConfigError
 from builder.models.detectors import (
     TOLERANCES,

@@ -121,9 +121,11 @@ class Generate:
         if options.backend == "diffusers":
             # A batch's shape does not depend on how many are real: there is no difference but a library's own noise.
             self.tolerance = 1.0
+            batches = AHEAD + len(self.sizes) - 1
             self.resources = Resources(
-                cpus=2, gpus=1, memory_gb=16, batch_rows=options.batch_size, ahead=AHEAD + len(self.sizes) - 1
-            )
+                cpus=2, gpus=1, memory_gb=16, batch_rows=options.batch_size, ahead=batches,
+                ahead_rows=batches * options.batch_size,
+            )  # fmt: skip
         self._model: Diffusion | None = None
         self._queue: ImageQueue | None = None
 
