@@ -213,12 +213,11 @@ def _generate(layout: Layout, shard: str, edits: Path) -> None:
         "image_sha256": [hashlib.sha256(data).hexdigest() for data, _ in chosen],
         "image_width": [size[0] for _, size in chosen], "image_height": [size[1] for _, size in chosen],
         "image_seed": rows, "image_model": ["bench"] * count, "image_prompt": prompts,
-        "image_draw": [0] * count, "image_steps": [None] * count, "image_guidance": [None] * count,
-        "image_batch_size": [None] * count,
-        "generate_status": ["ok"] * count, "generate_error": [None] * count, "generate_run": ["bench"] * count,
+        "image_draw": [0] * count, "generate_status": ["ok"] * count, "generate_run": ["bench"] * count,
         "generate_inputs": rows,
     }  # fmt: skip
-    done = pa.table({column.name: pa.array(values[column.name], column.type) for column in stage})
+    nothing = [None] * count
+    done = pa.table({column.name: pa.array(values.get(column.name, nothing), column.type) for column in stage})
     done = done.append_column("row", pa.array(rows, pa.int64()))
     tables_of.commit(layout, shard, "generate", stage, done, [None] * count, rows=state.rows, attempt="bench-a")
     tables_of.heal(layout, [shard])
