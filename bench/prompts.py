@@ -22,13 +22,12 @@ import contextlib
 import json
 import multiprocessing
 import re
-import resource
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bench.report import Result, compared, rounds_of, table
+from bench.report import Result, compared, peak_mb, rounds_of, table
 from builder.models.endpoints import Endpoint, Pool
 
 #: Requests in flight of all comparisons.
@@ -287,9 +286,6 @@ def memory() -> Result:
 
 
 def _ask_many(pipe: Connection, base_url: str) -> None:
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
     async def work() -> tuple[float, float]:
         pool = Pool([Endpoint(base_url=base_url, model=MODEL)], timeout_s=60)
         await pool.start()
@@ -298,10 +294,10 @@ def _ask_many(pipe: Connection, base_url: str) -> None:
             return (await pool.ask(messages(number), temperature=0.7, max_tokens=100)).text
 
         await ask_all(call, WARM)
-        warm = peak()
+        warm = peak_mb()
         await ask_all(call, MANY - WARM)
         await pool.close()
-        return warm, peak()
+        return warm, peak_mb()
 
     pipe.send(asyncio.run(work()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ def rounds_of(count: int, *methods: Callable[[], float]) -> list[list[float]]:
         for method, found in zip(methods, values, strict=True):
             found.append(method())
     return values
+
+
+def peak_mb() -> float:
+    """The most memory that this process has held, MB; getrusage would count its parent's, where that was larger."""
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
 
 
 def table(results: Sequence[Result]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench import corpus, tables
+from bench.report import peak_mb
 from builder import pipeline as pipelines
 from builder import schema, table, workset, writer
 from builder.layout import Layout
@@ -242,8 +242,7 @@ def main() -> None:
     began = time.perf_counter()
     work()
     seconds = time.perf_counter() - began
-    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
-    print(json.dumps({"seconds": seconds, "peak_mb": peak}), flush=True)
+    print(json.dumps({"seconds": seconds, "peak_mb": peak_mb()}), flush=True)
 
 
 if __name__ == "__main__":
