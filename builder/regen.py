@@ -26,7 +26,7 @@ from builder.stage import Stage, find, options_hash
 from builder.workset import Choice, Work
 
 #: The option that the batch size of a row's own batch, image_batch_size, takes the place of.
-_BATCH = "batch_size"
+_BATCH, _REVISION = "batch_size", "revision"
 
 
 @dataclass
@@ -110,7 +110,7 @@ def _stored(pipeline: Pipeline, row: dict[str, Any]) -> bytes | None:
 
 
 def _stage_of(run: dict[str, Any], row: dict[str, Any]) -> tuple[Stage, BaseModel]:
-    """The stage, with the options of its run and the batch size of the row's own batch.
+    """The stage, with the options of its run, and of the row's own batch its size and the model's commit on a hub.
 
     Raises:
         ConfigError: this version does not know one of the options.
@@ -119,6 +119,9 @@ def _stage_of(run: dict[str, Any], row: dict[str, Any]) -> tuple[Stage, BaseMode
     options = dict(run["options"])
     if _BATCH in kind.Options.model_fields and row.get("image_batch_size"):
         options[_BATCH] = row["image_batch_size"]
+    name, _, commit = str(row.get("image_model") or "").partition("@")
+    if _REVISION in kind.Options.model_fields and commit and options.get("model") == name:
+        options[_REVISION] = commit
     try:
         known = kind.Options.model_validate_json(json.dumps(options))
     except ValidationError as error:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import threading
 import time
 import tomllib
@@ -234,19 +235,37 @@ def test_names_of_models_hold_no_path(tmp_path: Path) -> None:
     assert name_of("stabilityai/sd-turbo", "main") == "stabilityai/sd-turbo@main"
 
 
-def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub's cache with the model `some/sd`, whose branch is at `COMMIT`; the other commit in it is another model."""
     import huggingface_hub.constants
 
-    commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "models--some--sd"
-    tiny_diffusers.make_sd(cached / "snapshots" / commit)
+    shutil.copytree(models["sd"], cached / "snapshots" / COMMIT)
+    shutil.copytree(models["dit"], cached / "snapshots" / LATER)
     (cached / "refs").mkdir()
-    (cached / "refs/main").write_text(commit)
+    (cached / "refs/main").write_text(COMMIT)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return cached
+
+
+COMMIT, LATER = "0123456789abcdef0123456789abcdef01234567", "1" * 40
+
+
+def test_an_image_is_made_again_by_the_commit_that_made_it(hub: Path, workspace: Callable[..., Workspace]) -> None:
+    made = workspace({"00000000": samples(6)}, stages=STAGES.format(model="some/sd"))
+    made.run("run")
+    [(uid, model)] = made.rows("select uid, image_model from samples where image_path is not null order by uid limit 1")
+    assert model == f"some/sd@{COMMIT}"
+    (hub / "refs/main").write_text(LATER)
+    assert made.run("regen", uid, "--check").stdout.endswith("the same image, bit for bit\n")
+
+
+def test_a_model_of_the_hub_is_named_with_its_commit(hub: Path) -> None:
     stage = Generate(GenerateOptions(backend="diffusers", model="some/sd", revision="main", **SMALL))
     stage.setup("cpu")
-    assert stage._model is not None and stage._model.name == f"some/sd@{commit}"
+    assert stage._model is not None and stage._model.name == f"some/sd@{COMMIT}"
     stage.close()
 
 
