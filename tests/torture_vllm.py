@@ -59,8 +59,9 @@ def install(folder: Path) -> None:
     overrides = folder / "overrides.txt"
     overrides.write_text("".join(f'{name} ; python_version < "0"\n' for name in LEFT_OUT))
     environment = dict(os.environ)
-    if "PIP_FIND_LINKS" in environment:  # uv does not read pip's settings
-        environment.setdefault("UV_FIND_LINKS", environment["PIP_FIND_LINKS"])
+    for uvs, pips in {"UV_FIND_LINKS": "PIP_FIND_LINKS", "SSL_CERT_FILE": "PIP_CERT"}.items():
+        if pips in environment:  # uv does not read pip's settings
+            environment.setdefault(uvs, environment[pips])
     subprocess.run([python, "-m", "pip", "install", "--quiet", "uv"], check=True)
     uv = [python, "-m", "uv", "pip", "install", "--quiet", "--python", python, "--override", overrides]
     subprocess.run([*uv, *PACKAGES, "-e", TESTS.parent], check=True, env=environment)
