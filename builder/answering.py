@@ -147,8 +147,8 @@ def check_alone(stage: Stage, batch: pa.RecordBatch, answers: Sequence[tuple[int
         found = math.inf if isinstance(alone, Failure) else measure(alone, within)
         if not found <= tolerance:
             said = alone.error if isinstance(alone, Failure) else _shown(alone)
-            batches_itself = "batch_size" in type(stage).Options.model_fields
-            section = f"[stages.{stage.name}]" if batches_itself else f"[stages.{stage.name}.run]"
+            own = getattr(stage, "batch_option", None)
+            alone_by = f"{own} = 1 in [stages.{stage.name}]" if own else f"batch_rows = 1 in [stages.{stage.name}.run]"
             place = {"shard": batch.column("shard")[row].as_py(), "row": batch.column("row")[row].as_py()}
             raise StageError(
                 f"stage '{stage.name}' gives a row another answer alone than in a batch of {batch.num_rows}",
@@ -156,8 +156,7 @@ def check_alone(stage: Stage, batch: pa.RecordBatch, answers: Sequence[tuple[int
                     **place, "alone": said, "in the batch": _shown(within), "difference": f"{found:g}",
                     "tolerance": f"{tolerance:g}",
                 },
-                fix="its model lets rows of one batch change each other: use another model, or "
-                f"{'batch_size' if batches_itself else 'batch_rows'} = 1 in {section}",
+                fix=f"its model lets rows of one batch change each other: use another model, or {alone_by}",
             )  # fmt: skip
         largest = max(largest, found)
     return largest

@@ -290,10 +290,10 @@ def _nothing_to_do(name: str, counts: Counts, talk: Talk) -> Outcome:
 
 
 def _tell_classes(layout: Layout, work: Work, talk: Talk) -> None:
-    """Says of what classes a stage's failures are: none of them is the one that was to be tried again."""
+    """Says of what classes a stage's failures in the table are: no row asked for is of the one to try again."""
     with Samples(layout, work.columns, work.shards) as samples:
         classes = ", ".join(f"{kind} ({rows})" for kind, rows, _ in _classes(samples, work.stage.name))
-    talk.say(f"{work.stage.name}: no failed row is of class '{work.choice.retry_class}'; there are: {classes}")
+    talk.say(f"{work.stage.name}: no row asked for has failed with '{work.choice.retry_class}'; there are: {classes}")
 
 
 def _classes(samples: Samples, name: str) -> list[tuple[Any, ...]]:

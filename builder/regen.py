@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +25,6 @@ from builder.pipeline import Pipeline
 from builder.query import Sql
 from builder.stage import Stage, find, options_hash
 from builder.workset import Choice, Work
-
-#: The option that the batch size of a row's own batch, image_batch_size, takes the place of.
-_BATCH, _REVISION = "batch_size", "revision"
 
 
 @dataclass
@@ -110,18 +108,14 @@ def _stored(pipeline: Pipeline, row: dict[str, Any]) -> bytes | None:
 
 
 def _stage_of(run: dict[str, Any], row: dict[str, Any]) -> tuple[Stage, BaseModel]:
-    """The stage, with the options of its run, and of the row's own batch its size and the model's commit on a hub.
+    """The stage, with the options of its run and what the row has recorded of them.
 
     Raises:
         ConfigError: this version does not know one of the options.
     """
     kind = find(run["stage"], run["python_file"])
-    options = dict(run["options"])
-    if _BATCH in kind.Options.model_fields and row.get("image_batch_size"):
-        options[_BATCH] = row["image_batch_size"]
-    name, _, commit = str(row.get("image_model") or "").partition("@")
-    if _REVISION in kind.Options.model_fields and commit and options.get("model") == name:
-        options[_REVISION] = commit
+    as_made: Callable[..., dict[str, Any]] = getattr(kind, "as_made", lambda options, row: options)
+    options = as_made(run["options"], row)
     try:
         known = kind.Options.model_validate_json(json.dumps(options))
     except ValidationError as error:

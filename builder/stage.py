@@ -102,6 +102,8 @@ class Stage(Protocol):
     - `inputs` and `resources` of its own in an instance, where its options decide them.
     - `sql`: the name of its work SQL, where that is not `sql/<name>.sql`.
     - `recorded`: its own columns that hold an input as it was when a row was answered, by input.
+    - `as_made(options, row) -> dict`: the options of a run with what a row of it has recorded of them.
+    - `batch_option`: its option for how many rows its model takes at once, where these are not the rows of a batch.
     - `params`: values of $names in that SQL, where the pipeline gives none.
     - `lookups`: parquet files that its work SQL may join (`query.Lookup`), by the name of the view.
     - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart, by its own

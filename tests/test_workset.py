@@ -530,6 +530,6 @@ def test_a_class_without_failures_is_told_with_those_there_are(
     do(pipeline.layout, plan(pipeline.layout, stage), stage)
     assert pipelines.run_stage(pipeline, "note", Choice(retry="failed:valueerror"), Talk()).counts == {}
     assert capsys.readouterr().err == (
-        "note: no failed row is of class 'valueerror'; there are: ValueError (2)\n"
+        "note: no row asked for has failed with 'valueerror'; there are: ValueError (2)\n"
         "note: nothing to do (14 ok, 2 failed of 16 covered)\n"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -108,6 +108,18 @@ class Generate:
     recorded: ClassVar[dict[str, str]] = {
         "prompt": "image_prompt", "draw": "image_draw", "width": "image_width", "height": "image_height",
     }  # fmt: skip
+    batch_option: ClassVar[str] = "batch_size"
+
+    @staticmethod
+    def as_made(options: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a run with the size of the image's own batch, and the commit of its model on a hub."""
+        made = dict(options)
+        if row.get("image_batch_size"):
+            made["batch_size"] = row["image_batch_size"]
+        name, _, commit = str(row.get("image_model")).partition("@")
+        if commit and name == options.get("model"):
+            made["revision"] = commit
+        return made
 
     def __init__(self, options: GenerateOptions) -> None:
         self.options = options
