@@ -369,6 +369,7 @@ def plan(
     choice = Choice(retry=retry, redo=redo, stale=stale, where=where)
     found = pipelines.plan(loaded, choice)
     shards, write_plan = found.ingest, found.write
+    commands = [_again(rule.command, scale, pipeline, sets) for rule in found.older]
     if as_json:
         value = {
             "ingest": {
@@ -388,6 +389,7 @@ def plan(
                 "bytes_needed": write_plan.needed,
                 "bytes_free": write_plan.free,
             },
+            "older": [{**vars(rule), "command": command} for rule, command in zip(found.older, commands, strict=True)],
         }
         click.echo(json.dumps(value))
         return
@@ -417,6 +419,12 @@ def plan(
             ("chosen but bad in the source, left as they are", write_plan.refused),
         ],
     )
+    for rule, command in zip(found.older, commands, strict=True):
+        what = "shards were read" if rule.stage == "ingest" else "rows were answered"
+        click.echo(f"\n{rule.stage}: {rule.count:,} {what} by version {rule.version}, and stay so until you ask:")
+        for change in rule.changes:
+            click.echo(f"  now {change}")
+        click.echo(f"  {command}")
     if write_plan.needed > write_plan.free:
         click.echo("too little free disk for write: free some space, or set dataset.root to another disk", err=True)
     first = next((name for name, counts in found.stages.items() if counts.todo), None)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from builder import config as configs
-from builder import files, runs, schema, table, verify, workset, writer
+from builder import files, rules, runs, schema, table, verify, workset, writer
 from builder.config import Config
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError, TransientError
 from builder.layout import Layout, RunFiles, names
@@ -486,11 +486,16 @@ def _deal(todo: Sequence[Slice], tasks: int) -> list[list[Slice]]:
 
 @dataclass
 class Plan:
-    """What `builder run` would do now."""
+    """What `builder run` would do now.
+
+    Attributes:
+        older: answers that older versions gave; a run leaves them as they are.
+    """
 
     ingest: IngestPlan
     stages: dict[str, Counts]
     write: WritePlan
+    older: list[rules.OlderRule]
 
 
 def plan(pipeline: Pipeline, choice: Choice) -> Plan:
@@ -500,7 +505,18 @@ def plan(pipeline: Pipeline, choice: Choice) -> Plan:
     shards = shards_of(pipeline)
     table.heal(layout, shards)
     counts = workset.count(layout, [work_of(pipeline, name, choice, shards) for name in pipeline.stages])
-    return Plan(ingest_plan, dict(zip(pipeline.stages, counts, strict=True)), plan_write(pipeline, is_healed=True))
+    write_plan = plan_write(pipeline, is_healed=True)
+    return Plan(ingest_plan, dict(zip(pipeline.stages, counts, strict=True)), write_plan, _older(pipeline, shards))
+
+
+def _older(pipeline: Pipeline, shards: Sequence[str]) -> list[rules.OlderRule]:
+    """Answers of the pipeline's shards that older versions of ingest and of its stages gave."""
+    layout = pipeline.layout
+    states = (table.partition_state(layout, shard) for shard in shards)
+    versions = [state.source.version for state in states if state is not None]
+    with Samples(layout, pipeline.columns(), shards) as samples:
+        stages = [use.stage for use in pipeline.stages.values()]
+        return rules.of_ingest(versions, tar_shards.CHANGES) + rules.of_stages(layout, samples, stages)
 
 
 def status(pipeline: Pipeline) -> dict[str, Any]:

@@ -106,6 +106,8 @@ class Stage(Protocol):
     - `batch_option`: its option for how many rows its model takes at once, where these are not the rows of a batch.
     - `params`: values of $names in that SQL, where the pipeline gives none.
     - `lookups`: parquet files that its work SQL may join (`query.Lookup`), by the name of the view.
+    - `changes`: what each raised version changed, a sentence by version, the oldest first: `builder plan` tells it of
+      the answers of older versions.
     - `tolerance`: how far the answers of a row alone and of the same row in a batch may be apart, by its own
       `difference(alone, within) -> float` or `answering.difference`: it declares itself deterministic so, and is held
       to it.

@@ -43,13 +43,15 @@ class SourceShard:
         path: absolute path of the tar.
         size: its bytes.
         mtime_ns: its time of modification.
-        reading: hash of ingest's version and the json fields it carried.
+        reading: hash of the json fields that ingest carried.
+        version: ingest's version; a shard that an older one has read is still read.
     """
 
     path: str
     size: int
     mtime_ns: int
     reading: str
+    version: str = field(default="1", compare=False)
 
 
 @dataclass(frozen=True)

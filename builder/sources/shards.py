@@ -30,6 +30,8 @@ from builder.table import SourceShard, commit_source, partition_state, rows_hash
 
 #: Raised when a column of `source` changes its meaning.
 VERSION = "1"
+#: What each raised version changed, the oldest first: `builder plan` tells it of shards that an older one has read.
+CHANGES: dict[str, str] = {}
 
 
 # --- which shards ---
@@ -184,7 +186,7 @@ class Reading:
     @property
     def signature(self) -> str:
         kinds = {name: schema.type_text(kind) for name, kind in sorted(self.fields.items())}
-        return hashlib.blake2b(json.dumps([VERSION, kinds, self.boxes]).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(json.dumps(["1", kinds, self.boxes]).encode(), digest_size=8).hexdigest()
 
     def beside(self, columns: Iterable[Column]) -> Reading:
         """This reading with the json fields that a root carries already: none of them leaves by another pipeline."""
@@ -201,7 +203,7 @@ class Reading:
 def identify(path: Path, reading: Reading) -> SourceShard:
     """What a shard is on disk now."""
     stat = path.stat()
-    return SourceShard(_real(path), stat.st_size, stat.st_mtime_ns, reading.signature)
+    return SourceShard(_real(path), stat.st_size, stat.st_mtime_ns, reading.signature, VERSION)
 
 
 def _real(path: Path) -> str:

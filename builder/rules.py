@@ -1,0 +1,79 @@
+"""Older rules: which answers an earlier version of a stage, or of ingest, gave, and what is different now.
+
+A raised version starts nothing: answers stay until somebody asks for new ones. This says how many there are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from builder import runs
+from builder.layout import Layout
+from builder.query import Samples
+from builder.stage import Stage
+
+
+@dataclass(frozen=True)
+class OlderRule:
+    """Answers of one older version.
+
+    Attributes:
+        stage: the stage that gave them, `ingest` for rows of the source.
+        version: the version that gave them.
+        count: rows, or shards where `stage` is `ingest`.
+        changes: what newer versions changed, the oldest first.
+        command: what gives new answers.
+    """
+
+    stage: str
+    version: str
+    count: int
+    changes: list[str]
+    command: str
+
+
+def of_ingest(versions: Iterable[str], changes: Mapping[str, str]) -> list[OlderRule]:
+    """Shards that an older version of ingest has read.
+
+    Args:
+        versions: of each shard of the table.
+    """
+    return _older("ingest", Counter(versions), changes, "ingest --redo")
+
+
+def of_stages(layout: Layout, samples: Samples, stages: Sequence[Stage]) -> list[OlderRule]:
+    """Rows that older versions of these stages have answered, by stage and version.
+
+    A row whose run is gone from `runs/` counts as one of an unknown version: every change is told.
+    """
+    found: list[OlderRule] = []
+    for stage in stages:
+        changes: Mapping[str, str] = getattr(stage, "changes", {})
+        if not changes:
+            continue
+        answers = samples.fixed(
+            f"select {stage.name}_run, count(*) from samples where {stage.name}_status is not null group by 1"
+        )
+        counts: Counter[str] = Counter()
+        for run, rows in answers:
+            counts[_version_of(layout, run)] += rows
+        found += _older(stage.name, counts, changes, f"stage {stage.name} --stale")
+    return found
+
+
+def _version_of(layout: Layout, run: str) -> str:
+    if not run or not layout.run(run).is_dir():
+        return "unknown"
+    return str(runs.read(layout.run(run)).get("version", "unknown"))
+
+
+def _older(stage: str, counts: Mapping[str, int], changes: Mapping[str, str], command: str) -> list[OlderRule]:
+    found = []
+    for version, count in sorted(counts.items()):
+        known = list(changes)
+        newer = known[known.index(version) + 1 :] if version in changes else known
+        if newer:
+            found.append(OlderRule(stage, version, count, [changes[name] for name in newer], command))
+    return found
