@@ -146,6 +146,7 @@ def test_json_of_plan(ask: Callable[..., Done]) -> None:
     nothing = {"covered": 0, "todo": 0, "ok": 0, "failed": 0, "outside": 0, "shards": 0}
     assert value == {
         "ingest": {"shards": 2, "todo": 0, "missing": [], "vanished": []},
+        "older": [],
         "stages": {
             "faces": {"covered": 16, "todo": 16, "ok": 0, "failed": 0, "outside": 0, "shards": 2},
             "lang": {"covered": 16, "todo": 16, "ok": 0, "failed": 0, "outside": 0, "shards": 2},
