@@ -1,0 +1,47 @@
+"""A root of version 0.1.0 opens, goes on, and starts nothing unasked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import old_root
+from conftest import Workspace
+
+STAGES = ("faces", "lang", "prompts", "generate", "check")
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """The root, with the SQL of its version in the working directory."""
+    made = old_root.unpacked("0.1.0", tmp_path)
+    monkeypatch.chdir(made.folder)
+    return made
+
+
+def answers(made: Workspace) -> set[str]:
+    """Names of the column files, which a stage that starts again adds to."""
+    return {str(path.relative_to(made.root)) for path in (made.root / "columns").rglob("*.parquet")}
+
+
+def test_its_rows_can_be_asked(old: Workspace) -> None:
+    counted = (
+        "select shard, count(*), count(face_count), count(prompt), count(image_path) from samples group by 1 order by 1"
+    )
+    assert old.rows(counted) == [("jpg", 5, 5, 3, 3), ("odd", 7, 7, 4, 4), ("png", 4, 4, 3, 3)]
+
+
+def test_no_shard_is_read_and_no_stage_starts_again_unasked(old: Workspace) -> None:
+    before = answers(old)
+    told = old.run("run").stderr
+    assert "ingest: nothing to do (3 shards)" in told
+    for stage in STAGES:
+        assert f"{stage}: nothing to do" in told
+    assert answers(old) == before
+    plan = json.loads(old.run("plan", "--json").stdout)
+    assert (plan["ingest"]["todo"], {name: counts["todo"] for name, counts in plan["stages"].items()}) == (
+        0,
+        dict.fromkeys(STAGES, 0),
+    )
