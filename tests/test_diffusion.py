@@ -200,7 +200,7 @@ def test_the_row_says_how_the_image_was_made(start: Callable[..., Generate], mod
     assert row == {
         "image_width": 64, "image_height": 64, "image_seed": seed_of(9, f"{7:032x}", "00000007", 2), "image_draw": 2,
         "image_model": "dit", "image_prompt": "a photo of number 7", "image_steps": 2, "image_guidance": 3.5,
-        "image_batch_size": BATCH, "image_device": f"cpu {torch_capability()}",
+        "image_batch_size": BATCH, "image_device": this_cpu(),
     }  # fmt: skip
     assert (stage.resources.batch_rows, stage.resources.gpus, stage.resources.ahead) == (BATCH, 1, 3)
 
@@ -937,14 +937,30 @@ def test_an_image_that_comes_out_otherwise_is_told_with_what_is_not_as_it_was(
         f"  torch: 1.0, now {versions['torch']}\n"
         "  image_steps: 2, now 3\n"
         "  image_batch_size: 4, now 2\n"
-        f"  image_device: cpu {torch_capability()}, now NVIDIA H200\n",
+        f"  image_device: {this_cpu()}, now NVIDIA H200\n",
     )
 
 
-def torch_capability() -> str:
+def this_cpu() -> str:
     import torch
 
-    return str(torch.backends.cpu.get_cpu_capability())
+    threads = torch.get_num_threads()
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" + (f", {threads} threads" if threads > 1 else "")
+
+
+def test_the_threads_of_a_cpu_are_told_where_an_image_is_made_again_with_others(pictured: Workspace) -> None:
+    """They decide its last bits."""
+    import torch
+
+    [(before,)] = pictured.rows("select image_device from samples where row = 0")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        told = pictured.run("regen", "00000000:0", "--check", "--json", check=False).stdout
+    finally:
+        torch.set_num_threads(threads)
+    now = f"{before.partition(',')[0]}, {threads + 1} threads"
+    assert json.loads(told)["reasons"] == [f"image_device: {before}, now {now}"]
 
 
 def test_an_image_is_made_again_though_the_sql_of_its_run_no_longer_returns_it(pictured: Workspace) -> None:

@@ -19,7 +19,7 @@ from builder.models.groups import Groups, text_of
 from conftest import Sample, Workspace, make_workspace, read_tar
 from served import free_port, served, transformers_command
 from tiny_diffusers import make_dit, make_sd
-from tiny_models import GROUPS, REFUSED, SYSTEM, caption, group_talks, portrait, tiny_llama
+from tiny_models import GROUPS, REFUSAL, REFUSED, SYSTEM, caption, group_talks, portrait, tiny_llama
 from toy_scrfd import magenta, write_toy
 
 #: Captions that the tiny LLM knows.
@@ -186,7 +186,7 @@ def test_rejected_answers_are_in_the_run_s_log(sd: Workspace) -> None:
     notes = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
     [(failed,)] = sd.rows("select count(*) from samples where prompts_status = 'failed'")
     assert len(notes) == 2 * failed  # each was asked again once
-    assert {note["kind"] for note in notes} == {"refusal"}
+    assert {(note["kind"], note["text"]) for note in notes} == {("refusal", REFUSAL)}
 
 
 @both

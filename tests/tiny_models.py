@@ -6,16 +6,23 @@ Run as a program it makes one in a folder: `python tests/tiny_models.py FOLDER`.
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from builder.models.answers import Contract, Request
+from builder.models.rewrites import Talk
 
 #: The groups of the talks that `group_talks` has; the refused one is never portrayed.
 GROUPS = [["Black", "Asian"], ["man", "woman"]]
 REFUSED = "Asian woman"
 REFUSAL = "I'm sorry, but I can't help with that."
 SYSTEM = "Rewrite the sentence."
+#: Least lead of every token of a taught answer over the next best one, as a difference of logits: rounding, which
+#: differs with the processor, the threads and the batch, moves them by less than a thousandth of it.
+MARGIN = 2.0
 
 Talks = Sequence[tuple[list[dict[str, str]], str]]
 
@@ -25,12 +32,19 @@ def caption(number: int) -> str:
 
 
 def group_talks(captions: Sequence[str]) -> Talks:
-    """Every caption with every group, and its answer: a sentence that portrays the group, or a refusal."""
+    """Every caption with every group, and its answer: a sentence that portrays the group, or a refusal.
+
+    A refused one has a second turn, in which it is asked for again, and refused again.
+    """
     talks = []
     for text, group in itertools.product(captions, map(" ".join, itertools.product(*GROUPS))):
         user = f'sentence: "{text}" group: "{group}"'
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
         talks.append((messages, REFUSAL if group == REFUSED else portrait(group)))
+        if group == REFUSED:
+            talk = Talk(Contract(), messages, Request(text, user), retries=1)
+            talk.hear(REFUSAL)
+            talks.append((talk.messages, REFUSAL))
     return talks
 
 
@@ -41,6 +55,8 @@ def portrait(group: str) -> str:
 def tiny_llama(folder: Path, talks: Talks, *, steps: int = 400) -> Path:
     """A Llama of 0.4 million parameters that gives the answers of these talks, with a tokenizer of its own.
 
+    What it says in a talk that it was not taught hangs on rounding: teach every turn that a test asks for.
+
     Raises:
         RuntimeError: it has not learnt them.
     """
@@ -48,7 +64,6 @@ def tiny_llama(folder: Path, talks: Talks, *, steps: int = 400) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer(text for messages, answer in talks for text in (*_contents(messages), answer))
-    torch.set_num_threads(1)  # more only wait for one another at this size
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -65,18 +80,20 @@ def tiny_llama(folder: Path, talks: Talks, *, steps: int = 400) -> Path:
     )
     model = LlamaForCausalLM(config)
     examples = [_example(tokenizer, messages, answer) for messages, answer in talks]
+    every = _padded(examples, tokenizer.eos_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     order = torch.Generator().manual_seed(0)
-    for _ in range(steps):
+    least = -math.inf
+    for step in range(1, steps + 1):
         chosen = torch.randint(len(examples), (8,), generator=order).tolist()
         loss = model(**_padded([examples[i] for i in chosen], tokenizer.eos_token_id)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if loss.item() < 0.02:
+        if step % 10 == 0 and (least := _least_margin(model, every)) >= MARGIN:
             break
     else:
-        raise RuntimeError(f"the tiny model has not learnt its answers in {steps} steps: loss {loss.item():.4f}")
+        raise RuntimeError(f"the tiny model has not learnt its answers in {steps} steps: margin {least:.2f}")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -121,6 +138,20 @@ def _example(tokenizer: Any, messages: list[dict[str, str]], answer: str) -> tup
     head = tokenizer(asked, add_special_tokens=False)["input_ids"]
     tail = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     return head + tail, [-100] * len(head) + tail
+
+
+def _least_margin(model: Any, batch: dict[str, Any]) -> float:
+    """The least lead of a token of these answers over the next best one; negative if one of them is not given."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    is_learnt = labels != -100
+    logits, labels = logits[is_learnt], labels[is_learnt].unsqueeze(1)
+    right = logits.gather(1, labels).squeeze(1)
+    others = logits.scatter(1, labels, -math.inf).amax(1)
+    return float((right - others).min())
 
 
 def _padded(examples: list[tuple[list[int], list[int]]], pad: int) -> dict[str, Any]:

@@ -106,7 +106,8 @@ class Diffusion:
         name: the model's name without paths of the machine; of the hub `owner/name@commit`.
         steps: denoising steps.
         guidance: guidance scale; None where the pipeline has none.
-        device_name: what it computes on, as far as that decides the last bits: a GPU's name, a CPU's vector unit.
+        device_name: what it computes on, as far as that decides the last bits: a GPU's name, a CPU's vector unit
+            and threads.
 
     Raises:
         StageError: a package, the device, the model or a part of it is missing, it is no text-to-image pipeline, or it
@@ -371,7 +372,10 @@ def _device_name(device: str) -> str:
     torch, _ = _packages()
     if device.startswith("cuda"):
         return str(torch.cuda.get_device_name(device))
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
+    if device != "cpu":
+        return device
+    threads = torch.get_num_threads()
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" + (f", {threads} threads" if threads > 1 else "")
 
 
 def _tell_memory(pipe: Any) -> None:
