@@ -34,6 +34,10 @@ _EXIT_CODES = (
 )
 #: A cell of a printed table, and a value of a shown sample, are cut at so many characters.
 _CELL, _VALUE = 100, 1000
+#: Names that a line lists before it only counts the others.
+_EXAMPLES = 3
+#: Remarks about shards that an ingest prints.
+_REMARKS = 10
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -466,6 +470,13 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     if errors:
         click.echo()
         print_table(("stage", "failed with", "rows", "for example"), errors)
+    if notes := value["notes"]["rows"]:
+        question = "select shard, row, source_notes from samples where source_notes is not null"
+        click.echo(f"\n{notes:,} rows have notes, for example: {plain(_cut(value['notes']['example'], _CELL))}")
+        _hint(f"all of them: {_again(f'sql {shlex.quote(question)}', scale, pipeline, sets)}")
+    if empty := value["no_sample"]:
+        more = f" and {len(empty) - _EXAMPLES} more" if len(empty) > _EXAMPLES else ""
+        _hint(f"{len(empty)} shards hold no sample: {', '.join(empty[:_EXAMPLES])}{more}")
     if not value["shards"]:
         _hint(f"the table is empty; next: {_again('ingest', scale, pipeline, sets)}")
 
@@ -789,6 +800,11 @@ def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
         talk.say(f"  why: cat {outcome.folder}/logs/*.failures.jsonl")
     for shard, reason in outcome.refused.items():
         talk.say(f"refused shard '{plain(shard)}': {reason}")
+    told = [(shard, text) for shard in sorted(outcome.remarks) for text in outcome.remarks[shard]]
+    for shard, text in told[:_REMARKS]:
+        talk.say(f"shard '{plain(shard)}': {text}")
+    if len(told) > _REMARKS:
+        talk.say(f"and {len(told) - _REMARKS} more of these lines: 'remarks' in {outcome.folder}/tasks/*.result.json")
 
 
 _WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered by another run or left out"}

@@ -463,6 +463,11 @@ def write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome
     workset.write_tasks(run, dealt)
     outcome = runs.execute(run, len(dealt), pipeline.config.run, talk, "write", len(plan.todo), "shards")
     writer.write_sizes(layout)
+    if cut := outcome["no_end_mark"]:
+        talk.say(
+            f"write: the sources of {cut} shards have no end mark, so they were cut; the hybrid shards are closed, and "
+            "their _stats.json says source_end_mark: false"
+        )
     return outcome
 
 
@@ -531,8 +536,15 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
         counts = ", ".join(
             f"count(*) filter ({name}_status = 'ok'), count(*) filter ({name}_status = 'failed')" for name in stages
         )
-        row = samples.fixed(f"select count(*), {counts} from samples")[0]
+        of_a_shard = f"max(source_notes) filter (starts_with(source_notes, '{tar_shards.OF_SHARD}'))"
+        others = f"count(source_notes), coalesce({of_a_shard}, max(source_notes)), count(distinct shard)"
+        *row, noted, note, with_rows = samples.fixed(f"select count(*), {counts}, {others} from samples")[0]
         result["rows"] = row[0]
+        result["notes"] = {"rows": noted, "example": note}
+        result["no_sample"] = []
+        if with_rows < len(shards):
+            have = {shard for (shard,) in samples.fixed("select distinct shard from samples")}
+            result["no_sample"] = [shard for shard in shards if shard not in have]
         for i, name in enumerate(stages):
             ok, failed = row[1 + 2 * i], row[2 + 2 * i]
             classes = _classes(samples, name)

@@ -55,6 +55,7 @@ class Outcome:
         refused: shards that could not be used, with the reason.
         folder: the run directory; None where there was nothing to do.
         totals: what the stage has counted itself, by task.
+        remarks: what is strange about shards that were read, by shard.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Outcome:
     seconds: float = 0.0
     folder: Path | None = None
     totals: list[dict[str, Any]] = field(default_factory=list)
+    remarks: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, result: dict[str, Any]) -> None:
         for name, value in result.items():
@@ -70,6 +72,7 @@ class Outcome:
         self.totals += [result["totals"]] if result.get("totals") else []
         self.refused.update(result.get("refused") or {})
         self.refused.update(result.get("left") or {})
+        self.remarks.update(result.get("remarks") or {})
 
     def __getitem__(self, name: str) -> int:
         return self.counts.get(name, 0)
@@ -283,7 +286,8 @@ def _stage_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable
 
 def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
     reading = tar_shards.Reading.from_json(data["reading"])
-    result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0}
+    remarks: dict[str, list[str]] = {}
+    result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0, "remarks": remarks}
     paths = [Path(path) for path in json.loads(run.task(number).read_text("utf-8"))["paths"]]
 
     def ingest(done: int) -> None:
@@ -299,6 +303,8 @@ def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callabl
         result["shards"] += 1
         result["rows"] += ingested.rows
         result["failed"] += ingested.failed
+        if ingested.remarks:
+            remarks[shard_name(paths[done])] = ingested.remarks
 
     refused = _shard_by_shard(run, number, [shard_name(path) for path in paths], ingest, stop)
     return {**result, "refused": refused}
@@ -319,7 +325,9 @@ def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable
         written = writer.write_shard(layout, plan)
         result["shards"] += 1
         for name, value in vars(written).items():
-            result[name] = result.get(name, 0) + value
+            if not isinstance(value, bool):
+                result[name] = result.get(name, 0) + value
+        result["no_end_mark"] = result.get("no_end_mark", 0) + (not written.source_end_mark)
 
     refused = _shard_by_shard(run, number, [part.shard for part in slices], write, stop)
     return {**result, "refused": refused}

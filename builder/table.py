@@ -45,6 +45,7 @@ class SourceShard:
         mtime_ns: its time of modification.
         reading: hash of the json fields that ingest carried.
         version: ingest's version; a shard that an older one has read is still read.
+        end_mark: whether zeros close the tar; true where version 1 has read it.
     """
 
     path: str
@@ -52,6 +53,7 @@ class SourceShard:
     mtime_ns: int
     reading: str
     version: str = field(default="1", compare=False)
+    end_mark: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)

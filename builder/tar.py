@@ -6,6 +6,7 @@ A record is a member's prefixes (pax and GNU headers), its header and its padded
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
@@ -62,6 +63,24 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd", ".zst"),
     b"\x04\x22\x4d\x18": ("lz4", "unlz4", ".lz4"),
 }
+
+
+_NO_SHARD = "take it out of dataset.shards: name the tars alone, for example FOLDER/*.tar"
+_NO_DOWNLOAD = "a server sent it in place of the shard: download the shard again, with the rights that it takes"
+#: First bytes of other files that lie among shards, without case: what they are, and what helps.
+_OTHERS = (
+    (b"version https://git-lfs.github.com/spec/", ("it is a git-lfs pointer, not the file", "git lfs pull")),
+    (b"version https://hawser.github.com/spec/", ("it is a git-lfs pointer, not the file", "git lfs pull")),
+    (b"<!doctype html", ("it is an HTML page", _NO_DOWNLOAD)),
+    (b"<html", ("it is an HTML page", _NO_DOWNLOAD)),
+    (b"<?xml", ("it is XML", _NO_DOWNLOAD)),
+    (b"<error", ("it is XML", _NO_DOWNLOAD)),
+    (b"PAR1", ("it is a parquet file", _NO_SHARD)),
+    (b"PK\3\4", ("it is a zip archive", _NO_SHARD)),
+    (b"\xff\xd8\xff", ("it is a JPEG picture", _NO_SHARD)),
+    (b"\x89PNG", ("it is a PNG picture", _NO_SHARD)),
+    (b"\x93NUMPY", ("it is a NumPy array", _NO_SHARD)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,6 +177,7 @@ def mapped(path: Path) -> Iterator[mmap.mmap]:
 def index_of(view: mmap.mmap, path: Path) -> Index:
     """`index` of a tar that is mapped already."""
     _refuse_compressed(view, path)
+    _refuse_other(view, path)
     try:
         quick = _chain(view)
         return _walk(view) if quick is None else quick
@@ -180,6 +200,44 @@ def _refuse_compressed(view: mmap.mmap, path: Path) -> None:
                 fix=f"{rename}{tool} < {shlex.quote(str(packed))} > {shlex.quote(str(plain))}, "
                 "and name that file in dataset.shards",
             )
+
+
+def _refuse_other(view: mmap.mmap, path: Path) -> None:
+    """Raises ShardError for a file that does not begin as a tar does, and says what it is where that can be seen.
+
+    A file of fewer bytes than a header may be a tar that was cut there.
+    """
+    head = view[:BLOCK]
+    if _is_header(head) or not head.strip(b"\0"):
+        return
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    found = next((told for magic, told in _OTHERS if text.startswith(magic.lower())), None)
+    if found is None and text[:1] in (b"{", b"[") and _is_json(view):
+        found = ("it is json", _NO_SHARD)
+    if found is None and (len(head) < BLOCK or _looks_like_a_header(head)):
+        return  # cut or damaged: the walk says where
+    what, fix = found or (
+        "it begins with no tar header",
+        "the file is damaged or no tar: take it out of dataset.shards, or download or make it again",
+    )
+    raise ShardError(f"the shard is no tar: {what}", where={"file": path, "bytes": len(view)}, fix=fix)
+
+
+def _is_json(view: mmap.mmap) -> bool:
+    """Whether a file is json; of a large one only its beginning is looked at."""
+    if len(view) > MAX_PREFIX:
+        return b"\0" not in view[:MAX_PREFIX]
+    try:
+        json.loads(view[:])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _looks_like_a_header(head: bytes) -> bool:
+    """Whether a block has a header's fields where they belong, whatever its checksum."""
+    fields = [_OCTAL.fullmatch(head[at : at + 8]) for at in (100, 108, 116, 148)]
+    return head[257:262] == b"ustar" or all(field and field[1] for field in fields)
 
 
 # --- the fast path: uniform ustar headers, pax prefixes that change nothing ---
@@ -794,13 +852,13 @@ def end_of_archive(length: int) -> bytes:
     return bytes(2 * BLOCK + -(length + 2 * BLOCK) % RECORD)
 
 
-def end_of_records(descriptor: int, start: int, size: int) -> int:
-    """First byte after the last record of a file of `size` bytes, walking from the end of any record.
+def index_from(descriptor: int, start: int, size: int) -> Index:
+    """Index of the members of a file of `size` bytes from byte `start` on, which is the end of a record or 0.
 
     Raises:
         ShardError: no records follow, or the file ends before `size`.
     """
-    return _walk(cast(mmap.mmap, _File(descriptor, size)), start).end
+    return _walk(cast(mmap.mmap, _File(descriptor, size)), start)
 
 
 class _File:

@@ -42,6 +42,7 @@ class Proof:
     Attributes:
         proven: shards in which nothing is wrong.
         same: bytes of hybrid shards that are the source's.
+        no_end_mark: shards whose source was cut: it has no end mark.
         problems: what is wrong, one sentence each with its fix, the shard or the file first.
     """
 
@@ -52,6 +53,7 @@ class Proof:
     dropped: int = 0
     same: int = 0
     size: int = 0
+    no_end_mark: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -260,6 +262,9 @@ class _Pair:
         self._check_manifest(described)
         samples = len(self._keys) - self._dropped_count
         counts = {"count": len(self._keys), "successes": samples, "edited": self._edited_count}
+        if not self._source_index.has_end_mark:
+            counts["source_end_mark"] = False
+            self._proof.no_end_mark += 1
         self._check_statistics(counts)
         return samples
 
@@ -308,6 +313,9 @@ class _Pair:
 
     def _walk(self) -> None:
         index, stop = self._source_index, self._source_index.stop.tolist()
+        edits = self._plan.edits
+        stays = [end for end, row in zip(stop, self._row_of, strict=True) if row not in edits or not edits[row].dropped]
+        last = stays[-1] if stays else 0  # what follows the last member that stays is left out
         self._at = 0  # position in the hybrid shard
         begun = 0  # first byte of the source that is not compared yet
         done: set[int] = set()
@@ -315,19 +323,20 @@ class _Pair:
             edit = self._plan.edits.get(row)
             if edit is None:
                 continue
-            self._same(begun, int(index.header[i]))
+            self._same(begun, min(int(index.header[i]), last))
             if row not in done:
                 done.add(row)
                 self._edited(edit, self._members_of(i))
             begun = stop[i]
-        self._same(begun, index.end if self._plan.edits else index.file_size)
-        self._check_end()
+        is_copied = not edits and index.has_end_mark and index.end == last
+        self._same(begun, index.file_size if is_copied else last)
+        self._check_end(0 if is_copied else len(tar.end_of_archive(self._at)))
 
-    def _check_end(self) -> None:
+    def _check_end(self, closing: int) -> None:
+        """Checks that nothing but `closing` zeros follows."""
         found = self._hybrid_index
         if found.end > self._at:
             raise _Wrong(f"{self._found_at(self._at)} is at byte {self._at}, behind the source's last", self._mend)
-        closing = len(tar.end_of_archive(self._at)) if self._plan.edits else 0
         if found.file_size != self._at + closing:
             raise _Wrong(
                 f"it should end at byte {self._at + closing}, zeros from byte {found.end} on, and ends at byte "
@@ -520,9 +529,10 @@ class _Pair:
         found = {
             "rows": len(self._keys), "edited": self._edited_count, "dropped": self._dropped_count,
             "size": self._hybrid_index.file_size, "copied": self._same_count,
+            "source_end_mark": self._source_index.has_end_mark,
         }  # fmt: skip
         for name, value in found.items():
-            if described[1].get(name) != value:
+            if described[1].get(name, name == "source_end_mark") != value:  # a manifest of old does not tell the last
                 raise _Wrong(f"its manifest says {name} = {described[1].get(name)}, and it has {value}", mend)
         try:
             with pq.ParquetFile(path) as file:
@@ -595,4 +605,5 @@ def summary(proof: Proof) -> Sequence[tuple[str, str]]:
         ("samples swapped", f"{proof.edited}"),
         ("samples dropped", f"{proof.dropped}"),
         ("bytes proven the source's", f"{proof.same:,} of {proof.size:,}"),
+        *([("sources without end mark", f"{proof.no_end_mark}")] if proof.no_end_mark else []),
     )

@@ -117,6 +117,7 @@ class Written:
         edited: samples that differ, dropped ones not counted.
         size: bytes of the tar.
         copied: of these, bytes copied from the source.
+        source_end_mark: whether zeros close the source; a hybrid shard has them always.
     """
 
     rows: int = 0
@@ -124,6 +125,15 @@ class Written:
     dropped: int = 0
     size: int = 0
     copied: int = 0
+    source_end_mark: bool = True
+
+    @property
+    def statistics(self) -> dict[str, int | bool]:
+        """What `_stats.json` says of it."""
+        counts: dict[str, int | bool] = {
+            "count": self.rows, "successes": self.rows - self.dropped, "edited": self.edited
+        }  # fmt: skip
+        return counts if self.source_end_mark else {**counts, "source_end_mark": False}
 
 
 # --- the plan ---
@@ -265,7 +275,10 @@ def plan_shard(
         stage: the stage that made the images, whose runs say how.
     """
     plan = ShardPlan(shard, state.source, _on_disk(state.source), {}, "", frozen=rows)
-    digest = hashlib.sha256(json.dumps([VERSION, state.rows, state.source.size]).encode())
+    made_of = [VERSION, state.rows, state.source.size]
+    if not state.source.end_mark:
+        made_of.append("no end mark")
+    digest = hashlib.sha256(json.dumps(made_of).encode())
     provenance = _Provenance(layout, stage)
     seen: set[int] = set()
     for row in rows:
@@ -466,8 +479,7 @@ def write_shard(layout: Layout, plan: ShardPlan) -> Written:
             inode = temp.stat().st_ino
             temp.replace(layout.hybrid(plan.shard))
             files.sync_folder(layout.shards)
-            stats = {"count": written.rows, "successes": written.rows - written.dropped, "edited": written.edited}
-            files.write_atomic(layout.stats(plan.shard), json.dumps(stats).encode())
+            files.write_atomic(layout.stats(plan.shard), json.dumps(written.statistics).encode())
             files.write_atomic(layout.manifest(plan.shard), manifest)
             if layout.hybrid(plan.shard).stat().st_ino == inode:
                 return written
@@ -553,13 +565,10 @@ class _Members:
             for i in range(self.first[row], self.first[row + 1])
         ]
 
-    @property
-    def end(self) -> int:
-        """First byte after the last record of the last row."""
-        last = self.first[-2]
-        return max(
-            data + size + tar.padding(size) for data, size in zip(self.data[last:], self.size[last:], strict=True)
-        )
+    def end(self, row: int) -> int:
+        """First byte after the last record of one row."""
+        own = slice(self.first[row], self.first[row + 1])
+        return max(data + size + tar.padding(size) for data, size in zip(self.data[own], self.size[own], strict=True))
 
 
 @dataclass(frozen=True)
@@ -591,7 +600,8 @@ class _Splicer:
         self._window = (0, b"")
         self.manifest: pa.Buffer
         self._made: list[tuple[int, str, str]] = []  # row, name and sha256 of every new member
-        self.written = Written(rows=len(self._members.keys))
+        self._stays, self._tail = self._ending()
+        self.written = Written(rows=len(self._members.keys), source_end_mark=self._tail.has_end_mark)
 
     def write(self, path: Path) -> None:
         with path.open("wb", buffering=0) as file, Assembly(self._source, file.fileno()) as made:
@@ -629,18 +639,36 @@ class _Splicer:
         )
         return _Prepared(edit, parts, ranges, made)
 
+    def _ending(self) -> tuple[int, tar.Index]:
+        """First byte after the last member that is not dropped, and the source's members behind the last such row.
+
+        What follows that byte is left out: dropped samples, and global pax headers, which Python's tarfile cannot read
+        where no member follows them.
+        """
+        edits = self._plan.edits
+        dropped = {row for row, edit in edits.items() if edit.dropped}
+        last = next((row for row in reversed(range(len(self._members.keys))) if row not in dropped), -1)
+        start = 0 if last < 0 else self._members.end(last)
+        # Mostly only a few members or zeros are left to walk.
+        tail = tar.index_from(self._source, start, self._plan.source.size)
+        gone = {place["header"] for row in dropped if row > last for place in self._members.of(row)}
+        members = zip(tail.header.tolist(), tail.stop.tolist(), strict=True)
+        return max([start, *(stop for header, stop in members if header not in gone)]), tail
+
     def _copy(self, made: Assembly, start: int, end: int) -> None:
-        """Copies what belongs to no edited sample."""
+        """Copies what belongs to no edited sample, up to the last member that stays."""
+        end = min(end, self._stays)
         made.copy(start, end)
         self.written.copied += max(end - start, 0)
 
     def _finish(self, made: Assembly, at: int) -> None:
         """What follows the last edited sample: nothing edited copies the source's end, else the end is made anew."""
-        if not self._plan.edits:
-            self._copy(made, at, self._plan.source.size)
+        tail = self._tail
+        if not self._plan.edits and tail.has_end_mark and tail.end == self._stays:
+            self._stays = self._plan.source.size
+            self._copy(made, at, self._stays)
             return
-        # Behind the last sample only a few members or zeros are left to walk.
-        self._copy(made, at, tar.end_of_records(self._source, self._members.end, self._plan.source.size))
+        self._copy(made, at, self._stays)
         made.add([tar.end_of_archive(made.size)])
         made.flush()
 

@@ -106,8 +106,7 @@ def by_webdataset(path: Path) -> Samples:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The table's rows of one shard."""
-    table, _ = read_shard(path, "s", Reading({}), "run")
-    rows: list[dict[str, Any]] = table.to_pylist()
+    rows: list[dict[str, Any]] = read_shard(path, "s", Reading({}), "run").table.to_pylist()
     return rows
 
 

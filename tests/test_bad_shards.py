@@ -338,10 +338,10 @@ refused shard 'gzip': the shard is compressed with gzip: byte offsets into it wo
   file: FOLDER/gzip.tar
   fix: mv FOLDER/gzip.tar FOLDER/gzip.tar.gz && gunzip < FOLDER/gzip.tar.gz > FOLDER/gzip.tar, \
 and name that file in dataset.shards
-refused shard 'html': no tar header at byte 0: its checksum is wrong
+refused shard 'html': the shard is no tar: it is an HTML page
   file: FOLDER/html.tar
-  offset: 0
-  fix: the shard is damaged or no tar: download or make it again
+  bytes: 1600
+  fix: a server sent it in place of the shard: download the shard again, with the rights that it takes
 refused shard 'two': zeros end the archive at byte 15360, but more data begins at byte 20480: most readers lose it
   file: FOLDER/two.tar
   offset: 15360
@@ -349,6 +349,7 @@ refused shard 'two': zeros end the archive at byte 15360, but more data begins a
 refused shard 'gzip2.tar.gz': the shard is compressed with gzip: byte offsets into it would mean nothing
   file: FOLDER/gzip2.tar.gz
   fix: gunzip < FOLDER/gzip2.tar.gz > FOLDER/gzip2.tar, and name that file in dataset.shards
+shard 'nothing': it holds no member, only 10240 bytes of zeros
 """
 
 

@@ -131,6 +131,8 @@ def test_json_of_status(ask: Callable[..., Done], dataset: Workspace) -> None:
             **dict.fromkeys(("faces", "lang", "prompts", "generate"), untried),
         },
         "rows": 16,
+        "notes": {"rows": 0, "example": None},
+        "no_sample": [],
         "hybrid_shards": 0,
         "runs": 0,
     }
@@ -186,7 +188,7 @@ def test_json_of_verify(dataset: Workspace) -> None:
     value = done.json()
     assert done.code == 0
     assert value.pop("same") == value.pop("size") > 16 * 512
-    assert value == {"shards": 2, "rows": 16, "edited": 0, "dropped": 0, "problems": [], "proven": 2}
+    assert value == {"shards": 2, "rows": 16, "edited": 0, "dropped": 0, "no_end_mark": 0, "problems": [], "proven": 2}
     hybrid = dataset.root / "shards/00000000.tar"
     data = bytearray(hybrid.read_bytes())
     data[600] ^= 1

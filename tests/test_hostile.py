@@ -498,7 +498,7 @@ def test_cut_at_any_byte_no_sample_is_wrong(scratch: Path, made: list[Member], d
     expected = [member for member in made if places(made)[member.name][1] + len(padded(member.data)) <= cut]
     assert delivered == groups(expected)
     if cut < len(whole) - len(END) + BLOCK and rows:  # between two records, or in the zeros: the last row says so
-        assert "no end mark" in rows[-1]["source_notes"]
+        assert "no end mark" in rows[-1]["source_error"]
 
 
 @fixed(max_examples=200)

@@ -172,7 +172,7 @@ def test_nothing_matches_on_the_command_line(workspace: Callable[..., Workspace]
 
 def read(path: Path, fields: dict[str, pa.DataType] | None = None, **options: Any) -> list[dict[str, Any]]:
     """The rows of one shard; everything that ingest writes must fit its columns."""
-    table, _ = tar_shards.read_shard(path, "s", Reading(fields or {}, **options), "a-run")
+    table = tar_shards.read_shard(path, "s", Reading(fields or {}, **options), "a-run").table
     assert table.schema.names == [column.name for column in Reading(fields or {}, **options).columns]
     return list(table.to_pylist())
 

@@ -501,17 +501,49 @@ def test_every_compression_is_named(tmp_path: Path, name: str, tool: str, conten
 
 
 def test_no_tar_at_all(tmp_path: Path) -> None:
-    assert refusal(written(tmp_path / "a.tar", b"<html>404 not found</html>" * 40)) == (
-        "no tar header at byte 0: its checksum is wrong\n"
+    assert refusal(written(tmp_path / "a.tar", b"no such file\n" * 80)) == (
+        "the shard is no tar: it begins with no tar header\n"
         "  file: FILE\n"
-        "  offset: 0\n"
-        "  fix: the shard is damaged or no tar: download or make it again"
+        "  bytes: 1040\n"
+        "  fix: the file is damaged or no tar: take it out of dataset.shards, or download or make it again"
     )
-    for content in (b"x", bytes(100)):
+    for content in (b"x", bytes(100), b"{a}.jpg", b"[0].jpg" + bytes(100)):
         assert refusal(written(tmp_path / "a.tar", content)) == (
             f"the shard is truncated: it ends at byte {len(content)}, inside a block\n"
             f"  file: FILE\n  offset: 0\n  fix: download or make it again"
         )
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("size", [0, 2000])
+@pytest.mark.parametrize(
+    ("content", "what", "fix"),
+    [
+        (POINTER, "a git-lfs pointer", "git lfs pull"),
+        (b'{"count": 1}', "json", "take it out of dataset.shards"),
+        (b'\xef\xbb\xbf [{"count": 1}]', "json", "take it out of dataset.shards"),
+        (b"<!DOCTYPE html>\n<html>", "an HTML page", "a server sent it"),
+        (b'<?xml version="1.0"?><Error>', "XML", "a server sent it"),
+        (b"PAR1\x15\4", "a parquet file", "take it out of dataset.shards"),
+        (b"PK\3\4\x14", "a zip archive", "take it out of dataset.shards"),
+        (b"\xff\xd8\xff\xe0", "a JPEG picture", "take it out of dataset.shards"),
+        (b"\x93NUMPY\1\0v\0" + b" " * 118, "a NumPy array", "take it out of dataset.shards"),
+    ],
+)
+def test_what_lies_among_shards_is_told_as_what_it_is(
+    tmp_path: Path, content: bytes, what: str, fix: str, size: int
+) -> None:
+    said = refusal(written(tmp_path / "a.tar", content.ljust(size, b" ")))
+    assert said.startswith(f"the shard is no tar: it is {what}")
+    assert f"  fix: {fix}" in said
+
+
+def test_a_damaged_first_header_is_no_other_file(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "a.tar", [("{a}.jpg", b"x")], form=tarfile.USTAR_FORMAT).read_bytes()
+    damaged = written(tmp_path / "a.tar", whole[:130] + b"7" + whole[131:])
+    assert refusal(damaged).startswith("no tar header at byte 0: its checksum is wrong")
 
 
 def test_damaged_header(tmp_path: Path) -> None:
@@ -743,15 +775,17 @@ AFTER: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("after", AFTER)
 @pytest.mark.parametrize("end", [b"", bytes(9000)])
-def test_end_of_records(tmp_path: Path, after: str, end: bytes) -> None:
+def test_index_from_the_end_of_a_record(tmp_path: Path, after: str, end: bytes) -> None:
     first, rest = record(b"0.jpg", b"x" * 700), AFTER[after]()
     path = written(tmp_path / "a.tar", first, rest, end)
     with path.open("rb") as file:
-        assert tar.end_of_records(file.fileno(), len(first), path.stat().st_size) == len(first) + len(rest)
+        found = tar.index_from(file.fileno(), len(first), path.stat().st_size)
+    assert (found.end, found.has_end_mark) == (len(first) + len(rest), end != b"")
+    assert listed(found) == listed(tar.index(path))[1:]
 
 
-def test_end_of_records_of_a_file_that_was_cut(tmp_path: Path) -> None:
+def test_index_from_a_record_of_a_file_that_was_cut(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(bytes(4096))
     with path.open("rb") as file, pytest.raises(ShardError, match="the file ends at byte 4096, inside a range"):
-        tar.end_of_records(file.fileno(), 2048, 20_000)
+        tar.index_from(file.fileno(), 2048, 20_000)

@@ -103,7 +103,8 @@ def group(index: tar.Index) -> Samples:
     """Neighbouring members with one key are a sample; members that belong to none do not part them."""
     samples = _alike(index) or _grouped(index)
     if len(samples) and not index.has_end_mark:
-        samples.remarks.note(len(samples) - 1, "the shard has no end mark: it may have been cut behind this sample")
+        why = "the shard has no end mark: it was cut behind this sample, and what followed is lost"
+        samples.remarks.fail(len(samples) - 1, "NoEndMark", why)
     return samples
 
 

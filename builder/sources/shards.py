@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,19 @@ from builder import schema, tar
 from builder.errors import ConfigError, ShardError
 from builder.layout import Layout, shard_name, shard_name_fault
 from builder.schema import SOURCE, Column
-from builder.sources.samples import columns_of, group, no_collection
+from builder.sources.beside import expected
+from builder.sources.samples import Samples, columns_of, group, no_collection
 from builder.stage import inputs_hashes
 from builder.table import SourceShard, commit_source, partition_state, rows_hash
 
 #: Raised when a column of `source` changes its meaning.
-VERSION = "1"
+VERSION = "2"
 #: What each raised version changed, the oldest first: `builder plan` tells it of shards that an older one has read.
-CHANGES: dict[str, str] = {}
+CHANGES: dict[str, str] = {
+    "2": "the last sample of a shard without end mark has failed (NoEndMark): the shard was cut there",
+}
+#: What begins a note, at a shard's last sample, about the shard as a whole.
+OF_SHARD = "the shard: "
 
 
 # --- which shards ---
@@ -227,10 +232,32 @@ def is_ingested(layout: Layout, shard: str, path: Path, reading: Reading) -> boo
 
 @dataclass
 class Ingested:
-    """What ingest did with one shard."""
+    """What ingest did with one shard.
+
+    Attributes:
+        remarks: what is strange about the shard as a whole, a sentence each.
+    """
 
     rows: int
     failed: int
+    remarks: list[str]
+
+
+@dataclass
+class Read:
+    """What one shard holds.
+
+    Attributes:
+        table: its rows in tar order.
+        rows: their identity.
+        end_mark: whether zeros close the tar.
+        remarks: as of `Ingested`.
+    """
+
+    table: pa.Table
+    rows: str
+    end_mark: bool
+    remarks: list[str]
 
 
 def ingest_shard(layout: Layout, path: Path, reading: Reading, run: str) -> Ingested:
@@ -243,17 +270,17 @@ def ingest_shard(layout: Layout, path: Path, reading: Reading, run: str) -> Inge
         raise ShardError(f"the shard's name cannot be used: {fault}", where={"file": path}, fix="rename the file")
     shard = shard_name(path)
     source = identify(path, reading)
-    table, rows = read_shard(path, shard, reading, run)
+    read = read_shard(path, shard, reading, run)
     if identify(path, reading) != source:
         raise ShardError("the shard changed while it was read", where={"file": path}, fix="run the same command again")
-    commit_source(layout, shard, table, rows, source)
-    failed = table["source_status"].to_pylist().count("failed")
-    return Ingested(table.num_rows, failed)
+    commit_source(layout, shard, read.table, read.rows, replace(source, end_mark=read.end_mark))
+    failed = read.table["source_status"].to_pylist().count("failed")
+    return Ingested(read.table.num_rows, failed, read.remarks)
 
 
 @no_collection()
-def read_shard(path: Path, shard: str, reading: Reading, run: str) -> tuple[pa.Table, str]:
-    """The rows of one shard in tar order and their identity.
+def read_shard(path: Path, shard: str, reading: Reading, run: str) -> Read:
+    """The rows of one shard, and what is strange about it.
 
     Raises:
         ShardError: the tar cannot be used.
@@ -261,6 +288,7 @@ def read_shard(path: Path, shard: str, reading: Reading, run: str) -> tuple[pa.T
     with tar.mapped(path) as view:
         index = tar.index_of(view, path)
         found = group(index)
+        remarks = _remarks(path, index, found)
         columns = columns_of(view, index, found, shard, reading.fields, reading.boxes)
     sizes = found.sizes(index)
     count, problems, notes = len(found), found.remarks.problems, found.remarks.notes
@@ -273,7 +301,28 @@ def read_shard(path: Path, shard: str, reading: Reading, run: str) -> tuple[pa.T
     columns["source_inputs"] = inputs_hashes(reading.signature, [found.keys, sizes])
     nothing = {column.name: pa.nulls(count, column.type) for column in reading.columns if column.name not in columns}
     table = pa.table({column.name: {**columns, **nothing}[column.name] for column in reading.columns})
-    return table, rows_hash(found.keys, sizes)
+    return Read(table, rows_hash(found.keys, sizes), index.has_end_mark, remarks)
+
+
+def _remarks(path: Path, index: tar.Index, found: Samples) -> list[str]:
+    """What is strange about a shard as a whole; what concerns how many samples it has is noted at its last one."""
+    remarks = []
+    if not index.has_end_mark:
+        remarks.append("it has no end mark: it was cut, and what followed is lost; download or make it again")
+    if not len(index):
+        what = f"only {index.file_size} bytes of zeros" if index.end == 0 else "only a global pax header"
+        remarks.append(f"it holds no member, {what}")
+    elif not len(found):
+        remarks.append(f"none of its {len(index)} members belongs to a sample, the first is '{index.names[0][:100]}'")
+    told = expected(path)
+    if told is not None and told.samples != len(found):
+        if told.samples is None:
+            remarks.append(f"'{told.file}' beside it, which says how many samples it should have, cannot be read")
+        else:
+            remarks.append(f"it has {len(found)} samples, and '{told.file}' beside it says {told.samples}")
+        if len(found):
+            found.remarks.notes.setdefault(len(found) - 1, []).insert(0, OF_SHARD + remarks[-1])
+    return remarks
 
 
 def _sparse(count: int, texts: dict[int, str]) -> pa.Array:
