@@ -104,7 +104,8 @@ def group(index: tar.Index) -> Samples:
     samples = _alike(index) or _grouped(index)
     if len(samples) and not index.has_end_mark:
         why = "the shard has no end mark: it was cut behind this sample, and what followed is lost"
-        samples.remarks.fail(len(samples) - 1, "NoEndMark", why)
+        other = samples.remarks.problems.pop(len(samples) - 1, None)
+        samples.remarks.fail(len(samples) - 1, "NoEndMark", f"{why}; {other}" if other else why)
     return samples
 
 
