@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 import sys
+import unicodedata
 
 import pytest
 
 from builder.errors import StageError
-from builder.models.language import MAX_CHARS, LanguageModel, clean
+from builder.models.language import LANGUAGES_BY_LETTERS, MAX_CHARS, LanguageModel, clean
 
 CAPTIONS = {
     "ar": "كلب صغير يركض على الشاطئ وفي فمه عصا",
@@ -80,6 +81,64 @@ def test_unsure_answer_has_a_low_score(model: LanguageModel) -> None:
 def test_chinese_characters_without_kana_are_chinese(model: LanguageModel) -> None:
     assert model.detect("東京都庁舎")[0] == "zh"
     assert model.detect("東京都庁舎です")[0] == "ja"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("等火車很無聊。", "zh"),  # Han letters alone, of which the model's scores say Italian, Turkish or nothing
+        ("找到法迪勒并不难。", "zh"),
+        ("我吃了魚子醬。", "zh"),
+        ("咬我手的就是这条狗。", "zh"),
+        ("運動鞋 Nike", "zh"),
+        ("ㄅㄆㄇ 注音", "zh"),
+        ("優の良品", "zh"),  # one kana in a Chinese name
+        ("東京駅の夜景", "ja"),
+        ("ﾄﾞﾗｺﾞﾝﾎﾞｰﾙ 全巻", "ja"),
+        ("ドラゴンボール Dragon Ball Z フィギュア", "ja"),
+        ("방탄소년단 BTS photocard", "ko"),
+        ("韩国女团 블랙핑크 演唱会", "zh"),
+        ("Οδός", "el"),
+        ("ສ້າງ", "lo"),
+        ("ตลาด iPhone", "th"),
+        ("ଆଲୋକ", "or"),
+    ],
+)
+def test_letters_that_one_language_has_decide(model: LanguageModel, text: str, code: str) -> None:
+    found, score = model.detect(text)
+    assert found == code
+    assert score > 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("The Chinese character 福福 means luck", "en"),
+        ("Un tatuaggio con la parola 愛 sul braccio della ragazza", "it"),
+        ("¯\\_(ツ)_/¯ a cat shrugs in front of the camera", "en"),
+        ("The angle φ between the two arms of the lever", "en"),
+    ],
+)
+def test_a_few_letters_do_not_decide(model: LanguageModel, text: str, code: str) -> None:
+    assert model.detect(text)[0] == code
+
+
+def test_letters_that_languages_share_do_not_decide(model: LanguageModel) -> None:
+    for text, code in {"Девушка стоит на берегу моря": "ru", "Дівчина стоїть на березі моря": "uk"}.items():
+        assert model.detect(text)[0] == code
+    for text, code in {"دختری کنار دریا ایستاده است": "fa", "لڑکی سمندر کے کنارے کھڑی ہے": "ur"}.items():
+        assert model.detect(text)[0] == code
+
+
+def test_one_letter_decides_nothing(model: LanguageModel) -> None:
+    for text in ("猫", "π", "μ", "ก"):
+        assert model.detect(text)[1] < 0.55
+
+
+def test_every_writing_that_decides_has_its_name_of_unicode(model: LanguageModel) -> None:
+    named = {unicodedata.name(chr(code), "").partition(" ")[0] for code in range(sys.maxunicode + 1)}
+    assert set(LANGUAGES_BY_LETTERS) <= named
+    assert all(len(code) == 2 for code in LANGUAGES_BY_LETTERS.values())
 
 
 def test_language_of_a_macrolanguage_has_its_short_code(model: LanguageModel) -> None:

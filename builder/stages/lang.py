@@ -27,14 +27,21 @@ class Lang:
     """Adds `lang` and `lang_score`."""
 
     name: ClassVar[str] = "lang"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
+    changes: ClassVar[dict[str, str]] = {
+        "2": "letters that one language has decide: Han letters without kana are Chinese, kana Japanese, Hangul Korean"
+    }
     Options = LangOptions
     inputs: ClassVar[pa.Schema] = pa.schema([("text", pa.string())])
     members: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[pa.Schema] = pa.schema(
         [
             output("lang", pa.string(), "ISO 639-1 code of the caption's language; und below the threshold"),
-            output("lang_score", pa.float64(), "the model's score of its best language, 0..1"),
+            output(
+                "lang_score",
+                pa.float64(),
+                "the model's score of that language, 0..1; where the letters decide, at least their share of the text",
+            ),
         ]
     )
     resources: ClassVar[Resources] = Resources(cpus=1, memory_gb=0.5, batch_rows=1024)
