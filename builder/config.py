@@ -13,10 +13,10 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from builder import layout, schema
 from builder.errors import ConfigError, SchemaError
@@ -30,6 +30,17 @@ class Strict(BaseModel):
     """A model that refuses unknown keys and does not turn one type into another."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _local(name: str) -> str:
+    try:
+        return layout.local(name)
+    except ConfigError as error:
+        raise ValueError(f"{error.what}\n{error.fix}") from None
+
+
+#: A path of this machine, `~` expanded.
+LocalPath = Annotated[str, AfterValidator(_local)]
 
 
 class FieldSpec(Strict):
@@ -49,7 +60,7 @@ class Dataset(Strict):
     #: Tar shards: a path or a list of paths, with braces `{000..335}` and globs, from the working directory.
     shards: str | list[str]
     #: Folder of the table, the edits and the hybrid shards.
-    root: str
+    root: LocalPath
     #: json fields carried into the table; others than DataComp's and img2dataset's are text unless {name, type}.
     fields: list[str | FieldSpec] = []
     #: The json field that holds precomputed face boxes.
@@ -81,9 +92,9 @@ class StageTable(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     #: A stage of one's own, `file.py:Class`.
-    python: str | None = None
+    python: LocalPath | None = None
     #: The work SQL; `sql/<name>.sql` if absent.
-    sql: str | None = None
+    sql: LocalPath | None = None
     #: Values of the $names in the work SQL.
     params: dict[str, Param] = {}
     #: Keys of `[run]` that differ for this stage.
@@ -98,7 +109,7 @@ class Write(Strict):
     """What the writer does."""
 
     #: SQL that returns the samples which differ from the source.
-    select: str = "sql/write.sql"
+    select: LocalPath = "sql/write.sql"
     #: Values of the $names in that SQL.
     params: dict[str, Param] = {}
 
@@ -250,7 +261,7 @@ def _table(data: dict[str, Any], keys: Keys, problems: Problems) -> dict[str, An
 def find_pipeline(scale: str | None, pipeline: str | None) -> Path:
     """The file of `--pipeline FILE` or `--scale NAME`: `./pipelines/NAME.toml` first, then as installed."""
     if pipeline is not None:
-        return Path(pipeline)
+        return Path(layout.local(pipeline))
     name = scale or "small"
     path, places = layout.find("pipelines", f"{name}.toml")
     if path is None:
@@ -374,6 +385,9 @@ def _problem(model: type[BaseModel], keys: Keys, location: Keys, items: list[Any
         return f"{shown}\n{_hint(str(value), valid)}"
     if kind in ("model_type", "dict_type"):
         return f"{shown}, not a section\nwrite [{'.'.join(map(str, keys + location))}]"
+    if kind == "value_error" and "\n" in items[0]["msg"]:  # a validator of ours, with its fix
+        what, _, fix = items[0]["msg"].removeprefix("Value error, ").partition("\n")
+        return f"'{name}'{place}: {what}\n{fix}"
     wanted = list(dict.fromkeys(_told(item["msg"]) for item in items))
     text = " or ".join(wanted).replace(" or should be ", " or ")
     return f"{shown}: it {text}\n{_example(model, location, kind, value)}"

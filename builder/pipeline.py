@@ -35,6 +35,8 @@ from builder.workset import Choice, Counts, Slice, Work
 
 #: A run of another host is taken for alive so long, in seconds: its process cannot be asked.
 _ALIVE_ELSEWHERE_S = 48 * 3600
+#: Names that a line lists before it only counts the others.
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,9 @@ def ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
 
 def _tell_missing(plan: IngestPlan, talk: Talk) -> None:
     if plan.missing:
-        talk.say(f"{len(plan.missing)} of the shards that dataset.shards names do not exist: {_few(plan.missing)}")
+        first = [f"{path} ({tar_shards.why_missing(path)})" for path in plan.missing[:_EXAMPLES]]
+        told = _few([*first, *plan.missing[_EXAMPLES:]])
+        talk.say(f"{len(plan.missing)} of the shards that dataset.shards names are no files: {told}")
     if plan.vanished:
         talk.say(
             f"{len(plan.vanished)} shards of the table are gone from dataset.shards, their rows stay and are not "
@@ -195,9 +199,9 @@ def _tell_missing(plan: IngestPlan, talk: Talk) -> None:
         )
 
 
-def _few(things: Sequence[object], count: int = 3) -> str:
-    more = f" and {len(things) - count} more" if len(things) > count else ""
-    return ", ".join(str(thing) for thing in things[:count]) + more
+def _few(things: Sequence[object]) -> str:
+    more = f" and {len(things) - _EXAMPLES} more" if len(things) > _EXAMPLES else ""
+    return ", ".join(str(thing) for thing in things[:_EXAMPLES]) + more
 
 
 # --- stages ---

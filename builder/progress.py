@@ -69,9 +69,10 @@ class _Log:
     def _line(self) -> None:
         seconds = max(time.monotonic() - self._started, 1e-3)
         failed = f", {self._failed} failed" if self._failed else ""
+        rate = self._done / seconds
+        shown = f", {rate:.{0 if rate >= 0.95 else 2}{'f' if rate >= 0.95 else 'g'}} {self._unit}/s" if rate else ""
         print(
-            f"{self._label}: {self._done} of {self._total} {self._unit}{failed}, {seconds:.1f} s, "
-            f"{self._done / seconds:.0f} {self._unit}/s",
+            f"{self._label}: {self._done} of {self._total} {self._unit}{failed}, {seconds:.1f} s{shown}",
             file=sys.stderr,
             flush=True,
         )

@@ -68,6 +68,7 @@ def read_sql(name: str) -> Sql:
     Raises:
         ConfigError: no such file, with the places looked at, or no text.
     """
+    name = places.local(name)
     relative = name.removeprefix("sql/")
     path, looked = (Path(name), [Path(name)]) if Path(name).is_file() else places.find("sql", relative)
     if path is None:
@@ -318,7 +319,8 @@ def _rows_of(name: str, lookup: Lookup) -> str:
     Raises:
         ConfigError: there is no file, one is no parquet file, or lacks a column.
     """
-    paths = sorted(path for path in glob.glob(lookup.files) if os.path.isfile(path))  # noqa: PTH113, PTH207 - as given
+    pattern = places.local(lookup.files)
+    paths = sorted(path for path in glob.glob(pattern) if os.path.isfile(path))  # noqa: PTH113, PTH207 - as given
     if not paths:
         raise ConfigError(
             f"no file matches '{lookup.files}', which '{name}' is to be read from",

@@ -303,6 +303,7 @@ def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callabl
         result["shards"] += 1
         result["rows"] += ingested.rows
         result["failed"] += ingested.failed
+        result["of_macos"] = result.get("of_macos", 0) + ingested.of_macos
         if ingested.remarks:
             remarks[shard_name(paths[done])] = ingested.remarks
 

@@ -150,6 +150,20 @@ def split_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension
 
 
+def belongs(name: str) -> tuple[str, str] | None:
+    """A member's key and extension, as `split_name` has them; None also for what macOS puts beside files.
+
+    Readers that take such members for samples find no picture in them; they would part the samples that they lie in.
+    """
+    return None if is_of_macos(name) else split_name(name)
+
+
+def is_of_macos(name: str) -> bool:
+    """Whether a member is what macOS puts beside files: `._NAME` (AppleDouble), `.DS_Store`, all of `__MACOSX/`."""
+    *folders, base = name.split("/")
+    return base.startswith("._") or base == ".DS_Store" or "__MACOSX" in folders
+
+
 def index(path: Path) -> Index:
     """Reads every header of a tar, checksums verified; reads the whole file once.
 

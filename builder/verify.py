@@ -307,7 +307,7 @@ class _Pair:
                 self._row_of[i] = row
         kinds = index.kind.tolist()
         for i, row in enumerate(self._row_of):
-            if row < 0 and kinds[i] in tar.REGULAR and tar.split_name(index.names[i]) is not None:
+            if row < 0 and kinds[i] in tar.REGULAR and tar.belongs(index.names[i]) is not None:
                 raise _Wrong(f"member '{index.names[i]}' of the source is in no row of the table", _INGEST)
         self._proof.rows += len(self._keys)
 

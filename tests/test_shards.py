@@ -85,7 +85,7 @@ def test_find_braces_globs_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "03": Path("a/03.tar"), "z": Path("c/z.tar"),
     }  # fmt: skip
     assert list(found.paths) == ["x", "y", "00", "01", "03", "z"]
-    assert found.missing == [Path("a/02.tar")]
+    assert found.missing == [Path("b/folder.tar"), Path("a/02.tar")]
 
 
 def test_find_tells_of_a_wildcard_that_matches_nothing(tmp_path: Path) -> None:

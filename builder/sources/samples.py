@@ -34,6 +34,7 @@ MAX_DEPTH = 100
 MAX_ERROR = 1000
 #: Samples that are parsed together, and the bytes of json and txt from which on they are fewer: bounds memory.
 BLOCK_SAMPLES, BLOCK_BYTES = 2_000, 64 << 20
+_SORT = "sort the shard: tar --sort=name"
 _LINKS = frozenset(b"12S")
 _HEX32 = re.compile(r"[0-9a-fA-F]{32}")
 _BOM = b"\xef\xbb\xbf"
@@ -73,6 +74,7 @@ class Samples:
         members: int64, positions in the index.
         extensions: of each member, as the archive writes it.
         json, txt: int64 (n), position in the index of that member, -1 where there is none.
+        of_macos: members that macOS has put beside files; they belong to no sample.
     """
 
     keys: list[str]
@@ -82,6 +84,7 @@ class Samples:
     json: np.ndarray
     txt: np.ndarray
     remarks: Remarks
+    of_macos: int = 0
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -124,7 +127,14 @@ def _alike(index: tar.Index) -> Samples | None:
         return None
     keys = [name[: -len(extensions[0]) - 1] for name in index.names[::period]]
     joined = "\n" + "\n".join(keys) + "\n"
-    if "." in joined or "\n__" in joined or "/\n" in joined or "\n\n" in joined or len(set(keys)) < len(keys):
+    if (
+        "." in joined
+        or "\n__" in joined
+        or "__MACOSX/" in joined
+        or "/\n" in joined
+        or "\n\n" in joined
+        or len(set(keys)) < len(keys)
+    ):
         return None
     for place, extension in enumerate(extensions):
         if [f"{key}.{extension}" for key in keys] != index.names[place::period]:
@@ -155,22 +165,24 @@ def _grouped(index: tar.Index) -> Samples:
     members: list[int] = []
     extensions: list[str] = []
     rows: dict[str, int] = {}
+    of_macos = 0
     remarks = Remarks()
     of_row: list[dict[str, int]] = []  # regular members by lower-case extension
     seen: set[str] = set()
     for i, (name, kind) in enumerate(zip(index.names, index.kind.tolist(), strict=True)):
         if kind not in tar.REGULAR and kind not in _LINKS:
             continue
-        parts = tar.split_name(name)
+        parts = tar.belongs(name)
         if parts is None:
+            of_macos += tar.is_of_macos(name)
             continue
         key, extension = parts
         at = int(index.header[i])
         if not keys or key != keys[-1]:
             if key in rows:
                 before = int(index.header[members[first[rows[key]]]])
-                remarks.fail(rows[key], "ScatteredSample", f"its key comes back later in the shard, at byte {at}")
-                remarks.fail(len(keys), "ScatteredSample", f"its key was there before, at byte {before}")
+                remarks.fail(rows[key], "ScatteredSample", f"its key comes back at byte {at}; {_SORT}")
+                remarks.fail(len(keys), "ScatteredSample", f"its key was there before, at byte {before}; {_SORT}")
             rows.setdefault(key, len(keys))
             keys.append(key)
             first.append(len(members))
@@ -199,6 +211,7 @@ def _grouped(index: tar.Index) -> Samples:
         json=np.array([found.get("json", -1) for found in of_row], np.int64),
         txt=np.array([found.get("txt", -1) for found in of_row], np.int64),
         remarks=remarks,
+        of_macos=of_macos,
     )
 
 

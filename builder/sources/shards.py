@@ -12,6 +12,8 @@ import itertools
 import json
 import os
 import re
+import shlex
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,7 +24,7 @@ import pyarrow as pa
 
 from builder import schema, tar
 from builder.errors import ConfigError, ShardError
-from builder.layout import Layout, shard_name, shard_name_fault
+from builder.layout import Layout, local, shard_name, shard_name_fault
 from builder.schema import SOURCE, Column
 from builder.sources.beside import expected
 from builder.sources.samples import Samples, columns_of, group, no_collection
@@ -33,7 +35,8 @@ from builder.table import SourceShard, commit_source, partition_state, rows_hash
 VERSION = "2"
 #: What each raised version changed, the oldest first: `builder plan` tells it of shards that an older one has read.
 CHANGES: dict[str, str] = {
-    "2": "the last sample of a shard without end mark has failed (NoEndMark): the shard was cut there",
+    "2": "the last sample of a shard without end mark has failed (NoEndMark): the shard was cut there; members that "
+    "macOS puts beside files (._NAME, .DS_Store, __MACOSX/) belong to no sample",
 }
 #: What begins a note, at a shard's last sample, about the shard as a whole.
 OF_SHARD = "the shard: "
@@ -48,7 +51,8 @@ class Found:
 
     Attributes:
         paths: by shard name, in the order of the patterns, sorted within each.
-        missing: paths that a pattern names and that do not exist; a wildcard that matches nothing stands for itself.
+        missing: paths that a pattern names or matches and that are no files: they do not exist, are links to nothing,
+            or are folders; a wildcard that matches nothing stands for itself.
     """
 
     paths: dict[str, Path]
@@ -56,24 +60,39 @@ class Found:
 
 
 def find(patterns: Sequence[str]) -> Found:
-    """Expands braces and globs, relative to the working directory.
+    """Expands `~`, braces and globs, relative to the working directory.
 
     Raises:
-        ConfigError: nothing matches, or two files would be one shard.
+        ConfigError: nothing matches, a pattern names no files of this machine, or two files would be one shard.
     """
     paths: dict[str, Path] = {}
     missing: dict[str, None] = {}
     folders = _Folders()
     for pattern in patterns:
-        for name in expand_braces(pattern):
-            matches = folders.matches(name)
-            if not matches:
-                missing[name] = None
+        for name in expand_braces(_here(pattern)):
+            matches, others = folders.matches(name)
+            missing |= dict.fromkeys(others if matches or others else [name])
             for match in matches:
                 _add(paths, Path(match))
     if not paths:
-        raise ConfigError("no shard matches dataset.shards", where=_looked_at(patterns), fix=_near(patterns))
+        raise ConfigError("no shard matches dataset.shards", where=_looked_at(patterns, missing), fix=_near(patterns))
     return Found(paths, [Path(name) for name in missing])
+
+
+def _here(pattern: str) -> str:
+    """A pattern with `~` expanded; one that names no files of this machine is refused."""
+    if "::" in pattern and not os.path.lexists(pattern):
+        parts = [part for part in pattern.split("::") if part]
+        raise ConfigError(
+            f"dataset.shards '{pattern}' holds '::', which is not known here",
+            fix=f"write a list: shards = {json.dumps(parts)}",
+        )
+    try:
+        return local(pattern)
+    except ConfigError as error:
+        if os.path.lexists(pattern):
+            return pattern
+        raise ConfigError(f"dataset.shards: {error.what}", where=error.where, fix=error.fix) from None
 
 
 class _Folders:
@@ -82,13 +101,17 @@ class _Folders:
     def __init__(self) -> None:
         self._files: dict[str, set[str]] = {}
 
-    def matches(self, name: str) -> list[str]:
-        """The file of that very name, or the files that it matches as a glob, sorted."""
+    def matches(self, name: str) -> tuple[list[str], list[str]]:
+        """The file of that very name, or the files that it matches as a glob, sorted; and what else it matches that
+        should have been one: links to nothing, folders whose names end in `.tar`."""
         if self._is_file(name):
-            return [name]
+            return [name], []
         if not glob.has_magic(name):
-            return []
-        return [match for match in sorted(glob.glob(name, recursive=True)) if self._is_file(match)]  # noqa: PTH207
+            return [], []
+        found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 - as given
+        files = [match for match in found if self._is_file(match)]
+        others = [match for match in found if not self._is_file(match)] if len(files) < len(found) else []
+        return files, [match for match in others if match.endswith(".tar") or not os.path.isdir(match)]  # noqa: PTH112
 
     def _is_file(self, name: str) -> bool:
         folder, slash, base = name.rpartition("/")
@@ -108,6 +131,19 @@ def _files_in(folder: str) -> set[str]:
     return found
 
 
+def why_missing(path: Path) -> str:
+    """Why a path of `Found.missing` is no shard."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            return "a link to nothing"
+        return "matches nothing" if glob.has_magic(str(path)) else "does not exist"
+    except OSError as error:
+        return str(error.strerror)
+    return f"a folder; did you mean {path}/*.tar?" if stat.S_ISDIR(mode) else "no regular file"
+
+
 def _add(paths: dict[str, Path], path: Path) -> None:
     shard = shard_name(path)
     other = paths.setdefault(shard, path)
@@ -119,8 +155,8 @@ def _add(paths: dict[str, Path], path: Path) -> None:
         )
 
 
-def _looked_at(patterns: Sequence[str]) -> dict[str, Any]:
-    names = {name.rpartition("/")[0] or "." for pattern in patterns for name in expand_braces(pattern)}
+def _looked_at(patterns: Sequence[str], missing: Iterable[str]) -> dict[str, Any]:
+    names = {name.rpartition("/")[0] or "." for pattern in patterns for name in expand_braces(_here(pattern))}
     folders = sorted(str(Path(name)) for name in names)
     return {
         "pattern": ", ".join(patterns),
@@ -128,11 +164,15 @@ def _looked_at(patterns: Sequence[str]) -> dict[str, Any]:
             f"{name} ({'exists' if Path(name).is_dir() else 'does not exist'})" for name in folders[:3]
         ),
         "working directory": Path.cwd(),
+        **{name: why_missing(Path(name)) for name in filter(os.path.lexists, itertools.islice(missing, 3))},
     }
 
 
 def _near(patterns: Sequence[str]) -> str:
-    folder = Path(next(iter(expand_braces(patterns[0])), ".")).parent if patterns else Path()
+    first = Path(next(iter(expand_braces(_here(patterns[0])))) if patterns else ".")
+    if patterns and first.is_dir():
+        return f"'{patterns[0]}' is a folder; did you mean '{patterns[0].rstrip('/')}/*.tar'?"
+    folder = first.parent
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if tars:
         return f"that folder has {len(tars)} tars, {tars[0].name} to {tars[-1].name}: set dataset.shards to fit them"
@@ -207,8 +247,8 @@ class Reading:
 
 def identify(path: Path, reading: Reading) -> SourceShard:
     """What a shard is on disk now."""
-    stat = path.stat()
-    return SourceShard(_real(path), stat.st_size, stat.st_mtime_ns, reading.signature, VERSION)
+    found = path.stat()
+    return SourceShard(_real(path), found.st_size, found.st_mtime_ns, reading.signature, VERSION)
 
 
 def _real(path: Path) -> str:
@@ -235,11 +275,13 @@ class Ingested:
     """What ingest did with one shard.
 
     Attributes:
+        of_macos: members that macOS has put beside files.
         remarks: what is strange about the shard as a whole, a sentence each.
     """
 
     rows: int
     failed: int
+    of_macos: int
     remarks: list[str]
 
 
@@ -251,12 +293,13 @@ class Read:
         table: its rows in tar order.
         rows: their identity.
         end_mark: whether zeros close the tar.
-        remarks: as of `Ingested`.
+        of_macos, remarks: as of `Ingested`.
     """
 
     table: pa.Table
     rows: str
     end_mark: bool
+    of_macos: int
     remarks: list[str]
 
 
@@ -275,7 +318,7 @@ def ingest_shard(layout: Layout, path: Path, reading: Reading, run: str) -> Inge
         raise ShardError("the shard changed while it was read", where={"file": path}, fix="run the same command again")
     commit_source(layout, shard, read.table, read.rows, replace(source, end_mark=read.end_mark))
     failed = read.table["source_status"].to_pylist().count("failed")
-    return Ingested(read.table.num_rows, failed, read.remarks)
+    return Ingested(read.table.num_rows, failed, read.of_macos, read.remarks)
 
 
 @no_collection()
@@ -301,7 +344,18 @@ def read_shard(path: Path, shard: str, reading: Reading, run: str) -> Read:
     columns["source_inputs"] = inputs_hashes(reading.signature, [found.keys, sizes])
     nothing = {column.name: pa.nulls(count, column.type) for column in reading.columns if column.name not in columns}
     table = pa.table({column.name: {**columns, **nothing}[column.name] for column in reading.columns})
-    return Read(table, rows_hash(found.keys, sizes), index.has_end_mark, remarks)
+    return Read(table, rows_hash(found.keys, sizes), index.has_end_mark, found.of_macos, remarks)
+
+
+def _sorting(path: Path) -> str:
+    """Commands that make a shard again, the members of each sample together; the old one stays, as `.unsorted`."""
+    tar_, made, files, old = (
+        shlex.quote(f"{path.with_suffix('')}{end}") for end in (path.suffix, ".sorted.tar", ".files", ".unsorted")
+    )
+    return (
+        f"mkdir {files} && tar -xf {tar_} -C {files} && "
+        f"tar --sort=name --transform='s,^\\./,,' -cf {made} -C {files} . && mv {tar_} {old} && mv {made} {tar_} && rm -r {files}"
+    )
 
 
 def _remarks(path: Path, index: tar.Index, found: Samples) -> list[str]:
@@ -314,6 +368,11 @@ def _remarks(path: Path, index: tar.Index, found: Samples) -> list[str]:
         remarks.append(f"it holds no member, {what}")
     elif not len(found):
         remarks.append(f"none of its {len(index)} members belongs to a sample, the first is '{index.names[0][:100]}'")
+    scattered = sum(text.startswith("ScatteredSample:") for text in found.remarks.problems.values())
+    if scattered:
+        is_double = len(set(index.names)) < len(index)  # unpacking it would lose one of two members of one name
+        mend = "it has members of one name twice: make it again" if is_double else f"to sort it: {_sorting(path)}"
+        remarks.append(f"the members of {scattered} samples do not lie together; {mend}")
     told = expected(path)
     if told is not None and told.samples != len(found):
         if told.samples is None:
