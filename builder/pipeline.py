@@ -285,7 +285,19 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     outcome = runs.execute(run, len(dealt), use.run, talk, name, sum(part.count for part in slices), "rows")
     for line in getattr(use.stage, "summary", lambda totals: [])(outcome.totals):
         talk.say(f"{name}: {line}")
+    if column := getattr(use.stage, "noting", ""):
+        _tell_notes(layout, work, column, run.folder.name, talk)
     return outcome
+
+
+def _tell_notes(layout: Layout, work: Work, column: str, run: str, talk: Talk) -> None:
+    """Says of how many rows a run has noted that something was not taken as it came."""
+    with Samples(layout, work.columns, work.shards) as samples:
+        of_run = f"{column} is not null and {work.stage.name}_run = '{run}'"
+        [(rows, example)] = samples.fixed(f"select count(*), min({column}) from samples where {of_run}")
+    if rows:
+        question = f"select shard, row, {column} from samples where {column} is not null"
+        talk.say(f'{work.stage.name}: {rows} rows have {column}, for example "{example}": builder sql "{question}"')
 
 
 def _nothing_to_do(name: str, counts: Counts, talk: Talk) -> Outcome:

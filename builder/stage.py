@@ -118,6 +118,7 @@ class Stage(Protocol):
       stopped, more than once; `process` then raises `RowsFailed` at once, with the rows that are `left`.
     - `totals() -> dict`, what a worker has counted until `close`, as json; `summary(list of these) -> list[str]`, what
       the run says of them at its end.
+    - `noting`: its column that says of a row what was not taken as it came: a run tells at its end how many there are.
     - `take_notes() -> list[dict]`: what the run's log should keep beside the answers, since it was last asked.
     """
 

@@ -141,7 +141,7 @@ CASES = [
            notes="face_bboxes: box 0 holds a value that is not finite"),
     boxes("boxes-inverted", [[0, 0, 1, 1], [0.5, 0, 0.4, 1]], "box 1 is inverted"),
     boxes("boxes-inverted-y", [[0, 0.5, 1, 0.4]], "box 0 is inverted"),
-    boxes("boxes-outside", [[0, 0, 1.01, 1]], "box 0 lies outside 0..1"),
+    boxes("boxes-outside", [[0, 0, 1.011, 1]], "box 0 lies outside 0..1"),
     boxes("boxes-pixels", [[10, 10, 200, 200]], "box 0 lies outside 0..1"),
     boxes("boxes-negative", [[-0.1, 0, 1, 1]], "box 0 lies outside 0..1"),
     boxes("boxes-object", {"a": 1}, "expected a list, found an object"),

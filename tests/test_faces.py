@@ -24,7 +24,7 @@ from builder.schema import BOXES
 from builder.stage import Preparing, RowsFailed, options_hash
 from builder.stages.check import Check, CheckOptions
 from builder.stages.faces import Faces, FacesOptions
-from conftest import Sample, Workspace, metadata, picture, samples
+from conftest import Sample, Workspace, make_workspace, metadata, picture, samples
 from toy_scrfd import magenta, write_toy
 
 Make = Callable[..., Workspace]
@@ -118,32 +118,64 @@ def test_bytes_that_do_not_decode_fail_alone(stage: Faces, monkeypatch: pytest.M
         ([], 0, []),
         ([[0.1, 0.1, 0.5, 0.9]], 1, [[0.1, 0.1, 0.5, 0.9]]),
         ([[0.1, 0.1, 0.12, 0.12]], 0, [[0.1, 0.1, 0.12, 0.12]]),
-        ([[-0.2, 0.1, 1.5, 0.9]], 1, [[0.0, 0.1, 1.0, 0.9]]),
     ],
 )
 def test_boxes_an_empty_list_and_unknown_stay_apart(boxes: object, count: int | None, kept: object) -> None:
+    assert given(boxes) == {
+        "face_count": count,
+        "face_boxes": kept,
+        "face_scores": None,
+        "face_source": "unknown" if boxes is None else "json",
+        "face_notes": None,
+    }
+
+
+def given(boxes: object) -> dict[str, object]:
+    """The answer of a row with these boxes."""
     stage = Faces(FacesOptions(source="json"))
     stage.setup("cpu")
     rows = batch(None, boxes=boxes)
     assert stage.needs_bytes(rows) == [False]
-    assert stage.process(rows, stage.prepare(rows)).to_pylist() == [
-        {
-            "face_count": count,
-            "face_boxes": kept,
-            "face_scores": None,
-            "face_source": "unknown" if boxes is None else "json",
-        }
-    ]
+    [answer] = stage.process(rows, stage.prepare(rows)).to_pylist()
+    return dict(answer)
 
 
 @pytest.mark.parametrize(
-    "box", [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3, float("nan")], [0.5, 0.1, 0.4, 0.9], [0.1, None, 0.3, 0.4]]
+    ("box", "fault"),
+    [
+        ([10.0, 10.0, 200.0, 200.0], "lies outside 0..1"),
+        ([-0.2, 0.1, 1.5, 0.9], "lies outside 0..1"),
+        ([0.1, 0.2, 0.3], "is not a list of four numbers"),
+        ([0.1, 0.2, 0.3, float("nan")], "holds a value that is not finite"),
+        ([0.5, 0.1, 0.4, 0.9], "is inverted"),
+        ([0.1, None, 0.3, 0.4], "is not a list of four numbers"),
+    ],
 )
-def test_a_box_that_is_none_fails_its_row(box: list[float | None]) -> None:
-    stage = Faces(FacesOptions(source="metadata", metadata="*.parquet"))
-    with pytest.raises(RowsFailed) as caught:
-        stage.process(batch(None, boxes=[box]))
-    assert told(caught) == {0: f"{box} is no box [x1, y1, x2, y2]"}
+def test_a_box_that_is_none_makes_the_count_unknown(box: list[float | None], fault: str) -> None:
+    answer = given([[0.1, 0.1, 0.5, 0.9], box])
+    assert answer == {
+        "face_count": None,
+        "face_boxes": None,
+        "face_scores": None,
+        "face_source": "unknown",
+        "face_notes": f"json: box 1 {fault}",
+    }
+
+
+def test_a_box_a_hair_outside_is_cut() -> None:
+    answer = given([[0.5, 0.5, 0.9, 1.0000001], [0.1, 0.1, 0.5, 0.9]])
+    assert (answer["face_count"], answer["face_boxes"]) == (2, [[0.5, 0.5, 0.9, 1.0], [0.1, 0.1, 0.5, 0.9]])
+    assert (answer["face_source"], answer["face_notes"]) == ("json", "json: 1 of 2 boxes cut at the edge")
+
+
+def test_boxes_that_are_none_let_the_detector_look(stage: Faces) -> None:
+    photo = astronaut()
+    rows = batch(None, photo, boxes=[[10.0, 10.0, 200.0, 200.0]])
+    assert stage.needs_bytes(rows) == [True, True]
+    rows = rows.set_column(rows.schema.get_field_index("image"), "image", pa.array([photo, photo], pa.large_binary()))
+    one, other = stage.process(rows, stage.prepare(rows)).to_pylist()
+    assert (one["face_source"], one["face_notes"]) == ("mtcnn", "json: box 0 lies outside 0..1")
+    assert (one["face_count"], one["face_boxes"]) == (other["face_count"], other["face_boxes"])
 
 
 def test_metadata_goes_with_the_sources_that_read_it() -> None:
@@ -196,6 +228,37 @@ def test_metadata_is_joined_by_uid(workspace: Make, tmp_path: Path) -> None:
         ("b", 3, 1, box, "metadata"),
     ]
     assert "nothing to do" in made.run("stage", "faces").stderr
+
+
+def test_published_boxes_in_pixels_are_unknown_and_told(workspace: Make, tmp_path: Path) -> None:
+    """The same boxes read alike wherever they are published."""
+    values = {
+        f"{0:032x}": ([[10.0, 10.0, 40.0, 30.0]], None),
+        f"{1:032x}": ([[0.2, 0.2, 0.6, 1.005]], [[0.2, 0.2, 0.6, 1.0]]),
+        f"{2:032x}": ([[0.2, 0.2, 0.6, 0.6]], [[0.2, 0.2, 0.6, 0.6]]),
+    }
+    own = samples(3, boxes=False)
+    beside = workspace({"a": own}, stages=f'[stages.faces]\nsource = "metadata"\nmetadata = "{tmp_path}/m.parquet"\n')
+    metadata(tmp_path / "m.parquet", {uid: published for uid, (published, _) in values.items()})
+    beside.run("ingest")
+    talk = beside.run("stage", "faces").stderr
+    assert 'faces: 2 rows have face_notes, for example "metadata: 1 of 1 boxes cut at the edge": builder sql "' in talk
+    for sample, (published, _) in zip(own, values.values(), strict=True):
+        sample.fields = {"face_bboxes": published}
+    within = make_workspace(tmp_path / "within", {"a": own}, stages='[stages.faces]\nsource = "json"\n')
+    within.run("ingest")
+    within.run("stage", "faces")
+    for made, source in ((beside, "metadata"), (within, "json")):
+        assert faces_of(made) == [
+            ("a", row, None if boxes is None else 1, boxes, "unknown" if boxes is None else source)
+            for row, (_, boxes) in enumerate(values.values())
+        ]
+    assert beside.rows("select face_notes from samples order by row") == [
+        ("metadata: box 0 lies outside 0..1",), ("metadata: 1 of 1 boxes cut at the edge",), (None,),
+    ]  # fmt: skip
+    assert within.rows("select source_notes from samples order by row") == [
+        ("face_bboxes: box 0 lies outside 0..1",), ("face_bboxes: 1 of 1 boxes cut at the edge",), (None,),
+    ]  # fmt: skip
 
 
 def test_metadata_that_moved_makes_no_answer_stale() -> None:

@@ -211,3 +211,24 @@ def test_a_device_that_is_none_is_refused(tmp_path: Path, device: str) -> None:
     assert str(caught.value) == (
         f"detector 'scrfd' knows no device '{device}'\n  fix: devices: cpu, cuda, cuda:0, cuda:1 ..."
     )
+
+
+@pytest.mark.parametrize(("output", "what"), [(0, "scores"), (3, "boxes")])
+def test_an_answer_that_is_no_number_is_not_taken_for_no_face(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, output: int, what: str
+) -> None:
+    """As where half precision overflows."""
+    detector = Scrfd(str(toy), input_px=256)
+    whole = detector._run
+
+    def broken(blobs: Any) -> list[Any]:
+        answers = [answer.copy() for answer in whole(blobs)]
+        for at in range(output, output + 3):
+            answers[at][:] = np.nan
+        return answers
+
+    monkeypatch.setattr(detector, "_run", broken)
+    frames = detector.frames(1)
+    frames.put(0, decode(magenta(256, 256, [(64, 64, 128, 128)])))
+    with pytest.raises(ValueError, match=f"the detector's {what} hold values that are no numbers"):
+        detector.detect(frames)

@@ -335,6 +335,12 @@ def test_box_with_a_number_beyond_all_floats(tmp_path: Path) -> None:
     assert row["source_notes"] == "face_bboxes: box 0 lies outside 0..1; width: expected int32, found NaN"
 
 
+def test_boxes_a_hair_outside_are_cut_and_noted(tmp_path: Path) -> None:
+    row = read_one(tmp_path, {"face_bboxes": [[0.5, 0.5, 0.9, 1.0000001], [-0.01, 0, 0.5, 1.01], [0, 0, 1, 1]]})
+    assert row["source_face_bboxes"] == [[0.5, 0.5, 0.9, 1.0], [0.0, 0.0, 0.5, 1.0], [0.0, 0.0, 1.0, 1.0]]
+    assert row["source_notes"] == "face_bboxes: 2 of 3 boxes cut at the edge"
+
+
 def test_boxes_of_another_name(tmp_path: Path) -> None:
     sample = Sample("k", json=b'{"faces": [[0, 0, 1, 1]], "face_bboxes": []}')
     (row,) = read(make_shard(tmp_path / "s.tar", [sample]), boxes="faces")

@@ -185,13 +185,21 @@ class Scrfd:
     def _faces(
         self, answers: Sequence[npt.NDArray[np.float32]], scale: float
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Boxes and scores of one picture out of its outputs."""
+        """Boxes and scores of one picture out of its outputs.
+
+        Raises:
+            ValueError: some are no numbers, which would read as no face.
+        """
         levels = len(self._strides)
+        if not all(np.isfinite(scores).all() for scores in answers[:levels]):
+            raise ValueError("the detector's scores hold values that are no numbers")
         found = [self._level(answers[i], answers[i + levels], stride) for i, stride in enumerate(self._strides)]
         boxes = np.concatenate([boxes for boxes, _ in found]) / scale
         scores = np.concatenate([scores for _, scores in found])
         both = np.hstack([boxes, scores]).astype(np.float32)
         both = both[np.argsort(-both[:, 4], kind="stable")]
+        if not np.isfinite(both).all():
+            raise ValueError("the detector's boxes hold values that are no numbers")
         kept = both[self._model.nms(both)].astype(np.float64)
         return kept[:, :4], kept[:, 4]
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import math
 import mmap
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builder import schema, tar
+from builder import boxes, schema, tar
 from builder.schema import IMAGE_EXTENSIONS
 
 #: A json or txt member beyond this is not read into memory.
@@ -230,16 +229,16 @@ def _remark_missing(first: np.ndarray, extensions: Sequence[str], remarks: Remar
 
 
 def columns_of(
-    view: mmap.mmap, index: tar.Index, samples: Samples, shard: str, fields: dict[str, pa.DataType], boxes: str
+    view: mmap.mmap, index: tar.Index, samples: Samples, shard: str, fields: dict[str, pa.DataType], box_field: str
 ) -> dict[str, pa.ChunkedArray]:
     """uid, captions, boxes, size, fields and members of every sample, by column.
 
     Args:
         fields: json fields with their types.
-        boxes: the json field that holds precomputed face boxes.
+        box_field: the json field that holds precomputed face boxes.
     """
     parts = [
-        _Block(view, index, samples, start, stop).columns(shard, fields, boxes)
+        _Block(view, index, samples, start, stop).columns(shard, fields, box_field)
         for start, stop in _blocks(index, samples)
     ]
     columns = {name: pa.chunked_array([part[name] for part in parts]) for name in parts[0]} if parts else {}
@@ -294,11 +293,11 @@ class _Block:
         self._values: list[dict[str, Any]] = []
         self._raw: dict[str, Sequence[Any]] | None = None
 
-    def columns(self, shard: str, fields: dict[str, pa.DataType], boxes: str) -> dict[str, pa.Array]:
+    def columns(self, shard: str, fields: dict[str, pa.DataType], box_field: str) -> dict[str, pa.Array]:
         self._values = self._parsed(self._bodies(self._json))
         self._raw = _transposed(self._values)
         found = {"uid": self._uids(shard), **self._captions()}
-        found["source_face_bboxes"] = self._boxes(boxes)
+        found["source_face_bboxes"] = self._boxes(box_field)
         for side in ("width", "height"):
             found[f"source_{side}"] = self._field(side, pa.int32())
         for (name, kind), column in zip(fields.items(), schema.field_columns(fields), strict=True):
@@ -463,9 +462,9 @@ class _Block:
             return None
 
     def _boxes(self, name: str) -> pa.Array:
-        """Boxes [x1, y1, x2, y2] in 0..1; null = unknown. A value with one bad box is unknown as a whole."""
+        """Boxes [x1, y1, x2, y2] in 0..1; null = unknown."""
         raw = self._all(name)
-        good = _good_boxes(raw)
+        good = boxes.column(raw)
         if good is not None:
             return good
         return pa.array(_each(raw, lambda place, value: self._box_list(place, name, value)), schema.BOXES)
@@ -474,11 +473,10 @@ class _Block:
         if not isinstance(value, list):
             self._note(place, f"{name}: expected a list, found {_TYPE_NAMES[type(value)]}")
             return None
-        for number, box in enumerate(value):
-            if fault := _box_fault(box):
-                self._note(place, f"{name}: box {number} {fault}")
-                return None
-        return [[float(edge) for edge in box] for box in value]
+        found = boxes.read(value)
+        if found.note:
+            self._note(place, f"{name}: {found.note}")
+        return found.boxes
 
 
 def _is_deep(value: Any) -> bool:
@@ -498,44 +496,6 @@ def _transposed(values: Sequence[dict[str, Any]]) -> dict[str, Sequence[Any]] | 
     if not names or any(list(value) != names for value in values):
         return None
     return dict(zip(names, zip(*map(dict.values, values), strict=True), strict=True))
-
-
-def _good_boxes(raw: Sequence[Any]) -> pa.ListArray | None:
-    """The column of boxes if every one is right; None if one has to be looked at."""
-    if not set(map(type, raw)) <= {list, type(None)}:
-        return None
-    boxes = list(chain.from_iterable(value for value in raw if value))
-    if not set(map(type, boxes)) <= {list} or not set(map(len, boxes)) <= {4}:
-        return None
-    edges = list(chain.from_iterable(boxes))
-    if not set(map(type, edges)) <= {int, float}:
-        return None
-    try:
-        corners = np.array(edges, np.float64).reshape(-1, 4)
-    except OverflowError:
-        return None
-    is_right = (corners >= 0).all() and (corners <= 1).all() and (corners[:, :2] <= corners[:, 2:]).all()
-    if not is_right:
-        return None
-    counts = np.array([len(value) if value else 0 for value in raw], np.int32)
-    offsets = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    inner = pa.ListArray.from_arrays(pa.array(np.arange(0, 4 * len(boxes) + 1, 4), pa.int32()), corners.ravel())
-    unknown = np.array([value is None for value in raw], bool)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), inner, mask=pa.array(unknown))
-
-
-def _box_fault(box: Any) -> str:
-    if not isinstance(box, list) or len(box) != 4:
-        return "is not a list of four numbers"
-    if not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in box):
-        return "is not a list of four numbers"
-    if not all(isinstance(edge, int) or math.isfinite(edge) for edge in box):
-        return "holds a value that is not finite"
-    if not all(0 <= edge <= 1 for edge in box):
-        return "lies outside 0..1"
-    if box[0] > box[2] or box[1] > box[3]:
-        return "is inverted"
-    return ""
 
 
 def _exact_types(kind: pa.DataType) -> set[type]:

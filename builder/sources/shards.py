@@ -36,7 +36,8 @@ VERSION = "2"
 #: What each raised version changed, the oldest first: `builder plan` tells it of shards that an older one has read.
 CHANGES: dict[str, str] = {
     "2": "the last sample of a shard without end mark has failed (NoEndMark): the shard was cut there; members that "
-    "macOS puts beside files (._NAME, .DS_Store, __MACOSX/) belong to no sample",
+    "macOS puts beside files (._NAME, .DS_Store, __MACOSX/) belong to no sample; boxes up to 1 % of a side outside the "
+    "picture are cut instead of unknown",
 }
 #: What begins a note, at a shard's last sample, about the shard as a whole.
 OF_SHARD = "the shard: "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
+from builder import boxes
 from builder.answering import difference
 from builder.errors import ConfigError
 from builder.models.detectors import (
@@ -38,10 +37,14 @@ class FacesOptions(DetectorOptions):
 
 
 class Faces:
-    """Adds `face_count`, `face_boxes`, `face_scores`, `face_source`."""
+    """Adds `face_count`, `face_boxes`, `face_scores`, `face_source`, `face_notes`."""
 
     name: ClassVar[str] = "faces"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
+    changes: ClassVar[dict[str, str]] = {
+        "2": "published boxes up to 1 % of a side outside the picture are cut; those in pixels, or that are none, are "
+        "unknown instead of no face or a failed row"
+    }
     Options = FacesOptions
     inputs: ClassVar[pa.Schema] = pa.schema(
         [("boxes", BOXES), ("boxes_from", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
@@ -55,8 +58,10 @@ class Faces:
                 "face_scores", pa.list_(pa.float64()), "the detector's score of each box; null if the source has none"
             ),
             output("face_source", pa.string(), "json, metadata, mtcnn, scrfd, or unknown"),
+            output("face_notes", pa.string(), "published boxes that were cut at the edge, or are none and so unknown"),
         ]
     )
+    noting: ClassVar[str] = "face_notes"
     resources: Resources = Resources(cpus=1, memory_gb=1, batch_rows=32)
 
     def __init__(self, options: FacesOptions) -> None:
@@ -66,8 +71,8 @@ class Faces:
         if options.metadata is not None:
             self.sql = "faces_metadata.sql"
             self.params = {"source": options.source}
-            boxes = (BOXES, ("face_bboxes", "face-boxes"))
-            self.lookups = {"metadata": Lookup(options.metadata, {"uid": (pa.string(), ("uid",)), "boxes": boxes})}
+            published = (BOXES, ("face_bboxes", "face-boxes"))
+            self.lookups = {"metadata": Lookup(options.metadata, {"uid": (pa.string(), ("uid",)), "boxes": published})}
         if self._detects:
             check_options(options, self.name)
             self.tolerance = TOLERANCES[options.detector]
@@ -100,8 +105,7 @@ class Faces:
     def needs_bytes(self, batch: pa.RecordBatch) -> list[bool]:
         """Only samples that the detector looks at are read."""
         if self.options.source == "auto":
-            known: list[bool] = batch.column("boxes").is_null().to_pylist()
-            return known
+            return [boxes.read(value).boxes is None for value in batch.column("boxes").to_pylist()]
         return [self.options.source == "detector"] * batch.num_rows
 
     def prepare(self, batch: pa.RecordBatch) -> Block | None:
@@ -112,7 +116,7 @@ class Faces:
         """Answers a batch.
 
         Raises:
-            RowsFailed: pictures that do not decode, and boxes that are none.
+            RowsFailed: pictures that do not decode.
         """
         seen: list[Seen | None] = [None] * batch.num_rows
         errors: dict[int, Exception] = {}
@@ -120,17 +124,15 @@ class Faces:
             seen, errors = self._finder.find(batch.column("image").to_pylist(), prepared)
         known = zip(*(batch.column(name).to_pylist() for name in self.inputs.names), strict=True)
         rows: list[tuple[Any, ...]] = []
-        for place, (found, given) in enumerate(zip(seen, known, strict=True)):
+        for found, given in zip(seen, known, strict=True):
+            reading = boxes.Reading(None) if self.options.source == "detector" else boxes.read(given[0])
             row: tuple[Any, ...] = (None, None, None, "unknown")
             if found is not None:
                 faces = found.faces
                 row = (faces.count, faces.boxes, faces.scores, self.options.detector)
-            elif place not in errors and self.options.source != "detector":
-                try:
-                    row = self._given(*given)
-                except ValueError as error:
-                    errors[place] = error
-            rows.append(row)
+            elif reading.boxes is not None:
+                row = self._given(reading.boxes, *given[1:])
+            rows.append((*row, f"{given[1] or 'boxes'}: {reading.note}" if reading.note else None))
         return answered(self.outputs, rows, errors)
 
     def difference(self, alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
@@ -142,28 +144,13 @@ class Faces:
         return nearness(first, second, self.options.threshold)
 
     def _given(
-        self, boxes: list[list[float]] | None, boxes_from: str | None, width: int | None, height: int | None
+        self, known: list[list[float]], boxes_from: str | None, width: int | None, height: int | None
     ) -> tuple[Any, ...]:
         """The answer out of boxes that are known; a picture of unknown size counts as square."""
-        if boxes is None:
-            return None, None, None, "unknown"
-        checked = [_checked(box) for box in boxes]
-        count = sum(is_large(box, width or 1, height or 1, self.options.min_size) for box in checked)
-        return count, checked, None, boxes_from
+        count = sum(is_large(box, width or 1, height or 1, self.options.min_size) for box in known)
+        return count, known, None, boxes_from
 
     def close(self) -> None:
         if self._finder is not None:
             self._finder.close()
         self._finder = None
-
-
-def _checked(box: Sequence[float | None] | None) -> list[float]:
-    """A box of a file, within the picture.
-
-    Raises:
-        ValueError: it is no box.
-    """
-    edges = [edge for edge in box or () if edge is not None and math.isfinite(edge)]
-    if box is None or len(box) != 4 or len(edges) != 4 or edges[0] > edges[2] or edges[1] > edges[3]:
-        raise ValueError(f"{box} is no box [x1, y1, x2, y2]")
-    return [min(max(edge, 0.0), 1.0) for edge in edges]
