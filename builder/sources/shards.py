@@ -355,7 +355,8 @@ def _sorting(path: Path) -> str:
     )
     return (
         f"mkdir {files} && tar -xf {tar_} -C {files} && "
-        f"tar --sort=name --transform='s,^\\./,,' -cf {made} -C {files} . && mv {tar_} {old} && mv {made} {tar_} && rm -r {files}"
+        f"tar --sort=name --transform='s,^\\./,,' -cf {made} -C {files} . && "
+        f"mv {tar_} {old} && mv {made} {tar_} && rm -r {files}"
     )
 
 
