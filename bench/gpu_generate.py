@@ -303,6 +303,7 @@ def _rows(numbers: Sequence[int]) -> pa.RecordBatch:
             "key": [f"{i:08d}" for i in numbers],
             "prompt": [f"a photo of number {i}" for i in numbers],
             "draw": pa.array([0] * count, pa.int32()),
+            "image_format": ["jpg"] * count,
         }
     )
 

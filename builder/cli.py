@@ -376,6 +376,7 @@ def plan(
       builder plan --scale large --stale
     """
     from builder import pipeline as pipelines
+    from builder.edited_sample import REASONS
     from builder.workset import Choice
 
     loaded = _load(scale, pipeline, sets)
@@ -399,6 +400,7 @@ def plan(
                 "dropped": write_plan.dropped,
                 "stale": write_plan.stale,
                 "refused": write_plan.refused,
+                "kept": dict(write_plan.kept),
                 "bytes_needed": write_plan.needed,
                 "bytes_free": write_plan.free,
             },
@@ -430,8 +432,11 @@ def plan(
         [
             ("of these, image older than its prompt", write_plan.stale),
             ("chosen but bad in the source, left as they are", write_plan.refused),
+            *((REASONS[reason][0] + ", left as they are", count) for reason, count in write_plan.kept.items()),
         ],
     )
+    for reason in write_plan.kept:
+        _hint(f"{REASONS[reason][0]}: {REASONS[reason][1]}")
     for rule, command in zip(found.older, commands, strict=True):
         what = "shards were read" if rule.stage == "ingest" else "rows were answered"
         click.echo(f"\n{rule.stage}: {rule.count:,} {what} by version {rule.version}, and stay so until you ask:")
@@ -464,6 +469,7 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
       builder status --scale small
     """
     from builder import pipeline as pipelines
+    from builder.edited_sample import REASONS
 
     value = pipelines.status(_load(scale, pipeline, sets))
     if as_json:
@@ -486,6 +492,9 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     if empty := value["no_sample"]:
         more = f" and {len(empty) - _EXAMPLES} more" if len(empty) > _EXAMPLES else ""
         _hint(f"{len(empty)} shards hold no sample: {', '.join(empty[:_EXAMPLES])}{more}")
+    for reason, count in value["left_out"].items():
+        what, fix = REASONS[reason]
+        click.echo(f"\n{count:,} new images are left out by write, of {what}\n  {fix}")
     if not value["shards"]:
         _hint(f"the table is empty; next: {_again('ingest', scale, pipeline, sets)}")
 

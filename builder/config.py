@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from builder import layout, schema
 from builder.errors import ConfigError, SchemaError
@@ -112,6 +113,14 @@ class Write(Strict):
     select: LocalPath = "sql/write.sql"
     #: Values of the $names in that SQL.
     params: dict[str, Param] = {}
+    #: Format of new pictures. source: that of the picture that is replaced. jpg: always jpg, and a png or webp that is
+    #: replaced becomes a .jpg, which readers that look for one kind of picture lose.
+    image: Literal["source", "jpg"] = "source"
+    #: Of a sample with several pictures, what becomes of those that a new one does not replace: keep or drop. Absent:
+    #: such a sample is not edited.
+    other_pictures: Literal["keep", "drop"] | None = None
+    #: Whether an edited sample without a json gets one. Without it, how the sample was made is in the manifest.
+    gives_json: bool = Field(default=False, alias="json")
 
 
 #: A key inside a pipeline: names of sections and keys, and positions in lists.
@@ -418,7 +427,7 @@ def _named(keys: Keys) -> tuple[str, str]:
 def _example(model: type[BaseModel], location: Keys, kind: str, value: Any) -> str:
     if kind == "string_type" and isinstance(value, int | float):
         return f'write it in quotes: "{value}"'
-    info = model.model_fields.get(str(location[0])) if len(location) == 1 else None
+    info = keys_of(model).get(str(location[0])) if len(location) == 1 else None
     default = None if info is None or info.is_required() else info.get_default(call_default_factory=True)
     if isinstance(default, bool | int | float | str | list):
         return f"for example: {location[0]} = {json.dumps(default)}"
@@ -429,11 +438,16 @@ def _valid_keys(model: type[BaseModel], keys: Keys, location: Keys) -> list[str]
     current: type[BaseModel] | None = model
     for part in location[:-1]:
         if current is not None and isinstance(part, str):
-            info = current.model_fields.get(part)
+            info = keys_of(current).get(part)
             current = _model_in(info.annotation) if info else None
-    names = list(current.model_fields) if current else []
+    names = list(keys_of(current)) if current else []
     is_stage = len(keys) == 2 and keys[0] == "stages" and len(location) == 1
     return names + list(StageTable.model_fields) if is_stage else names
+
+
+def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a model by their keys in a pipeline; a field is named otherwise where pydantic has the name."""
+    return {info.alias or name: info for name, info in model.model_fields.items()}
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

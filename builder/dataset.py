@@ -79,7 +79,7 @@ class Dataset:
         """The bytes of one member of one sample: `image`, `json`, `txt`, any other extension, or `edit`.
 
         Args:
-            member: `image` is the source's jpg, png or webp, `edit` the generated image.
+            member: `image` is the source's jpg, png or webp, `edit` the generated image (`image_format`).
             uid: the sample, where its uid is unique; else give shard and row.
 
         Returns:

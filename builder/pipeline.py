@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
@@ -20,8 +21,9 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from builder import config as configs
-from builder import files, rules, runs, schema, table, verify, workset, writer
+from builder import files, formats, rules, runs, schema, table, verify, workset, writer
 from builder.config import Config
+from builder.edited_sample import REASONS, Rules, members_of
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError, TransientError
 from builder.layout import Layout, RunFiles, names
 from builder.members import MemberReader, place_of
@@ -76,6 +78,12 @@ class Pipeline:
     @property
     def layout(self) -> Layout:
         return Layout(self.config.root)
+
+    @property
+    def editing(self) -> Rules:
+        """How samples are edited."""
+        write = self.config.write
+        return Rules(write.image, write.other_pictures, write.gives_json, self.config.dataset.boxes)
 
     @property
     def own_columns(self) -> tuple[Column, ...]:
@@ -223,7 +231,8 @@ def work_of(pipeline: Pipeline, name: str, choice: Choice, shards: Sequence[str]
     use = use_of(pipeline, name)
     signature = options_hash(use.stage, use.options)
     params = _next_draw(use) if choice.next_draw else use.params
-    return Work(use.stage, use.sql, params, choice, shards, pipeline.columns(), signature)
+    image = pipeline.config.write.image
+    return Work(use.stage, use.sql, params, choice, shards, pipeline.columns(), signature, image)
 
 
 def _next_draw(use: StageUse) -> dict[str, Any]:
@@ -354,6 +363,7 @@ def _describe_stage(pipeline: Pipeline, run: RunFiles, use: StageUse, work: Work
         sql={"origin": work.sql.origin, "text": work.sql.text},
         params=work.params,
         choice=asdict(work.choice),
+        image=work.image,
         settings=settings,
         pipeline=pipeline.config.path,
         set=pipeline.config.sets,
@@ -377,6 +387,7 @@ class WritePlan:
         edited: samples that will differ, over all shards; dropped ones apart.
         stale: edited samples whose image is older than their prompt: they keep the caption it was made from.
         refused: samples that the SQL returns and that are never edited, since their source is bad.
+        kept: samples that the SQL returns and that stay the source's, by reason (`edited_sample.REASONS`).
         needed: bytes that writing takes.
     """
 
@@ -386,6 +397,7 @@ class WritePlan:
     dropped: int = 0
     stale: int = 0
     refused: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
     needed: int = 0
     free: int = 0
     bytes: int = 0
@@ -410,6 +422,7 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: boo
             plan.shards += 1
             plan.stale += shard.stale
             plan.refused += shard.refused
+            plan.kept += shard.kept
             plan.dropped += sum(edit.dropped for edit in shard.edits.values())
             plan.edited += sum(not edit.dropped for edit in shard.edits.values())
             if writer.is_written(layout, shard):
@@ -433,8 +446,15 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: boo
 
 def write_plans(pipeline: Pipeline, shards: Sequence[str]) -> Iterator[writer.ShardPlan]:
     """The plan of every hybrid shard, in order."""
+    return _write_plans(pipeline, shards, None)
+
+
+def _write_plans(
+    pipeline: Pipeline, shards: Sequence[str], refused: dict[str, BuilderError] | None
+) -> Iterator[writer.ShardPlan]:
     write = pipeline.config.write
-    return writer.plans(pipeline.layout, pipeline.known_columns(), shards, read_sql(write.select), write.params)
+    columns, sql = pipeline.known_columns(), read_sql(write.select)
+    return writer.plans(pipeline.layout, columns, shards, sql, write.params, pipeline.editing, refused)
 
 
 def write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome:
@@ -457,6 +477,9 @@ def write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome
                 f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were "
                 "made from (draw them again: builder stage generate --stale)"
             )
+        for reason, count in plan.kept.items():
+            what, fix = REASONS[reason]
+            talk.say(f"write: {count} {what} stay the source's ({fix})")
         if not plan.todo:
             talk.say(f"write: nothing to do ({plan.shards} hybrid shards up to date)")
             writer.write_sizes(layout)
@@ -468,6 +491,7 @@ def write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome
             "write",
             sql=read_sql(pipeline.config.write.select).origin,
             image_stage=writer.image_stage(pipeline.known_columns()),
+            editing=asdict(pipeline.editing),
             pipeline=pipeline.config.path,
             set=pipeline.config.sets,
         )
@@ -541,14 +565,16 @@ def _older(pipeline: Pipeline, shards: Sequence[str]) -> list[rules.OlderRule]:
 
 
 def status(pipeline: Pipeline) -> dict[str, Any]:
-    """What the table holds: shards, rows, and for each stage its answers and failures by class."""
+    """What the table holds: shards, rows, for each stage its answers and failures by class, and new images that `write`
+    leaves out, by reason."""
     layout = pipeline.layout
     shards = layout.shard_names()
     healed = table.heal(layout, shards)
     columns = pipeline.columns()
     stages = list(dict.fromkeys(column.stage for column in columns))
     result: dict[str, Any] = {"root": str(layout.root), "shards": len(shards), "healed": healed, "stages": {}}
-    with Samples(layout, columns, layout.partitions()) as samples:
+    known = pipeline.known_columns()
+    with Samples(layout, known, layout.partitions()) as samples:
         counts = ", ".join(
             f"count(*) filter ({name}_status = 'ok'), count(*) filter ({name}_status = 'failed')" for name in stages
         )
@@ -570,9 +596,25 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
                 "not_tried": row[0] - ok - failed,
                 "errors": [{"class": kind, "rows": count, "example": example} for kind, count, example in classes],
             }
+        result["left_out"] = dict(_left_out(samples, known, pipeline.editing))
     result["hybrid_shards"] = sum(name.endswith(".tar") for name in names(layout.shards))
     result["runs"] = len(names(layout.runs))
     return result
+
+
+def _left_out(samples: Samples, columns: Sequence[Column], editing: Rules) -> Counter[str]:
+    """New images that the writer leaves out, since their samples stay the source's, by reason."""
+    found: Counter[str] = Counter()
+    kind = "image_format" if writer.says_format(columns) else "null"
+    alike = samples.fixed(
+        f"select list_transform(source_members, lambda m: m.ext), {kind}, count(*) from samples "
+        "where image_path is not null and source_status = 'ok' group by all order by all"
+    )
+    for extensions, said, count in alike:
+        members = members_of(tuple(extensions), formats.named(said), True, False, editing)
+        if isinstance(members, str):
+            found[members] += count
+    return found
 
 
 # --- verify, gc, fold, drop ---
@@ -580,16 +622,15 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
 
 def prove(pipeline: Pipeline, talk: Talk) -> verify.Proof:
     """Proves every hybrid shard of the pipeline; changes nothing on disk."""
-    layout, write = pipeline.layout, pipeline.config.write
+    layout = pipeline.layout
     on_disk = tar_shards.find(pipeline.config.patterns)
     shards = workset.narrow_to(list(on_disk.paths), layout.shard_names())
-    prover = verify.Prover(layout, shards)
+    prover = verify.Prover(layout, shards, pipeline.editing)
     prover.check_gone(tar_shards.vanished(layout, on_disk))
     refused: dict[str, BuilderError] = {}
     with talk.bar("verify", len(shards), "shards") as bar:
         readable = prover.readable()
-        found = writer.plans(layout, pipeline.known_columns(), readable, read_sql(write.select), write.params, refused)
-        for plan in found:
+        for plan in _write_plans(pipeline, readable, refused):
             prover.prove(plan)
             bar.update(prover.proof.proven + len(prover.wrong), len(prover.wrong))
     for shard, error in refused.items():
@@ -720,9 +761,9 @@ def save_images(pipeline: Pipeline, rows: Sequence[dict[str, Any]], folder: Path
                 if data is None:
                     continue
                 place = place_of(row["source_members"], "image")
-                extension = "jpg" if member == "edit" or place is None else place["ext"].lower()
+                extension = formats.of_bytes(data) if member == "edit" else place and place["ext"].lower()
                 name = "new" if member == "edit" else "source"
-                path = folder / f"{row['shard']}-{row['row']:06d}-{name}.{extension}"
+                path = folder / f"{row['shard']}-{row['row']:06d}-{name}.{extension or formats.JPG}"
                 files.write_atomic(path, data, durable=False)
                 saved.append(path)
     return saved

@@ -15,15 +15,15 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
+from builder import formats, runs, workset, writer
 from builder import pipeline as pipelines
-from builder import runs, workset, writer
 from builder.answering import Failure, answer
 from builder.errors import ConfigError, ShardError, StageError
 from builder.executors.local import as_a_worker
 from builder.members import EDIT, MemberReader
 from builder.pipeline import Pipeline
 from builder.query import Sql
-from builder.stage import Stage, find, options_hash
+from builder.stage import Stage, find, formats_asked, options_hash
 from builder.workset import Choice, Work
 
 
@@ -147,14 +147,19 @@ def _inputs(
     found = workset.first_rows(pipeline.layout, work, 1)
     recorded: dict[str, str] = getattr(stage, "recorded", {})
     given = found.to_pylist()[0] if found.num_rows else row
+    asked = [pa.field(name, pa.string()) for name in formats_asked(stage)]
     values = {field.name: row[recorded[field.name]] for field in stage.inputs if field.name in recorded}
+    values |= {
+        field.name: row.get(field.name) or formats.JPG for field in asked
+    }  # older answers are jpg and say nothing
     if lacking := [field.name for field in stage.inputs if field.name not in {*values, *given}]:
         raise ConfigError(
             "the work SQL of the image's run does not return its sample any more",
             where={"shard": row["shard"], "row": row["row"], "sql": sql.origin, "needed": ", ".join(lacking)},
             fix="what it asks for has changed in the table since: see builder show",
         )
-    fields = [pa.field("shard", pa.string()), pa.field("row", pa.int64()), pa.field("uid", pa.string()), *stage.inputs]
+    keys = [pa.field("shard", pa.string()), pa.field("row", pa.int64()), pa.field("uid", pa.string())]
+    fields = [*keys, *stage.inputs, *asked]
     columns = [pa.array([values.get(field.name, given.get(field.name))], field.type) for field in fields]
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 

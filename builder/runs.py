@@ -27,6 +27,7 @@ from builder import __version__, errors, files, table, workset, writer
 from builder.answering import error_text
 from builder.config import Run
 from builder.deaths import Deaths
+from builder.edited_sample import Rules
 from builder.errors import BuilderError, ShardError, StageError
 from builder.executors import local
 from builder.layout import Layout, RunFiles, shard_name
@@ -322,7 +323,8 @@ def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable
         if state is None or state.rows != part.rows:
             raise ShardError("the shard was ingested again", where={"shard": part.shard}, fix="run write again")
         rows = workset.read_slice(run, part).to_pylist() if part.count else []
-        plan = writer.plan_shard(layout, part.shard, state, rows, Sql("", data["sql"]), data["image_stage"])
+        sql, editing = Sql("", data["sql"]), Rules(**data["editing"])
+        plan = writer.plan_shard(layout, part.shard, state, rows, sql, data["image_stage"], editing)
         written = writer.write_shard(layout, plan)
         result["shards"] += 1
         for name, value in vars(written).items():

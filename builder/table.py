@@ -529,7 +529,7 @@ def is_behind(layout: Layout, shard: str) -> bool:
 def _is_behind(layout: Layout, shard: str, found: dict[str, int], root: tuple[int, tuple[Column, ...]]) -> bool:
     """Whether a partition differs from the newest generations, or was folded before the root knew a column of theirs.
 
-    Columns of stages that have no answers for the shard do not count: queries read them as nulls.
+    Columns that the column files lack do not count, such as those that a stage has gained since: they read as nulls.
     """
     state = partition_state(layout, shard)
     if state is None or state.generations != found:
@@ -542,7 +542,15 @@ def _is_behind(layout: Layout, shard: str, found: dict[str, int], root: tuple[in
         have = _types_of(path, path.stat().st_ino)
     except FileNotFoundError:
         return True
-    return any(column.stage in found and have.get(column.name) != column.type for column in columns)
+    others = [column for column in columns if column.stage in found and have.get(column.name) != column.type]
+    try:
+        return any(
+            column.name in have
+            or column.name in pq.read_schema(layout.column_file(shard, column.stage, found[column.stage])).names
+            for column in others
+        )
+    except (pa.ArrowInvalid, OSError):  # gone or damaged: whoever folds finds a newer one, or says what is wrong
+        return True
 
 
 @lru_cache(maxsize=64)
@@ -567,15 +575,17 @@ def heal(layout: Layout, shards: Iterable[str]) -> int:
 def read_partition(layout: Layout, shard: str, columns: Sequence[str]) -> tuple[pa.Table, State]:
     """Columns of one partition in tar order, and what it was folded from; both out of one open file.
 
-    A column that the partition lacks reads as nulls.
+    A column that the partition lacks reads as nulls. A part of a nested one has its path in the parquet file as its
+    name: `source_members.list.element.ext`.
     """
 
     def read() -> tuple[pa.Table, State]:
         with pq.ParquetFile(layout.partition(shard)) as file:
             have = set(file.schema_arrow.names)
-            found = file.read(columns=[name for name in columns if name in have])
+            tops = {name: name if name in have else name.partition(".")[0] for name in columns}
+            found = file.read(columns=[name for name, top in tops.items() if top in have])
             nothing = pa.nulls(file.metadata.num_rows)
-            table = pa.table({name: found[name] if name in have else nothing for name in columns})
+            table = pa.table({name: found[top] if top in have else nothing for name, top in tops.items()})
             state = _state(dict(file.metadata.metadata or {}))
             if state is None:
                 raise ShardError("a partition is not of this table", where={"shard": shard}, fix="builder fold")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from builder import files, schema, table, workset
+from builder import files, formats, schema, table, workset
 from builder.answering import Failure, Left, answer, check_alone
 from builder.errors import ConfigError, StageError
 from builder.executors.local import as_a_worker
@@ -108,9 +108,10 @@ def save_generated(pipeline: Pipeline, name: str, trial: Trial, folder: Path) ->
     for output in use_of(pipeline, name).stage.outputs:
         if output.type != schema.GENERATED:
             continue
-        extension = (output.metadata or {}).get(b"extension", b"bin").decode()
+        said = (output.metadata or {}).get(b"extension", b"bin").decode()
         for row in trial.rows:
             if row.get(output.name) is not None:
+                extension = formats.of_bytes(row[output.name]) or said
                 path = folder / f"{row['shard']}-{row['row']:06d}-{output.name}.{extension}"
                 files.write_atomic(path, row[output.name], durable=False)
                 saved.append(path)

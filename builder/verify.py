@@ -20,12 +20,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from builder import edits, files, members, table, tar
+from builder import edits, files, formats, members, table, tar
+from builder.edited_sample import Edit, Rules, edited_json, manifest_provenance
 from builder.edits import EditsReader
 from builder.errors import BuilderError, ShardError
 from builder.layout import Layout, names
 from builder.schema import IMAGE_EXTENSIONS
-from builder.writer import Edit, ShardPlan, edited_json, read_description
+from builder.writer import ShardPlan, read_description
 
 #: Bytes of one comparison.
 _STEP = 4 << 20
@@ -85,10 +86,11 @@ class Prover:
 
     Args:
         shards: those to prove.
+        rules: how samples are edited.
     """
 
-    def __init__(self, layout: Layout, shards: Sequence[str]) -> None:
-        self._layout, self._shards = layout, shards
+    def __init__(self, layout: Layout, shards: Sequence[str], rules: Rules) -> None:
+        self._layout, self._shards, self._rules = layout, shards, rules
         self._samples: dict[str, int] = {}
         self.proof = Proof(shards=len(shards))
         self.wrong: dict[str, str] = {}
@@ -119,7 +121,7 @@ class Prover:
             return
         hybrid = self._layout.hybrid(plan.shard)
         try:
-            self._samples[plan.shard] = _Pair(self._layout, plan, self.proof).prove()
+            self._samples[plan.shard] = _Pair(self._layout, plan, self._rules, self.proof).prove()
             self.proof.proven += 1
         except _Wrong as wrong:
             self.wrong[plan.shard] = str(wrong)
@@ -231,13 +233,14 @@ def _indexed(path: Path, whose: str, fix: str) -> tar.Index:
 class _Pair:
     """A source shard beside its hybrid shard."""
 
-    def __init__(self, layout: Layout, plan: ShardPlan, proof: Proof) -> None:
-        self._layout, self._plan, self._proof = layout, plan, proof
+    def __init__(self, layout: Layout, plan: ShardPlan, rules: Rules, proof: Proof) -> None:
+        self._layout, self._plan, self._rules, self._proof = layout, plan, rules, proof
         self._source_path = Path(plan.source.path)
         self._hybrid_path = layout.hybrid(plan.shard)
         self._mend = _removing(self._hybrid_path, _WRITE)
         self._edits_members: dict[str, dict[int, int]] = {}
         self._written: dict[int, list[tuple[str, str]]] = {}  # by edited row: names and sha256 of its members
+        self._provenance: dict[int, str] = {}  # by edited row without a json: what the manifest says of it
         self._edited_count = self._dropped_count = self._same_count = 0
 
     def prove(self) -> int:
@@ -413,7 +416,7 @@ class _Pair:
             there = self._found_at(start)
             raise _Wrong(f"{label} should be edited and is not at byte {start}, where {there} is", self._mend)
         sources_by_extension = {self._source_index.names[i][len(key) + 1 :]: i for i in sources}
-        wanted = _wanted(edit, sources_by_extension)
+        wanted = _wanted(edit, sources_by_extension, self._rules)
         if [extension for extension, _ in found] != [extension for extension, _ in wanted]:
             have, should = (", ".join(extension for extension, _ in some) for some in (found, wanted))
             raise _Wrong(f"{label}: its members are {have}, and should be {should}", self._mend)
@@ -436,29 +439,35 @@ class _Pair:
 
     def _check_sample(self, edit: Edit, label: str, found: dict[str, bytes], sources: dict[str, int]) -> None:
         lower = {extension.lower(): body for extension, body in found.items()}
-        fields = self._json(label, lower["json"])
+        old = {extension.lower(): i for extension, i in sources.items()}
+        fields = self._json(label, lower["json"]) if "json" in lower else None
         if edit.caption is not None:
-            if lower["txt"].decode("utf-8", "replace") != edit.caption:
+            if "txt" in lower and lower["txt"].decode("utf-8", "replace") != edit.caption:
                 raise _Wrong(f"{label}: its txt is not the new caption", self._mend)
-            if fields.get("caption") != edit.caption:
+            if fields is not None and fields.get("caption") != edit.caption:
                 raise _Wrong(f"{label}: its json does not hold the new caption", self._mend)
         changed = {"json"} | ({"txt"} if edit.caption is not None else set())
         if edit.image is not None:
-            changed |= set(IMAGE_EXTENSIONS)
-            self._check_image(edit, label, _image(lower), _image({e.lower(): i for e, i in sources.items()}), fields)
+            changed |= {_image(old)[0], _image(lower)[0]}
+            self._check_image(edit, label, _image(lower)[1], _image(old)[1], fields)
         for extension, body in found.items():
             if extension.lower() not in changed and body != self._source_body(sources[extension]):
                 raise _Wrong(f"{label}: its member '{extension}' is not the source's", self._mend)
-        old = next((self._source_body(i) for extension, i in sources.items() if extension.lower() == "json"), None)
-        self._check_json(edit, label, lower["json"], fields, edited_json(old, edit))
+        if fields is None:
+            self._provenance[edit.row] = manifest_provenance(self._source_body(old["txt"]), edit)
+            return
+        raw = self._source_body(old["json"]) if "json" in old else None
+        self._check_json(edit, label, lower["json"], fields, edited_json(raw, edit))
 
-    def _check_image(self, edit: Edit, label: str, picture: bytes, source: int, fields: dict[str, Any]) -> None:
+    def _check_image(self, edit: Edit, label: str, picture: bytes, source: int, fields: dict[str, Any] | None) -> None:
         assert edit.image is not None
         if picture == self._source_body(source):
             raise _Wrong(f"{label}: its image is still the source's", self._mend)
         if hashlib.sha256(picture).hexdigest() != edit.made["image_sha256"]:
             raise _Wrong(f"{label}: its image is not the one that the table describes", self._mend)
         self._check_edits(label, edit.image, picture)
+        if fields is None:
+            return
         wanted = {
             "width": edit.made["image_width"],
             "height": edit.made["image_height"],
@@ -471,8 +480,9 @@ class _Pair:
                     f"{_shown(value)}",
                     self._mend,
                 )
-        if "face_bboxes" in fields and "face_bboxes" not in edit.fields:
-            raise _Wrong(f"{label}: its json still has the old image's face_bboxes", self._mend)
+        for name in self._rules.box_fields:
+            if name in fields:
+                raise _Wrong(f"{label}: its json still has the old image's {name}", self._mend)
 
     def _check_edits(self, label: str, place: tuple[str, int, int], picture: bytes) -> None:
         """Checks that the edits tar is whole and holds the image where the table says."""
@@ -521,7 +531,8 @@ class _Pair:
     # --- what lies beside the tar ---
 
     def _check_manifest(self, described: tuple[str, dict[str, Any]] | None) -> None:
-        """Checks that the manifest names every member of the hybrid shard with the sha256 of the edited ones."""
+        """Checks that the manifest names every member of the hybrid shard with the sha256 of the edited ones, and says
+        how samples without a json were made."""
         path = self._layout.manifest(self._plan.shard)
         if described is None:
             raise _Wrong("its manifest is gone", _WRITE)
@@ -536,7 +547,8 @@ class _Pair:
                 raise _Wrong(f"its manifest says {name} = {described[1].get(name)}, and it has {value}", mend)
         try:
             with pq.ParquetFile(path) as file:
-                rows = file.read(["shard", "row", "member", "sha256", "origin"]).to_pylist()
+                names = ["shard", "row", "member", "sha256", "origin", "provenance"]
+                rows = file.read([name for name in names if name in file.schema_arrow.names]).to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
             raise _Wrong(f"its manifest is damaged ({_reason(error)})", mend) from error
         wanted = list(self._manifest_rows())
@@ -544,10 +556,10 @@ class _Pair:
             raise _Wrong(f"its manifest has {len(rows)} rows, and it has {len(wanted)} members", mend)
         for number, (row, should) in enumerate(zip(rows, wanted, strict=True)):
             for name, value in should.items():
-                if row[name] != value:
+                if row.get(name) != value:
                     raise _Wrong(
                         f"its manifest's row {number}, of member '{should['member']}', says {name} = "
-                        f"{_shown(row[name])}, and should say {_shown(value)}",
+                        f"{_shown(row.get(name))}, and should say {_shown(value)}",
                         mend,
                     )
 
@@ -555,8 +567,13 @@ class _Pair:
         for row, (key, places) in enumerate(zip(self._keys, self._places, strict=True)):
             sources: list[tuple[str, str | None]] = [(f"{key}.{place['ext']}", None) for place in places]
             origin = "edited" if row in self._written else "source"
+            told = self._provenance.get(row)
             for name, digest in self._written.get(row, sources):
-                yield {"shard": self._plan.shard, "row": row, "member": name, "sha256": digest, "origin": origin}
+                yield {
+                    "shard": self._plan.shard, "row": row, "member": name, "sha256": digest, "origin": origin,
+                    "provenance": told,
+                }  # fmt: skip
+                told = None  # the first of a sample's members says it
 
     def _check_statistics(self, counts: dict[str, int]) -> None:
         path = self._layout.stats(self._plan.shard)
@@ -571,24 +588,23 @@ class _Pair:
             raise _Wrong(f"'{path.name}' says {have}, and it should say {should}", self._mend)
 
 
-def _image(by_extension: dict[str, Any]) -> Any:
-    return next(by_extension[extension] for extension in IMAGE_EXTENSIONS if extension in by_extension)
+def _image(by_extension: dict[str, Any]) -> tuple[str, Any]:
+    """A sample's picture: its extension and what stands there."""
+    return next((name, by_extension[name]) for name in IMAGE_EXTENSIONS if name in by_extension)
 
 
-def _wanted(edit: Edit, sources: dict[str, int]) -> list[tuple[str, int]]:
+def _wanted(edit: Edit, sources: dict[str, int], rules: Rules) -> list[tuple[str, int]]:
     """The extensions that an edited sample should have, in order, each with the source's member that it replaces."""
-    image = _image({extension.lower(): i for extension, i in sources.items()})
+    own, image = _image({extension.lower(): i for extension, i in sources.items()})
     wanted: list[tuple[str, int]] = []
     for extension, i in sources.items():
-        if edit.image is None or extension.lower() not in IMAGE_EXTENSIONS:
+        if edit.image is not None and i == image:
+            is_kept = rules.image == "source" or own in ("jpg", "jpeg") or edit.kind == own
+            wanted.append((extension if is_kept else "jpg", i))
+        elif edit.image is None or rules.other_pictures == "keep" or not formats.pictures_of([extension]):
             wanted.append((extension, i))
-        elif i == image:
-            wanted.append((extension if extension.lower() == "jpeg" else "jpg", i))
-    have = {extension.lower() for extension in sources}
-    if "json" not in have:
+    if rules.json and not any(extension.lower() == "json" for extension in sources):
         wanted.append(("json", image))
-    if "txt" not in have and edit.caption is not None:
-        wanted.append(("txt", image))
     return wanted
 
 

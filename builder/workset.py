@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from builder import files, schema
+from builder import files, formats, schema
 from builder.errors import ConfigError, ConflictError
 from builder.layout import Layout, RunFiles
 from builder.query import Lookup, Samples, Sql
 from builder.schema import Column
-from builder.stage import Stage, inputs_hashes
+from builder.stage import Stage, formats_asked, inputs_hashes
 from builder.table import partition_state
 
 T = TypeVar("T")
@@ -115,6 +115,7 @@ class Work:
     Attributes:
         columns: the root's columns with the stage's own.
         signature: `stage.options_hash`, half of every row's inputs hash.
+        image: the format that pictures are asked for: the one of the sample's own, or `jpg` always.
     """
 
     stage: Stage
@@ -124,6 +125,7 @@ class Work:
     shards: Sequence[str]
     columns: Sequence[Column]
     signature: str
+    image: Literal["source", "jpg"] = "source"
 
     @property
     def lookups(self) -> Mapping[str, Lookup]:
@@ -234,7 +236,7 @@ def _frozen(samples: Samples, work: Work, sort: set[str]) -> Iterator[pa.Table]:
     """The rows to try, shard by shard, as the work set holds them."""
     for _, state, (wanted,) in _side_by_side(samples, [work], sort, whole=True):
         if wanted is not None and (rows := _to_do(work, _covered(state, wanted))).num_rows:
-            names = [field.name for field in work.stage.inputs]
+            names = [*(field.name for field in work.stage.inputs), *formats_asked(work.stage)]
             yield _with_inputs(rows, work).select([*_KEYS, *names, "previous_run", "inputs"])
 
 
@@ -419,7 +421,7 @@ def _states(samples: Samples, works: Sequence[Work], sort: set[str], *, whole: b
         if whole:
             parts += ["s.uid", f"s.{name}_run as previous_run"]
         if whole or choice.stale:
-            parts += [f"s.{name}_inputs as {name}_previous", *_bytes_of(work.stage)]
+            parts += [f"s.{name}_inputs as {name}_previous", *_bytes_of(work.stage), *_format_of(work)]
     narrowed = _where(choice.where or "true")
     order = " order by s.shard, s.row" if _TABLE in sort else ""
     around = f"select {', '.join(parts)} from {{}} s where s.source_status = 'ok'{order}"
@@ -435,6 +437,21 @@ def _bytes_of(stage: Stage) -> list[str]:
     if "edit" in stage.members:
         parts.append(f"s.image_sha256 as {stage.name}_edit_bytes")
     return parts
+
+
+def _format_of(work: Work) -> list[str]:
+    """The format in which a stage is asked for pictures."""
+    if not formats_asked(work.stage):
+        return []
+    told = f"'{formats.JPG}'"
+    if work.image == "source":
+        have = "list_transform(s.source_members, lambda m: lower(m.ext))"
+        cases = (
+            f"when list_contains({have}, '{extension}') then '{found}'"
+            for extension, found in formats.OF_EXTENSION.items()
+        )
+        told = f"case {' '.join(cases)} end"
+    return [f"{told} as {work.stage.name}_format_asked"]
 
 
 def _places(state: pa.Table, wanted: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -480,7 +497,11 @@ def _inputs_of(rows: pa.Table, work: Work) -> pa.UInt64Array:
     bytes_ = [f"{work.stage.name}_{name}" for name in ("member_bytes", "edit_bytes")]
     names = [*(field.name for field in work.stage.inputs), *(name for name in bytes_ if name in rows.column_names)]
     columns = [rows[name].to_pylist() for name in names] or [[None] * rows.num_rows]
-    return inputs_hashes(work.signature, columns)
+    asked = f"{work.stage.name}_format_asked"
+    more = None
+    if asked in rows.column_names:  # jpg is what all were, before there was a choice
+        more = [None if one == formats.JPG else one for one in rows[asked].to_pylist()]
+    return inputs_hashes(work.signature, columns, more)
 
 
 def _with_inputs(rows: pa.Table, work: Work) -> pa.Table:
@@ -488,6 +509,8 @@ def _with_inputs(rows: pa.Table, work: Work) -> pa.Table:
     for field in work.stage.inputs:
         at = result.column_names.index(field.name)
         result = result.set_column(at, field.name, result[field.name].cast(field.type))
+    for name in formats_asked(work.stage):
+        result = result.append_column(name, rows[f"{work.stage.name}_format_asked"])
     return result
 
 

@@ -1,12 +1,11 @@
 """Hybrid shards: stream each source shard in order, copy what is unchanged, splice the edited samples in.
 
-Owns `shards/`: what an edited sample looks like, the manifest, and what is up to date. The output is a function of the
-source's bytes and the table's write rows alone.
+Owns `shards/`: the manifest, and what is up to date. The output is a function of the source's bytes, the table's write
+rows and the pipeline's rules alone; what an edited sample looks like is `builder.edited_sample`'s.
 """
 
 from __future__ import annotations
 
-import codecs
 import datetime
 import decimal
 import hashlib
@@ -14,9 +13,9 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +24,30 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builder import files, query, table, tar
+from builder import edited_sample, files, formats, query, table, tar
 from builder.assembly import Assembly, Part, length
+from builder.edited_sample import Edit, Rules, edited_json, manifest_provenance, members_of
 from builder.edits import EditsReader
 from builder.errors import BuilderError, ConfigError, ShardError, where
 from builder.layout import Layout, RunFiles
-from builder.members import AGAIN, by_extension, opened
+from builder.members import AGAIN, opened
 from builder.query import Samples, Sql
-from builder.schema import IMAGE_EXTENSIONS, Column
+from builder.schema import Column
 from builder.stage import pointers_of
 
-#: Raised when the same table gives other bytes; part of every manifest's digest.
+#: Part of every manifest's digest. A rule that changes the bytes of some samples alone is told by `_decisive` of these.
 VERSION = "3"
 _POINTER = ("image_path", "image_offset", "image_size")
 _MADE = ("image_width", "image_height", "image_sha256", "image_seed", "image_model", "image_prompt", "prompt")
 _KEYS = ("shard", "row", "uid")
-_OTHER = ("dropped", "caption")
+_OTHER = ("dropped", "caption", "image_format")
 _TYPES = {
     "shard": "varchar", "row": "bigint", "uid": "varchar", "dropped": "boolean", "caption": "varchar",
     "image_path": "varchar", "image_offset": "bigint", "image_size": "bigint", "image_width": "integer",
     "image_height": "integer", "image_sha256": "varchar", "image_seed": "bigint", "image_model": "varchar",
-    "image_prompt": "varchar", "prompt": "varchar",
+    "image_prompt": "varchar", "prompt": "varchar", "image_format": "varchar",
 }  # fmt: skip
-#: json fields that the writer alone sets: always, and where there is a new image that they describe.
-_OWNED = {"caption", "original_caption", "provenance"}
-_DESCRIBING = {"width", "height", "original_width", "original_height", "sha256", "face_bboxes"}
 _SET = "set_"
-#: json fields that describe the replaced image: emptied, since the new one has no origin. Source: img2dataset's fields.
-_EMPTIED = ("url", "exif")
 #: Bytes that an edited sample's json and headers may grow by, for the disk's sake.
 _ADDED = 4096
 #: Bytes that are read at a time around an edited sample's headers: its json and txt lie next to each other.
@@ -61,28 +56,10 @@ _NEAR = 8192
 _LARGE = 1 << 20
 #: Times that a shard is written whose source's time of change, and nothing else, changes meanwhile.
 _TRIES = 3
+#: Between the extensions of a sample's members, none of which holds it.
+_BETWEEN = "/"
 _DIGEST = b"builder.digest"
 _INFO = b"builder.output"
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One row of the write SQL that changes a sample.
-
-    Attributes:
-        dropped: the sample is left out; then nothing else counts.
-        image: path, offset and size of the new image, or None for a sample that keeps its own.
-        caption: the new caption, or None for a sample that keeps its own.
-        fields: json fields to set.
-        made: how the image was made, for the json.
-    """
-
-    row: int
-    dropped: bool = False
-    image: tuple[str, int, int] | None = None
-    caption: str | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
-    made: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,6 +71,7 @@ class ShardPlan:
         digest: of all that decides which samples differ, and how.
         stale: edited samples whose image is older than their prompt: image and caption stay the pair they were made as.
         refused: samples that the SQL returns and that are never edited, since their source is bad.
+        kept: samples that the SQL returns and that stay the source's, by the reason (`edited_sample.REASONS`).
         frozen: the rows of the write SQL that it was made from.
     """
 
@@ -104,6 +82,7 @@ class ShardPlan:
     digest: str
     stale: int = 0
     refused: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
     frozen: list[dict[str, Any]] = field(default_factory=list)
     frozen_schema: pa.Schema | None = None
 
@@ -145,6 +124,7 @@ def plans(
     shards: Sequence[str],
     sql: Sql,
     params: dict[str, Any],
+    rules: Rules,
     refused: dict[str, BuilderError] | None = None,
 ) -> Iterator[ShardPlan]:
     """Evaluates the write SQL once and yields the plan of every shard, in order.
@@ -159,13 +139,13 @@ def plans(
     with Samples(layout, columns, shards) as samples:
         relation = samples.select(sql, params)
         returned = relation.columns
-        _check_columns(returned, [str(kind) for kind in relation.types], sql)
+        _check_columns(returned, [str(kind) for kind in relation.types], sql, rules)
         chosen = ", ".join(f'cast(w."{n}" as {_TYPES[n]}) as "{n}"' if n in _TYPES else f'w."{n}"' for n in returned)
         around = f"select {chosen} from {{}} w order by w.shard, w.row"
-        beside = ["source_status", f"{stage}_run"] if stage and "image_path" in returned else ["source_status"]
+        beside = _columns_beside(columns, stage, returned)
         try:
             reader = samples.select(sql, params, around=around).to_arrow_reader(10_000)
-            frozen = pa.schema([*reader.schema, ("source_status", pa.string()), ("image_run", pa.string())])
+            frozen = pa.schema([*reader.schema, *((name, pa.string()) for name in beside)])
             rows = _by_shard(reader)
             waiting = next(rows, None)
             for shard in sorted(shards):
@@ -179,7 +159,7 @@ def plans(
                     if waiting is not None and waiting[0] == shard:
                         here, state = _beside(layout, shard, waiting[1], beside)
                         waiting = next(rows, None)
-                    plan = plan_shard(layout, shard, state, here, sql, stage)
+                    plan = plan_shard(layout, shard, state, here, sql, stage, rules)
                 except BuilderError as error:
                     if refused is None:
                         raise
@@ -196,7 +176,12 @@ def image_stage(columns: Sequence[Column]) -> str | None:
     return next((stage for stage, names in pointers_of(columns).items() if "image_path" in names), None)
 
 
-def _check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql) -> None:
+def says_format(columns: Sequence[Column]) -> bool:
+    """Whether the table says in which format images are; a stage's own output of that name may be something else."""
+    return any(column.name == "image_format" and column.type == pa.string() for column in columns)
+
+
+def _check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql, rules: Rules) -> None:
     place = {"file": sql.origin, "returned": ", ".join(returned)}
     for name in _KEYS:
         if name not in returned:
@@ -208,7 +193,8 @@ def _check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql) -> N
                 where=place,
                 fix=f"to set a json field write: {name} as {_SET}{name}",
             )
-    owned = _OWNED | (_DESCRIBING if "image_path" in returned else set())
+    describing = edited_sample.DESCRIBING | {*rules.box_fields}
+    owned = edited_sample.OWNED | (describing if "image_path" in returned else set())
     for name, kind in zip(returned, types, strict=True):
         if name.removeprefix(_SET) in owned and name.startswith(_SET):
             raise ConfigError(
@@ -237,19 +223,36 @@ def _check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql) -> N
         )
 
 
+def _columns_beside(columns: Sequence[Column], stage: str | None, returned: Sequence[str]) -> dict[str, str]:
+    """What the plan wants to know of a row beside what the SQL returns, and the column that says it."""
+    beside = {"source_status": "source_status", "source_extensions": "source_members.list.element.ext"}
+    if stage and "image_path" in returned:
+        beside["image_run"] = f"{stage}_run"
+        if says_format(columns):
+            beside["image_format"] = "image_format"
+    return {name: column for name, column in beside.items() if name not in returned}
+
+
 def _beside(
-    layout: Layout, shard: str, rows: list[dict[str, Any]], columns: list[str]
+    layout: Layout, shard: str, rows: list[dict[str, Any]], columns: dict[str, str]
 ) -> tuple[list[dict[str, Any]], table.State]:
-    """The rows of the write SQL that the table has, with the state of their source and the run of their image."""
-    have, state = table.read_partition(layout, shard, columns)
+    """The rows of the write SQL that the table has, with what `columns` say of them."""
+    have, state = table.read_partition(layout, shard, list(columns.values()))
     known = [row for row in rows if row["row"] is not None and 0 <= row["row"] < have.num_rows]
     at = pa.array([row["row"] for row in known], pa.int64())
-    status, run = (have[columns[min(i, len(columns) - 1)]].take(at).to_pylist() for i in (0, 1))
-    if len(columns) == 1:
-        run = [None] * len(known)
+    found = {name: _texts(have[column].take(at)) for name, column in columns.items()}
     return [
-        {**row, "source_status": is_ok, "image_run": made} for row, is_ok, made in zip(known, status, run, strict=True)
+        {**row, **dict(zip(found, values, strict=True))} for row, *values in zip(known, *found.values(), strict=True)
     ], state
+
+
+def _texts(column: pa.ChunkedArray) -> list[str | None]:
+    """A column of text; of one with the members of samples the extensions of each."""
+    if not pa.types.is_list(column.type):
+        return list(column.to_pylist())
+    members = column.combine_chunks()
+    lists = pa.ListArray.from_arrays(members.offsets, members.values.field("ext"))
+    return list(pc.binary_join(lists, _BETWEEN).to_pylist())
 
 
 def _by_shard(reader: pa.RecordBatchReader) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -267,7 +270,13 @@ def _by_shard(reader: pa.RecordBatchReader) -> Iterator[tuple[str, list[dict[str
 
 
 def plan_shard(
-    layout: Layout, shard: str, state: table.State, rows: list[dict[str, Any]], sql: Sql, stage: str | None
+    layout: Layout,
+    shard: str,
+    state: table.State,
+    rows: list[dict[str, Any]],
+    sql: Sql,
+    stage: str | None,
+    rules: Rules,
 ) -> ShardPlan:
     """The plan of one shard out of its rows of the write SQL.
 
@@ -292,10 +301,13 @@ def plan_shard(
         if row["source_status"] != "ok":
             plan.refused += 1
             continue
-        if (edit := _edit(row, provenance)) is not None:
+        edit = _edit(row, provenance, rules)
+        if isinstance(edit, str):
+            plan.kept[edit] += 1
+        elif edit is not None:
             plan.stale += edit.image is not None and row["image_prompt"] != row["prompt"]
             plan.edits[edit.row] = edit
-            digest.update(_decisive(edit))
+            digest.update(_decisive(edit, row["source_extensions"]))
     plan.digest = digest.hexdigest()
     return plan
 
@@ -308,17 +320,26 @@ def _on_disk(source: table.SourceShard) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _decisive(edit: Edit) -> bytes:
-    """What decides an edited sample's bytes: the image by its content, not by where it lies."""
+def _decisive(edit: Edit, extensions: str) -> bytes:
+    """What decides an edited sample's bytes: the image by its content, not by where it lies.
+
+    Rules count where they make another sample than there was before them: what no rule has changed stays up to date.
+    """
     image = [edit.made.get("image_sha256"), edit.image[2]] if edit.image else None
-    values = [edit.row, edit.dropped, image, edit.caption, edit.fields, edit.made]
+    values: list[Any] = [edit.row, edit.dropped, image, edit.caption, edit.fields, edit.made]
+    has = edit.image is not None, edit.caption is not None
+    if not edit.dropped and not edited_sample.was_so(tuple(extensions.split(_BETWEEN)), *has, edit.members):
+        values.append([[member.extension, member.place] for member in edit.members])
+    if edit.image and edit.boxes != Edit.boxes:
+        values.append(edit.boxes)
     try:
         return orjson.dumps(values, option=orjson.OPT_SORT_KEYS)
     except TypeError:  # an integer of more than 64 bits
         return json.dumps(values, sort_keys=True).encode()
 
 
-def _edit(row: dict[str, Any], provenance: _Provenance) -> Edit | None:
+def _edit(row: dict[str, Any], provenance: _Provenance, rules: Rules) -> Edit | str | None:
+    """What becomes of a sample; None: nothing, text: nothing, for this reason."""
     fields = {
         name[len(_SET) :]: _json_value(value, name, row)
         for name, value in row.items()
@@ -342,10 +363,19 @@ def _edit(row: dict[str, Any], provenance: _Provenance) -> Edit | None:
         made = {name: row.get(name) for name in _MADE if name != "prompt"}
         made |= provenance.of(row.get("image_run"))
         image = (row["image_path"], row["image_offset"], row["image_size"])
-        return Edit(row["row"], image=image, caption=row["image_prompt"], fields=fields, made=made)
-    if row.get("caption") is None and not fields:
+        caption = row["image_prompt"]
+    elif row.get("caption") is None and not fields:
         return None
-    return Edit(row["row"], caption=row.get("caption"), fields=fields)
+    else:
+        made, image, caption = {}, None, row.get("caption")
+    extensions = tuple(row["source_extensions"].split(_BETWEEN))
+    kind = row.get("image_format") if image else None
+    members = members_of(extensions, formats.named(kind) if image else None, caption is not None, bool(fields), rules)
+    if isinstance(members, str):
+        return members
+    return Edit(
+        row["row"], False, image, caption, fields, made, members, rules.box_fields, kind and formats.named(kind)
+    )
 
 
 def _json_value(value: Any, name: str, row: dict[str, Any]) -> Any:
@@ -579,12 +609,14 @@ class _Prepared:
         parts: header, content and padding of its members, in order.
         ranges: bytes of the source that it replaces, ascending.
         members: name and sha256 of each new member.
+        provenance: of a sample without json, as the manifest carries it.
     """
 
     edit: Edit
     parts: list[Part]
     ranges: list[tuple[int, int]]
     members: list[tuple[str, str]]
+    provenance: str | None = None
 
 
 class _Splicer:
@@ -600,6 +632,7 @@ class _Splicer:
         self._window = (0, b"")
         self.manifest: pa.Buffer
         self._made: list[tuple[int, str, str]] = []  # row, name and sha256 of every new member
+        self._provenance: dict[int, str] = {}  # of edited samples without json, by row
         self._stays, self._tail = self._ending()
         self.written = Written(rows=len(self._members.keys), source_end_mark=self._tail.has_end_mark)
 
@@ -617,6 +650,8 @@ class _Splicer:
                 self.written.dropped += prepared.edit.dropped
                 self.written.edited += not prepared.edit.dropped
                 self._made += [(prepared.edit.row, *member) for member in prepared.members]
+                if prepared.provenance is not None:
+                    self._provenance[prepared.edit.row] = prepared.provenance
             self._finish(made, at)
             self.written.size = made.size
             self.manifest = self._encoded(self._manifest())  # while the last parts are still being written
@@ -625,19 +660,24 @@ class _Splicer:
         members = self._members.of(edit.row)
         parts: list[Part] = []
         made: list[tuple[str, str]] = []
+        provenance = None
         if not edit.dropped:
             key = self._members.keys[edit.row]
             old = self._read(edit, members)
-            for extension, place, body, digest in self._bodies(edit, members, old):
-                name = f"{key}.{extension}"
+            for member, body, digest in self._bodies(edit, old):
+                name = f"{key}.{member.extension}"
                 size = length(body)
-                head = tar.remake_record_head(old[place["header"]][0], name, size)
+                head = tar.remake_record_head(old[member.place][0], name, size)
                 parts += (head, body, bytes(tar.padding(size)))
                 made.append((name, digest or self._sha256(body)))
+            if all(member.holds != "json" for member in edit.members):
+                txt = old[next(member.place for member in edit.members if member.holds == "txt")][1]
+                assert isinstance(txt, bytes)
+                provenance = manifest_provenance(txt, edit)
         ranges = sorted(
             (place["header"], place["data"] + place["size"] + tar.padding(place["size"])) for place in members
         )
-        return _Prepared(edit, parts, ranges, made)
+        return _Prepared(edit, parts, ranges, made, provenance)
 
     def _ending(self) -> tuple[int, tar.Index]:
         """First byte after the last member that is not dropped, and the source's members behind the last such row.
@@ -673,17 +713,18 @@ class _Splicer:
         made.flush()
 
     def _read(self, edit: Edit, members: list[dict[str, Any]]) -> dict[int, tuple[bytes, Part]]:
-        """Header and content of the members of an edited sample by offset of the header: of a large one its range, and
-        nothing of an image that is replaced."""
+        """Header and content of the members of an edited sample by position: of a large one its range, and nothing of
+        those that go."""
+        holds = {member.place: member.holds for member in edit.members if not member.is_added}
         old: dict[int, tuple[bytes, Part]] = {}
-        for place in sorted(members, key=itemgetter("header")):
-            start, size, extension = place["data"], place["size"], place["ext"].lower()
+        for i, place in sorted(enumerate(members), key=lambda pair: int(pair[1]["header"])):
+            start, size = place["data"], place["size"]
             head = self._near(place["header"], start - place["header"])
             content: Part = b""
-            if edit.image is None or extension not in IMAGE_EXTENSIONS:
-                is_large = size > _LARGE and extension not in ("json", "txt")
+            if holds.get(i, "image") != "image":
+                is_large = size > _LARGE and holds[i] == "source"
                 content = (start, start + size) if is_large else self._near(start, size)
-            old[place["header"]] = head, content
+            old[i] = head, content
         return old
 
     def _sha256(self, body: Part) -> str:
@@ -695,47 +736,34 @@ class _Splicer:
         return digest.hexdigest()
 
     def _bodies(
-        self, edit: Edit, members: list[dict[str, Any]], old: dict[int, tuple[bytes, Part]]
-    ) -> list[tuple[str, dict[str, Any], Part, str]]:
-        """Of each member of an edited sample: extension, the member whose place it takes, content, and its sha256 where
-        it is known; in the source's order, json and txt added where missing."""
-        places = by_extension(members)
-        image = next((places[extension] for extension in IMAGE_EXTENSIONS if extension in places), None)
-        json_place, txt_place = places.get("json"), places.get("txt")
-        assert image is not None
-        picture, digest = self._picture(edit)
-        raw = None if json_place is None else old[json_place["header"]][1]
+        self, edit: Edit, old: dict[int, tuple[bytes, Part]]
+    ) -> Iterator[tuple[edited_sample.Member, Part, str]]:
+        """Each member of an edited sample with its content, and its sha256 where it is known."""
+        for member in edit.members:
+            digest = ""
+            content = old[member.place][1]
+            if member.holds == "image":
+                content, digest = self._picture(edit)
+            elif member.holds == "json":
+                content = self._json(edit, old, member)
+            elif member.holds == "txt":
+                assert edit.caption is not None
+                content = edit.caption.encode()
+            yield member, content, digest
+
+    def _json(self, edit: Edit, old: dict[int, tuple[bytes, Part]], member: edited_sample.Member) -> bytes:
+        raw = None if member.is_added else old[member.place][1]
         assert not isinstance(raw, tuple)
         try:
-            text = edited_json(raw, edit)
+            return edited_json(raw, edit)
         except (TypeError, ValueError) as error:  # the second of json, the first of json that is no object
             raise ShardError(
                 f"the json of an edited sample is not what was ingested: {error}", where={"row": edit.row}, fix=AGAIN
             ) from error
-        bodies: list[tuple[str, dict[str, Any], Part, str]] = []
-        for place in members:
-            extension = place["ext"].lower()
-            if place is image:
-                new = "jpg" if picture is not None and extension != "jpeg" else place["ext"]
-                bodies.append((new, place, old[place["header"]][1] if picture is None else picture, digest))
-            elif extension in IMAGE_EXTENSIONS and picture is not None:
-                continue  # another picture of the old sample
-            elif place is json_place:
-                bodies.append((place["ext"], place, text, ""))
-            elif place is txt_place and edit.caption is not None:
-                bodies.append((place["ext"], place, edit.caption.encode(), ""))
-            else:
-                bodies.append((place["ext"], place, old[place["header"]][1], ""))
-        if json_place is None:
-            bodies.append(("json", image, text, ""))
-        if txt_place is None and edit.caption is not None:
-            bodies.append(("txt", image, edit.caption.encode(), ""))
-        return bodies
 
-    def _picture(self, edit: Edit) -> tuple[bytes | None, str]:
+    def _picture(self, edit: Edit) -> tuple[bytes, str]:
         """The new image and its sha256, which is the table's."""
-        if edit.image is None:
-            return None, ""
+        assert edit.image is not None
         picture = self._edits.read(*edit.image)
         digest = hashlib.sha256(picture).hexdigest()
         if digest != edit.made["image_sha256"]:
@@ -743,6 +771,12 @@ class _Splicer:
                 "generated bytes are not those that the table describes",
                 where={"row": edit.row, "edits tar": edit.image[0]},
                 fix="generate the row again: builder stage generate --redo",
+            )
+        if (found := formats.of_bytes(picture)) not in (None, edit.kind or found):
+            raise ShardError(
+                f"a new image is {found}, and its row says {edit.kind}",
+                where={"row": edit.row, "edits tar": edit.image[0]},
+                fix="return image_format of the stage that made the image, beside image_path",
             )
         return picture, digest
 
@@ -756,7 +790,8 @@ class _Splicer:
         return self._window[1][at : at + size]
 
     def _manifest(self) -> pa.Table:
-        """Every member of the hybrid shard: row, member, sha256 of edited ones, origin."""
+        """Every member of the hybrid shard: row, member, sha256 of edited ones, origin; provenance of a sample that has
+        no json for it, on the row of its first member."""
         members = self._members
         counts = np.diff(members.first)
         row_of = np.repeat(np.arange(len(counts)), counts)
@@ -776,84 +811,18 @@ class _Splicer:
                     [pa.nulls(count, pa.string()), pa.array([digest for _, _, digest in new], pa.string())]
                 ),
                 "origin": pa.array(["source"] * count + ["edited"] * len(new), pa.string()),
+                "provenance": pa.chunked_array([pa.nulls(count, pa.string()), pa.array(self._told(), pa.string())]),
             }
         )
         return table_.take(pa.array(np.argsort(rows, kind="stable")))
+
+    def _told(self) -> list[str | None]:
+        """The provenance of each new member that the manifest carries."""
+        left = dict(self._provenance)
+        return [left.pop(row, None) for row, _, _ in self._made]
 
     def _encoded(self, manifest: pa.Table) -> pa.Buffer:
         info = json.dumps({**vars(self.written), "source": self._plan.on_disk}).encode()
         sink = pa.BufferOutputStream()
         table.write_parquet(manifest, {_DIGEST: self._plan.digest.encode(), _INFO: info}, sink)
         return sink.getvalue()
-
-
-def edited_json(raw: bytes | None, edit: Edit) -> bytes:
-    """A sample's json with its new caption and, for a new image, what describes it; indent 4, ASCII, as img2dataset.
-
-    `original_caption` keeps the first caption; `provenance` keeps every replaced field.
-    """
-    old: dict[str, Any] = _parsed(raw) if raw is not None else {}
-    new = dict(old)
-    changes: dict[str, Any] = {}
-    if edit.caption is not None:
-        changes["caption"] = edit.caption
-    if edit.image:
-        width, height = edit.made["image_width"], edit.made["image_height"]
-        changes |= {"width": width, "height": height, "original_width": width, "original_height": height}
-        changes["sha256"] = edit.made["image_sha256"]
-        changes |= {name: "" for name in _EMPTIED if name in old}
-        new.pop("face_bboxes", None)
-    changes |= edit.fields
-    replaced = {name: old[name] for name in (*changes, *(["face_bboxes"] if edit.image else [])) if name in old}
-    new.update(changes)
-    if edit.caption is not None:
-        new["original_caption"] = old.get("original_caption", old.get("caption"))
-    provenance: dict[str, Any] = {"replaced": replaced}
-    if edit.image:
-        names = {"image_model": "model", "image_seed": "seed", "image_prompt": "prompt"}
-        provenance |= {short: edit.made.get(name) for name, short in names.items()}
-        provenance |= {name: edit.made[name] for name in ("stage", "version", "options") if name in edit.made}
-    if "provenance" in old:
-        provenance["before"] = old["provenance"]
-    new["provenance"] = provenance
-    return _pretty(new)
-
-
-def _pretty(value: dict[str, Any]) -> bytes:
-    """An object as ASCII json with indent 4, by orjson, whose indent is 2: twice as fast as the standard library."""
-    try:
-        text = orjson.dumps(value, option=orjson.OPT_INDENT_2)
-    except TypeError:  # an integer of more than 64 bits
-        return json.dumps(value, indent=4).encode()
-    if b"\x7f" in text:
-        return json.dumps(value, indent=4).encode()
-    if not text.isascii():
-        text = text.decode().encode("ascii", _ESCAPED)
-    depth = 1
-    while (line := b"\n" + b" " * (4 * depth - 2)) in text:  # strings hold no line end: it is escaped there
-        text = text.replace(line, line + b"  ")
-        depth += 1
-    return text
-
-
-def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """A run of characters that ASCII lacks, as json escapes them."""
-    assert isinstance(error, UnicodeEncodeError)
-    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
-
-
-_ESCAPED = "builder.json"
-codecs.register_error(_ESCAPED, _escaped)
-
-
-def _parsed(raw: bytes) -> dict[str, Any]:
-    """A json object with all digits of its integers; NaN and infinities, which json does not have, become null."""
-    return dict(_DECODER.decode(raw.removeprefix(b"\xef\xbb\xbf").decode()))
-
-
-def _finite_float(text: str) -> float | None:
-    number = float(text)
-    return number if math.isfinite(number) else None
-
-
-_DECODER = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_finite_float)

@@ -132,7 +132,7 @@ def _keys(model: type[BaseModel], prefix: str) -> list[str]:
     rows = []
     for name, info in model.model_fields.items():
         default = "required" if info.is_required() else _value(info.get_default(call_default_factory=True))
-        rows.append((f"`{prefix}.{name}`", _type(info.annotation), default, docs[name]))
+        rows.append((f"`{prefix}.{info.alias or name}`", _type(info.annotation), default, docs[name]))
     return _table(("key", "type", "default", "meaning"), rows)
 
 

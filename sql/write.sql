@@ -6,6 +6,7 @@
 -- parameters: none
 --
 -- The caption of a new image is its image_prompt, always. These columns may be returned too, or instead of the image:
+--   image_format  jpg, png or webp, where the image is not the one that the table's image_format is of
 --   dropped       true: the sample is left out
 --   caption       a new caption for a sample that keeps its image
 --   set_<name>    a json field to set

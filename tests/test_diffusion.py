@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -99,6 +100,7 @@ def batch(rows: Sequence[int], *, draw: int = 0, **more: list[Any]) -> pa.Record
         "key": [f"{row:08d}" for row in rows],
         "prompt": [f"a photo of number {row}" for row in rows],
         "draw": pa.array([draw] * len(rows), pa.int32()),
+        "image_format": ["jpg"] * len(rows),
     }
     return pa.RecordBatch.from_pydict({**columns, **more})
 
@@ -224,6 +226,23 @@ def test_the_difference_of_two_answers_is_the_mean_of_the_pixels(tiny: Generate)
     assert tiny.difference(plain(10), plain(13, size=2)) == 0  # memory ended between the two
 
 
+def test_each_image_of_a_batch_has_the_format_that_its_row_asks_for(tiny: Generate) -> None:
+    kinds = ["png", "jpg", "webp", "png"]
+    data = images(tiny.process(batch(range(4), image_format=kinds)))
+    opened = [Image.open(io.BytesIO(one)) for one in data]
+    assert [(image.format, image.mode) for image in opened] == [
+        ({"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[kind], "RGB") for kind in kinds
+    ]
+    as_jpg = images(tiny.process(batch(range(4))))
+    assert data[1] == as_jpg[1]
+    pixels = [np.asarray(image).astype(int) for image in opened]
+    other = [np.asarray(Image.open(io.BytesIO(one))).astype(int) for one in as_jpg]
+    assert max(np.abs(one - two).mean() for one, two in zip(pixels, other, strict=True)) < 12
+    assert images(tiny.process(batch(range(4), image_format=kinds))) == data
+    lossless = images(tiny.process(batch([0], image_format=["png"])))[0]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(lossless))), np.asarray(opened[0]))
+
+
 def test_names_of_models_hold_no_path(tmp_path: Path) -> None:
     cached = tmp_path / "models--black-forest-labs--FLUX.1-schnell/snapshots/741f7c3ce8"
     cached.mkdir(parents=True)
@@ -294,7 +313,7 @@ def test_full_batches_are_made_before_they_are_asked_for(start: Callable[..., Ge
     rows = batch(range(5))
     jobs = stage.prepare(rows)
     assert jobs is not None
-    first = [job.made.result(timeout=60).jpeg for job in jobs[:4]]
+    first = [job.made.result(timeout=60).data for job in jobs[:4]]
     assert not jobs[4].made.done()
     assert images(stage.process(rows, jobs))[:4] == first
 

@@ -117,7 +117,7 @@ def test_every_configuration_key_is_in_the_docs_with_a_meaning() -> None:
     models = {"dataset": config.Dataset, "run": config.Run, "write": config.Write, "stages.NAME": config.StageTable}
     models |= {f"stages.{name}": find(name).Options for name in STAGES}
     for prefix, model in models.items():
-        for name in model.model_fields:
+        for name in config.keys_of(model):
             row = re.search(rf"^\| `{re.escape(prefix)}\.{name}` \| .* \| (.*) \|$", text, re.M)
             assert row, f"{prefix}.{name}"
             assert row[1].strip(), f"{prefix}.{name}"

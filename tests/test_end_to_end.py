@@ -150,8 +150,8 @@ def test_png_dropped_and_captionless_samples(workspace: Callable[..., Workspace]
     made.run("write", "--set", f"write.select={sql}")
     made.run("verify", "--set", f"write.select={sql}")
     source, hybrid = read_tar(made.folder / "source/a.tar"), read_tar(made.root / "shards/a.tar")
-    assert list(hybrid) == ["0-png.jpg", "0-png.json", "0-png.txt", "2-empty.jpg", "2-empty.json", "2-empty.txt"]
-    assert hybrid["0-png.jpg"][:2] == b"\xff\xd8"
+    assert list(hybrid) == ["0-png.png", "0-png.json", "0-png.txt", "2-empty.jpg", "2-empty.json", "2-empty.txt"]
+    assert hybrid["0-png.png"][:4] == b"\x89PNG" and hybrid["0-png.png"] != source["0-png.png"]
     assert hybrid["2-empty.jpg"] == source["2-empty.jpg"]
     assert json.loads((made.root / "shards/a_stats.json").read_text())["successes"] == 2
 

@@ -19,7 +19,7 @@ import pytest
 from builder import pipeline as pipelines
 from builder import tar
 from builder.progress import Talk
-from conftest import PIPELINE, STANDARD_STAGES, Workspace, make_shard, read_tar, samples
+from conftest import PIPELINE, STANDARD_STAGES, Workspace, make_shard, make_workspace, read_tar, samples, write_tar
 
 #: Three shards of 8, 8 and 2 samples; nothing of the last one is edited. Row 5 of the first two is dropped.
 COUNTS = {"00000000": 8, "00000001": 8, "00000002": 2}
@@ -610,6 +610,47 @@ def made(written: Made) -> Iterator[Made]:
 def test_a_planted_corruption_is_named(made: Made, plant: Callable[[Made], At | None], said: str) -> None:
     values = plant(made)
     assert made.problems() == [said.format(**values or {})]
+
+
+def odd_root(folder: Path) -> Made:
+    """A shard of three samples that are edited, the last one without a json, whose boxes are called `retina`."""
+    made = make_workspace(folder, {SHARD: []}, stages=STANDARD_STAGES.replace("min_faces = 1", "min_faces = 0"))
+    three = samples(3)
+    for sample in three:
+        sample.fields = {"retina": [[0.1, 0.1, 0.5, 0.9]]}
+    members = [member for sample in three for member in sample.members()]
+    write_tar(folder / f"source/{SHARD}.tar", [member for member in members if member[0] != f"{key(2)}.json"])
+    (folder / "faces.sql").write_text(
+        "select shard, row, uid, [[0.1, 0.1, 0.5, 0.9]] as boxes, 'json' as boxes_from, 48 as width, 32 as height "
+        "from samples"
+    )
+    text = made.file.read_text().replace('root = "', 'boxes = "retina"\nroot = "')
+    made.file.write_text(text.replace("[stages.faces]", f'[stages.faces]\nsql = "{folder}/faces.sql"'))
+    made.run("run")
+    return Made(made.folder, made.file)
+
+
+def test_boxes_of_the_old_picture_under_another_name(tmp_path: Path) -> None:
+    made = odd_root(tmp_path)
+    assert made.problems() == []
+    change_json(made.hybrid, f"{EDITED}.json", retina=[[0.1, 0.1, 0.5, 0.9]])
+    assert made.problems() == [f"{ROW}: its json still has the old image's retina{REWRITE}"]
+
+
+def test_a_manifest_that_says_otherwise_how_a_sample_was_made(tmp_path: Path) -> None:
+    made = odd_root(tmp_path)
+    name = f"{key(2)}.jpg"
+    [told] = [row["provenance"] for row in pq.read_table(made.manifest).to_pylist() if row["member"] == name]
+    assert json.loads(told)["replaced"] == {"caption": samples(3)[2].caption}
+    for planted in (told.replace("sketch", "FLUX"), None):
+        change_rows(made.manifest, lambda rows, planted=planted: set_value(rows, "provenance", 6, planted))
+        [problem] = made.problems()
+        assert problem.startswith(f"{ONE}its manifest's row 6, of member '{name}', says provenance = ")
+        assert problem.endswith(REMAKE)
+    change_rows(made.manifest, lambda rows: rows.drop_columns(["provenance"]))
+    assert [problem.partition(" says ")[0] for problem in made.problems()] == [
+        f"{ONE}its manifest's row 6, of member '{name}',"
+    ]
 
 
 def listing(folder: Path) -> dict[Path, tuple[int, int, int]]:

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from builder import files, writer
 from builder import pipeline as pipelines
+from builder.edited_sample import Edit, edited_json
 from builder.errors import ConfigError
 from builder.progress import Talk
-from builder.writer import Edit, edited_json
 from conftest import Sample, Workspace, picture, read_tar, samples, write_tar
 
 MADE = {
@@ -113,26 +113,6 @@ def _numbers_alike(text: bytes) -> bytes:
     return re.sub(number, lambda match: repr(float(match[0])).encode(), text)
 
 
-def test_a_sample_without_json_and_txt_gets_both(workspace: Callable[..., Workspace]) -> None:
-    made = workspace({"b": []})
-    key = "a" * 32
-    write_tar(made.folder / "source/b.tar", [(f"{key}.png", picture(1, extension="png")), ("z.jpg", picture(2))])
-    made.run("ingest")
-    sql = made.folder / "prompts.sql"
-    sql.write_text(f"select shard, row, uid, 'a man in a hat' as text from samples where key = '{key}'")
-    sets = ("--set", f"stages.prompts.sql={sql}", "--set", "stages.prompts.params={}")
-    for stage in ("prompts", "generate"):
-        made.run("stage", stage, *sets)
-    made.run("write", *sets)
-    made.run("verify", *sets)
-    hybrid = read_tar(made.root / "shards/b.tar")
-    assert list(hybrid) == [f"{key}.jpg", f"{key}.json", f"{key}.txt", "z.jpg"]
-    fields = json.loads(hybrid[f"{key}.json"])
-    assert fields["caption"] == hybrid[f"{key}.txt"].decode() == "A photo of a man in a hat, natural light"
-    assert fields["original_caption"] is None
-    assert hybrid["z.jpg"] == picture(2)
-
-
 def test_members_of_no_sample_between_those_of_an_edited_one_stay(workspace: Callable[..., Workspace]) -> None:
     made = workspace({"b": []})
     sample = samples(2)[1]
@@ -149,16 +129,6 @@ def test_members_of_no_sample_between_those_of_an_edited_one_stay(workspace: Cal
     assert [name for name in source if source[name] != hybrid[name]] == [
         f"{sample.key}.txt", f"{sample.key}.jpg", f"{sample.key}.json",
     ]  # fmt: skip
-
-
-def test_other_pictures_of_an_edited_sample_go(workspace: Callable[..., Workspace]) -> None:
-    sample = samples(2)[1]
-    made = workspace({"b": []})
-    png = (f"{sample.key}.png", picture(4, extension="png"))
-    write_tar(made.folder / "source/b.tar", [*sample.members(), png])
-    made.run("run")
-    made.run("verify")
-    assert list(read_tar(made.root / "shards/b.tar")) == [f"{sample.key}.{e}" for e in ("jpg", "json", "txt")]
 
 
 def test_manifest_names_every_member_and_what_made_it(workspace: Callable[..., Workspace]) -> None:
@@ -426,7 +396,7 @@ def test_a_damaged_manifest_is_written_again(workspace: Callable[..., Workspace]
     made.run("verify")
 
 
-def test_png_replaced_by_jpg_with_a_long_name(workspace: Callable[..., Workspace]) -> None:
+def test_a_webp_with_a_long_name_is_replaced(workspace: Callable[..., Workspace]) -> None:
     long_key = "folder/" * 15 + "f" * 32
     face = {"face_bboxes": [[0, 0, 1, 1]]}
     made = workspace(
@@ -442,4 +412,4 @@ def test_png_replaced_by_jpg_with_a_long_name(workspace: Callable[..., Workspace
     )
     made.run("run")
     made.run("verify")
-    assert list(read_tar(made.root / "shards/a.tar")) == [f"{long_key}.{e}" for e in ("jpg", "json", "txt")]
+    assert list(read_tar(made.root / "shards/a.tar")) == [f"{long_key}.{e}" for e in ("webp", "json", "txt")]

@@ -1,9 +1,9 @@
 """Batches for an image model: filled from rows that are asked for later, padded where there are none, halved where
 memory ends.
 
-Owns the threads between text encoding, denoising and JPEG, and the batch size. Three kinds work side by side: whoever
-calls `add` encodes text, one thread makes batches in the order of the rows, a few encode JPEG. Knows of the model only
-what `Model` says.
+Owns the threads between text encoding, denoising and encoding, and the batch size. Three kinds work side by side:
+whoever calls `add` encodes text, one thread makes batches in the order of the rows, a few encode pictures. Knows of the
+model only what `Model` says.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from builder import formats
 from builder.errors import StageError
 from builder.models.pictures import Pixels, encode
 
-#: Threads that encode JPEG, at most: one encodes some 1,000 images of 384 px a second.
+#: Threads that encode pictures, at most: one encodes some 1,000 JPEGs of 384 px a second.
 ENCODERS = 4
 
 
@@ -43,21 +44,22 @@ class Made:
     """One image.
 
     Attributes:
-        jpeg: its bytes.
+        data: its bytes, in the format that its job asks for.
         batch_size: images that the model made together with it, padding counted.
     """
 
-    jpeg: bytes
+    data: bytes
     batch_size: int
 
 
 @dataclass(eq=False)
 class Job:
-    """One image to make; `size` is width and height, px."""
+    """One image to make; `size` is width and height, px, `kind` one of `formats.FORMATS`."""
 
     prompt: str
     seed: int
     size: tuple[int, int]
+    kind: str = formats.JPG
     made: Future[Made] = field(default_factory=Future)
     #: The encoded prompt, and how many were encoded together with it, padding counted.
     text: Any = None
@@ -87,7 +89,7 @@ class ImageQueue:
         self._adding = 0
         self._closed = False
         self._encoding = threading.Lock()  # tokenizers are not for two threads
-        self._pool = ThreadPoolExecutor(min(ENCODERS, os.cpu_count() or 1), "jpeg")
+        self._pool = ThreadPoolExecutor(min(ENCODERS, os.cpu_count() or 1), "pictures")
         self._maker = threading.Thread(target=self._work, name="images", daemon=True)
         self._maker.start()
 
@@ -257,7 +259,7 @@ class ImageQueue:
         gc.collect()
         self._model.free()
 
-    # --- the threads that encode JPEG ---
+    # --- the threads that encode pictures ---
 
     def _finish(
         self, job: Job, images: Callable[[], tuple[Pixels, list[Exception | None]]], place: int, size: int
@@ -266,7 +268,7 @@ class ImageQueue:
             pixels, faults = images()
             if fault := faults[place]:
                 raise fault
-            job.made.set_result(Made(encode(pixels[place], self._quality), size))
+            job.made.set_result(Made(encode(pixels[place], job.kind, self._quality), size))
         except Exception as error:
             job.made.set_exception(self._cause(error))
         except BaseException as error:

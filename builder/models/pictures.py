@@ -1,4 +1,4 @@
-"""Decoding pictures, and encoding JPEG. Pillow is the truth of what decodes and to what; simplejpeg does the same
+"""Decoding and encoding pictures. Pillow is the truth of what decodes and to what; simplejpeg does the same
 faster where it can."""
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ import io
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+
+from builder import formats
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -33,6 +36,12 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # its words on a picture's f
 
 #: Formats that are decoded, by Pillow's names. Some of its others are no decoders: EPS runs Ghostscript on the data.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+
+
+#: zlib's level of a PNG: half the time of Pillow's own, 6, for 0.2 % more bytes of a photo of 384 px.
+_PNG_LEVEL = 4
+#: Formats that are encoded, by Pillow's names.
+_PILLOW = {formats.JPG: "JPEG", formats.PNG: "PNG", formats.WEBP: "WEBP"}
 
 
 @cache
@@ -109,12 +118,41 @@ def _jpeg(data: bytes, image: Image.Image) -> Pixels | None:
     return pixels if pixels.shape == (image.height, image.width, 3) else None
 
 
-def encode(pixels: Pixels, quality: int) -> bytes:
-    """A baseline JPEG, 4:2:0, of uint8 (height, width, 3) RGB; by simplejpeg, without the interpreter's lock.
+def encode(pixels: Pixels, kind: str, quality: int) -> bytes:
+    """A picture of uint8 (height, width, 3) RGB: a baseline JPEG, 4:2:0, a lossless PNG, or a lossy WebP.
 
-    Pillow's bytes differ, though both stand on libjpeg-turbo: there is no falling back on it.
+    JPEG by simplejpeg, without the interpreter's lock. Pillow's bytes differ, though both stand on libjpeg-turbo: there
+    is no falling back on it.
+
+    Args:
+        kind: one of `formats.FORMATS`.
+        quality: 1..100; PNG has none.
     """
+    if kind != formats.JPG:
+        return encoded(Image.fromarray(pixels), kind, quality)
     import simplejpeg
 
     data: bytes = simplejpeg.encode_jpeg(pixels, quality, "RGB", "420", fastdct=False)
     return data
+
+
+def encoded(image: Image.Image, kind: str, quality: int, *, remark: str = "") -> bytes:
+    """A picture by Pillow.
+
+    Args:
+        kind: one of `formats.FORMATS`.
+        quality: 1..100; PNG has none.
+        remark: text that the file carries beside the picture: as comment, as text chunk, as EXIF's ImageDescription.
+    """
+    options: dict[str, Any] = {"compress_level": _PNG_LEVEL} if kind == formats.PNG else {"quality": quality}
+    if remark and kind == formats.JPG:
+        options["comment"] = remark.encode()
+    elif remark and kind == formats.PNG:
+        options["pnginfo"] = PngImagePlugin.PngInfo()
+        options["pnginfo"].add_text("Comment", remark)
+    elif remark:
+        options["exif"] = Image.Exif()
+        options["exif"][ExifTags.Base.ImageDescription] = remark
+    buffer = io.BytesIO()
+    image.save(buffer, _PILLOW[kind], **options)
+    return buffer.getvalue()

@@ -1,14 +1,13 @@
 """Draws a labelled picture of a prompt, for trying a pipeline where there is no image model.
 
 Owns the drawing and the fitting of text into boxes with the one font that Pillow carries. Nobody should take its
-pictures for generated photos: they show a flat landscape, the mark "sketch" with the seed, and the prompt. The JPEG
-comment says so too, where the picture is too small for a label.
+pictures for generated photos: they show a flat landscape, the mark "sketch" with the seed, and the prompt. The file's
+own remark says so too, where the picture is too small for a label.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import math
 import random
@@ -18,6 +17,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
+
+from builder import formats
+from builder.models.pictures import encoded
 
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -37,24 +39,23 @@ _PLAIN = str.maketrans(
 )
 
 
-def draw(prompt: str, *, seed: int, width: int, height: int, quality: int) -> bytes:
+def draw(prompt: str, *, seed: int, width: int, height: int, quality: int, kind: str = formats.JPG) -> bytes:
     """Draws a picture for a prompt.
 
     Args:
         prompt: any text; what the font cannot draw is named, not drawn.
         seed: picks scene and colours, together with the prompt.
         width, height: pixels; below about 100 the label shrinks to the mark, below about 50 it goes.
-        quality: of the JPEG, 1..95.
+        quality: of a JPEG, 1..95, or a WebP.
+        kind: one of `formats.FORMATS`.
 
     Returns:
-        A baseline JPEG, RGB. The same arguments and the same Pillow give the same bytes.
+        A baseline JPEG, a PNG or a WebP, RGB. The same arguments and the same Pillow give the same bytes.
     """
     digest = hashlib.sha256(f"{seed}\n{prompt}".encode("utf-8", "surrogatepass")).digest()
     image = _scene(random.Random(int.from_bytes(digest, "big")), width, height)
     _label(image, readable(prompt[:MAX_CHARS]), f"sketch · seed {seed}")
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, comment=f"sketch, not a generated photo; seed {seed}".encode())
-    return buffer.getvalue()
+    return encoded(image, kind, quality, remark=f"sketch, not a generated photo; seed {seed}")
 
 
 # Text

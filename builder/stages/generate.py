@@ -41,7 +41,7 @@ class GenerateOptions(DiffusionOptions):
     #: Size of the image, px.
     width: Side = 384
     height: Side = 384
-    #: JPEG quality.
+    #: Quality of jpg and webp; png is lossless.
     quality: int = Field(default=90, ge=1, le=100)
     #: Every image's seed comes from this one, the sample's uid and key, and which drawing of it it is.
     seed: int = 0
@@ -79,7 +79,7 @@ class Generate:
     members: ClassVar[tuple[str, ...]] = ()
     outputs: ClassVar[pa.Schema] = pa.schema(
         [
-            output("image", GENERATED, "the generated JPEG", extension="jpg"),
+            output("image", GENERATED, "the generated picture, in the format of the sample's own", extension="jpg"),
             output("image_width", pa.int32(), "px"),
             output("image_height", pa.int32(), "px"),
             output(
@@ -102,6 +102,7 @@ class Generate:
         ]
     )
     resources: Resources = Resources(cpus=1, memory_gb=0.5, batch_rows=32)
+    as_source: ClassVar[tuple[str, ...]] = ("image",)
     #: Values of $names in the work SQL: 1 draws each image again with its next seed.
     params: ClassVar[dict[str, Any]] = {"draw": 0}
     #: Columns that hold an input of an image as it was when it was made.
@@ -175,7 +176,7 @@ class Generate:
         again = self._tried(device, largest)
         if made is None or again is None or made.batch_size != again.batch_size:
             return
-        if (found := _apart(made.jpeg, again.jpeg)) > self.tolerance:
+        if (found := _apart(made.data, again.data)) > self.tolerance:
             raise StageError(
                 "the model makes another image of the same prompt and seed each time",
                 where={
@@ -207,7 +208,9 @@ class Generate:
         if self._queue is None:
             return None
         prompts = batch.column("prompt").to_pylist()
-        return self._queue.add([Job(*job) for job in zip(prompts, self._seeds(batch), self._sizes(batch), strict=True)])
+        kinds = batch.column("image_format").to_pylist()
+        jobs = zip(prompts, self._seeds(batch), self._sizes(batch), kinds, strict=True)
+        return self._queue.add([Job(*job) for job in jobs])
 
     def process(self, batch: pa.RecordBatch, prepared: list[Job] | None = None) -> pa.RecordBatch:
         """Answers a batch.
@@ -228,8 +231,10 @@ class Generate:
         count, errors = batch.num_rows, {}
         if self._queue is None or self._model is None:
             columns["image"] = [
-                draw(prompt, seed=seed, width=width, height=height, quality=self.options.quality)
-                for prompt, seed, (width, height) in zip(prompts, seeds, sizes, strict=True)
+                draw(prompt, seed=seed, width=width, height=height, quality=self.options.quality, kind=kind)
+                for prompt, seed, (width, height), kind in zip(
+                    prompts, seeds, sizes, batch.column("image_format").to_pylist(), strict=True
+                )
             ]
             columns["image_model"] = [self.options.backend] * count
             denoised = ("image_steps", "image_guidance", "image_batch_size", "image_device")
@@ -241,7 +246,7 @@ class Generate:
             if lost := next((error for error in errors.values() if isinstance(error, StageError)), None):
                 raise lost
             made = [answer if isinstance(answer, Made) else None for answer in answers]
-            columns["image"] = [image.jpeg if image else None for image in made]
+            columns["image"] = [image.data if image else None for image in made]
             columns["image_batch_size"] = [image.batch_size if image else None for image in made]
             columns["image_model"] = [self._model.name] * count
             columns["image_steps"] = [self._model.steps] * count
