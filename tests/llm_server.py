@@ -113,6 +113,8 @@ class LlmServer:
         latency_s: of an answer.
         slots: answers that are worked on at a time; others wait. None for any number.
         limit: requests at a time past which it says 429. None for any number.
+        pushes_back: asked of every chat request, whether it says 429 to it; not asked where None.
+        is_closing: whether every connection is closed behind an answer, without a word.
 
     Attributes:
         requests: bodies of chat requests, in order.
@@ -130,9 +132,12 @@ class LlmServer:
         latency_s: float = 0.0,
         slots: int | None = None,
         limit: int | None = None,
+        pushes_back: Callable[[dict[str, Any]], bool] | None = None,
+        is_closing: bool = False,
     ) -> None:
         self.model, self.key, self.models_status = model, key, models_status
         self.latency_s, self.limit = latency_s, limit
+        self.pushes_back, self.is_closing = pushes_back, is_closing
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.answered = 0
@@ -218,7 +223,7 @@ class LlmServer:
                 method, path, _ = head[0].split(" ")
                 headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
-                if not await self._answer(writer, method, path, headers, body):
+                if not await self._answer(writer, method, path, headers, body) or self.is_closing:
                     break
         self._writers.discard(writer)
         writer.close()
@@ -246,6 +251,8 @@ class LlmServer:
             play = endings[0] if endings else self._plays.popleft() if self._plays else self._always
             if self.limit is not None and self._at_once > self.limit:
                 play = status(429, "too many at a time")
+            elif self.pushes_back is not None and self.pushes_back(request):
+                play = status(429, "too many")
             elif request["model"] != self.model:
                 play = status(404, f"no model {request['model']}")
             else:

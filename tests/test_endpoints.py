@@ -105,7 +105,8 @@ def test_a_request_is_answered(serve: Serve) -> None:
             assert server.requests == [sent]
             assert pool.totals() == {
                 server.base_url: {
-                    "model": "tiny", "requests": 1, "answers": 1, "ms": reply.ms, "rests": 0, "failures": {},
+                    "model": "tiny", "requests": 1, "answers": 1, "ms": reply.ms, "rests": 0, "pauses": 0,
+                    "asked_to_wait": 0.0, "probes": 0, "answered_as": [], "failures": {},
                     "tokens_in": 3, "tokens_out": 4, "spent": 0.0, "limit": 8, "state": "open",
                 }
             }  # fmt: skip
@@ -115,12 +116,18 @@ def test_a_request_is_answered(serve: Serve) -> None:
 
 
 def test_what_pools_have_counted_is_told_in_a_line_an_endpoint() -> None:
-    one = {"answers": 3, "ms": 4500, "rests": 1, "spent": 0.0, "failures": {"timeout": 1, "server_error": 2}}
-    two = {"answers": 1, "ms": 500, "rests": 0, "spent": 0.5, "failures": {"timeout": 4}}
-    none = {"answers": 0, "ms": 0, "rests": 0, "spent": 0.0, "failures": {}}
-    assert summary([{"a": one, "b": none}, {"a": two}]) == [
+    quiet: dict[str, Any] = {
+        "answers": 0, "ms": 0, "rests": 0, "pauses": 0, "asked_to_wait": 0.0, "spent": 0.0, "failures": {},
+        "answered_as": [],
+    }  # fmt: skip
+    one = {**quiet, "answers": 3, "ms": 4500, "rests": 1, "failures": {"timeout": 1, "server_error": 2}}
+    two = {**quiet, "answers": 1, "ms": 500, "spent": 0.5, "failures": {"timeout": 4}}
+    waited = {**quiet, "pauses": 2, "asked_to_wait": 999999999.0, "answered_as": ["gpt", "qwen"]}
+    assert summary([{"a": one, "b": quiet}, {"a": two, "c": {**quiet, "answered_as": ["qwen"]}}, {"c": waited}]) == [
         "a: 4 answers in 1.25 s on average, 7 failures (timeout 5, server_error 2), 1 rests, 0.50 spent",
         "b: 0 answers, 0 failures, 0 rests",
+        "c: 0 answers, 0 failures, 0 rests, 2 pauses (asked to wait 1e+09 s, at most 30 s kept), "
+        "answers as 'qwen', answers as 'gpt'",
     ]
 
 
@@ -149,8 +156,7 @@ FAULTS = [
     ),
     (no_choices(), "bad_reply", "the answer has no choice with a message"),
     (text(" "), "bad_reply", "the answer is empty"),
-    (wrong_model(), "bad_reply", "the answer is of model 'another', not of 'tiny'"),
-    (Play(body=b"{" + b" " * 9_000_000), "bad_reply", "the answer is longer than 8388608 bytes"),
+    (Play(body=b"{" + b" " * 1_100_000), "bad_reply", "the answer is longer than 1048576 bytes"),
     (hang(), "timeout", "no whole answer within 0.5 s"),
     (slow_drip(), "timeout", "no whole answer within 0.5 s"),
     (disconnect(), "unreachable", "the connection was closed before an answer"),
@@ -170,8 +176,9 @@ def test_a_fault_has_its_kind_and_goes_to_another_endpoint(serve: Serve, fault: 
             assert (failed.value.kind, str(failed.value)) == (kind, f"{server.base_url}: {message}")
             assert pool.totals()[server.base_url]["failures"] == {kind: 1}
         async with started(server, other) as pool:
+            tried = len(server.requests)
             assert (await ask(pool)).endpoint == other.base_url
-            assert len(server.requests) == 2
+            assert len(server.requests) > tried
             assert len(other.requests) == 1
 
     run(work)
@@ -239,8 +246,10 @@ def test_all_faults_at_once_leave_every_request_answered(serve: Serve) -> None:
             assert await ask_all(pool, 200) == right(200)
             totals = pool.totals().values()
             assert sum(one["answers"] for one in totals) == 200
-            assert sum(sum(one["failures"].values()) for one in totals) == 2 * (len(FAULTS) + 2)
-            assert sum(one["requests"] for one in totals) == 200 + 2 * (len(FAULTS) + 2)
+            failed = sum(sum(one["failures"].values()) for one in totals)
+            again = 2 * (len(FAULTS) + 2) - failed  # a connection that was kept may be closed: that is no failure
+            assert 0 <= again <= 2
+            assert sum(one["requests"] for one in totals) == 200 + failed
 
     run(work)
 
@@ -334,7 +343,7 @@ def test_the_limit_shrinks_where_the_server_says_429(serve: Serve) -> None:
     async def work() -> None:
         async with started(server, attempts=1) as pool:
             assert await ask_all(pool, 60) == right(60)
-            assert pool.capacity <= 4
+            assert pool.capacity < 8
             assert pool.totals()[server.base_url]["state"] == "open"
 
     run(work)
@@ -463,14 +472,13 @@ def test_retry_after_is_obeyed_and_uses_up_no_attempt(serve: Serve, as_date: boo
             server.script(status(429, retry_after=wait))
             assert (await ask(pool)).text == "re: a house"
             assert server.times[1] - server.times[0] >= 0.99
-            assert pool.totals()[server.base_url]["limit"] == 4
 
     run(work)
 
 
 def test_while_one_endpoint_is_to_be_left_alone_another_is_asked(serve: Serve) -> None:
     server, other = serve(), serve()
-    server.script(status(429, retry_after="600"))
+    server.always(status(429, retry_after="20"))
 
     async def work() -> None:
         async with started(server, other) as pool:
@@ -478,38 +486,164 @@ def test_while_one_endpoint_is_to_be_left_alone_another_is_asked(serve: Serve) -
             assert 1 <= len(server.requests) <= 8  # those that were sent before its 429 came
             before = len(server.requests)
             assert await ask_all(pool, 30) == right(30)
-            assert len(server.requests) == before
+            assert set(server.contents()[before:]) <= {"Hello"}
 
     run(work)
 
 
-def test_being_pushed_back_for_ever_ends(serve: Serve) -> None:
+def test_a_server_that_takes_nothing_ends_the_pool(serve: Serve) -> None:
     server = serve()
-    server.always(status(429, "slow down"))
+    server.always(status(429, "slow down", retry_after="0.2"))
 
     async def work() -> None:
         async with started(server, patience_s=1) as pool:
-            with pytest.raises(AskFailed) as failed:
+            assert await ask_all(pool, 20) == ["rate_limited"] * 20
+            with pytest.raises(Over) as failed:
                 await ask(pool)
             assert failed.value.kind == "rate_limited"
             assert str(failed.value).endswith(f"{server.base_url}: status 429: slow down")
-            assert 2 <= len(server.requests) <= 5
 
     run(work)
 
 
-def test_being_told_to_wait_for_too_long_fails_at_once(serve: Serve) -> None:
-    server = serve()
-    server.script(status(429, "come tomorrow", retry_after="86400"))
+# --- 429: the request's fault, or the server's ---
+
+
+def poisoned(server: LlmServer, *words: str, retry_after: str | None = None) -> None:
+    """Lets a server push back every request that ends so, for ever."""
+    for word in words:
+        server.about(word, status(429, "Request too large", retry_after=retry_after))
+
+
+def pushed(server: LlmServer, words: str) -> int:
+    return server.contents().count(words)
+
+
+def test_a_request_that_is_always_pushed_back_fails_and_holds_up_no_other(serve: Serve) -> None:
+    """With the attempts and rests that are shipped."""
+    server = serve(latency_s=0.01)
+    poisoned(server, "house 7", "house 20", "house 57")
 
     async def work() -> None:
-        async with started(server, patience_s=1000) as pool:
-            for _ in range(2):
-                with pytest.raises(AskFailed) as failed:
-                    await ask(pool)
-                message = f"no endpoint is open; {server.base_url}: status 429: come tomorrow"
-                assert (failed.value.kind, str(failed.value)) == ("rate_limited", message)
-            assert len(server.requests) == 1
+        async with started(server, timeout_s=120, rest_s=30) as pool:
+            found = await ask_all(pool, 58)
+            wanted = right(58)
+            right_words = {f"house {i}" for i in range(58)} - {"house 7", "house 20", "house 57"}
+            for i in (7, 20, 57):
+                wanted[i] = "rate_limited"
+            assert found == wanted
+            assert [pushed(server, f"house {i}") for i in (7, 20, 57)] == [4, 4, 4]
+            others = [i for i, words in enumerate(server.contents()) if words in right_words]
+            again = [i for i, words in enumerate(server.contents()) if words == "house 7"][1]
+            assert sum(i > again for i in others) <= 16, "it was tried again before others that waited"
+            assert pool.totals()[server.base_url]["state"] == "open"
+
+    run(work)
+
+
+def test_a_request_that_one_endpoint_pushes_back_is_answered_by_another(serve: Serve) -> None:
+    """And fails where both push it back."""
+    server, other = serve(), serve()
+    poisoned(server, "house 3", "house 5")
+    poisoned(other, "house 5")
+
+    async def work() -> None:
+        async with started(server, other, rest_s=30) as pool:
+            wanted = right(20)
+            wanted[5] = "rate_limited"
+            assert await ask_all(pool, 20) == wanted
+            assert pushed(server, "house 5") + pushed(other, "house 5") == 4
+            assert min(pushed(server, "house 5"), pushed(other, "house 5")) >= 1
+
+    run(work)
+
+
+@pytest.mark.parametrize("retry_after", [None, "999999999"])
+def test_requests_that_are_always_pushed_back_fail_where_there_are_no_others(
+    serve: Serve, retry_after: str | None
+) -> None:
+    server = serve()
+    poisoned(server, *(f"house {i}" for i in range(3)), retry_after=retry_after)
+
+    async def work() -> None:
+        async with started(endpoint(server, price_in=1e6, price_out=1e6), attempts=2, rest_s=30) as pool:
+            assert await ask_all(pool, 3) == ["rate_limited"] * 3
+            probes = pushed(server, "Hello")
+            assert 1 <= probes <= 12
+            totals = pool.totals()[server.base_url]
+            assert (totals["probes"], totals["answers"], totals["requests"]) == (
+                probes,
+                0,
+                len(server.requests) - probes,
+            )
+            assert totals["spent"] == probes * (1 + 2)  # a probe has one word, and its answer two
+
+    run(work)
+
+
+def test_a_busy_server_s_requests_are_not_poisoned(serve: Serve) -> None:
+    """It takes one request in a while, whichever that is: each is pushed back many times."""
+    free_at = [0.0]
+
+    def pushes_back(_: object) -> bool:
+        is_busy = time.monotonic() < free_at[0]
+        if not is_busy:
+            free_at[0] = time.monotonic() + 0.04
+        return is_busy
+
+    server = serve(pushes_back=pushes_back)
+
+    async def work() -> None:
+        async with started(server, attempts=1, rest_s=30) as pool:
+            assert await ask_all(pool, 15) == right(15)
+            assert pool.totals()[server.base_url]["failures"]["rate_limited"] > 15
+
+    run(work)
+
+
+def test_an_endpoint_that_asks_for_ages_is_probed_and_used_again(serve: Serve) -> None:
+    server = serve()
+    server.script(status(429, "come back", retry_after="999999999"))
+
+    async def work() -> None:
+        async with started(endpoint(server, max_concurrency=1), rest_s=30) as pool:
+            assert await ask_all(pool, 5) == right(5)
+            assert pushed(server, "Hello") == 1
+            name = server.base_url
+            assert list(pool.notices) == [f"{name} asks to be left alone for 1e+09 s: it is for 30 s, and probed"]
+            [line] = summary([pool.totals()])
+            assert line.endswith("0 rests, 1 pauses (asked to wait 1e+09 s, at most 30 s kept)")
+
+    run(work)
+
+
+def test_a_probe_that_is_pushed_back_leaves_a_pause_as_it_is_and_there_is_one_a_pause(serve: Serve) -> None:
+    server = serve()
+    server.script(status(429, retry_after="2.5"), status(429, retry_after="1"))
+
+    async def work() -> None:
+        async with started(endpoint(server, max_concurrency=1), rest_s=30) as pool:
+            assert await ask_all(pool, 2) == right(2)
+            contents = server.contents()
+            assert contents == ["house 0", "Hello", "house 1", "house 0"]
+            assert server.times[2] - server.times[0] >= 2.4
+
+    run(work)
+
+
+def test_a_pool_without_money_for_a_probe_sends_none(serve: Serve) -> None:
+    server = serve()
+    poisoned(server, "house 0")
+
+    async def work() -> None:
+        # room for the request, of which nothing was spent, and none for a probe beside what an answer took
+        async with started(endpoint(server, price_in=0, price_out=1e6, budget=10.5), patience_s=2) as pool:
+            server.always(Play(fields={"usage": {"prompt_tokens": 1, "completion_tokens": 10}}))
+            await ask(pool, "a tree", max_tokens=10)
+            with pytest.raises(Over) as failed:
+                await ask(pool, "house 0", max_tokens=10)
+            assert failed.value.kind == "no_budget"
+            assert pushed(server, "Hello") == 0
 
     run(work)
 
@@ -843,7 +977,6 @@ def test_an_unknown_model_is_refused(serve: Serve) -> None:
     assert refusal(endpoint(server)) == (
         f"endpoint '{server.base_url}' has no model 'tiny'\n  its models: big\n  fix: set 'model' to one that it has"
     )
-    assert server.requests == []
     server.models_status = 500
     assert refusal(endpoint(server)) == (
         f"endpoint '{server.base_url}' has no model 'tiny'\n  it says: status 404: no model tiny\n"

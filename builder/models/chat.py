@@ -6,7 +6,9 @@ between endpoints: see `builder.models.endpoints`.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
+import json
 import re
 import time
 from collections.abc import Mapping
@@ -17,14 +19,20 @@ import orjson
 
 from builder.errors import missing_extra
 
-#: Bytes of an answer that are read; a chat answer has some thousand.
-MAX_BYTES = 8 * 2**20
+#: Bytes that are read of an answer, of which a chat's has some thousand, and of a list of models, which may be long.
+MAX_BYTES, MAX_BYTES_LISTED = 2**20, 8 * 2**20
 #: Seconds that an idle connection is kept: less than the 5 s after which uvicorn, and so vLLM, closes it.
 _KEEP_ALIVE_S = 4.0
 #: Seconds in which a server that is there takes a connection; packets to a machine that is gone are lost in silence.
 _CONNECT_S = 10.0
-#: Bytes of a server's own words that are looked at where they are no json.
+#: Bytes of a server's own words that are looked at.
 _WORDS = 4000
+#: Characters of a model's name, of a message, that are kept of what a server says.
+MAX_NAME, MAX_SAID = 200, 240
+#: Tokens by which a server may count more of a request than it has bytes: the frame of its chat template.
+_FRAME_TOKENS = 4096
+#: Parts of a message's content that are its text; the others are thoughts, pictures and the like.
+_TEXT_PARTS = ("text", "output_text")
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,10 @@ class Reply:
 
     Attributes:
         text: the message's content as it came, not empty.
-        model: what the server says it is; the one asked for where it says nothing.
+        model: what the server says it is, printable and of at most MAX_NAME characters; the one asked for where it says
+            nothing.
         endpoint: name of the endpoint that answered: its base_url.
-        tokens_in, tokens_out: as the server counted them; None where it did not.
+        tokens_in, tokens_out: as the server counted them; None where it did not, or counted more than there can be.
         ms: from sending to the last byte, the attempt that was answered alone.
     """
 
@@ -104,47 +113,81 @@ class Http:
             raise missing_extra("aiohttp", "llm", "asking an LLM server") from error
         self._aiohttp = aiohttp
         self._timeout_s, self._connect_s = timeout_s, connect_s
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_reuseconn.append(_note_reuse)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s, ceil_threshold=float("inf")),
             cookie_jar=aiohttp.DummyCookieJar(),
+            trace_configs=[trace],
         )
 
     async def close(self) -> None:
         await self._session.close()
 
     async def request(
-        self, method: str, url: Any, headers: Mapping[str, str], body: bytes | None = None
+        self, method: str, url: Any, headers: Mapping[str, str], body: bytes | None = None, most: int = MAX_BYTES
     ) -> tuple[int, Mapping[str, str], bytes]:
         """The status, headers and body of an answer, whatever it says.
 
+        A connection that was kept may be closed by the server at any time, with a word or without: a request that finds
+        it so is sent again on another one. A connection that is made for a request is not.
+
+        Args:
+            most: bytes of a body that are read.
+
         Raises:
-            AskFailed: `timeout`, `unreachable`, or `bad_reply` where the body does not end as announced.
+            AskFailed: `timeout`, `unreachable`, or `bad_reply` where the body is longer, or does not end as announced.
         """
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            connection = {"is_reused": False}
+            try:
+                return await self._once(method, url, headers, body, most, connection)
+            except self._aiohttp.ClientConnectorError as error:
+                why = getattr(error, "certificate_error", None) or error.os_error
+                raise AskFailed("unreachable", f"no connection: {getattr(why, 'strerror', None) or why}") from None
+            except self._aiohttp.ClientConnectionError:
+                if not connection["is_reused"] or time.monotonic() >= deadline:
+                    raise AskFailed("unreachable", "the connection was closed before an answer") from None
+
+    async def _once(
+        self,
+        method: str,
+        url: Any,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        most: int,
+        connection: dict[str, bool],
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """`request` on one connection, of which it is noted whether it had been kept."""
         aiohttp = self._aiohttp
         try:
-            async with self._session.request(method, url, headers=headers, data=body, allow_redirects=False) as got:
+            async with self._session.request(
+                method, url, headers=headers, data=body, allow_redirects=False, trace_request_ctx=connection
+            ) as got:
                 parts, size = [], 0
                 async for part in got.content.iter_any():
                     parts.append(part)
                     size += len(part)
-                    if size > MAX_BYTES:
+                    if size > most:
                         got.close()
-                        raise AskFailed("bad_reply", f"the answer is longer than {MAX_BYTES} bytes")
+                        raise AskFailed("bad_reply", f"the answer is longer than {most} bytes")
                 return got.status, got.headers, b"".join(parts)
         except aiohttp.ConnectionTimeoutError:
             raise AskFailed("unreachable", f"no connection within {self._connect_s:g} s") from None
         except TimeoutError:
             raise AskFailed("timeout", f"no whole answer within {self._timeout_s:g} s") from None
-        except aiohttp.ClientConnectorError as error:
-            why = getattr(error, "certificate_error", None) or error.os_error
-            raise AskFailed("unreachable", f"no connection: {getattr(why, 'strerror', None) or why}") from None
         except aiohttp.ClientPayloadError:
             raise AskFailed("bad_reply", "the connection was closed within the answer") from None
         except aiohttp.ClientConnectionError:
-            raise AskFailed("unreachable", "the connection was closed before an answer") from None
+            raise
         except aiohttp.ClientError as error:
             raise AskFailed("bad_reply", f"the answer is not HTTP: {type(error).__name__}") from None
+
+
+async def _note_reuse(_session: Any, context: Any, _params: Any) -> None:
+    context.trace_request_ctx["is_reused"] = True
 
 
 def read_status(status: int, headers: Mapping[str, str], body: bytes) -> None:
@@ -154,7 +197,7 @@ def read_status(status: int, headers: Mapping[str, str], body: bytes) -> None:
     words = said(body)
     message = f"status {status}: {words}" if words else f"status {status}"
     retry_after = read_retry_after(headers.get("Retry-After"))
-    if status == 402 or (status == 429 and b"insufficient_quota" in body):
+    if status == 402 or (status == 429 and _is_out_of_quota(body)):
         raise AskFailed("no_budget", message, status=402)
     if status == 429:
         raise AskFailed("rate_limited", message, status=status, retry_after=retry_after)
@@ -166,42 +209,69 @@ def read_status(status: int, headers: Mapping[str, str], body: bytes) -> None:
 
 
 def read_retry_after(value: str | None) -> float | None:
-    """Seconds of a `Retry-After` header, which gives seconds or a date (RFC 9110, 10.2.3); None where it is neither."""
+    """Seconds of a `Retry-After` header, which gives seconds or a date (RFC 9110, 10.2.3); None where it is neither.
+
+    They may be any number of seconds: whoever obeys them bounds them.
+    """
     if value is None:
         return None
-    if re.fullmatch(r"\s*\d{1,9}(\.\d+)?\s*", value):
+    if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", value):
         return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def said(body: bytes) -> str:
-    """What the server says of an error, on one line; its json's message where there is one."""
+    """What the server says of an error, on one line; its json's message, if it has one."""
     text = body[:_WORDS].decode("utf-8", "replace")
-    try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        data = None
+    data = _read_json(body)
     if isinstance(data, dict):
         error = data.get("error", data)
         found = [error.get(key) for key in ("message", "detail", "code")] if isinstance(error, dict) else [error]
-        text = next((str(value) for value in found if value), text)
-    return " ".join(text.split())
+        text = next((value if isinstance(value, str) else json.dumps(value) for value in found if value), text)
+    return shown(text, _WORDS)
 
 
-def other_model(body: bytes, asked: str) -> str | None:
-    """The model that an answer is of, where that is not the one that was asked for."""
+def _is_out_of_quota(body: bytes) -> bool:
+    """Whether an error's own code says that an account has nothing left: as OpenAI does, with 429."""
+    data = _read_json(body)
+    error = data.get("error", data) if isinstance(data, dict) else None
+    return isinstance(error, dict) and "insufficient_quota" in (error.get("code"), error.get("type"))
+
+
+def shown(text: str, most: int) -> str:
+    """A server's words for people: printable, on one line, of at most so many characters."""
+    clean = "".join(char if char.isprintable() else " " for char in text[: 4 * most])
+    clean = " ".join(clean.split())
+    return clean if len(clean) <= most else clean[: most - 3] + "..."
+
+
+def _read_json(body: bytes) -> Any:
+    """The value of a json text; None where it is none.
+
+    Servers write NaN and Infinity, too, which json does not have: `json` reads them.
+    """
+    with contextlib.suppress(orjson.JSONDecodeError):
+        return orjson.loads(body)
     try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        value = json.loads(body)
+        orjson.dumps(value)  # refuses half characters, which no column and no file takes
+    except (ValueError, TypeError, RecursionError):
         return None
-    said_ = data.get("model") if isinstance(data, dict) else None
-    return said_ if isinstance(said_, str) and said_ and not is_same_model(asked, said_) else None
+    return value
 
 
-def read_reply(body: bytes, *, asked: str, endpoint: str, ms: int) -> Reply:
+def model_in(body: bytes) -> str | None:
+    """The model that an answer says it is of; None where it says none."""
+    data = _read_json(body)
+    return _name(data.get("model")) if isinstance(data, dict) else None
+
+
+def read_reply(
+    body: bytes, *, asked: str, endpoint: str, ms: int, is_exact: bool = False, most: tuple[int, int] | None = None
+) -> Reply:
     """The answer in the body of a 200.
 
     A cut answer (`finish_reason` "length") and one that a filter of the server has held back are failures that no
@@ -209,14 +279,15 @@ def read_reply(body: bytes, *, asked: str, endpoint: str, ms: int) -> Reply:
 
     Args:
         asked: the model that was asked for.
+        is_exact: whether an answer of another model is refused; `Reply.model` says which one it is.
+        most: bytes of the request, and tokens that were allowed for the answer: a server that counts more counts wrong.
 
     Raises:
         AskFailed: `bad_reply`: no json, an error in it, no choice, no text, a cut text, another model.
     """
-    try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise AskFailed("bad_reply", f"the answer is no json: {said(body) or 'empty'}") from None
+    data = _read_json(body)
+    if data is None:
+        raise AskFailed("bad_reply", f"the answer is no json: {said(body) or 'empty'}")
     if not isinstance(data, dict) or data.get("error"):
         raise AskFailed("bad_reply", f"the answer is an error: {said(body)}")
     choices = data.get("choices")
@@ -224,24 +295,53 @@ def read_reply(body: bytes, *, asked: str, endpoint: str, ms: int) -> Reply:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
         raise AskFailed("bad_reply", "the answer has no choice with a message")
-    model = data.get("model") or asked
-    if not isinstance(model, str) or not is_same_model(asked, model):
+    model = _name(data.get("model")) or asked
+    if is_exact and not is_same_model(asked, model):
         raise AskFailed("bad_reply", f"the answer is of model '{model}', not of '{asked}'")
-    usage = data.get("usage")
-    tokens_in, tokens_out = (_count(usage, key) for key in ("prompt_tokens", "completion_tokens"))
+    tokens_in, tokens_out = _tokens(data.get("usage"), len(body), most)
     if choice.get("finish_reason") == "length":
         raise AskFailed("bad_reply", "the answer is cut: 'max_tokens' is too small", is_final=True)
     if choice.get("finish_reason") == "content_filter":
         raise AskFailed("bad_reply", "a content filter of the server held the answer back", is_final=True)
-    text = message.get("content")
-    if not isinstance(text, str) or not text.strip():
+    text = _text(message.get("content"))
+    if not text.strip():
         raise AskFailed("bad_reply", "the answer is empty")
     return Reply(text, model, endpoint, tokens_in, tokens_out, ms)
 
 
-def _count(usage: Any, key: str) -> int | None:
+def read_usage(body: bytes, most: tuple[int, int]) -> tuple[int | None, int | None]:
+    """Tokens of request and answer, as `read_reply` takes them."""
+    data = _read_json(body)
+    return _tokens(data.get("usage") if isinstance(data, dict) else None, len(body), most)
+
+
+def _name(value: Any) -> str | None:
+    return shown(value, MAX_NAME) or None if isinstance(value, str) else None
+
+
+def _text(content: Any) -> str:
+    """The text of a message: a string, or a list of parts of which some are text; empty where there is none."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = (part.get("text") for part in parts if isinstance(part, dict) and part.get("type") in _TEXT_PARTS)
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _tokens(usage: Any, size: int, most: tuple[int, int] | None) -> tuple[int | None, int | None]:
+    """Tokens of request and answer as a server counts them; None where it does not, or there cannot be so many.
+
+    A token of text has a byte at least, and of what is not shown there are no more than the request allowed.
+    """
+    bytes_in, most_out = most or (2**31, 2**31)
+    limits = {"prompt_tokens": bytes_in + _FRAME_TOKENS, "completion_tokens": max(most_out, size)}
+    counts = [_count(usage, key, min(limit, 2**31 - 1)) for key, limit in limits.items()]
+    return counts[0], counts[1]
+
+
+def _count(usage: Any, key: str, most: int) -> int | None:
     value = usage.get(key) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most else None
 
 
 def is_same_model(asked: str, said: str) -> bool:

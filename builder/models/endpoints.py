@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import orjson
 
@@ -24,32 +24,46 @@ from builder.models.endpoint import (
     Served,
     check,
     is_pushed_back,
+    probe,
     say_hello,
 )
 
 __all__ = ["AskFailed", "Endpoint", "Over", "Pool", "Reply"]
 
 TIERS = ("free", "local", "paid")
+#: A request that waits for room, and what it is given: an endpoint, and the tokens taken for it there.
+_Place: TypeAlias = tuple[Request, "asyncio.Future[tuple[Served, float]]"]
 #: Tokens of an answer, at most, where the request does not say.
 _TOKENS_OUT = 1024
 #: Notices that are kept where nobody takes them.
 _NOTICES = 1000
+#: Seconds of a pause after which an endpoint is probed, once a pause.
+PROBE_AFTER_S = 1.0
+#: How often it must be shown that an endpoint takes others and not one request, before that has failed.
+_DOUBTS = 2
+#: Seconds between the two: as long as the endpoint asks for, between these. A limit of tokens a minute has room then.
+DOUBT_S = (1.0, 5.0)
 
 
 class Pool:
     """Endpoints that are asked as one. All but `__init__`, `totals` and `capacity` runs in one event loop.
 
-    A failed request is sent to another endpoint where one is open, else again after a pause. Pushed back (429, or 503
-    with `Retry-After`) it waits as long as it is asked to and has used up no attempt. 401 and 404 close an endpoint,
-    403 only `rest_after` times in a row, since some servers say it where a filter holds back one request.
+    A failed request is sent to another endpoint where one is open, else again after a pause. 401 and 404 close an
+    endpoint, 403 only `rest_after` times in a row, since some servers say it where a filter holds back one request.
+
+    Pushed back (429, or 503 with `Retry-After`) a request goes behind all others and uses up no attempt. It has failed
+    when it was pushed back `attempts` times, and at two of them its endpoint took others: an answer to what was sent
+    later, or to a probe, shows that. It does not where the endpoint is limiting how much it is asked: where it has
+    lately pushed back a probe, or a request that it then answered. Such answers also end a pause.
 
     Args:
         timeout_s: seconds from sending a request to the last byte of its answer; waiting for room does not count.
         attempts: how often one `ask` may fail before it does.
         rest_after: failures in a row after which an endpoint rests.
         rest_s: seconds of a rest.
-        patience_s: seconds that one `ask` goes on being pushed back, and that the pool waits while no endpoint is open;
-            after them what waits fails. By default ten rests.
+        patience_s: seconds that the pool waits while no endpoint is open, or takes a request or a probe; after them
+            what waits fails. By default ten rests.
+        model_names: `exact`: an answer of another model than was asked for is none.
 
     Attributes:
         notices: what a person should know of endpoints, oldest first; whoever shows them takes them out.
@@ -64,11 +78,13 @@ class Pool:
         rest_after: int = 5,
         rest_s: float = 30.0,
         patience_s: float | None = None,
+        model_names: Literal["any", "exact"] = "any",
     ) -> None:
         if not endpoints:
             raise ValueError("a pool needs an endpoint")
         self.notices: deque[str] = deque(maxlen=_NOTICES)
-        self._endpoints = list(endpoints)
+        names = {"model_names": model_names}
+        self._endpoints = [one if one.model_names else one.model_copy(update=names) for one in endpoints]
         self._timeout_s = timeout_s
         self._attempts = attempts
         self._rest_after = rest_after
@@ -76,13 +92,15 @@ class Pool:
         self._patience_s = 10 * rest_s if patience_s is None else patience_s
         self._served: list[Served] = []
         self._tiers: list[list[Served]] = []
-        self._waiting: deque[tuple[Request, asyncio.Future[tuple[Served, float]]]] = deque()
+        self._waiting: deque[_Place] = deque()
         self._timer: asyncio.TimerHandle | None = None
         #: Since when no endpoint is open.
         self._dark_since: float | None = None
         self._answered_at = 0.0
         #: What asks endpoints that rest whether they answer again.
         self._wakening: dict[Served, asyncio.Task[None]] = {}
+        #: What probes endpoints that are paused.
+        self._probing: dict[Served, asyncio.Task[None]] = {}
         #: Its kind and message.
         self._last_failure = ("unreachable", "none has failed")
 
@@ -103,7 +121,7 @@ class Pool:
         self._tiers = [[one for one in self._served if one.endpoint.tier == tier] for tier in TIERS]
         self._http = Http(self._timeout_s)
         try:
-            failures = await asyncio.gather(*(check(one, self._http) for one in self._served))
+            failures = await asyncio.gather(*(check(one, self._http, self._loop.time) for one in self._served))
             if all(failures):
                 raise StageError(
                     "no endpoint answers",
@@ -125,10 +143,10 @@ class Pool:
         self._waiting.clear()
         if self._timer is not None:
             self._timer.cancel()
-        wakening = list(self._wakening.values())
-        for task in wakening:
+        tasks = [*self._wakening.values(), *self._probing.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*wakening, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.close()
 
     # --- what is told ---
@@ -168,7 +186,8 @@ class Pool:
                 reply = await self._send(one, request)
                 self._dark_since = None
                 self._answered_at = self._loop.time()
-                one.answered(request, reply, taken)
+                one.answered(request, reply, taken, sent, self._answered_at)
+                self._tell(one.heard(reply.model))
                 return reply
             except AskFailed as error:
                 failure, now = error, self._loop.time()
@@ -181,7 +200,7 @@ class Pool:
             finally:
                 one.end(request)
                 self._dispatch()
-            await self._again(request, one, failure, now)
+            await self._again(request, one, failure, sent, now)
 
     async def _send(self, one: Served, request: Request) -> Reply:
         content = orjson.dumps({"model": one.endpoint.model, "messages": request.messages, **request.body})
@@ -191,18 +210,17 @@ class Pool:
         )
         ms = round(1000 * (self._loop.time() - began))
         read_status(status, headers, body)
-        return read_reply(body, asked=one.endpoint.model, endpoint=one.name, ms=ms)
+        return read_reply(
+            body, asked=one.endpoint.model, endpoint=one.name, ms=ms, is_exact=one.is_exact, most=request.cost.most
+        )
 
-    async def _again(self, request: Request, one: Served, error: AskFailed, now: float) -> None:
+    async def _again(self, request: Request, one: Served, error: AskFailed, sent: float, now: float) -> None:
         """Returns when a failed request may look for room again; raises its error if it may not."""
         if error.is_final:
             raise error
         request.tried.append(one)
         if is_pushed_back(error):
-            request.pushed_back = request.pushed_back or now
-            if now - request.pushed_back > self._patience_s:
-                is_silent = now - self._answered_at > self._patience_s
-                raise Over(error.kind, f"no endpoint takes a request; {error.message}") if is_silent else error
+            await self._behind_others(request, one, error, sent, now)
             return
         if now > self._end_of_patience(now):
             raise Over(error.kind, f"no endpoint is open; {error.message}")
@@ -215,6 +233,74 @@ class Pool:
     def _others(self, request: Request, now: float) -> bool:
         """Whether an endpoint is open that has not failed the request."""
         return any(one.is_open(now) and one not in request.tried for one in self._served)
+
+    # --- pauses ---
+
+    async def _behind_others(self, request: Request, one: Served, error: AskFailed, sent: float, now: float) -> None:
+        """Returns when a request that was pushed back may look for room again; raises its error if it is its fault."""
+        request.pushes += 1
+        request.pushers.append(one)
+        request.pushed_back = request.pushed_back or now
+        if min(now - request.pushed_back, now - self._answered_at) > self._patience_s:
+            what = "no endpoint takes a request"
+            self._fail_waiting(error.kind, what)
+            raise Over(error.kind, f"{what}; {error.message}")
+        self._probe_later(one)
+        if request.pushes > max(1, self._attempts - _DOUBTS) and await self._takes_others(one, sent):
+            request.doubts += 1
+            if request.doubts >= _DOUBTS:
+                raise error
+            await asyncio.sleep(min(max(error.retry_after or 0.0, DOUBT_S[0]), DOUBT_S[1]))
+
+    async def _takes_others(self, one: Served, sent: float) -> bool:
+        """Whether an endpoint that pushed back what was sent then answers others; if nothing shows it, it is probed."""
+        async with one.probing:
+            is_limiting = one.is_limiting(self._loop.time())
+            if not is_limiting and not one.has_answered_since(sent):
+                await self._probe(one)
+        return one.has_answered_since(sent) and not one.is_limiting(self._loop.time())
+
+    async def _probe(self, one: Served) -> None:
+        one.is_probed = True
+        if one.closed is not None or not one.can_pay(probe().cost):
+            return
+        try:
+            sent = self._loop.time()
+            failure = await say_hello(one, self._http, self._loop.time)
+        except StageError as error:
+            self._close(one, error)
+            return
+        now = self._loop.time()
+        if failure is None:
+            self._answered_at = now
+            self._dark_since = None
+        else:
+            self._tell(one.failed(probe(), failure, sent, now, rest_after=self._rest_after, rest_s=self._rest_s))
+            if one.is_resting:
+                self._waken(one)
+        self._dispatch()
+
+    def _probe_later(self, one: Served) -> None:
+        """Sees to it that an endpoint is probed in its pause, if that is long."""
+        now = self._loop.time()
+        if one not in self._probing and not one.is_probed and one.is_paused(now + PROBE_AFTER_S):
+            self._probing[one] = self._loop.create_task(self._probe_in_pause(one))
+
+    async def _probe_in_pause(self, one: Served) -> None:
+        try:
+            await asyncio.sleep(PROBE_AFTER_S)
+            async with one.probing:
+                if one.is_paused(self._loop.time()) and not one.is_probed:
+                    await self._probe(one)
+        finally:
+            del self._probing[one]
+
+    def _close(self, one: Served, error: StageError) -> None:
+        """Uses an endpoint no more: a probe was refused for good."""
+        why = str(error.where.get("it says", error.what))
+        self._tell(one.close("rejected", why))
+        self._last_failure = ("rejected", f"{one.name}: {why}")
+        self._dispatch()
 
     # --- rests ---
 
@@ -231,16 +317,14 @@ class Pool:
         while one.is_resting and one.closed is None:
             await asyncio.sleep(max(0.0, one.opens() - self._loop.time()))
             try:
-                failure = await say_hello(one, self._http)
+                failure = await say_hello(one, self._http, self._loop.time)
             except StageError as error:
-                why = str(error.where.get("it says", error.what))
-                self._tell(one.close("rejected", why))
-                self._last_failure = ("rejected", f"{one.name}: {why}")
+                self._close(one, error)
                 break
-            if failure:
-                self._rest(self._last_failure[0], one, failure)
-            else:
+            if failure is None or failure.kind == "rate_limited":
                 self._tell(one.wake())
+            else:
+                self._rest(failure.kind, one, one.told(str(failure)))
         del self._wakening[one]
         self._dispatch()
 
@@ -253,7 +337,7 @@ class Pool:
             if one is not None:
                 return one, one.begin(request)
         future: asyncio.Future[tuple[Served, float]] = self._loop.create_future()
-        if request.pushed_back is not None or (request.is_next and not request.tried):
+        if request.is_next and not request.tried:
             self._waiting.appendleft((request, future))
         else:
             self._waiting.append((request, future))
@@ -288,7 +372,10 @@ class Pool:
         return None, soonest
 
     def _dispatch(self) -> None:
-        """Gives room to those who wait, first come, first served; those pushed back or asked again stand in front."""
+        """Gives room to those who wait, first come, first served.
+
+        Those that are asked again stand in front, those pushed back behind the others.
+        """
         if not self._waiting:
             return
         now = self._loop.time()
@@ -317,7 +404,7 @@ class Pool:
             kind = "no_budget" if any(one.closed == "no_budget" for one in self._served) else "rejected"
             return self._fail_waiting(kind, "no endpoint is left")
         end = self._end_of_patience(now)
-        if now >= end or min(one.opens() for one in self._served) > end:
+        if now >= end:
             return self._fail_waiting(self._last_failure[0], "no endpoint is open")
         soonest = min(soonest, end - now)
         if soonest < float("inf") and (self._timer is None or now + soonest < self._timer.when()):
@@ -360,12 +447,17 @@ def summary(totals: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
     for name in dict.fromkeys(name for one in totals for name in one):
         parts = [one[name] for one in totals if name in one]
         answers, ms, rests, spent = (sum(part[key] for part in parts) for key in ("answers", "ms", "rests", "spent"))
+        pauses, longest = sum(part["pauses"] for part in parts), max(part["asked_to_wait"] for part in parts)
+        names = dict.fromkeys(name for part in parts for name in part["answered_as"])
         failures = sum((Counter(part["failures"]) for part in parts), Counter[str]())
         kinds = ", ".join(f"{kind} {count}" for kind, count in failures.most_common())
         line = f"{name}: {answers} answers"
         line += f" in {ms / answers / 1000:.2f} s on average" if answers else ""
         line += f", {failures.total()} failures" + (f" ({kinds})" if kinds else "") + f", {rests} rests"
-        lines.append(line + (f", {spent:.2f} spent" if spent else ""))
+        line += f", {pauses} pauses" if pauses else ""
+        line += f" (asked to wait {longest:g} s, at most {LONGEST_BACK_OFF_S:g} s kept)" if longest else ""
+        line += f", {spent:.2f} spent" if spent else ""
+        lines.append(line + "".join(f", answers as '{name}'" for name in names))
     return lines
 
 

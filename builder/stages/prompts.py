@@ -54,6 +54,9 @@ class PromptsOptions(Strict):
     timeout_s: float = Field(default=120.0, gt=0, json_schema_extra=_SAME_ANSWER)
     #: Of openai: how often one request may fail before its row has.
     attempts: int = Field(default=4, ge=1, json_schema_extra=_SAME_ANSWER)
+    #: Of openai: what is done with an answer of another model than was asked for, as a gateway's may be: any takes it
+    #: and records its name, exact refuses it, but for a path, date or tag that a server adds to the name.
+    model_names: Literal["any", "exact"] = Field(default="any", json_schema_extra=_SAME_ANSWER)
     #: Of openai: failures in a row after which an endpoint rests.
     rest_after: int = Field(default=5, ge=1, json_schema_extra=_SAME_ANSWER)
     #: Of openai: seconds of a rest.
@@ -218,6 +221,7 @@ class Prompts:
                 attempts=options.attempts,
                 rest_after=options.rest_after,
                 rest_s=options.rest_s,
+                model_names=options.model_names,
             )
             self._asking = Asking(pool, _body(options, sampling))
             try:
