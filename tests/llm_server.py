@@ -117,6 +117,7 @@ class LlmServer:
         is_closing: whether every connection is closed behind an answer, without a word.
 
     Attributes:
+        listed: names of models that it lists, in place of its own.
         requests: bodies of chat requests, in order.
         times: when each came, `time.monotonic()`.
         answered: answers with 200 that were sent whole.
@@ -138,6 +139,7 @@ class LlmServer:
         self.model, self.key, self.models_status = model, key, models_status
         self.latency_s, self.limit = latency_s, limit
         self.pushes_back, self.is_closing = pushes_back, is_closing
+        self.listed: list[str] = []
         self.requests: list[dict[str, Any]] = []
         self.times: list[float] = []
         self.answered = 0
@@ -235,7 +237,10 @@ class LlmServer:
         if self.key is not None and headers.get("authorization") != f"Bearer {self.key}":
             return await self._send(writer, status(401, f"wrong key: {headers.get('authorization', 'none')}"), {})
         if (method, path) == ("GET", "/v1/models"):
-            listed = json.dumps({"object": "list", "data": [{"id": self.model, "object": "model"}]}).encode()
+            names = self.listed or [self.model]
+            listed = json.dumps(
+                {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
+            ).encode()
             play = Play(body=listed) if self.models_status == 200 else status(self.models_status)
             return await self._send(writer, play, {})
         if (method, path) != ("POST", "/v1/chat/completions"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import json
 import time
@@ -9,7 +10,19 @@ from typing import Any
 
 import pytest
 
-from builder.models.chat import AskFailed, Reply, is_same_model, other_model, read_reply, read_retry_after, read_status
+from builder.models.chat import (
+    AskFailed,
+    Http,
+    Reply,
+    is_same_model,
+    model_in,
+    read_reply,
+    read_retry_after,
+    read_status,
+    read_usage,
+    said,
+)
+from llm_server import LlmServer
 
 
 def body(**fields: Any) -> bytes:
@@ -20,8 +33,8 @@ def body(**fields: Any) -> bytes:
     return json.dumps({"model": "org/tiny", "choices": [choice], "usage": usage, **fields}).encode()
 
 
-def read(data: bytes) -> Reply:
-    return read_reply(data, asked="org/tiny", endpoint="here", ms=12)
+def read(data: bytes, **options: Any) -> Reply:
+    return read_reply(data, asked="org/tiny", endpoint="here", ms=12, **options)
 
 
 def test_an_answer_is_taken_as_it_came() -> None:
@@ -30,6 +43,68 @@ def test_an_answer_is_taken_as_it_came() -> None:
     assert read(body(usage={"prompt_tokens": -1, "completion_tokens": "4"})).tokens_in is None
     assert read(body(usage={"prompt_tokens": 2**31, "completion_tokens": 2**31 - 1})).tokens_in is None
     assert read(body(model="tiny", finish_reason=None, error=None)).model == "tiny"
+
+
+def test_an_answer_of_another_model_says_so_and_is_refused_where_names_are_exact() -> None:
+    assert read(body(model="gpt-4.1")).model == "gpt-4.1"
+    assert read(body(model=3)).model == "org/tiny"
+    assert read(body(model=" a\u202e\nb " + "x" * 900)).model == "a b " + "x" * 193 + "..."
+    assert read(body(model="tiny-2024-08-06"), is_exact=True).model == "tiny-2024-08-06"
+    with pytest.raises(AskFailed) as failed:
+        read(body(model="other"), is_exact=True)
+    assert (failed.value.kind, failed.value.is_final) == ("bad_reply", False)
+    assert str(failed.value) == "the answer is of model 'other', not of 'org/tiny'"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "A red "}, {"type": "text", "text": "house"}], "A red house"),
+        ([{"type": "thinking", "thinking": "hm"}, {"type": "output_text", "text": "A house"}], "A house"),
+        ([{"type": "image_url", "text": "no"}, 3, {"type": "text", "text": 4}, {"type": "text", "text": "x"}], "x"),
+    ],
+)
+def test_a_content_in_parts_is_the_text_of_its_parts(content: list[Any], text: str) -> None:
+    assert read(body(content=content)).text == text
+
+
+def test_numbers_that_are_none_and_that_json_has_not_throw_no_answer_away() -> None:
+    for wrong in ("NaN", "Infinity", "-Infinity", "1e999"):
+        data = body().replace(b'"completion_tokens": 4', f'"completion_tokens": {wrong}'.encode())
+        assert read(data) == Reply(" A red house.\n", "org/tiny", "here", 7, None, 12)
+    for wrong in (b'{"a": NaN, "b": "\\ud800"}', b"[" * 100_000 + b"NaN", b"\xff"):
+        with pytest.raises(AskFailed, match="the answer is no json"):
+            read(wrong)
+
+
+def test_more_tokens_than_there_can_be_are_not_believed() -> None:
+    def counted(tokens_in: int, tokens_out: int) -> tuple[int | None, int | None]:
+        data = body(usage={"prompt_tokens": tokens_in, "completion_tokens": tokens_out})
+        reply = read(data, most=(100, 256))
+        assert read_usage(data, (100, 256)) == (reply.tokens_in, reply.tokens_out)
+        return reply.tokens_in, reply.tokens_out
+
+    assert counted(100, 256) == (100, 256)
+    assert counted(4196, 1) == (4196, 1)
+    assert counted(4197, 257) == (None, None)
+    assert counted(2_000_000_000, 2_000_000_000) == (None, None)
+
+
+def test_a_server_that_closes_kept_connections_without_a_word_costs_nothing() -> None:
+    """The request that finds its connection closed is sent again on a new one."""
+
+    async def work(url: str) -> None:
+        http = Http(timeout_s=5)
+        try:
+            for _ in range(5):
+                status, _, _ = await http.request("GET", f"{url}/models", {})
+                assert status == 200
+                await asyncio.sleep(0.02)
+        finally:
+            await http.close()
+
+    with LlmServer(is_closing=True) as server:
+        asyncio.run(work(server.base_url))
 
 
 @pytest.mark.parametrize(
@@ -45,8 +120,6 @@ def test_an_answer_is_taken_as_it_came() -> None:
         (body(choices=None), "the answer has no choice with a message"),
         (body(choices=["text"]), "the answer has no choice with a message"),
         (body(choices=[{"text": "of a completion"}]), "the answer has no choice with a message"),
-        (body(model="other"), "the answer is of model 'other', not of 'org/tiny'"),
-        (body(model=3), "the answer is of model '3', not of 'org/tiny'"),
         (body(content=""), "the answer is empty"),
         (body(content=" \n"), "the answer is empty"),
         (body(content=None), "the answer is empty"),
@@ -77,6 +150,7 @@ def test_a_cut_or_filtered_answer_is_no_answer_and_is_not_asked_for_again(reason
     [
         (429, b'{"error": {"message": "slow down"}}', "rate_limited", 429, False, "status 429: slow down"),
         (429, b'{"error": {"code": "insufficient_quota"}}', "no_budget", 402, False, "status 429: insufficient_quota"),
+        (429, b'{"error": "no insufficient_quota"}', "rate_limited", 429, False, "status 429: no insufficient_quota"),
         (402, b"", "no_budget", 402, False, "status 402"),
         (400, b'{"detail": "too long"}', "rejected", 400, True, "status 400: too long"),
         (422, b'{"message": "no field"}', "rejected", 422, True, "status 422: no field"),
@@ -105,7 +179,9 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     in_an_hour = read_retry_after(email.utils.formatdate(time.time() + 3600, usegmt=True))
     assert in_an_hour is not None and 3500 < in_an_hour <= 3600
     assert read_retry_after("Fri, 31 Dec 1999 23:59:59 GMT") == 0
-    for value in (None, "", "soon", "-3", "nan", "inf"):
+    assert read_retry_after("9" * 20) == 1e20
+    assert read_retry_after("9" * 400) == float("inf")
+    for value in (None, "", "soon", "-3", "nan", "inf", "\u0663", "Fri, 31 Dec 1999 23:59:59 +99999999"):
         assert read_retry_after(value) is None
     with pytest.raises(AskFailed) as failed:
         read_status(429, {"Retry-After": "17"}, b"")
@@ -155,13 +231,18 @@ def test_another_model_is_another(asked: str, found: str) -> None:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (b'{"model": "llama@main"}', None),
-        (b'{"model": "qwen"}', "qwen"),
+        (b'{"model": "llama@main"}', "llama@main"),
         (b'{"model": ""}', None),
         (b'{"model": 3}', None),
         (b"[]", None),
         (b"{", None),
     ],
 )
-def test_another_model_than_asked_for_is_told(body: bytes, expected: str | None) -> None:
-    assert other_model(body, "models/llama") == expected
+def test_the_model_of_an_answer_is_told(body: bytes, expected: str | None) -> None:
+    assert model_in(body) == expected
+
+
+def test_what_a_server_says_is_bounded() -> None:
+    words = said(json.dumps({"error": {"message": "a\u202eb\n" * 500_000}}).encode())
+    assert words.startswith("a b a b a b")
+    assert len(words) <= 4000

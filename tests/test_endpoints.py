@@ -984,6 +984,101 @@ def test_an_unknown_model_is_refused(serve: Serve) -> None:
     )
 
 
+def test_a_server_that_lists_other_names_than_it_takes_is_asked_for_a_token(serve: Serve) -> None:
+    """As a deployment of a name of one's own is: the list has the models behind it."""
+    server = serve()
+    alias = Endpoint(base_url=server.base_url, model="mine")
+    server.model = "mine"
+    server.listed = ["gpt-4.1", "gpt-4o"]
+
+    async def work() -> None:
+        async with started(alias) as pool:
+            assert (await ask(pool)).text == "re: a house"
+            assert server.contents() == ["Hello", "a house"]
+        server.script(status(400, "Unsupported parameter: 'max_tokens'"))
+        async with started(alias) as pool:
+            assert (await ask(pool)).text == "re: a house"
+
+    run(work)
+    server.script(status(400, "model 'mine' is unknown"))
+    assert refusal(alias) == (
+        f"endpoint '{server.base_url}' has no model 'mine'\n  its models: gpt-4.1, gpt-4o\n"
+        "  fix: set 'model' to one that it has"
+    )
+
+
+def test_a_server_that_answers_under_another_name_is_told_once(serve: Serve) -> None:
+    server = serve()
+    server.always(wrong_model("gpt-4.1-2025-04-14"))
+
+    async def work() -> None:
+        async with started(server) as pool:
+            assert {(await ask(pool)).model for _ in range(3)} == {"gpt-4.1-2025-04-14"}
+            assert list(pool.notices) == [
+                f"{server.base_url} answers as 'gpt-4.1-2025-04-14', asked for 'tiny': that is taken, and stands in "
+                'prompt_model; model_names = "exact" would refuse it'
+            ]
+            [line] = summary([pool.totals()])
+            assert line.endswith("0 rests, answers as 'gpt-4.1-2025-04-14'")
+
+    run(work)
+
+
+@pytest.mark.parametrize("by_endpoint", [False, True])
+def test_another_name_is_refused_where_names_are_exact(
+    serve: Serve, by_endpoint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    options: dict[str, Any] = {} if by_endpoint else {"model_names": "exact"}
+    one = endpoint(server, model_names="exact" if by_endpoint else None)
+    server.script(wrong_model("tiny-2024-08-06"))
+    server.always(wrong_model())
+
+    async def work() -> None:
+        async with started(one, attempts=1, **options) as pool:
+            assert (await ask(pool)).model == "tiny-2024-08-06"
+            with pytest.raises(AskFailed) as failed:
+                await ask(pool)
+            assert failed.value.kind == "bad_reply"
+            assert str(failed.value) == f"{server.base_url}: the answer is of model 'another', not of 'tiny'"
+
+    run(work)
+    monkeypatch.setenv("TEST_KEY", "k")
+    assert refusal(endpoint(server, model_names="exact", api_key_env="TEST_KEY")) == (
+        f"endpoint '{server.base_url}' has no model 'tiny'\n  it answers as: another\n"
+        "  fix: set 'model' to that name, or take any: model_names = \"any\""
+    )
+
+
+def test_a_server_that_closes_its_connections_without_a_word_is_used(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_KEY", "k")
+    server = serve(is_closing=True)
+
+    async def work() -> None:
+        async with started(endpoint(server, api_key_env="TEST_KEY", max_concurrency=2), attempts=1) as pool:
+            assert await ask_all(pool, 20) == right(20)
+            assert list(pool.notices) == []
+
+    run(work)
+
+
+def test_a_count_of_tokens_that_cannot_be_loses_no_endpoint(serve: Serve) -> None:
+    """Two thousand million of them would take its limit for months, and its budget for good."""
+    server = serve()
+    server.always(Play(fields={"usage": {"prompt_tokens": 2_000_000_000, "completion_tokens": 2_000_000_000}}))
+    limited = endpoint(server, tokens_per_minute=60_000, price_in=1, price_out=1, budget=1)
+
+    async def work() -> None:
+        async with started(limited) as pool:
+            for i in range(3):
+                reply = await ask(pool, f"house {i}", max_tokens=20)
+                assert (reply.tokens_in, reply.tokens_out) == (None, None)
+
+    run(work)
+
+
 def test_a_server_without_a_list_of_models_is_asked_for_a_token(serve: Serve) -> None:
     server = serve(models_status=500)
 

@@ -387,7 +387,7 @@ class Served:
         pause = min(asked, LONGEST_BACK_OFF_S)
         if self._trips_in_row > 1:
             pause = max(pause, min(BACK_OFF_S * 2.0 ** (self._trips_in_row - 2), LONGEST_BACK_OFF_S))
-        if now + pause > self._paused_until:
+        if pause and now + pause > self._paused_until:
             if not self.is_paused(now):
                 self._pauses += 1
                 self.is_probed = False
