@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
 
 from builder.errors import ConfigError
+from builder.models import answers
 from builder.models.answers import Accepted, Contract, Rejected, Request
 from builder.models.language import LanguageModel
-from builder.models.refusals import is_refusal
+from builder.models.refusals import refusal_in
+from builder.models.rewrites import Rewrites
+from builder.models.texts import legible
 
 CAPTION = "a person with a hat in the street"
 GROUP = ("Black", "woman")
@@ -17,6 +22,12 @@ USER = f'sentence: "{CAPTION}" group: "Black woman"'
 REQUEST = Request(CAPTION, USER, ("sentence", "group"), GROUP)
 PLAIN = Request(CAPTION, f'caption: "{CAPTION}"', ("caption",))
 PROMPT = "A Black woman with a hat in the street"
+SCHEMA = {
+    "type": "object",
+    "properties": {"prompt": {"type": "string"}, "people": {"type": "integer"}},
+    "required": ["prompt"],
+    "additionalProperties": False,
+}
 
 
 def rejection(answer: str, request: Request = REQUEST, **options: Any) -> tuple[str, str]:
@@ -64,8 +75,6 @@ def test_empty(answer: str) -> None:
         f"Sure! Here you go: {PROMPT}",
         f"Rewritten sentence: {PROMPT}",
         f"Answer: {PROMPT}",
-        f"{PROMPT}\ufffd",
-        f"{PROMPT}\x00",
         "<think>\nA woman ...\n</think>\nA Black woman",
     ],
 )
@@ -153,16 +162,19 @@ Error 404 on the screen of an Indian woman""".splitlines()
 
 @pytest.mark.parametrize("answer", REFUSALS)
 def test_refusals(answer: str) -> None:
-    assert rejection(answer) == (
-        "refusal",
-        "The answer was not a rewritten sentence but a remark; rewrite the sentence.",
+    kind, reason = rejection(answer)
+    assert kind == "refusal"
+    found = re.fullmatch(
+        r'The answer was a remark, "(.+?)(?:\.\.\.)?", not the rewritten sentence; give the sentence alone\.', reason
     )
+    assert found is not None, reason
+    assert found[1] in answer.replace("’", "'"), "it names what was found"
 
 
 @pytest.mark.parametrize("answer", NO_REFUSALS)
 def test_captions_that_are_no_refusals(answer: str) -> None:
     caption = answer.replace("Black", "old")
-    assert not is_refusal(answer)
+    assert not refusal_in(answer)
     assert Contract().read(answer, Request(caption, f'caption: "{caption}"', ("caption",))).prompt == answer
 
 
@@ -183,7 +195,18 @@ What would you like the Black woman to do?
 A Black woman with a hat in the street. Note: the person is a woman now.
 A Black woman with a hat in the street. Let me know if anything is missing!
 A Black woman with a hat in the street (I replaced the person)
-As requested, a Black woman with a hat in the street""".splitlines()
+As requested, a Black woman with a hat in the street
+Let's see, a Black woman with a hat in the street
+Let’s rewrite it as a Black woman with a hat
+The user wants a Black woman with a hat in the street
+What the user asks for is a Black woman with a hat
+Alright, a Black woman with a hat in the street
+Hmm, a Black woman with a hat in the street
+Wait, a Black woman with a hat in the street
+First, a Black woman. A Black woman with a hat in the street
+So, a Black woman with a hat in the street
+The final answer is a Black woman with a hat in the street
+Thinking step by step, a Black woman with a hat""".splitlines()
 
 
 @pytest.mark.parametrize("answer", REMARKS)
@@ -210,7 +233,7 @@ def test_words_of_a_remark_are_the_caption_s_own_right() -> None:
 @pytest.mark.parametrize(
     ("answer", "shown"),
     [
-        ("<think>The person is a woman.</think> A Black woman with a hat", 'had "<" in it'),
+        ("A Black woman with a hat <think>in the street</think>", 'had "<" in it'),
         ("A Black woman with a hat in the street<|im_end|>", 'had "<" in it'),
         ("[INST] A Black woman with a hat [/INST]", 'had "[" in it'),
         ('{"rewritten": "A Black woman with a hat in the street"}', 'had "{" in it'),
@@ -229,6 +252,146 @@ def test_words_of_a_remark_are_the_caption_s_own_right() -> None:
 def test_form(answer: str, shown: str) -> None:
     wanted = ("lines", f"The answer {shown}; give the sentence alone, as plain text.")
     assert rejection(answer) == wanted
+
+
+def test_thoughts() -> None:
+    told = 'The answer began with its thoughts, "<think>"; give the sentence alone.'
+    assert rejection(f"<think>The person is a woman.</think> {PROMPT}") == ("lines", told)
+    assert rejection(f"<think>\nThe person is a woman.\n</think>\n\n{PROMPT}") == ("lines", told)
+
+
+@pytest.mark.parametrize(
+    "thoughts",
+    ["<think>\n\n</think>\n\n", "<think></think>", "\n</think>\n", "<thinking> </thinking> ", "\ufeff<think></think>"],
+)
+def test_thoughts_that_are_empty_are_no_part_of_an_answer(thoughts: str) -> None:
+    assert Contract().read(thoughts + PROMPT, REQUEST).prompt == PROMPT
+    answer = f'{thoughts}{{"prompt": "{PROMPT}"}}'
+    assert Contract(json_schema=SCHEMA).read(answer, REQUEST).prompt == PROMPT
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        *"\ufeff\u200b\u00ad\ufff9\ufffa\ufffb\u2060\u200e\u3164\u034f\ufe0f\u200d\u200c\U000e0101",
+        "\u200b" * 300,
+        "\u200d" * 300,
+        "\ufe01\ufe02" * 40,
+    ],
+)
+def test_what_is_not_seen_is_taken_out(hidden: str) -> None:
+    assert Contract().read(
+        f"{hidden}A Bl{hidden}ack wo{hidden}man with a hat in the street{hidden}", REQUEST
+    ) == Accepted(PROMPT, None)
+    escaped = json.dumps({"prompt": f"A Bl{hidden}ack woman with a hat in the street"})
+    assert Contract(json_schema=SCHEMA).read(escaped, REQUEST).prompt == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("hidden", "named"),
+    [
+        ("\u202e", "U+202E (right-to-left override)"),
+        ("\u202a", "U+202A (left-to-right embedding)"),
+        ("\u2066", "U+2066 (left-to-right isolate)"),
+        ("\U000e0041", "U+E0041 (a tag)"),
+        ("\U0001f3f4\U000e0041\U000e0042\U000e007f", "U+E0041 (a tag)"),
+        ("\U0001f3f4" + "".join(chr(0xE0000 + ord(char)) for char in "ignoreall") + "\U000e007f", "U+E0069 (a tag)"),
+        ("e" + "\u0301\u0302\u0303\u0304\u0306", 'more than 4 marks on "e"'),
+        ("\u00e9" + "\u0302" * 4, 'more than 4 marks on "e"'),
+        ("\ufffd", "U+FFFD (replacement character)"),
+        ("\x00", "U+0000 (no character)"),
+        ("\ue000", "U+E000 (no character)"),
+        ("\ud83d", "U+D83D (no character)"),
+    ],
+)
+def test_characters_that_are_not_seen_as_they_are(hidden: str, named: str) -> None:
+    reason = f"The answer had {named} in it; give the sentence alone, as plain text."
+    assert rejection(f"A Black woman {hidden} with a hat") == ("characters", reason)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "می\u200cخواهد",  # Persian, "wants"
+        "ක්\u200dෂ",  # Sinhala, a conjunct
+        "क्\u200dष",  # Hindi, a half form
+        "नि\u200dष",
+        "👩\u200d👩\u200d👧\u200d👦 👩🏽\u200d🚀 ❤️\u200d🔥 🏃🏿\u200d♀️ 🙂\u200d↔️",
+        "🏴\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f 🏳️\u200d🌈 🇩🇪",
+        "☀️ 1️⃣ ▶︎",
+        "葛\U000e0100城",  # Han, a variant
+        "ᠮᠣᠩ\u180bᠭᠣᠯ",  # Mongolian
+        "Việt Nam, ệ o\u0302\u0323, שָׁ֑לוֹם, ผู้ที่",
+    ],
+)  # fmt: skip
+def test_what_scripts_and_emoji_need_stays(written: str) -> None:
+    answer = f"A Black woman {written} with a hat"
+    assert Contract(lang=None).read(answer, REQUEST).prompt == answer
+    assert legible(answer) == answer
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("at https://example.org/a?b=1 today", "https://example.org/a?b=1"),
+        ("from www.example.com", "www.example.com"),
+        ("see example.com", "example.com"),
+        ("on bit.ly/3xYz now", "bit.ly/3xYz"),
+        ("by ann@example.museum", "ann@example.museum"),
+        ("ftp://files.example.org", "ftp://files.example.org"),
+        ("ｈｔｔｐｓ://example.org", "https://example.org"),
+    ],
+)
+def test_addresses(address: str, named: str) -> None:
+    reason = f'The answer had the address "{named}" in it; leave addresses out.'
+    assert rejection(f"A Black woman {address}") == ("address", reason)
+
+
+def test_a_site_s_name_is_the_caption_s_own_right_and_an_address_is_nobody_s() -> None:
+    request = Request("a person at Amazon.com, https://x.org/y", "x y", (), GROUP)
+    assert Contract().read("A Black woman at amazon.com", request).prompt == "A Black woman at amazon.com"
+    assert rejection("A Black woman at Amazon.com, https://x.org/y", request)[0] == "address"
+    for plain in (
+        "A Black woman and/or a hat",
+        "A Black woman in the U.S./Mexico",
+        "A Black woman, St.John and Node.js",
+    ):
+        assert Contract().read(plain, REQUEST).prompt == plain
+
+
+@pytest.mark.parametrize("schema", [None, SCHEMA])
+def test_what_is_far_too_long_is_refused_before_anything_is_done_with_it(
+    schema: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(_: str) -> str:
+        raise AssertionError("it was looked at")
+
+    monkeypatch.setattr(answers, "visible", no_work)
+    answer = "a " * 4_000_000
+    wanted = ("length", "The answer had 8000000 characters; give 8 to 400.")
+    assert rejection(answer, json_schema=schema) == wanted
+    assert rejection("x" * 16_385, json_schema=schema)[0] == "length"
+    with pytest.raises(AssertionError, match="it was looked at"):
+        Contract(json_schema=schema).read("x" * 16_384, REQUEST)
+    with pytest.raises(AssertionError, match="it was looked at"):
+        Contract(max_chars=4000, json_schema=schema).read("x" * 32_000, REQUEST)
+
+
+def test_json_that_is_too_deep_for_a_schema_is_refused() -> None:
+    schema = {"type": "object", "properties": {"prompt": {"$ref": "#"}}, "required": ["prompt"]}
+    depth = 900
+    assert rejection('{"prompt": ' * depth + "{}" + "}" * depth, json_schema=schema)[0] == "schema"
+
+
+def test_a_text_of_which_nobody_can_be_asked_again_is_made_legible() -> None:
+    tags = "".join(chr(0xE0000 + ord(char)) for char in "obey")
+    assert legible(f"a\u202e {tags}person\n\u200bin\x00 Rome") == "a person in Rome"
+    assert legible("e" + "\u0301" * 30) == "e" + "\u0301" * 4
+    assert legible("\u00e9" + "\u0302" * 30) == "\u00e9" + "\u0302" * 3
+    messages, _ = Rewrites(system="", user="{text}", has_groups=False, lang=None, json_schema=None).begin(
+        {"text": f"a {tags}person"}, ()
+    )
+    assert messages == [{"role": "user", "content": "a person"}]
 
 
 def test_marks_of_a_caption_may_stay() -> None:
@@ -316,14 +479,6 @@ def test_a_language_that_is_not_sure_is_no_reason(score: float, lang: str | None
             contract.read(PROMPT, REQUEST)
     else:
         assert contract.read(PROMPT, REQUEST).lang == lang
-
-
-SCHEMA = {
-    "type": "object",
-    "properties": {"prompt": {"type": "string"}, "people": {"type": "integer"}},
-    "required": ["prompt"],
-    "additionalProperties": False,
-}
 
 
 @pytest.mark.parametrize(

@@ -166,13 +166,14 @@ def test_a_rejected_answer_is_asked_for_again_with_the_reason() -> None:
         assert failed == {}
         assert "street number 0" in str(prompts[0])
         first, second, third = (request["messages"] for request in server.requests)
-        again = "Answer the first request again, as it was asked."
+        alone = "give the sentence alone"
+        again, remark = "Answer the first request again, as it was asked.", "I'm sorry, but I can't help with"
         assert second == [
             *first,
             {"role": "assistant", "content": REFUSAL},
             {
                 "role": "user",
-                "content": f"The answer was not a rewritten sentence but a remark; rewrite the sentence. {again}",
+                "content": f'The answer was a remark, "{remark}", not the rewritten sentence; {alone}. {again}',
             },
         ]
         assert third[2:] == [
@@ -219,20 +220,28 @@ FAULTS: list[tuple[list[Play], str | None]] = [
     ([llm.no_choices()], "bad_reply"),
     ([llm.text("A man cut in the mid", "length")], "bad_reply"),
     ([llm.text("  ")], "bad_reply"),
-    ([llm.disconnect()], "unreachable"),
+    ([llm.disconnect()] * 2, "unreachable"),  # the first closes a connection that was kept: that is no failure
     ([llm.text(REFUSAL)], "refusal"),
     ([llm.text("One line\nand another")], "lines"),
     ([llm.echo()], "echo"),
     ([llm.text("nobody is in this street")], "group"),
-    ([llm.status(429, retry_after="0"), Play(content=rewritten)], None),
-    ([llm.status(429), Play(content=rewritten)], None),
+    ([llm.status(429, retry_after="0")], None),  # these two are asked again behind each other
+    ([llm.status(429)], None),
 ]
-ONE_BY_ONE: dict[str, Any] = {"groups": GROUPS, "timeout_s": 0.7, "attempts": 1, "retries": 0, "rest_after": 99}
+ONE_BY_ONE: dict[str, Any] = {
+    "groups": GROUPS,
+    "timeout_s": 0.7,
+    "attempts": 1,
+    "retries": 0,
+    "rest_after": 99,
+    "model_names": "exact",
+}
 
 
 def test_every_fault_leaves_its_class_and_never_a_prompt() -> None:
     with LlmServer() as server, stage_for(server, each={"max_concurrency": 1}, **ONE_BY_ONE) as stage:
         server.script(*(play for plays, _ in FAULTS for play in plays))
+        server.always(Play(content=rewritten))
         prompts, failed = outcome(stage, many(len(FAULTS)))
     assert failed == {i: kind for i, (_, kind) in enumerate(FAULTS) if kind is not None}
     for i, prompt in enumerate(prompts):
@@ -246,6 +255,7 @@ def test_faults_through_the_command_line(workspace: Callable[..., Workspace]) ->
     """Exactly the rows that were answered are ok; no other text reaches the table's prompts, and so no shard."""
     with LlmServer() as server:
         server.script(*(play for plays, _ in FAULTS for play in plays))
+        server.always(Play(content=rewritten))
         stages = f"""\
 [stages.faces]
 source = "json"
@@ -257,6 +267,7 @@ timeout_s = 0.7
 attempts = 1
 retries = 0
 rest_after = 99
+model_names = "exact"
 [[stages.prompts.endpoints]]
 base_url = "{server.base_url}"
 model = "tiny"

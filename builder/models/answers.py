@@ -1,26 +1,32 @@
 """What a language model's answer must be to become a prompt.
 
 Owns the contract: which answers are taken, and in which words the others are asked for again. Knows strings; knows
-nothing of servers, stages or columns. Nothing here repairs an answer beyond its edges: what does not fit is rejected.
+nothing of servers, stages or columns. Nothing here repairs an answer but for its edges and for what is not seen of it:
+what does not fit is rejected.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from builder.errors import ConfigError, missing_extra
-from builder.models.refusals import is_refusal, is_remark
+from builder.models.refusals import refusal_in, remark_in
+from builder.models.texts import address_in, hidden_in, visible
 
 #: Score from which an answer counts as being in another language: at it 0.4 % of sentences are told wrong, and short
 #: prompts with names in them stay. Source: bench/languages.py.
 OTHER_LANGUAGE = 0.8
 #: Classes of a rejection.
-KINDS = ("no_text", "empty", "lines", "length", "refusal", "echo", "group", "language", "schema")
+KINDS = (
+    "no_text", "empty", "lines", "characters", "address", "length", "refusal", "echo", "group", "language", "schema"
+)  # fmt: skip
+#: Characters of an answer that is looked at, where eight times the longest prompt are not more: what is longer is
+#: refused before anything is done with it.
+MOST_READ = 16_384
 
 #: Words that mean a value of a group, beside its own: what models write for it. A pipeline adds to them.
 SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -140,6 +146,11 @@ class Contract:
         Raises:
             Rejected: it is none; the message is a sentence that tells the model why.
         """
+        if len(answer) > max(MOST_READ, 8 * self._bounds[1]):
+            raise self._wrong_length(answer)
+        answer = _without_thoughts(visible(answer))
+        if thoughts := _THOUGHTS.match(answer):
+            raise Rejected("lines", f'The answer began with its thoughts, "{thoughts[0].strip()}"; {_ALONE}.')
         text = answer.strip() if self._validator is None else self._from_json(answer)
         if not text:
             raise Rejected("empty", "The answer was empty.")
@@ -148,17 +159,19 @@ class Contract:
         text = " ".join(_unquoted(text).split())
         if not any(char.isalpha() for char in text):
             raise Rejected("empty", "The answer had no words.")
-        if any(char == "\ufffd" or unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn") for char in text):
-            raise Rejected("lines", "The answer had characters that cannot be printed.")
-        if is_refusal(text):
-            raise Rejected("refusal", _NO_REMARK)
+        if hidden := hidden_in(text):
+            raise Rejected("characters", f"The answer had {hidden} in it; {_ALONE}, as plain text.")
+        if refusal := refusal_in(text):
+            raise _remark(refusal)
         if introduction := _INTRODUCTION.match(text):
-            raise Rejected("lines", f'The answer began with "{introduction[0]}"; give the sentence alone.')
+            raise Rejected("lines", f'The answer began with "{introduction[0]}"; {_ALONE}.')
         self._check_echo(text, request)
         self._check_length(text)
         self._check_form(text, request.given)
-        if is_remark(text, request.given, in_english=self._is_english(text)):
-            raise Rejected("refusal", _NO_REMARK)
+        if address := address_in(text, request.given):
+            raise Rejected("address", f'The answer had the address "{_short(address)}" in it; leave addresses out.')
+        if remark := remark_in(text, request.given, in_english=self._is_english(text)):
+            raise _remark(remark)
         self._check_group(text, request.group)
         return Accepted(text, self._language(text))
 
@@ -173,7 +186,10 @@ class Contract:
             value = json.loads(text)
         except (ValueError, RecursionError):
             raise Rejected("schema", "The answer was not JSON; give one JSON object and nothing else.") from None
-        error = next(self._validator.iter_errors(value), None)
+        try:
+            error = next(self._validator.iter_errors(value), None)
+        except RecursionError:  # of a schema that refers to itself
+            raise Rejected("schema", "The JSON was too deep; give one JSON object and nothing else.") from None
         if error is not None:
             place = "".join(f"[{part!r}]" for part in error.absolute_path)
             what = f"its {place} does not meet" if place else "it does not meet"
@@ -181,7 +197,7 @@ class Contract:
         prompt = value.get(self._field) if isinstance(value, dict) else None
         if not isinstance(prompt, str):
             raise Rejected("schema", f'The JSON had no text "{self._field}".')
-        return prompt.strip()
+        return visible(prompt).strip()  # escapes of json may hide what was not seen before
 
     def _check_echo(self, text: str, request: Request) -> None:
         said, user, labels = _letters(text), _letters(request.user), request.labels
@@ -202,7 +218,7 @@ class Contract:
 
     def _check_form(self, text: str, given: str) -> None:
         """Refuses markup, tags, lists and labels that are not the caption's own."""
-        alone = "give the sentence alone, as plain text"
+        alone = f"{_ALONE}, as plain text"
         if mark := next((char for char in text if char in _MARKUP and char not in given), None):
             raise Rejected("lines", f'The answer had "{mark}" in it; {alone}.')
         for pattern in (_LIST, _AGREEMENT, *([_LABEL] * (":" not in given))):
@@ -214,7 +230,11 @@ class Contract:
     def _check_length(self, text: str) -> None:
         least, most = self._bounds
         if not least <= len(text) <= most:
-            raise Rejected("length", f"The answer had {len(text)} characters; give {least} to {most}.")
+            raise self._wrong_length(text)
+
+    def _wrong_length(self, text: str) -> Rejected:
+        least, most = self._bounds
+        return Rejected("length", f"The answer had {len(text)} characters; give {least} to {most}.")
 
     def _check_group(self, text: str, group: Sequence[str]) -> None:
         if group and not self._mentions(text, group):
@@ -254,7 +274,12 @@ class Contract:
 _TOLD = 0.5
 #: ISO 639-2's code for a language that could not be told.
 _UNDETERMINED = "und"
-_NO_REMARK = "The answer was not a rewritten sentence but a remark; rewrite the sentence."
+_ALONE = "give the sentence alone"
+#: Thoughts of a model that thinks and was told not to, or whose template has opened them: empty.
+_NO_THOUGHTS = re.compile(r"\s*(?:<think(?:ing)?>)?\s*</think(?:ing)?>", re.I)
+_THOUGHTS = re.compile(r"\s*<think(?:ing)?>", re.I)
+#: Characters of an answer that a rejection shows.
+_SHOWN = 80
 #: Marks of tags, JSON, code, emphasis and tables.
 _MARKUP = frozenset("<>{}[]|`*#\\")
 _LIST = re.compile(r"(?:[-+•–—]|\d{1,2}[.)])\s+")
@@ -270,6 +295,19 @@ _AGREEMENT = re.compile(r"(?:sure|certainly|of course|okay|ok|absolutely|yes)\s*
 _REPEATED = re.compile(r"(.{12,200}?)\W*(?:\1\W*){2,}")
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.S | re.I)
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」", "`": "`"}
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _remark(found: str) -> Rejected:
+    return Rejected("refusal", f'The answer was a remark, "{_short(found)}", not the rewritten sentence; {_ALONE}.')
+
+
+def _without_thoughts(answer: str) -> str:
+    found = _NO_THOUGHTS.match(answer)
+    return answer if found is None else answer[found.end() :]
 
 
 def _unquoted(text: str) -> str:

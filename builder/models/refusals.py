@@ -1,4 +1,4 @@
-"""Whether an answer declines, or talks about the request, instead of doing what was asked.
+"""What of an answer declines, or talks about the request, instead of doing what was asked.
 
 Owns the patterns. They are looked for at the start of an answer, and each names what a model is asked for, so that a
 caption about what somebody cannot do ("I can't help falling in love") is not taken for one.
@@ -70,6 +70,11 @@ _REMARKS = (
     r"\b(?:can ?not|can't|could not|couldn't) be\b|\b(?:not|isn't) (?:appropriate|possible|allowed|permitted|able)\b",
     r"\bno (?:changes?|modifications?) (?:is|are|was|were|needed|necessary|required|made)\b",
     r"\b(?:note|explanation)\s*:|\bimportant to\b|\blet me\b|\bfeel free\b|\banything else\b",
+    # thoughts said aloud
+    r"\blet'?s (?:see|think|start|begin|try|look|rewrite|change|keep|add|make|go with|check|consider|break|do)\b",
+    r"\bthe users?\b(?:'s)?|\buser (?:wants|asks|asked|says|said|is asking|provided|gave)\b",
+    r"^\W*(?:h+m+\b|(?:alright|all right|wait|well|first(?:ly)?|so|now|ok(?:ay)?,? so)\s*[,.!…])",
+    r"\b(?:thinking aloud|step by step|final answer|task is to)\b",
 )
 #: Pronouns of the one who asks and of the one who is asked, in English; "I" is an article elsewhere.
 _PRONOUNS = r"(?-i:\bI\b)|\b(?:my|we|our|you|your)\b"
@@ -77,21 +82,26 @@ _REMARK = [re.compile(pattern, re.I) for pattern in _REMARKS]
 _PRONOUN = re.compile(_PRONOUNS, re.I)
 
 
-def is_refusal(answer: str) -> bool:
-    """Whether an answer of one line declines at its start, or is a remark on the request."""
-    return _REFUSAL.match(_straight(answer)) is not None
+def refusal_in(answer: str) -> str:
+    """With what an answer of one line declines at its start, or remarks on the request; empty where it does not."""
+    found = _REFUSAL.match(_straight(answer))
+    return found[0].strip() if found else ""
 
 
-def is_remark(answer: str, given: str, *, in_english: bool) -> bool:
-    """Whether an answer talks about the task, or to the one who asks, where the text that it is made of does not.
+def remark_in(answer: str, given: str, *, in_english: bool) -> str:
+    """With what an answer talks about the task, or to the one who asks, where the text that it is made of does not.
 
     Args:
         given: the text that is rewritten, and whatever else the request says of the sample.
         in_english: whether the answer shall be in English.
+
+    Returns:
+        The first of such words; empty where there is none.
     """
     patterns = [*_REMARK, _PRONOUN] if in_english else _REMARK
     said, given = _straight(answer), _straight(given)
-    return any(pattern.search(said) and not pattern.search(given) for pattern in patterns)
+    matches = (pattern.search(said) for pattern in patterns if not pattern.search(given))
+    return next((found[0].strip() for found in matches if found), "")
 
 
 def _straight(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from builder.errors import ConfigError
 from builder.models.answers import Accepted, Contract, Rejected, Request
 from builder.models.groups import text_of
+from builder.models.texts import legible
 
 #: Where groups are given: the caption's meaning stays, the people in it are those of the group.
 GROUP_SYSTEM = (
@@ -38,6 +39,8 @@ GIVEN = ("group", "shard", "row", "uid")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 #: A rejected answer is said back to the model up to this length, so that a request does not grow with it.
 _SAID_BACK = 500
+#: ... and kept for people to read up to this one.
+_KEPT = 20_000
 
 Messages = list[dict[str, str]]
 
@@ -200,7 +203,7 @@ class Talk:
         try:
             return self._contract.read(text, self._request)
         except Rejected as rejected:
-            self.turned.append(Turned(rejected.kind, text, endpoint))
+            self.turned.append(Turned(rejected.kind, text[:_KEPT], endpoint))
             if len(self.turned) > self._retries:
                 raise
             again = f"{rejected} Answer the first request again, as it was asked."
@@ -211,8 +214,8 @@ class Talk:
 
 
 def _plain(value: Any) -> str:
-    """One line without double quotes; null is empty."""
-    return "" if value is None else " ".join(str(value).replace('"', "").split())
+    """One line without double quotes and without what is not seen as it is; null is empty."""
+    return "" if value is None else " ".join(legible(str(value)).replace('"', "").split())
 
 
 def _in_language(lang: str | None) -> str:

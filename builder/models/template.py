@@ -12,6 +12,7 @@ import string
 import unicodedata
 
 from builder.errors import ConfigError
+from builder.models.texts import DOMAIN, address_in, legible
 
 #: What a prompt is made of where the pipeline does not say.
 DEFAULT_STYLE = "A photo of {caption}, natural light"
@@ -21,12 +22,7 @@ MAX_CHARS = 300
 
 _SPACE = re.compile(r"\s+")
 _TAG = re.compile(r"</?[a-z][^<>]{0,200}>", re.I)
-_URL = re.compile(
-    r"""\(?\b(?:https?://|www\.)\S+                                                     # http://x.org/y, www.x.org
-      | \b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b                                                # a@x.org
-      | \b(?:[a-z0-9-]+\.)+(?:com|net|org|info|io|co\.uk|de|fr|it|es|ru|jp|cn|br)\b(?:/\S*)?""",  # x.com/y
-    re.I | re.X,
-)
+_URL = re.compile(rf"\(?\b(?:https?://|www\.)\S+|{DOMAIN}", re.I)
 _FILE = re.compile(r"(\S+)\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|heic|avif|psd|eps)\b", re.I)
 #: Names that cameras and phones give: IMG_1234, DSC00042, P1010023, 20190807_121314.
 _CAMERA = re.compile(
@@ -152,8 +148,8 @@ def clean(caption: str) -> str:
 def _plain(text: str) -> str:
     """Undoes HTML; makes control characters, emoji and runs of white space one space."""
     text = _TAG.sub(" ", html.unescape(text))
-    text = "".join(_plain_char(char) for char in unicodedata.normalize("NFC", text))
-    return _SPACE.sub(" ", text).strip()
+    text = "".join(_plain_char(char) for char in legible(unicodedata.normalize("NFC", text)))
+    return _SPACE.sub(" ", legible(text)).strip()  # a joiner may have lost what it joined
 
 
 def _plain_char(char: str) -> str:
@@ -163,18 +159,18 @@ def _plain_char(char: str) -> str:
     if char in "°©®™" or kind[0] in "LNP" or kind in ("Zs", "Sc"):
         return "" if char in "®™" else char
     if kind in ("Mn", "Mc"):
-        return "" if "\ufe00" <= char <= "\ufe0f" else char
+        return "" if "\ufe0e" <= char <= "\ufe0f" else char
     if kind == "Sm":
         return char if char < "\u2190" else " "
-    if kind == "Cf":  # joiners are part of words in Persian and Indic scripts, and of emoji
-        return char if char in "\u200c" else ""
-    return " "
+    return char if kind == "Cf" else " "
 
 
 def _strip(text: str) -> str:
     """Applies every rule once."""
     text = _SITE_TAIL.sub("", _CREDIT.sub(" ", text))
     text = _URL.sub(" ", text)
+    while address := address_in(text):
+        text = unicodedata.normalize("NFKC", text).replace(address, " ")
     text = _FILE.sub(lambda match: match[1].rsplit("/", 1)[-1].replace("_", " ").replace("-", " "), text)
     text = _CAMERA.sub(" ", text)
     text = _HASHTAG.sub("", text)

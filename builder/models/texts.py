@@ -1,0 +1,170 @@
+"""What any text must be to become a prompt or a caption, whoever wrote it: seen as it is, and without addresses.
+
+Owns which characters are taken out, which are refused, and what counts as an address. Knows strings alone.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+#: Combining marks on one letter, at most: Vietnamese, Tibetan, Hebrew with accents have fewer.
+MAX_MARKS = 4
+
+#: Characters that are not seen and that no script needs: byte order mark, zero-width space, soft hyphen, word joiner,
+#: invisible operators, marks of direction, of interlinear notes and of shorthand, fillers, inherent vowels.
+_TAKEN_OUT = frozenset(
+    "\ufeff\u200b\u00ad\u034f\u061c\u180e\u200e\u200f\ufff9\ufffa\ufffb\u115f\u1160\u3164\uffa0\u17b4\u17b5"
+    + "".join(map(chr, (*range(0x2060, 0x2065), *range(0x1BCA0, 0x1BCA4))))
+)
+#: Format characters that are seen: signs that stand before or around numbers and hieroglyphs.
+_SEEN = frozenset(
+    "\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
+    + "".join(map(chr, (*range(0x0600, 0x0606), *range(0x13430, 0x13440))))
+)
+_NON_JOINER, _JOINER = "\u200c", "\u200d"
+#: Blocks whose letters change their form beside a joiner: Arabic to Mandaic, the Indic ones, Tibetan, Burmese, Khmer,
+#: Mongolian to Vedic, their extensions, presentation forms, and the same beyond the first plane.
+_JOINING = (
+    (0x0600, 0x08FF), (0x0900, 0x0DFF), (0x0F00, 0x109F), (0x1780, 0x18AF), (0x1900, 0x1CFF), (0xA800, 0xABFF),
+    (0xFB50, 0xFDFF), (0xFE70, 0xFEFC), (0x10A00, 0x10AFF), (0x10D00, 0x10FFF), (0x11000, 0x11FFF), (0x1E900, 0x1E95F),
+)  # fmt: skip
+#: Selectors of Mongolian letters' forms.
+_MONGOLIAN = frozenset("\u180b\u180c\u180d\u180f")
+_SKIN = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
+#: Flags of parts of countries: a black flag, letters and digits as tags, the end tag. Source: Unicode, UTS 51, ED-14a.
+_FLAG = re.compile("\U0001f3f4[\U000e0061-\U000e007a]{2}[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,3}\U000e007f")
+_TAGS = frozenset(map(chr, range(0xE0000, 0xE0080)))
+
+_TOP = "com|net|org|info|io|co\\.uk|de|fr|it|es|ru|jp|cn|br"
+#: "https://x.org/y", "www.x.org", "mailto:a@x.org", "x.com/y".
+_ADDRESS = re.compile(
+    r"\b(?:[a-z][a-z0-9+.-]{1,20}://|mailto:)\S*|\bwww\d?\.[\w-]+\.\S+"
+    rf"|\b(?:[a-z0-9-]+\.)+(?:{_TOP}|me|tv|ly|be|uk|us|ca|au|in|nl|pl|eu|edu|gov|app|dev|shop|store|xyz|ai|gl)/\S+",
+    re.I,
+)
+#: "a@x.org", "x.com", "x.com/y".
+DOMAIN = rf"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b|\b(?:[a-z0-9-]+\.)+(?:{_TOP})\b(?:/\S*)?"
+_DOMAIN = re.compile(DOMAIN, re.I)
+
+
+def visible(text: str) -> str:
+    """A text without its characters that are not seen; the joiners and selectors that scripts and emoji need stay.
+
+    What is refused is left in it: see `hidden_in`.
+    """
+    if text.isascii():
+        return text
+    kept: list[str] = []
+    for i, char in enumerate(text):
+        if char in _TAKEN_OUT:
+            continue
+        before = kept[-1] if kept else ""
+        if char in (_NON_JOINER, _JOINER) and not _joins(char, kept, text[i + 1 : i + 2]):
+            continue
+        if _is_selector(char) and not _is_selected(char, before):
+            continue
+        kept.append(char)
+    return "".join(kept)
+
+
+def _joins(char: str, kept: list[str], after: str) -> bool:
+    """Whether a joiner has something to join: a letter of a script that has joiners before it, or emoji around it."""
+    before = next((one for one in reversed(kept[-3:]) if not _is_selector(one) and one not in _SKIN), "")
+    if char == _JOINER and _is_pictured(before) and _is_pictured(after):
+        return True
+    return bool(kept) and _is_joining(kept[-1]) and (char == _JOINER or _is_joining(after))
+
+
+def _is_joining(char: str) -> bool:
+    place = ord(char) if char else 0
+    is_letter = bool(char) and unicodedata.category(char)[0] in "LM" and not _is_selector(char)
+    return is_letter and any(first <= place <= last for first, last in _JOINING)
+
+
+def _is_pictured(char: str) -> bool:
+    """Whether a character may be of an emoji: a symbol, such as an arrow or a sign of Mars."""
+    return bool(char) and char >= "\u2190" and unicodedata.category(char) in ("So", "Sm", "Sk")
+
+
+def _is_selector(char: str) -> bool:
+    """Whether a character selects a form of the one before it."""
+    return "\ufe00" <= char <= "\ufe0f" or "\U000e0100" <= char <= "\U000e01ef" or char in _MONGOLIAN
+
+
+def _is_selected(selector: str, base: str) -> bool:
+    """Whether a character has forms that a selector chooses of: emoji and digits, signs, Han, Mongolian."""
+    if not base or base.isspace() or _is_selector(base):
+        return False
+    if selector in _MONGOLIAN:
+        return "\u1800" <= base <= "\u18af"
+    if selector > "\uffff":
+        return base >= "\u3400" and base.isalpha()
+    if selector >= "\ufe0e":
+        return not base.isalpha()
+    return base >= "\u1000" or unicodedata.category(base) == "Sm"
+
+
+def hidden_in(text: str) -> str:
+    """What of a text, out of `visible`, is not seen as it is, in words; empty where all of it is.
+
+    These are characters that cannot be printed, that turn the direction of others around (overrides, embeddings,
+    isolates), that hide letters (tags, but for those of flags), and more than `MAX_MARKS` marks on a letter.
+    """
+    for char in _FLAG.sub("", text):
+        if _is_hidden(char):
+            what = "a tag" if char in _TAGS else unicodedata.name(char, "no character").lower()
+            return f"U+{ord(char):04X} ({what})"
+    marks, letter = 0, ""
+    for char in () if text.isascii() else unicodedata.normalize("NFD", text):
+        if not _is_mark(char):
+            marks, letter = 0, char
+        elif (marks := marks + 1) > MAX_MARKS:
+            return f'more than {MAX_MARKS} marks on "{letter}"'
+    return ""
+
+
+def legible(text: str) -> str:
+    """A text without what `visible` takes out and what `hidden_in` refuses: for texts that are not asked for again."""
+    if text.isascii() and text.isprintable():
+        return text
+    kept: list[str] = []
+    marks, end = 0, 0
+    text = visible(text)
+    for i, char in enumerate(text):
+        if flag := _FLAG.match(text, i):
+            end = flag.end()
+        if i < end:
+            kept.append(char)
+            continue
+        own = sum(map(_is_mark, unicodedata.normalize("NFD", char)))
+        marks = marks + own if _is_mark(char) else own
+        if char.isspace():
+            kept.append(" ")
+        elif not _is_hidden(char) and not (_is_mark(char) and marks > MAX_MARKS):
+            kept.append(char)
+    return "".join(kept)
+
+
+def _is_hidden(char: str) -> bool:
+    kind = unicodedata.category(char)
+    is_format = kind == "Cf" and char not in _SEEN and char not in (_NON_JOINER, _JOINER)
+    return char == "\ufffd" or kind in ("Cc", "Cs", "Co", "Cn") or is_format
+
+
+def _is_mark(char: str) -> bool:
+    return unicodedata.category(char)[0] == "M" and not _is_selector(char)
+
+
+def address_in(text: str, given: str = "") -> str:
+    """The first address of the web or of mail in a text; empty where there is none.
+
+    Args:
+        given: a text whose names of sites, "Amazon.com", may be in it.
+    """
+    plain = unicodedata.normalize("NFKC", text)
+    if found := _ADDRESS.search(plain):
+        return found[0]
+    told = unicodedata.normalize("NFKC", given).casefold()
+    names = (found[0] for found in _DOMAIN.finditer(plain))
+    return next((name for name in names if name.casefold() not in told), "")
