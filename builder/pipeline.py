@@ -32,7 +32,7 @@ from builder.query import Samples, Sql, parameters, read_sql
 from builder.runs import Outcome
 from builder.schema import Column
 from builder.sources import shards as tar_shards
-from builder.stage import Stage, columns_of, find, options_hash, pointers_of, with_built_in
+from builder.stage import Stage, columns_of, find, options_hash, pointers_of, with_built_in, with_unread
 from builder.workset import Choice, Counts, Slice, Work
 
 #: A run of another host is taken for alive so long, in seconds: its process cannot be asked.
@@ -231,8 +231,9 @@ def work_of(pipeline: Pipeline, name: str, choice: Choice, shards: Sequence[str]
     use = use_of(pipeline, name)
     signature = options_hash(use.stage, use.options)
     params = _next_draw(use) if choice.next_draw else use.params
+    columns = with_unread(pipeline.columns(), use.stage, params)
     image = pipeline.config.write.image
-    return Work(use.stage, use.sql, params, choice, shards, pipeline.columns(), signature, image)
+    return Work(use.stage, use.sql, params, choice, shards, columns, signature, image)
 
 
 def _next_draw(use: StageUse) -> dict[str, Any]:

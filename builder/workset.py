@@ -157,7 +157,8 @@ def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
     if not works:
         return []
     first = works[0]
-    with Samples(layout, first.columns, sorted(first.shards), _lookups_of(works)) as samples:
+    columns = list(dict.fromkeys(column for work in works for column in work.columns))
+    with Samples(layout, columns, sorted(first.shards), _lookups_of(works)) as samples:
         for work in works:
             _check_columns(samples, work)
         return _in_order(partial(_counted, samples, works))

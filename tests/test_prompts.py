@@ -467,6 +467,32 @@ def test_an_unknown_model_is_told_with_those_that_there_are() -> None:
     assert caught.value.where == {"its models": "tiny"}
 
 
+# --- the work SQL ---
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ['backend = "template"', 'backend = "openai"\nports = [1]\nmodel = "m"\ngroups = [["Black", "white"]]'],
+    ids=["prompts.sql", "prompts_groups.sql"],
+)
+def test_the_shipped_sql_works_without_the_stage_lang_where_any_language_is_wanted(
+    workspace: Callable[..., Workspace], backend: str
+) -> None:
+    params = '[stages.prompts.params]\nmin_faces = 0\nlang = "any"\n'
+    made = workspace(
+        {"a": samples(4)}, stages=f'[stages.faces]\nsource = "json"\n[stages.prompts]\n{backend}\n{params}'
+    )
+    for command in (["ingest"], ["stage", "faces"], ["plan"]):
+        made.run(*command)
+    if "template" in backend:
+        made.run("stage", "prompts")
+        assert made.rows("select count(prompt), count(*) from samples") == [(4, 4)]
+    made.file.write_text(made.file.read_text().replace('"any"', '"en"'))
+    done = made.run("stage", "prompts", check=False)
+    assert done.returncode == 2
+    assert 'Referenced column "lang" not found' in done.stderr
+
+
 # --- options ---
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -128,7 +128,10 @@ class Prompts:
     """Adds `prompt`, and who wrote it."""
 
     name: ClassVar[str] = "prompts"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
+    changes: ClassVar[dict[str, str]] = {
+        "2": "what is not seen in a prompt is taken out or refused, and so are addresses and thoughts said aloud"
+    }
     Options = PromptsOptions
     inputs: pa.Schema = pa.schema([("text", pa.string())])
     members: ClassVar[tuple[str, ...]] = ()
@@ -147,6 +150,11 @@ class Prompts:
     resources: Resources = Resources(cpus=1, memory_gb=0.5, batch_rows=1024)
     #: Processes of the run that ask the same servers.
     workers: int = 1
+
+    @staticmethod
+    def unread(params: Mapping[str, Any]) -> tuple[str, ...]:
+        """With `lang = "any"` its own work SQL works where nothing tells languages."""
+        return ("lang",) if params.get("lang") == "any" else ()
 
     def __init__(self, options: PromptsOptions) -> None:
         """Checks what can be checked without a model.
