@@ -37,6 +37,8 @@ LANGUAGES_BY_LETTERS = {
     "LAO": "lo", "MALAYALAM": "ml", "MYANMAR": "my", "ORIYA": "or", "SINHALA": "si", "TAMIL": "ta", "TELUGU": "te",
     "THAANA": "dv", "THAI": "th", "TIBETAN": "bo",
 }  # fmt: skip
+#: What follows the blocks of Latin letters.
+_BEYOND_LATIN = re.compile("[\u0370-\U0010ffff]")
 _HAN, _KANA, _OTHER, _NONE = "han", "kana", "other", ""
 #: Letters of an alphabet that say as much as one letter here: a caption is about a third as long in these.
 _WEIGHTS = {_HAN: 3, _KANA: 3, "HANGUL": 3}
@@ -97,11 +99,12 @@ class LanguageModel:
 
 
 def _letters(words: str) -> Counter[str]:
-    """How many letters a text has of each writing."""
-    if words.isascii():
-        return Counter()
-    found = Counter(map(_WRITINGS.__getitem__, words))
-    del found[_NONE]
+    """How many letters a text has of each writing; none are counted of a text in Latin letters."""
+    found: Counter[str] = Counter()
+    if _BEYOND_LATIN.search(words):
+        for character, count in Counter(words).items():
+            found[_WRITINGS[character]] += count
+        del found[_NONE]
     return found
 
 
@@ -115,6 +118,8 @@ def _decided(letters: Counter[str], code: str) -> tuple[str, float]:
     Returns:
         code, share; empty and 0 where they decide nothing.
     """
+    if not letters:
+        return "", 0.0
     weights = {name: count * _WEIGHTS.get(name, 1) for name, count in letters.items()}
     weights[_HAN] = weights.get(_HAN, 0) + weights.pop(_KANA, 0)  # one writing, in Japanese
     name = max(weights, key=weights.__getitem__)
