@@ -242,10 +242,12 @@ def _grown(path: Path, grown: Path) -> bool:
 
 
 def workspace(folder: Path, stages: str = "") -> Workspace:
-    """A pipeline over `folder/source` whose write SQL is none of the table's own."""
+    """A pipeline over `folder/source` whose write SQL is none of the table's own; without stages every sample can be
+    edited, whatever its members are."""
     made = Workspace(folder, folder / "pipeline.toml")
     text = PIPELINE.format(folder=folder, stages=stages, workers=1, checkpoint_rows=2048)
-    made.file.write_text(text if stages else f'{text}\n[write]\nselect = "{folder}/write.sql"\n', "utf-8")
+    rules = 'image = "jpg"\nother_pictures = "drop"\njson = true\n'
+    made.file.write_text(text if stages else f'{text}\n[write]\nselect = "{folder}/write.sql"\n{rules}', "utf-8")
     (folder / "write.sql").write_text("select shard, row, uid from samples where false", "utf-8")
     return made
 
