@@ -45,3 +45,29 @@ def test_no_shard_is_read_and_no_stage_starts_again_unasked(old: Workspace) -> N
         0,
         dict.fromkeys(STAGES, 0),
     )
+
+
+def test_only_shards_that_a_rule_changes_are_written_again(old: Workspace) -> None:
+    """Its png and webp samples have jpg images; odd ones lack a json or a txt, and one has a second picture."""
+    shards = old.root / "shards"
+    before = {path.name: path.read_bytes() for path in shards.glob("*.tar")}
+    plan = json.loads(old.run("plan", "--json").stdout)["write"]
+    others = old.rows(
+        "select count(*) from samples where image_path is not null and "
+        "not list_has_any(list_transform(source_members, lambda m: lower(m.ext)), ['jpg', 'jpeg'])"
+    )[0][0]
+    assert (others, plan["kept"]) == (4, {"other format": 3, "several pictures": 1})
+    assert 0 < plan["todo"] < len(before)
+    told = old.run("write").stderr
+    assert "write: 3 samples whose new picture has another format" in told
+    old.run("verify")
+    after = {path.name: path.read_bytes() for path in shards.glob("*.tar")}
+    assert after["jpg.tar"] == before["jpg.tar"]
+    assert after["png.tar"] == (old.folder / "source/png.tar").read_bytes()
+    assert json.loads(old.run("plan", "--stale", "--json").stdout)["stages"]["generate"]["todo"] == others
+    old.run("stage", "generate", "--stale")
+    formats = "select distinct shard, image_format from samples where image_path is not null order by all"
+    assert old.rows(formats) == [
+        ("jpg", None), ("odd", "png"), ("odd", None), ("png", "png"), ("png", "webp"),
+    ]  # fmt: skip
+    assert json.loads(old.run("plan", "--json").stdout)["write"]["kept"] == {"several pictures": 1}
