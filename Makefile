@@ -37,13 +37,13 @@ $(STAMP)-%: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: builder needs Python 3.11 or newer, and '$(PYTHON)' is older or missing"; \
 	    echo "  fix: install it (Debian: apt-get install python3 python3-venv) or name one: make demo PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: this Python has no venv or no pip"; \
 	    echo "  fix: apt-get install python3-venv python3-pip (Debian, Ubuntu) or dnf install python3-pip (Fedora)"; exit 1; }
-	@$(PYTHON) -m venv $(VENV)
+	@"$(PYTHON)" -m venv $(VENV)
 
 clean:
 	rm -rf $(VENV) demo
