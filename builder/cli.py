@@ -222,9 +222,10 @@ def ingest(scale: str | None, pipeline: str | None, sets: Sequence[str], redo: b
     from builder import pipeline as pipelines
 
     talk = Talk()
-    outcome = pipelines.ingest(_load(scale, pipeline, sets), talk, redo=redo)
+    loaded = _load(scale, pipeline, sets)
+    outcome = pipelines.ingest(loaded, talk, redo=redo)
     _tell("ingest", outcome, talk)
-    _tell_failed({"ingest": outcome}, talk, scale, pipeline, sets)
+    _tell_failed(loaded, {"ingest": outcome}, talk, scale, pipeline, sets)
     sys.exit(_exit_code([outcome]))
 
 
@@ -278,7 +279,7 @@ def stage(
         sys.exit(_try_stage(loaded, name, choice, tried, save))
     outcome = pipelines.run_stage(loaded, name, choice, talk)
     _tell(name, outcome, talk)
-    _tell_failed({name: outcome}, talk, scale, pipeline, sets)
+    _tell_failed(loaded, {name: outcome}, talk, scale, pipeline, sets)
     sys.exit(_exit_code([outcome]))
 
 
@@ -330,7 +331,7 @@ def run(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
     for name, outcome in pipelines.run(loaded, talk):
         _tell(name, outcome, talk)
         outcomes[name] = outcome
-    _tell_failed(outcomes, talk, scale, pipeline, sets)
+    _tell_failed(loaded, outcomes, talk, scale, pipeline, sets)
     if outcomes["write"].counts:
         talk.say(f"hybrid shards: {loaded.layout.shards}; proof: {_again('verify', scale, pipeline, sets)}")
     sys.exit(_exit_code(outcomes.values()))
@@ -834,13 +835,22 @@ _WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered b
 
 
 def _tell_failed(
-    outcomes: dict[str, Outcome], talk: Talk, scale: str | None, pipeline: str | None, sets: Sequence[str]
+    loaded: Pipeline,
+    outcomes: dict[str, Outcome],
+    talk: Talk,
+    scale: str | None,
+    pipeline: str | None,
+    sets: Sequence[str],
 ) -> None:
-    """Where to look after rows have failed, and how to try them again."""
+    """Where to look after rows have failed, and how to try them again where that may help."""
+    from builder import pipeline as pipelines
+
     for name, outcome in outcomes.items():
         if outcome["failed"]:
             talk.say(f"{name}: {outcome['failed']} failed\n  why: {_again('status', scale, pipeline, sets)}")
-            if name != "ingest":
+            if name != "ingest" and pipelines.is_lasting(loaded, name, outcome):
+                talk.say("  another try would give the same: they need other inputs or options")
+            elif name != "ingest":
                 retry = _again(f"stage {name} --retry failed", scale, pipeline, sets)
                 talk.say(f"  to try them again: {retry}")
 

@@ -80,6 +80,22 @@ class TransientError(BuilderError):
     """The same call may succeed later."""
 
 
+#: Classes of failed rows that come again as long as their input, the options and the version are the same.
+LASTING = frozenset({"undecodable", "too_large", "no_text", "no_image", "not_finite", "Unsafe"})
+
+
+class RowError(ValueError):
+    """Why one row has no answer.
+
+    Attributes:
+        kind: the class of the failure, as the table has it and `--retry failed:CLASS` takes it.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 @contextmanager
 def where(**context: Any) -> Iterator[None]:
     """Adds what the caller knows to any BuilderError that passes, in front of what it already says."""

@@ -24,7 +24,7 @@ from builder import config as configs
 from builder import files, formats, rules, runs, schema, table, verify, workset, writer
 from builder.config import Config
 from builder.edited_sample import REASONS, Rules, members_of
-from builder.errors import BuilderError, ConfigError, SchemaError, StageError, TransientError
+from builder.errors import LASTING, BuilderError, ConfigError, SchemaError, StageError, TransientError
 from builder.layout import Layout, RunFiles, names
 from builder.members import MemberReader, place_of
 from builder.progress import Talk
@@ -328,6 +328,18 @@ def _classes(samples: Samples, name: str) -> list[tuple[Any, ...]]:
         f"select split_part({name}_error, ':', 1), count(*), any_value({name}_error) from samples "
         f"where {name}_status = 'failed' group by 1 order by 2 desc, 1"
     )
+
+
+def is_lasting(pipeline: Pipeline, name: str, outcome: Outcome) -> bool:
+    """Whether every row that failed in a stage's run would fail again: see `errors.LASTING`."""
+    if outcome.folder is None:
+        return False
+    with Samples(pipeline.layout, pipeline.columns(), pipeline.layout.partitions()) as samples:
+        failed = samples.fixed(
+            f"select distinct split_part({name}_error, ':', 1) from samples "
+            f"where {name}_status = 'failed' and {name}_run = '{outcome.folder.name}'"
+        )
+    return bool(failed) and all(kind in LASTING for (kind,) in failed)
 
 
 def _done_stages(pipeline: Pipeline) -> dict[str, Counts]:

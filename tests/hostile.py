@@ -38,7 +38,7 @@ from builder import table, tar
 from builder.answering import MAX_ERROR, answer
 from builder.cli import main as builder_command
 from builder.edits import EditsTar
-from builder.errors import ShardError
+from builder.errors import RowError, ShardError
 from builder.layout import Layout
 from builder.models import pictures
 from builder.models.pictures import decode
@@ -280,11 +280,11 @@ def _command(made: Workspace, *arguments: str, codes: tuple[int, ...] = (0,)) ->
 def try_image(path: Path, folder: Path) -> Outcome:
     """Decodes one image alone, then as a shard's sample by the stage `faces`; both must say the same as Pillow."""
     data = path.read_bytes()
-    refusal = ""
+    refusal = kind = ""
     try:
         shape = decode(data).shape
-    except ValueError as error:
-        refusal = str(error)
+    except RowError as error:
+        refusal, kind = str(error), error.kind
     truth = _by_pillow(data)
     if truth is not None and (refusal or truth != shape):
         return Outcome("differs", f"Pillow: {truth}, decode: {refusal or shape}")
@@ -305,7 +305,7 @@ def try_image(path: Path, folder: Path) -> Outcome:
         return Outcome("wrong", "the bytes that the stage gets are not the image's")
     [(_, answered)] = answer(stage, batch)
     failure = getattr(answered, "error", "")
-    if failure != (f"ValueError: {refusal}"[:MAX_ERROR] if refusal else ""):
+    if failure != (f"{kind}: {refusal}"[:MAX_ERROR] if refusal else ""):
         return Outcome("wrong", f"decode: {refusal or shape}, faces: {failure or 'answered'}")
     return Outcome("refused", refusal) if refusal else Outcome("decoded")
 

@@ -431,7 +431,7 @@ batch_rows = 3
     )
     assert [row[0] for row in found] == [1, 1, None, 1, 1, 1, 0, 0]
     assert [row[1] for row in found] == ["scrfd", "scrfd", None, *["scrfd"] * 5]
-    assert found[2][3:] == ("failed", "ValueError: the picture does not decode: no image format begins so")
+    assert found[2][3:] == ("failed", "undecodable: the picture does not decode: no image format begins so")
     assert [row[2] for row in found[:2]] == [[0, 0.1, 0.1, 0.3], [0, 0.1, 0.2, 0.3]]
     assert done.stderr.count("are licensed for non-commercial research only") == 1  # once a run, whatever the workers
     logs = "".join(path.read_text() for path in (first.root / "runs").glob("*faces*/logs/*"))

@@ -522,6 +522,19 @@ def test_template_fills_what_applies() -> None:
     }
 
 
+def test_no_other_try_is_advised_where_none_would_help(workspace: Callable[..., Workspace]) -> None:
+    """Classes of failures know: a caption without words stays one."""
+    stages = '[stages.prompts]\nbackend = "template"\nsql = "all.sql"\n'
+    made = workspace({"a": samples(3)}, stages=stages)
+    sql = "select shard, row, uid, case when row = 1 then '...' else caption end as text from samples"
+    (made.folder / "all.sql").write_text(sql)
+    made.run("ingest", cwd=made.folder)
+    done = made.run("stage", "prompts", "--set", "stages.prompts.run.max_failed=1.0", check=False, cwd=made.folder)
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1] == "  another try would give the same: they need other inputs or options"
+    assert made.rows("select prompts_error from samples where row = 1") == [("no_text: caption has no words",)]
+
+
 GROUP_FIX = 'give them, for example: groups = [["Black", "white", "Asian"], ["man", "woman"]]'
 
 

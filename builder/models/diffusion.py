@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from builder.config import Strict
-from builder.errors import StageError, missing_extra
+from builder.errors import RowError, StageError, missing_extra
 from builder.models.pictures import Pixels
 
 #: Names in `__call__` of what `encode_prompt` returns, in its order; None: not an argument. A pipeline class that is
@@ -293,7 +293,9 @@ class Diffusion:
 def _fault(is_blacked: bool, is_finite: bool) -> Exception | None:
     if is_blacked:
         return Unsafe("the model's own safety checker blacked the image out")
-    return None if is_finite else ValueError("the model's image holds values that are no numbers: try another dtype")
+    if is_finite:
+        return None
+    return RowError("not_finite", "the model's image holds values that are no numbers: try another dtype")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

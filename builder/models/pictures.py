@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from builder import formats
+from builder.errors import RowError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -55,7 +56,7 @@ def decode(data: bytes) -> Pixels:
     """Decodes a picture to uint8 (height, width, 3) RGB, its first frame, as stored (no EXIF rotation).
 
     Raises:
-        ValueError: no picture that Pillow knows, damaged, cut short, or more than `MAX_PIXELS`.
+        RowError: no picture that Pillow knows, damaged, cut short, or more than `MAX_PIXELS`.
     """
     with _opened(data) as image:
         fast = _jpeg(data, image)
@@ -66,7 +67,7 @@ def pixels_of(data: bytes) -> int:
     """How many pixels a picture has, by its header.
 
     Raises:
-        ValueError: as `decode`, as far as the header tells.
+        RowError: as `decode`, as far as the header tells.
     """
     with _opened(data) as image:
         return image.width * image.height
@@ -74,18 +75,19 @@ def pixels_of(data: bytes) -> int:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """A picture whose pixels are not decoded yet; whatever its decoder raises is a ValueError."""
+    """A picture whose pixels are not decoded yet; whatever its decoder raises is a RowError."""
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"the picture has {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}")
+                what = f"the picture has {image.width} x {image.height} pixels, the limit is {MAX_PIXELS}"
+                raise RowError("too_large", what)
             yield image
-    except (ValueError, MemoryError):
+    except (RowError, MemoryError):
         raise
     except UnidentifiedImageError:  # its own text holds an address in memory, which differs in every run
-        raise ValueError("the picture does not decode: no image format begins so") from None
+        raise RowError("undecodable", "the picture does not decode: no image format begins so") from None
     except Exception as error:  # each of Pillow's decoders has its own: RuntimeError, SyntaxError, struct.error ...
-        raise ValueError(f"the picture does not decode: {error}") from error
+        raise RowError("undecodable", f"the picture does not decode: {error}") from error
 
 
 def _rgb(image: Image.Image) -> Pixels:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from builder.errors import StageError, missing_extra
+from builder.errors import RowError, StageError, missing_extra
 from builder.models.pictures import Pixels
 
 Blobs = npt.NDArray[np.float32]
@@ -192,14 +192,14 @@ class Scrfd:
         """
         levels = len(self._strides)
         if not all(np.isfinite(scores).all() for scores in answers[:levels]):
-            raise ValueError("the detector's scores hold values that are no numbers")
+            raise RowError("not_finite", "the detector's scores hold values that are no numbers")
         found = [self._level(answers[i], answers[i + levels], stride) for i, stride in enumerate(self._strides)]
         boxes = np.concatenate([boxes for boxes, _ in found]) / scale
         scores = np.concatenate([scores for _, scores in found])
         both = np.hstack([boxes, scores]).astype(np.float32)
         both = both[np.argsort(-both[:, 4], kind="stable")]
         if not np.isfinite(both).all():
-            raise ValueError("the detector's boxes hold values that are no numbers")
+            raise RowError("not_finite", "the detector's boxes hold values that are no numbers")
         kept = both[self._model.nms(both)].astype(np.float64)
         return kept[:, :4], kept[:, 4]
 

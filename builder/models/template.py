@@ -11,7 +11,7 @@ import re
 import string
 import unicodedata
 
-from builder.errors import ConfigError
+from builder.errors import ConfigError, RowError
 from builder.models.texts import DOMAIN, address_in, legible
 
 #: What a prompt is made of where the pipeline does not say.
@@ -95,7 +95,7 @@ def rewrite(caption: str, *, style: str = DEFAULT_STYLE) -> str:
         One line; the same for the same arguments.
 
     Raises:
-        ValueError: the caption has no words once it is clean.
+        RowError: the caption has no words once it is clean.
         ConfigError: the style has no `{caption}`, or other fields.
     """
     check_style(style)
@@ -132,7 +132,7 @@ def clean(caption: str) -> str:
         One line of at most MAX_CHARS characters. Cleaning it again changes nothing.
 
     Raises:
-        ValueError: nothing is left.
+        RowError: nothing is left.
     """
     text, before = _plain(caption[: 4 * MAX_CHARS]), ""
     for _ in range(50):  # a rule may uncover work for another; real captions settle after two or three rounds
@@ -141,7 +141,7 @@ def clean(caption: str) -> str:
         before = text
         text = _cut(_strip(_plain(text)))
     if _USELESS.match(text) or _SITE_ONLY.match(text) or not any(unicodedata.category(char)[0] == "L" for char in text):
-        raise ValueError("caption has no words")
+        raise RowError("no_text", "caption has no words")
     return text
 
 

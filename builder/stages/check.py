@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
 
+from builder.errors import RowError
 from builder.models.detectors import DIGITS, TOLERANCES, Block, DetectorOptions, FaceFinder, check_options
 from builder.models.pictures import Pixels
 from builder.models.safety import SafetyModel
@@ -84,7 +85,7 @@ class Check:
         rows: list[tuple[Any, ...]] = []
         for place, found in enumerate(seen):
             if found is None:
-                errors.setdefault(place, ValueError("the sample has no generated image"))
+                errors.setdefault(place, RowError("no_image", "the sample has no generated image"))
                 rows.append((None, None, None))
                 continue
             std, looked = found.looked
