@@ -4,7 +4,8 @@
 
 The truth is a TSV with the header file, faces, clear (further columns are not read; lines that begin with # are
 comments); files are relative to --photos. Photos go the way of a shard's images: longest side at most --side px,
-JPEG, decoded by Pillow. One line per photo with another count than the truth, then the sums over the clear ones.
+JPEG, decoded by Pillow. One line per photo with another count than the truth, then in how many of those with faces one
+is found and in how many of the others none, and the exact counts of the clear ones.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def main() -> None:
     options = arguments()
     detector = Mtcnn(min_face_px=options.min_face_px)
     clear = exact = done = 0
+    right = {True: [0, 0], False: [0, 0]}  # by whether there are faces: photos, and those where it is said rightly
     unreadable: list[str] = []
     seconds = 0.0
     for photo in read_truth(options.truth):
@@ -83,11 +85,14 @@ def main() -> None:
         done += 1
         clear += photo.clear
         exact += photo.clear and found == photo.faces
+        shows = photo.faces > 0
+        right[shows] = [right[shows][0] + 1, right[shows][1] + ((found > 0) == shows)]
         if found != photo.faces:
             print(f"{photo.file}  faces {photo.faces}  found {found}{'' if photo.clear else '  (not clear)'}")
     for name in unreadable:
         print(f"does not decode: {name}")
     print(f"photos {done}, not decoded {len(unreadable)}")
+    print("faces found in {1} of {0} with faces, none in {3} of {2} without".format(*right[True], *right[False]))
     print(f"clear {clear}, exact {exact}, not exact {clear - exact}")
     print(f"{done / seconds if seconds else 0:.1f} images/s in the detector, one thread")
 
@@ -100,7 +105,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quality", type=int, default=90, help="of the JPEG; 0 leaves it out [%(default)s]")
     parser.add_argument("--min-score", type=float, default=0.9, help="least probability [%(default)s]")
     parser.add_argument("--min-size", type=float, default=0.03, help="least box, part of the long side [%(default)s]")
-    parser.add_argument("--min-face-px", type=int, default=20, help="smallest face looked for, px [%(default)s]")
+    parser.add_argument("--min-face-px", type=int, help="smallest face looked for, px [by the picture's size]")
     return parser.parse_args()
 
 

@@ -57,6 +57,8 @@ class PlainMtcnn:
             scale *= 0.709
         if not levels:
             return np.zeros((0, 4))
+        if min(picture.size) * scale / 0.709 > 12:
+            levels.append(self._level(picture, 12 / min(picture.size)))
         boxes, offsets, scores = (np.concatenate(part) for part in zip(*levels, strict=True))
         keep = suppress(boxes, scores, 0.7)
         return squared(moved(boxes[keep], offsets[keep]))

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import pyarrow as pa
 from click.testing import CliRunner, Result
-from PIL import Image
+from PIL import ExifTags, Image
 
 from builder import table, tar
 from builder.answering import MAX_ERROR, answer
@@ -318,10 +318,18 @@ def _by_pillow(data: bytes) -> tuple[int, int, int] | None:
             with Image.open(io.BytesIO(data)) as image:
                 if image.format not in pictures.FORMATS or image.width * image.height > pictures.MAX_PIXELS:
                     return None
+                if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+                    return None  # nothing says which of its values is white
                 width, height = image.convert("RGB").size
-                return height, width, 3
+                return (width, height, 3) if _lies_on_its_side(image) else (height, width, 3)
         except Exception:
             return None
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    with contextlib.suppress(Exception):  # a damaged EXIF block says nothing
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return False
 
 
 def outcome_of(kind: str, path: Path) -> Outcome:

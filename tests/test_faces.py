@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import skimage.data
-from PIL import Image
+from PIL import ExifTags, Image
 
 from builder import query
 from builder.answering import answer, check_alone
 from builder.errors import ConfigError, StageError
 from builder.models import detectors
-from builder.models.detectors import nearness
+from builder.models.detectors import DETECTORS, DetectorOptions, nearness
 from builder.schema import BOXES
 from builder.stage import Preparing, RowsFailed, options_hash
 from builder.stages.check import Check, CheckOptions
@@ -106,6 +108,103 @@ def test_bytes_that_do_not_decode_fail_alone(stage: Faces, monkeypatch: pytest.M
         assert errors[1] == "the picture does not decode: no image format begins so"
         assert errors[3].startswith("the picture does not decode: ")
         assert [caught.value.result.column("face_count")[row].as_py() for row in (0, 2, 4)] == [1, 1, 0]
+
+
+# --- as viewers show it ---
+
+
+def saved(image: Image.Image, form: str = "JPEG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def found(stage: Faces, *images: bytes) -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = stage.process(batch(*images)).to_pylist()
+    return answers
+
+
+WIDE = Image.fromarray(skimage.data.astronaut()).crop((40, 0, 440, 300))
+#: How a picture is to be stored for an orientation to set it upright.
+STORED = {
+    3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270,
+    5: Image.Transpose.TRANSPOSE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_a_picture_is_upright_and_so_are_its_boxes(stage: Faces, orientation: int, form: str) -> None:
+    """A portrait that a phone stores on its side: as stored, no face is seen."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = WIDE.transpose(STORED[orientation])
+    upright, turned, as_stored = found(stage, saved(WIDE, form), saved(stored, form, exif=exif), saved(stored, form))
+    assert upright["face_count"] == 1
+    assert upright["face_boxes"][0] == pytest.approx([140 / 400, 61 / 300, 230 / 400, 173 / 300], abs=0.02)
+    assert turned == upright
+    assert as_stored["face_count"] == 0
+
+
+def test_generated_pictures_are_looked_at_upright_too() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    checked = Check(CheckOptions())
+    checked.setup("cpu")
+    images = pa.array([saved(WIDE.transpose(Image.Transpose.ROTATE_90), exif=exif)], pa.large_binary())
+    answers = checked.process(pa.RecordBatch.from_arrays([images], names=["edit"]))
+    assert answers.column("check_faces").to_pylist() == [1]
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_grey_of_16_bits_shows_the_faces_of_8_bits(stage: Faces, form: str) -> None:
+    grey = np.asarray(Image.fromarray(skimage.data.astronaut()).convert("L"))
+    eight, sixteen = found(
+        stage, saved(Image.fromarray(grey), form), saved(Image.fromarray(grey.astype(np.uint16) * 257), form)
+    )
+    assert eight["face_count"] == 1
+    assert sixteen == eight
+
+
+def test_numbers_without_a_white_fail_their_row(stage: Faces) -> None:
+    grey = np.asarray(Image.fromarray(skimage.data.astronaut()).convert("L")).astype(np.float32)
+    with pytest.raises(RowsFailed) as caught:
+        found(stage, saved(Image.fromarray(grey), "TIFF"), astronaut())
+    assert told(caught) == {
+        0: "the picture is of floating-point numbers, of which nothing says which is white; store it with 8 or 16 bits"
+    }
+    assert caught.value.result.column("face_count")[1].as_py() == 1
+
+
+def test_a_large_picture_is_shrunk_and_one_at_the_limit_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boxes are shares of the picture: they stay where they were."""
+    looked: list[tuple[int, ...]] = []
+    stage = Faces(FacesOptions())
+    stage.setup("cpu")
+    assert stage._finder is not None
+    monkeypatch.setattr(stage._finder, "_look", lambda image: looked.append(image.shape))
+    picture = Image.fromarray(skimage.data.astronaut())
+    answers = []
+    for most in (512 * 512, 512 * 512 - 1):
+        monkeypatch.setattr(detectors, "MOST_PIXELS", most)
+        answers.append(found(stage, astronaut(), saved(picture, "PNG")))
+    assert looked == [(512, 512, 3)] * 2 + [(256, 256, 3)] * 2
+    monkeypatch.setattr(detectors, "MOST_PIXELS", 10**9)
+    assert answers[0] == found(stage, astronaut(), saved(picture, "PNG"))
+    for whole, shrunk in zip(*answers, strict=True):
+        assert whole["face_count"] == shrunk["face_count"] == 1
+        assert shrunk["face_boxes"][0] == pytest.approx(whole["face_boxes"][0], abs=0.02)
+    stage.close()
+
+
+def test_a_picture_of_megapixels_is_bounded_work(stage: Faces) -> None:
+    """The limit is in pixels and fits common pictures: above it, between a quarter of it and all of it is left."""
+    assert detectors.MOST_PIXELS == 8_000_000
+    side = 3000
+    picture = Image.fromarray(skimage.data.astronaut()).resize((side, side))
+    prepared = stage.prepare(batch(saved(picture)))
+    assert prepared is not None
+    assert prepared.sizes == [(side // 2, side // 2)]
 
 
 # --- boxes that are known ---
@@ -571,6 +670,53 @@ def test_options_of_the_other_detector_are_refused(options: dict[str, Any], mess
         Check(CheckOptions(**options))
     assert str(caught.value) == message.format("check")
     Faces(FacesOptions(source="json", **options))  # no detector at all
+
+
+def test_options_belong_to_detectors() -> None:
+    """Every option is read by all of them, or named by those that read it."""
+    everyone = {"detector", "min_score", "min_size", "decode_threads"}
+    named = {name for kind in DETECTORS.values() for name in kind.reads}
+    assert named | everyone == set(DetectorOptions.model_fields)
+    assert not named & everyone
+    assert typing.get_args(DetectorOptions.model_fields["detector"].annotation) == tuple(DETECTORS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"detector": "third", "min_face_px": 30},
+            "min_face_px is set, but detector = 'third' does not read it\n"
+            '  fix: set detector = "mtcnn" in [stages.faces], or leave min_face_px out',
+        ),
+        (
+            {"detector": "third", "threshold": 0.5},
+            "threshold is set, but detector = 'third' does not read it\n"
+            '  fix: set detector = "scrfd" in [stages.faces], or leave threshold out',
+        ),
+        (
+            {"detector": "mtcnn", "model": "m.onnx"},
+            "model is set, but detector = 'mtcnn' does not read it\n"
+            '  fix: set detector = "scrfd" or detector = "third" in [stages.faces], or leave model out',
+        ),
+        ({"detector": "third", "model": "m.onnx", "min_score": 0.4}, None),
+        ({"detector": "scrfd", "model": "m.onnx"}, None),
+    ],
+)
+def test_a_third_detector_has_options_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str | None
+) -> None:
+    third = dataclasses.replace(DETECTORS["scrfd"], reads=frozenset({"model"}), tolerance=0.5, notice="a third one")
+    monkeypatch.setitem(DETECTORS, "third", third)
+    chosen = FacesOptions().model_copy(update=options)
+    if message is None:
+        made = Faces(chosen)
+        kind = DETECTORS[options["detector"]]
+        assert (made.tolerance, made.notice, made.resources) == (kind.tolerance, kind.notice, kind.resources)
+        return
+    with pytest.raises(ConfigError) as caught:
+        Faces(chosen)
+    assert str(caught.value) == message
 
 
 def test_no_insightface_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

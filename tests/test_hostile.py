@@ -724,7 +724,7 @@ PICTURES: dict[str, tuple[bytes, tuple[int, int] | str]] = {
     "alpha": (saved("PNG", RGB.convert("RGBA")), (32, 48)),
     "animated GIF": (saved("GIF", RGB, save_all=True, append_images=[RGB.rotate(90)] * 3), (32, 48)),
     "animated WebP": (saved("WEBP", RGB, save_all=True, append_images=[RGB.rotate(90)] * 3), (32, 48)),
-    "EXIF orientation": (saved("JPEG", RGB, exif=ROTATED), (32, 48)),
+    "EXIF orientation": (saved("JPEG", RGB, exif=ROTATED), (48, 32)),
     "broken EXIF": (saved("JPEG", RGB, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\xff" * 60), (32, 48)),
     "broken ICC profile": (saved("JPEG", RGB, icc_profile=b"no profile" * 30), (32, 48)),
     "ICC profile that grows to 20 MB": (png(1, 1, ROW, (b"iCCP", b"x\0\0" + zeros(20 << 20))), "too large"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,12 @@ ASTRONAUT = {20: (180, 61, 270, 173), 30: (175, 57, 271, 177), 40: (179, 58, 268
 @pytest.fixture(scope="module")
 def detector() -> Mtcnn:
     return Mtcnn()
+
+
+@pytest.fixture(scope="module")
+def plain() -> Mtcnn:
+    """One that looks for faces from 20 px on, whatever the size of the picture, and once."""
+    return Mtcnn(min_face_px=20)
 
 
 def rgb(pixels: np.ndarray, size: tuple[int, int] | None = None) -> Pixels:
@@ -85,7 +92,7 @@ def test_best_box_comes_first(detector: Mtcnn) -> None:
 def test_face_cut_by_the_border_is_clipped_to_the_picture(detector: Mtcnn) -> None:
     boxes, scores = detector.detect(skimage.data.astronaut()[100:260, 180:260])
     assert len(scores) == 1
-    assert boxes[0] == pytest.approx((0, 0, 80, 69), abs=4)
+    assert boxes[0] == pytest.approx((0, 0, 80, 73), abs=4)
     assert boxes[0, 0] == 0
     assert boxes[0, 1] == 0
     assert boxes[0, 2] == 80
@@ -128,6 +135,127 @@ def test_labelled_faces_in_the_wild(detector: Mtcnn) -> None:
     counts = [int((detector.detect(rgb(patch, (100, 100)))[1] >= 0.9).sum()) for patch in patches]
     assert sum(count == 1 for count in counts[:100]) >= 95
     assert counts[100:] == [0] * 100
+
+
+# --- pictures of different sizes ---
+
+
+def in_a_scene(face_px: int) -> Pixels:
+    """The astronaut small in a picture of 256 x 256 px: her face is so high, px."""
+    side = round(512 * face_px / 112)
+    page = Image.fromarray(skimage.data.coffee()).resize((256, 256))
+    page.paste(Image.fromarray(skimage.data.astronaut()).resize((side, side), Image.Resampling.LANCZOS), (100, 80))
+    return np.asarray(page)
+
+
+def test_a_small_picture_is_searched_for_small_faces(detector: Mtcnn, plain: Mtcnn) -> None:
+    """20 px are 7.8 % of a side of 256 px, and 3.9 % of one of 512."""
+    for face_px in (10, 11):
+        boxes, scores = detector.detect(in_a_scene(face_px))
+        assert len(scores) == 1
+        assert scores[0] > 0.9
+        assert boxes[0, 2:] - boxes[0, :2] == pytest.approx([0.8 * face_px, face_px], abs=3)
+        assert len(plain.detect(in_a_scene(face_px))[1]) == 0
+
+
+@pytest.mark.parametrize("side", [445, 512, 700])
+def test_a_large_picture_is_searched_from_20_px_on(detector: Mtcnn, plain: Mtcnn, side: int) -> None:
+    """From a long side of 20 / 0.045 px on, bit for bit."""
+    for picture in (skimage.data.astronaut(), skimage.data.camera(), skimage.data.coffee()):
+        image = np.asarray(Image.fromarray(picture).convert("RGB").resize((side, side * 2 // 3)))
+        for ours, theirs in zip(detector.detect(image), plain.detect(image), strict=True):
+            assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize(("side", "smallest"), [(60, 12), (266, 12), (300, 13.5), (400, 18), (444, 19.98), (445, 20)])
+def test_the_smallest_face_shrinks_with_the_picture(
+    detector: Mtcnn, side: int, smallest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[float] = []
+    real = mtcnn._scales
+
+    def scales(picture: Image.Image, smallest: float) -> list[float]:
+        first.append(smallest)
+        return real(picture, smallest)
+
+    monkeypatch.setattr(mtcnn, "_scales", scales)
+    detector.detect(np.full((side // 2, side, 3), 127, np.uint8))
+    detector.detect(np.full((side, side // 2, 3), 127, np.uint8))
+    assert first == pytest.approx([smallest, smallest])
+
+
+@pytest.mark.parametrize("size", [(12, 12), (40, 30), (300, 1000), (5000, 11)])
+def test_a_cell_holds_the_shorter_side_at_the_last_level(size: tuple[int, int]) -> None:
+    picture = Image.new("RGB", size)
+    for smallest in (10.1, 12, 13, 20, 300):
+        scales = mtcnn._scales(picture, smallest)
+        assert not scales or scales[-1] * min(size) == pytest.approx(12)
+        assert bool(scales) == (min(size) >= smallest)
+        assert all(0.709 - 1e-9 <= later / earlier < 1 for earlier, later in itertools.pairwise(scales))
+
+
+@pytest.mark.parametrize("width", [56, 60, 64, 72, 76, 80, 84, 88, 92])
+def test_a_face_that_fills_the_picture_is_found(detector: Mtcnn, width: int) -> None:
+    """Levels at steps of 0.709 alone end anywhere between 71 % of the shorter side and all of it."""
+    face = Image.fromarray(skimage.data.astronaut()[100:260, 180:260])
+    _, scores = detector.detect(np.asarray(face.resize((width, width * 2), Image.Resampling.LANCZOS)))
+    assert len(scores) == 1
+    assert scores[0] > 0.9
+
+
+def looks(monkeypatch: pytest.MonkeyPatch, *answers: tuple[list[list[float]], list[float]]) -> list[float]:
+    """Lets the cascade give these answers, look by look; returns the smallest faces that it is asked for, px."""
+    asked: list[float] = []
+
+    def look(self: Mtcnn, picture: Image.Image, smallest: float) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(smallest)
+        boxes, scores = answers[len(asked) - 1]
+        return np.array(boxes, float).reshape(-1, 4), np.array(scores, float)
+
+    monkeypatch.setattr(Mtcnn, "_look", look)
+    return asked
+
+
+DOUBT, NEAR, ELSEWHERE = [10.0, 10, 40, 40], [12.0, 10, 42, 40], [90.0, 90, 120, 120]
+
+
+@pytest.mark.parametrize(
+    ("again", "boxes", "scores"),
+    [
+        (([], []), [DOUBT, ELSEWHERE], [0.8, 0.7]),
+        (([NEAR], [0.7]), [DOUBT, ELSEWHERE], [0.94, 0.7]),
+        (([ELSEWHERE], [0.9]), [ELSEWHERE, DOUBT], [0.97, 0.8]),  # best first
+        (([NEAR, DOUBT], [0.75, 0.7]), [DOUBT, ELSEWHERE], [0.95, 0.7]),
+        (([[30.0, 30, 60, 60]], [0.99]), [DOUBT, ELSEWHERE], [0.8, 0.7]),  # beside it, and only in the second look
+    ],
+)
+def test_a_doubtful_face_that_is_seen_twice_is_one(
+    detector: Mtcnn,
+    monkeypatch: pytest.MonkeyPatch,
+    again: tuple[list[list[float]], list[float]],
+    boxes: list[list[float]],
+    scores: list[float],
+) -> None:
+    asked = looks(monkeypatch, ([DOUBT, ELSEWHERE], [0.8, 0.7]), again)
+    found = detector.detect(np.zeros((200, 200, 3), np.uint8))
+    assert found[0].tolist() == boxes
+    assert found[1].tolist() == pytest.approx(scores)
+    assert asked == pytest.approx([12, 12 * 0.709**0.5])
+
+
+@pytest.mark.parametrize(("side", "score"), [(200, 0.9), (300, 0.8)])
+def test_no_second_look_at_sure_faces_and_large_pictures(
+    detector: Mtcnn, monkeypatch: pytest.MonkeyPatch, side: int, score: float
+) -> None:
+    asked = looks(monkeypatch, ([DOUBT], [score]))
+    assert detector.detect(np.zeros((side, side, 3), np.uint8))[1].tolist() == [score]
+    assert len(asked) == 1
+
+
+def test_a_named_smallest_face_holds_for_every_picture(plain: Mtcnn, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = looks(monkeypatch, ([DOUBT], [0.8]))
+    plain.detect(np.zeros((100, 100, 3), np.uint8))
+    assert asked == [20]
 
 
 def test_boxes_within_each_other_are_one_face(detector: Mtcnn) -> None:

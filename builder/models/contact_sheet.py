@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
+from builder.models.pictures import decode
 from builder.models.sketch import Color, fit, font, line_px, readable, text_px
 
 #: What one image is fitted into, pixels.
@@ -35,7 +36,7 @@ def contact_sheet(pairs: Sequence[tuple[bytes, bytes, str, str]], *, columns: in
     """Draws pairs of images side by side, captions below.
 
     Args:
-        pairs: original image, new image, original caption, new caption; bytes that Pillow cannot open show as a note.
+        pairs: original image, new image, original caption, new caption; bytes that do not decode show as a note.
         columns: pairs in a row; at least 1.
 
     Returns:
@@ -80,24 +81,14 @@ def _image(sheet: Image.Image, data: bytes, x: int, y: int) -> None:
     pen = ImageDraw.Draw(sheet)
     pen.rectangle(box, _EMPTY)
     try:
-        image = _opened(data)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        image = Image.fromarray(decode(data, (2 * TILE_PX) ** 2))
+    except ValueError:
         pen.text((x + TILE_PX // 2, y + TILE_PX // 2), "no image", _FAINT, font(14), anchor="mm")
         return
     scale = TILE_PX / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     image = image.resize(size, Image.Resampling.LANCZOS)
     sheet.paste(image, (x + (TILE_PX - size[0]) // 2, y + (TILE_PX - size[1]) // 2))
-
-
-def _opened(data: bytes) -> Image.Image:
-    """Decodes an image to RGB, what is transparent on white."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (2 * TILE_PX, 2 * TILE_PX))
-        if image.has_transparency_data:
-            rgba = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, _CARD), rgba).convert("RGB")
-        return image.convert("RGB")
 
 
 def _arrow(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:

@@ -22,20 +22,20 @@ from builder.errors import ConfigError
 from builder.models.mtcnn import Mtcnn
 from builder.models.pictures import Pixels, decode, pixels_of
 from builder.models.scrfd import GRAIN_PX, LICENCE, Scrfd
+from builder.stage import Resources
 
 #: Digits of a coordinate in 0..1: finer than a pixel of any picture.
 DIGITS = 6
+#: Pictures with more pixels are halved in decoding, until they have no more: a face of 1 % of the long side of what is
+#: left, at least 2 million pixels, is 16 px wide, and half a minute's work becomes seconds.
+MOST_PIXELS = 8_000_000
 #: Pixels that are decoded at a time, but for the picture that goes beyond: 96 MB. 32 pictures of 512 px are 8 million.
 AHEAD_PIXELS = 32_000_000
-#: `min_score` where the options do not say it: what counts as a face, by detector.
-MIN_SCORES = {"mtcnn": 0.9, "scrfd": 0.5}
-#: How far the answers for one picture may be apart when the pictures beside it change, in shares of its sides and in
-#: scores. MTCNN looks at one at a time. SCRFD's calls have one size whatever they hold, yet a GPU may add up the places
-#: of a call in another order.
-TOLERANCES = {"mtcnn": 0.0, "scrfd": 0.001}
-
-#: Options that one detector alone reads.
-_OWN = {"mtcnn": ("min_face_px",), "scrfd": ("model", "input_px", "threshold", "detector_batch")}
+#: What version 2 of the stages that detect faces changed in how pictures are looked at.
+PICTURES_OF_2 = (
+    "pictures are looked at as viewers show them (upright by their EXIF orientation, grey of 16 bits by its high 8, "
+    "transparent parts on white), small ones for smaller faces, and those above 8 megapixels shrunk"
+)
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,8 +49,8 @@ class DetectorOptions(Strict):
     min_score: float | None = Field(default=None, ge=0, le=1)
     #: Size from which a box counts: its long side as a share of the picture's long side.
     min_size: float = Field(default=0.03, ge=0, le=1)
-    #: mtcnn: the smallest face that it looks for, px.
-    min_face_px: int = Field(default=20, ge=12)
+    #: mtcnn: the smallest face that it looks for, px; absent: 4.5 % of a picture's long side, at least 12, at most 20.
+    min_face_px: int | None = Field(default=None, ge=12)
     #: scrfd: an .onnx file, a folder with one, or a pack in ~/.insightface/models; nothing is downloaded.
     model: str = "buffalo_l"
     #: scrfd: side of the square that a picture is fitted into, px; absent: what the model is fixed to, else 640.
@@ -79,17 +79,18 @@ class Faces:
 
 
 def check_options(options: DetectorOptions, stage: str) -> None:
-    """Refuses options of the other detector.
+    """Refuses options of other detectors.
 
     Raises:
         ConfigError: one is set that the configured detector does not read.
     """
-    other = "scrfd" if options.detector == "mtcnn" else "mtcnn"
-    for name in _OWN[other]:
-        if getattr(options, name) != DetectorOptions.model_fields[name].default:
+    for name, field in DetectorOptions.model_fields.items():
+        readers = [detector for detector, kind in DETECTORS.items() if name in kind.reads]
+        if readers and options.detector not in readers and getattr(options, name) != field.default:
+            others = " or ".join(f'detector = "{reader}"' for reader in readers)
             raise ConfigError(
                 f"{name} is set, but detector = '{options.detector}' does not read it",
-                fix=f'set detector = "{other}" in [stages.{stage}], or leave {name} out',
+                fix=f"set {others} in [stages.{stage}], or leave {name} out",
             )
 
 
@@ -145,7 +146,7 @@ class _Cascade:
 
     most_frames = sys.maxsize
 
-    def __init__(self, min_face_px: int) -> None:
+    def __init__(self, min_face_px: int | None) -> None:
         self._mtcnn = Mtcnn(min_face_px=min_face_px)
 
     def frames(self, count: int) -> _Images:
@@ -191,7 +192,7 @@ class FaceFinder:
     """Finds the faces of batches of pictures.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:N`; MTCNN runs on the CPU whatever it says.
+        device: `cpu`, `cuda` or `cuda:N`; a detector that takes no device runs on the CPU whatever it says.
         stage: the name in what is written to the log.
         look: what else is wanted of every decoded picture; called in threads.
 
@@ -202,9 +203,10 @@ class FaceFinder:
     def __init__(
         self, options: DetectorOptions, device: str, *, stage: str, look: Callable[[Pixels], Any] = lambda image: None
     ) -> None:
-        self._options, self._look = options, look
-        self._detector = _started(options, device, stage)
-        on_gpu = options.detector == "scrfd" and device != "cpu"
+        self._options, self._look, kind = options, look, DETECTORS[options.detector]
+        self._min_score = kind.min_score if options.min_score is None else options.min_score
+        self._detector = kind.start(options, device, stage)
+        on_gpu = kind.takes_device and device != "cpu"
         threads = options.decode_threads or (len(os.sched_getaffinity(0)) if on_gpu else 1)
         self._pool = ThreadPoolExecutor(threads, "decode") if threads > 1 else None
 
@@ -230,7 +232,7 @@ class FaceFinder:
             data = pictures[places[at]]
             assert data is not None
             try:
-                image = decode(data)
+                image = decode(data, MOST_PIXELS)
             except ValueError as error:
                 errors[places[at]] = error
                 return (1, 1), None
@@ -267,10 +269,8 @@ class FaceFinder:
         relative = (boxes / [width, height, width, height]).clip(0, 1).round(DIGITS)
         inside = (relative[:, 2] > relative[:, 0]) & (relative[:, 3] > relative[:, 1])
         listed, kept = relative[inside].tolist(), scores[inside]
-        least = self._options.min_score
-        least = MIN_SCORES[self._options.detector] if least is None else least
         count = sum(
-            score >= least and is_large(box, width, height, self._options.min_size)
+            score >= self._min_score and is_large(box, width, height, self._options.min_size)
             for box, score in zip(listed, kept.tolist(), strict=True)
         )
         return Faces(listed, kept.round(DIGITS).tolist(), count)
@@ -281,9 +281,11 @@ class FaceFinder:
             self._pool.shutdown()
 
 
-def _started(options: DetectorOptions, device: str, stage: str) -> Detector:
-    if options.detector == "mtcnn":
-        return _Cascade(options.min_face_px)
+def _start_mtcnn(options: DetectorOptions, device: str, stage: str) -> Detector:
+    return _Cascade(options.min_face_px)
+
+
+def _start_scrfd(options: DetectorOptions, device: str, stage: str) -> Detector:
     scrfd = Scrfd(
         options.model,
         device=device,
@@ -295,6 +297,50 @@ def _started(options: DetectorOptions, device: str, stage: str) -> Detector:
     if scrfd.why_single:
         print(f"{stage}: {scrfd.file.name} gets one picture at a time: {scrfd.why_single}", file=sys.stderr, flush=True)
     return scrfd
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What belongs to one detector.
+
+    Attributes:
+        start: loads it for a device and a stage, whose name is for the log.
+        reads: the options that it reads, but for those that every detector reads.
+        min_score: `min_score` where the options do not say it.
+        resources: what a stage that runs it needs.
+        tolerance: how far the answers for one picture may be apart when the pictures beside it change, in shares of its
+            sides and in scores.
+        takes_device: whether it runs on the device that it is given; else on the CPU.
+        notice: what a run says of it once.
+    """
+
+    start: Callable[[DetectorOptions, str, str], Detector]
+    reads: frozenset[str]
+    min_score: float
+    resources: Resources
+    tolerance: float = 0.0
+    takes_device: bool = False
+    notice: str = ""
+
+
+#: Every value of the option `detector`.
+DETECTORS: dict[str, Kind] = {
+    "mtcnn": Kind(
+        _start_mtcnn,
+        frozenset({"min_face_px"}),
+        min_score=0.9,
+        resources=Resources(cpus=1, memory_gb=1, batch_rows=32),
+    ),
+    "scrfd": Kind(
+        _start_scrfd,
+        frozenset({"model", "input_px", "threshold", "detector_batch"}),
+        min_score=0.5,
+        resources=Resources(cpus=1, memory_gb=3, batch_rows=64, ahead=2),
+        tolerance=0.001,  # its calls have one size whatever they hold, yet a GPU may add up in another order
+        takes_device=True,
+        notice=LICENCE,
+    ),
+}
 
 
 def is_large(box: Sequence[float], width: int, height: int, min_size: float) -> bool:

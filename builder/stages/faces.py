@@ -11,7 +11,8 @@ from builder import boxes
 from builder.answering import difference
 from builder.errors import ConfigError
 from builder.models.detectors import (
-    TOLERANCES,
+    DETECTORS,
+    PICTURES_OF_2,
     Block,
     DetectorOptions,
     FaceFinder,
@@ -20,7 +21,6 @@ from builder.models.detectors import (
     is_large,
     nearness,
 )
-from builder.models.scrfd import LICENCE
 from builder.query import Lookup
 from builder.schema import BOXES, output
 from builder.stage import Resources, answered
@@ -43,7 +43,7 @@ class Faces:
     version: ClassVar[str] = "2"
     changes: ClassVar[dict[str, str]] = {
         "2": "published boxes up to 1 % of a side outside the picture are cut; those in pixels, or that are none, are "
-        "unknown instead of no face or a failed row"
+        "unknown instead of no face or a failed row; " + PICTURES_OF_2
     }
     Options = FacesOptions
     inputs: ClassVar[pa.Schema] = pa.schema(
@@ -75,10 +75,8 @@ class Faces:
             self.lookups = {"metadata": Lookup(options.metadata, {"uid": (pa.string(), ("uid",)), "boxes": published})}
         if self._detects:
             check_options(options, self.name)
-            self.tolerance = TOLERANCES[options.detector]
-            if options.detector == "scrfd":
-                self.notice = LICENCE
-                self.resources = Resources(cpus=1, memory_gb=3, batch_rows=64, ahead=2)
+            kind = DETECTORS[options.detector]
+            self.tolerance, self.resources, self.notice = kind.tolerance, kind.resources, kind.notice
         else:
             self.tolerance = 0.0
 
