@@ -76,16 +76,16 @@ class _Group(click.Group):
                 click.echo(f"\nstopped: {fix}", err=True)
             sys.exit(EXIT_INTERRUPTED)
         except Exception as error:
-            if not isinstance(error, OSError):
+            from builder import machine
+
+            if not isinstance(error, OSError) and not machine.is_of_the_machine(error):
                 if as_json:
                     _fail(
                         StageError(f"{type(error).__name__}: {error}", fix="run it without --json to see where"), True
                     )
                 _hint(traceback.format_exc().rstrip("\n"))
                 sys.exit(EXIT_UNFINISHED)
-            from builder import files
-
-            _fail(files.told(error), as_json)
+            _fail(machine.told(error), as_json)
 
 
 def _fail(error: BuilderError, as_json: bool) -> NoReturn:
@@ -698,6 +698,10 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
         print_facts("verify", summary(proof))
         for problem in proof.problems:
             _hint(f"wrong: {plain(problem)}")
+        for shard in proof.unread:
+            _hint(f"not proven, not read: {shard}")
+    if proof.unread and not proof.problems:
+        sys.exit(EXIT_UNFINISHED)
     sys.exit(EXIT_FAILED_ROWS if proof.problems else EXIT_DONE)
 
 
@@ -829,6 +833,10 @@ def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
         talk.say(f"shard '{plain(shard)}': {text}")
     if len(told) > _REMARKS:
         talk.say(f"and {len(told) - _REMARKS} more of these lines: 'remarks' in {outcome.folder}/tasks/*.result.json")
+    for shard, reason in outcome.left.items():
+        talk.say(f"left shard '{plain(shard)}' as it is: {reason}")
+    if outcome.unfinished is not None:
+        talk.say(f"{name}: not finished: {outcome.unfinished}")
 
 
 _WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered by another run or left out"}
@@ -856,7 +864,10 @@ def _tell_failed(
 
 
 def _exit_code(outcomes: Iterable[Outcome]) -> int:
-    return EXIT_DONE if all(outcome.is_clean for outcome in outcomes) else EXIT_FAILED_ROWS
+    done = list(outcomes)
+    if any(outcome.left or outcome.unfinished for outcome in done):
+        return EXIT_UNFINISHED
+    return EXIT_DONE if all(outcome.is_clean for outcome in done) else EXIT_FAILED_ROWS
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

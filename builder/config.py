@@ -19,7 +19,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from builder import layout, schema
+from builder import layout, machine, schema
 from builder.errors import ConfigError, SchemaError
 
 #: Executors that this version carries.
@@ -240,6 +240,8 @@ def _read(path: Path) -> str:
             f"no pipeline file '{path}'", fix="name one that exists, or start with: builder init DIR"
         ) from None
     except OSError as error:
+        if machine.is_of_the_machine(error):
+            raise
         raise ConfigError(
             f"the pipeline cannot be read: {error.strerror}", where={"file": path}, fix="name a file that can be read"
         ) from None

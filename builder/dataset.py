@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import table
+from builder import machine, table
 from builder.errors import ConfigError
 from builder.layout import Layout
 from builder.members import MemberReader
@@ -88,6 +88,7 @@ class Dataset:
         Raises:
             ConfigError: no such sample, or more than one.
             ShardError: the source shard or the edits tar is gone or has changed.
+            MachineError: a disk or a file server does not give the bytes.
         """
         if uid is not None:
             found = self.sql("select shard, row from samples where uid = $uid order by all", uid=uid).rows()
@@ -106,8 +107,11 @@ class Dataset:
                 fix="give shard= and row=" if found else "name one that sql('select uid, shard, row from samples') has",
             )
         [(shard, row)] = found
-        with MemberReader(self._layout, shard, [member]) as reader:
-            return reader.read(row, member)
+        try:
+            with MemberReader(self._layout, shard, [member]) as reader:
+                return reader.read(row, member)
+        except OSError as error:
+            raise machine.told(error) from error
 
 
 def open_dataset(root: str | Path) -> Dataset:

@@ -90,7 +90,7 @@ def run_demo(folder: Path, talk: Talk, *, workers: int = 2) -> bool:
         seconds,
     )
     _next(folder, pipeline, chosen[0][2], sheet)
-    return bool(clean and not proof.problems and found == placed)
+    return bool(clean and not proof.problems and not proof.unread and found == placed)
 
 
 def _prepare(folder: Path, talk: Talk, workers: int) -> Pipeline:

@@ -92,6 +92,7 @@ class EditsReader:
 
         Raises:
             ShardError: the pointer leaves the edits folder, or the tar is gone or ends before.
+            OSError: the machine does not give them.
         """
         try:
             _check_inside(path)

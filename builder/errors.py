@@ -7,6 +7,7 @@
     +-- StageError          a stage cannot start or go on, or broke its contract
     +-- ConflictError       the state on disk is not what this work was planned for: plan again
     +-- TransientError      the same call may succeed later; the only class that is retried
+        +-- MachineError    a full disk, want of memory, a server that is away: see builder.machine
 
 The class says what the caller may do; the words say the rest. Owns no state and imports nothing of the package.
 """
@@ -78,6 +79,12 @@ class ConflictError(BuilderError):
 
 class TransientError(BuilderError):
     """The same call may succeed later."""
+
+
+class MachineError(TransientError):
+    """What the machine answered; `sort` is one of `builder.machine.Sort`."""
+
+    sort: Any = None
 
 
 #: Classes of failed rows that come again as long as their input, the options and the version are the same.

@@ -34,43 +34,10 @@ _ALIVE_ELSEWHERE_S = 48 * 3600
 #: What the kernel answers where a file system has no hard links (vfat, exfat, some FUSE and SMB mounts).
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
-#: Answers of the system that stand in the way of every file, not of this one.
-_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE}
-#: Answers of the system in words, and what to do about them.
-_IN_WORDS = {
-    errno.ENOSPC: ("the disk is full", "free some space, or set dataset.root to another disk"),
-    errno.EDQUOT: ("the disk quota is used up", "delete something of yours there, or ask for more"),
-    errno.EROFS: ("the file system is read-only", "mount it writable, or set dataset.root to a folder that is"),
-    errno.EIO: ("the disk has an input/output error", "see dmesg for the disk, or ask whoever keeps the file server"),
-    errno.EMFILE: ("this process has too many files open", "raise its limit: ulimit -n 4096"),
-    errno.ENFILE: ("this machine has too many files open", "end other programs, or raise it: sysctl fs.file-max"),
-    errno.EAGAIN: ("the system gives this process no more threads", "end other programs, or raise it: ulimit -u"),
-    errno.EFBIG: ("a file is larger than this process may write", "raise its limit: ulimit -f unlimited"),
-    errno.EACCES: ("permission denied", "chmod or chown it, or set dataset.root to a folder of your own"),
-    errno.EPERM: ("operation not permitted", "chown it, or set dataset.root to a folder of your own"),
-}  # fmt: skip
 
-
-def told(error: OSError) -> TransientError:
-    """What the system answered, where, and what to do about it."""
-    what, fix = _IN_WORDS.get(error.errno or 0, (_strerror(error), "mend that"))
-    place: dict[str, object] = {}
-    if error.filename is not None:
-        place["file"] = error.filename
-        folder = Path(os.fsdecode(error.filename)).parent
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-            place["file system"] = file_system(folder)
-    return TransientError(what, where=place, fix=f"{fix}; then run the same command again: what is committed is kept")
-
-
-def _strerror(error: OSError) -> str:
+def strerror(error: OSError) -> str:
     """The system's own words: those of pyarrow's errors hold more than these."""
     return os.strerror(error.errno) if error.errno else str(error)
-
-
-def is_of_the_machine(error: OSError) -> bool:
-    """Whether the next file would fare no better: a full disk, one that is read-only, no descriptor left."""
-    return error.errno in _OF_THE_MACHINE
 
 
 @contextlib.contextmanager
@@ -276,8 +243,8 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
     """Reads exactly `size` bytes at an offset.
 
     Raises:
-        ShardError: the file ends before (nothing is allocated for a size that it does not have), or the disk does not
-            give the bytes.
+        ShardError: the file ends before (nothing is allocated for a size that it does not have).
+        ReadError: the disk does not give the bytes; it names the file and the byte.
     """
     if offset < 0 or size < 0 or size > _UNASKED:
         length = os.fstat(descriptor).st_size
@@ -288,7 +255,7 @@ def read_at(descriptor: int, offset: int, size: int) -> bytes:
         try:
             more = os.pread(descriptor, size - len(data), offset + len(data))
         except OSError as error:
-            raise _unread(offset + len(data), error) from error
+            raise _unread(descriptor, offset + len(data), error) from error
         if not more:
             raise _ends(offset + len(data), offset + size)
         data = data + more if data else more
@@ -299,8 +266,23 @@ def _ends(length: int, end: int) -> ShardError:
     return ShardError(f"the file ends at byte {length}, inside a range that goes to {end}")
 
 
-def _unread(offset: int, error: OSError) -> ShardError:
-    return ShardError(f"byte {offset} of the file cannot be read: {_strerror(error)}")
+class ReadError(OSError):
+    """Bytes of a file that its disk or its server does not give; `strerror` says which."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+def _unread(descriptor: int, offset: int, error: OSError) -> ReadError:
+    return ReadError(error.errno, f"byte {offset} of the file cannot be read: {strerror(error)}", name_of(descriptor))
+
+
+def name_of(descriptor: int) -> str | None:
+    """The path of an open file, None where the system does not tell."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
+    except OSError:
+        return None
 
 
 def copy_range(source: int, target: int, start: int, end: int) -> None:
@@ -309,7 +291,9 @@ def copy_range(source: int, target: int, start: int, end: int) -> None:
     The kernel copies where it can, which takes a fifth less time than a read and a write of each piece.
 
     Raises:
-        ShardError: the source ends before `end`, or the disk does not give the bytes.
+        ShardError: the source ends before `end`.
+        ReadError: the disk of the source does not give the bytes.
+        OSError: the other one does not take them.
     """
     while start < end:
         count = _copied_by_kernel(source, target, start, end - start)
@@ -337,7 +321,7 @@ def _copy_through(source: int, target: int, start: int, end: int) -> None:
         try:
             count = os.preadv(source, [buffer[: min(len(buffer), end - start)]], start)
         except OSError as error:
-            raise _unread(start, error) from error
+            raise _unread(source, start, error) from error
         if count == 0:
             raise _ends(start, end)
         write_all(target, buffer[:count])

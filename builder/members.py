@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from builder import files, table, tar
+from builder import files, machine, table, tar
 from builder.edits import EditsReader
-from builder.errors import ShardError, where
+from builder.errors import ConflictError, ShardError, where
 from builder.layout import Layout
 from builder.schema import IMAGE_EXTENSIONS
 
@@ -43,22 +44,26 @@ def opened(layout: Layout, shard: str, source: table.SourceShard) -> Iterator[in
     One of another time of modification is good as long as every sample's headers are where the table has them.
 
     Raises:
-        ShardError: it is gone, cannot be read, or is not what was ingested: another size, other headers.
+        ShardError: it is gone, may not be read, or is not what was ingested: another size, other headers.
+        OSError: the machine does not give it.
     """
     try:
         descriptor = os.open(source.path, os.O_RDONLY)
     except OSError as error:
+        if machine.is_of_the_machine(error):
+            raise
         raise ShardError(
             f"the source shard cannot be read: {error.strerror}", where={"file": source.path}, fix=AGAIN
         ) from error
     try:
-        stat = os.fstat(descriptor)
-        if stat.st_size != source.size:
-            raise _changed(source, bytes=f"expected {source.size}, found {stat.st_size}")
-        if stat.st_mtime_ns != source.mtime_ns:
-            _check_heads(descriptor, layout, shard, source)
-            if os.fstat(descriptor).st_mtime_ns != stat.st_mtime_ns:
-                raise _changed(source, time="it is being written to")
+        with files.naming(Path(source.path)):
+            stat = os.fstat(descriptor)
+            if stat.st_size != source.size:
+                raise _changed(source, bytes=f"expected {source.size}, found {stat.st_size}")
+            if stat.st_mtime_ns != source.mtime_ns:
+                _check_heads(descriptor, layout, shard, source)
+                if os.fstat(descriptor).st_mtime_ns != stat.st_mtime_ns:
+                    raise _changed(source, time="it is being written to")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -97,32 +102,60 @@ class MemberReader:
     """
 
     def __init__(self, layout: Layout, shard: str, members: Sequence[str]) -> None:
-        self._shard = shard
+        self._layout, self._shard = layout, shard
         self._stack = contextlib.ExitStack()
-        self._edits = self._stack.enter_context(EditsReader(layout.root))
         self._columns: dict[str, list[Any]] = {}
-        self._source = -1
+        self._state: table.SourceShard | None = None
         from_source = any(member != EDIT for member in members)
         columns = ["source_members"] * from_source
         columns += ["image_path", "image_offset", "image_size"] * (EDIT in members)
         if columns:
             places, state = table.read_partition(layout, shard, columns)
             self._columns = {name: places[name].to_pylist() for name in places.column_names}
-            if from_source:
-                self._source = self._stack.enter_context(opened(layout, shard, state.source))
+            self._state = state.source if from_source else None
+        self._open()
+
+    def _open(self) -> None:
+        self._edits = self._stack.enter_context(EditsReader(self._layout.root))
+        self._source = -1
+        if self._state is not None:
+            self._source = self._stack.enter_context(opened(self._layout, self._shard, self._state))
+
+    def reopen(self) -> None:
+        """Opens the shard's files again, as helps where a file server has lost an open one."""
+        self._stack.close()
+        self._open()
+
+    def rows(self) -> int:
+        """How many rows the shard has; 0 where nothing of them is needed."""
+        return len(next(iter(self._columns.values()), []))
 
     def read(self, row: int, member: str) -> bytes | None:
         """The bytes of one member of one row, None if the sample has no such member.
 
         Raises:
             ShardError: the bytes are not there.
+            ConflictError: the source was cut since it was opened.
+            OSError: the machine does not give them.
         """
         with where(shard=self._shard, row=row):
             if member == EDIT:
                 path, offset, size = (self._columns[f"image_{name}"][row] for name in ("path", "offset", "size"))
                 return None if path is None else self._edits.read(path, offset, size)
             place = place_of(self._columns["source_members"][row], member)
-            return None if place is None else files.read_at(self._source, place["data"], place["size"])
+            if place is None:
+                return None
+            try:
+                return files.read_at(self._source, place["data"], place["size"])
+            except ShardError as error:
+                size = os.fstat(self._source).st_size
+                if self._state is None or size == self._state.size:
+                    raise
+                raise ConflictError(
+                    "the source shard was cut while it was read",
+                    where={"file": self._state.path, "bytes": f"expected {self._state.size}, found {size}"},
+                    fix=AGAIN,
+                ) from error
 
     def __enter__(self) -> MemberReader:
         return self

@@ -10,9 +10,9 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from builder import config as configs
-from builder import files, formats, rules, runs, schema, table, verify, workset, writer
+from builder import files, formats, machine, rules, runs, schema, table, verify, workset, writer
 from builder.config import Config
 from builder.edited_sample import REASONS, Rules, members_of
 from builder.errors import LASTING, BuilderError, ConfigError, SchemaError, StageError, TransientError
@@ -645,7 +645,7 @@ def prove(pipeline: Pipeline, talk: Talk) -> verify.Proof:
         readable = prover.readable()
         for plan in _write_plans(pipeline, readable, refused):
             prover.prove(plan)
-            bar.update(prover.proof.proven + len(prover.wrong), len(prover.wrong))
+            bar.update(prover.looked_at, len(prover.wrong))
     for shard, error in refused.items():
         prover.refuse(shard, error)
     return prover.finish(layout.shard_names())
@@ -785,18 +785,34 @@ def save_images(pipeline: Pipeline, rows: Sequence[dict[str, Any]], folder: Path
 def run(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
     """Ingest, every stage in the pipeline's order, write; yields each with what it did.
 
+    What the machine kept from being finished keeps nothing behind it from being done.
+
     Raises:
-        ConfigError: every shard was refused.
+        StageError: every shard was refused.
     """
-    outcome = ingest(pipeline, talk)
+    outcome = _as_far_as_it_goes(partial(ingest, pipeline, talk))
     yield "ingest", outcome
     if not shards_of(pipeline):
-        raise StageError("no shard could be read", where={"refused": len(outcome.refused)}, fix="see the reasons above")
+        if outcome.unfinished is not None:
+            raise outcome.unfinished
+        undone = {"refused": len(outcome.refused), **({"left": len(outcome.left)} if outcome.left else {})}
+        raise StageError("no shard could be read", where=undone, fix="see the reasons above")
     done = _done_stages(pipeline)
     for name, use in pipeline.stages.items():
         if name in done:
             table.extend_schema(pipeline.layout, columns_of(use.stage))
             yield name, _nothing_to_do(name, done[name], talk)
         else:
-            yield name, run_stage(pipeline, name, Choice(), talk)
-    yield "write", write(pipeline, talk, is_healed=len(done) == len(pipeline.stages))
+            yield name, _as_far_as_it_goes(partial(run_stage, pipeline, name, Choice(), talk))
+    is_healed = len(done) == len(pipeline.stages)
+    yield "write", _as_far_as_it_goes(partial(write, pipeline, talk, is_healed=is_healed))
+
+
+def _as_far_as_it_goes(verb: Callable[[], Outcome]) -> Outcome:
+    """What a verb did, or what of the machine's kept it from being finished."""
+    try:
+        return verb()
+    except Exception as error:
+        if not isinstance(error, OSError | TransientError) and not machine.is_of_the_machine(error):
+            raise
+        return Outcome(unfinished=machine.told(error))

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder import layout as places
-from builder import schema
+from builder import machine, schema
 from builder.errors import BuilderError, ConfigError, TransientError
 from builder.layout import Layout
 from builder.schema import Column
@@ -337,6 +337,8 @@ def _names_in(path: str, lookup: Lookup) -> tuple[str, ...]:
     try:
         found = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:
+        if machine.is_of_the_machine(error):
+            raise
         first = str(error).splitlines()[0]
         raise ConfigError(
             f"the parquet file cannot be read: {first}", where={"file": path}, fix="mend it, or name other files"

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from builder import formats, runs, workset, writer
 from builder import pipeline as pipelines
-from builder.answering import Failure, answer
+from builder.answering import Failure, Left, answer
 from builder.errors import ConfigError, ShardError, StageError
 from builder.executors.local import as_a_worker
 from builder.members import EDIT, MemberReader
@@ -87,9 +87,11 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
         [(_, found)] = list(answer(stage, inputs))
     finally:
         stage.close()
+    if isinstance(found, Left) and found.why is not None:
+        raise found.why
     if not isinstance(found, pa.RecordBatch):
         raise StageError(
-            f"the image cannot be made again: {found.error if isinstance(found, Failure) else found.why}",
+            f"the image cannot be made again: {found.error if isinstance(found, Failure) else 'it was stopped'}",
             where={"shard": row["shard"], "row": row["row"]},
             fix="see builder show",
         )

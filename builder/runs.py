@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import importlib.metadata
 import json
 import os
@@ -23,14 +24,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from builder import __version__, errors, files, table, workset, writer
+from builder import __version__, errors, files, machine, table, workset, writer
 from builder.answering import error_text
 from builder.config import Run
-from builder.deaths import Deaths
+from builder.deaths import Deaths, Verdict
 from builder.edited_sample import Rules
-from builder.errors import BuilderError, ShardError, StageError
+from builder.errors import BuilderError, MachineError, ShardError, StageError
 from builder.executors import local
 from builder.layout import Layout, RunFiles, shard_name
+from builder.machine import asked_again
 from builder.progress import Talk, plain_lines
 from builder.query import Sql
 from builder.sources import shards as tar_shards
@@ -54,6 +56,8 @@ class Outcome:
     Attributes:
         counts: by name: rows, ok, failed, kept, dropped, edited ...
         refused: shards that could not be used, with the reason.
+        left: shards that the machine kept from being done, with the reason: the same command does them later.
+        unfinished: what of the machine's ended it, where others go on behind it.
         folder: the run directory; None where there was nothing to do.
         totals: what the stage has counted itself, by task.
         remarks: what is strange about shards that were read, by shard.
@@ -61,6 +65,8 @@ class Outcome:
 
     counts: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    unfinished: BuilderError | None = None
     seconds: float = 0.0
     folder: Path | None = None
     totals: list[dict[str, Any]] = field(default_factory=list)
@@ -72,16 +78,16 @@ class Outcome:
                 self.counts[name] = self.counts.get(name, 0) + value
         self.totals += [result["totals"]] if result.get("totals") else []
         self.refused.update(result.get("refused") or {})
-        self.refused.update(result.get("left") or {})
         self.remarks.update(result.get("remarks") or {})
+        self.left.update(result.get("left") or {})
 
     def __getitem__(self, name: str) -> int:
         return self.counts.get(name, 0)
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing failed and no shard was refused."""
-        return not self["failed"] and not self["kept"] and not self.refused
+        """Whether nothing failed, and no shard was refused or left."""
+        return not (self["failed"] or self["kept"] or self.refused or self.left or self.unfinished)
 
 
 def new_run(layout: Layout, name: str) -> RunFiles:
@@ -250,10 +256,10 @@ def run_task(folder: Path, number: int) -> int:
 
 def _tell(run: RunFiles, number: int, error: Exception) -> None:
     """Says why a task did not finish: to its log, to the parent, to the result file, whichever of them can be told."""
-    if isinstance(error, OSError):
-        why: BuilderError = files.told(error)
-    elif isinstance(error, BuilderError):
+    if isinstance(error, BuilderError):
         why = error
+    elif isinstance(error, OSError) or machine.is_of_the_machine(error):
+        why = machine.told(error)
     else:
         fix = f"see the traceback in {run.log(number)}, mend the cause, run the same command again"
         why = StageError(error_text(error), fix=fix)
@@ -295,7 +301,7 @@ def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callabl
         try:
             ingested = tar_shards.ingest_shard(_layout(run), paths[done], reading, run.folder.name)
         except OSError as error:
-            if files.is_of_the_machine(error) or error.filename not in (None, str(paths[done])):
+            if machine.is_of_the_machine(error) or error.filename not in (None, str(paths[done])):
                 raise
             fix = "put it back or take it out of dataset.shards, then run the same command again"
             raise ShardError(
@@ -308,8 +314,8 @@ def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callabl
         if ingested.remarks:
             remarks[shard_name(paths[done])] = ingested.remarks
 
-    refused = _shard_by_shard(run, number, [shard_name(path) for path in paths], ingest, stop)
-    return {**result, "refused": refused}
+    undone = _shard_by_shard(run, number, [shard_name(path) for path in paths], ingest, stop)
+    return {**result, **undone}
 
 
 def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
@@ -332,41 +338,67 @@ def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable
                 result[name] = result.get(name, 0) + value
         result["no_end_mark"] = result.get("no_end_mark", 0) + (not written.source_end_mark)
 
-    refused = _shard_by_shard(run, number, [part.shard for part in slices], write, stop)
-    return {**result, "refused": refused}
+    undone = _shard_by_shard(run, number, [part.shard for part in slices], write, stop)
+    return {**result, **undone}
 
 
 def _shard_by_shard(
     run: RunFiles, number: int, shards: Sequence[str], do: Callable[[int], None], stop: Callable[[], bool]
-) -> dict[str, str]:
-    """Does the shards of a task in order; returns those that could not be done, with the reason.
+) -> dict[str, dict[str, str]]:
+    """Does the shards of a task in order; returns those that were `refused` and those that were `left`, with reasons.
 
     A shard in which the process died twice is one of these: the process that takes its place goes on behind it.
+
+    Raises:
+        TransientError: what kept the last shards in a row from being done stands in the way of every other, too.
     """
     refused: dict[str, str] = {}
+    left: dict[str, str] = {}
     deaths, setbacks = Deaths(run.in_hand(number)), Setbacks()
     for done, shard in enumerate(shards):
         if stop():
             break
         try:
-            if deaths.kills(shard, [0]):
-                raise ShardError(
-                    "the process died twice in this shard",
-                    where={"log": run.log(number)},
-                    fix="see the log, and dmesg for want of memory; mend that and run the same command again, "
-                    "or take the shard out of dataset.shards",
-                )
+            _check_deaths(deaths, shard, run.log(number))
             deaths.begin(shard, [0])
-            do(done)
+            asked_again(functools.partial(do, done))
             setbacks.end()
-        except ShardError as error:
-            refused[shard] = str(error)
-        except OSError as error:
-            refused[shard] = str(setbacks.told(error))
-        _report(done + 1, len(refused))
+        except Exception as error:
+            if isinstance(error, OSError | MachineError) or machine.is_of_the_machine(error):
+                why, is_over = setbacks.add(error)
+                if is_over:
+                    raise why from error
+                left[shard] = str(why)
+            elif isinstance(error, ShardError):
+                refused[shard] = str(error)
+            else:
+                raise
+        _report(done + 1, len(refused) + len(left))
     with contextlib.suppress(OSError):  # as useless where it cannot be deleted
         run.in_hand(number).unlink(missing_ok=True)
-    return refused
+    return {"refused": refused, "left": left}
+
+
+def _check_deaths(deaths: Deaths, shard: str, log: Path) -> None:
+    """Refuses a shard in which the process died twice, and leaves one in which the system killed it.
+
+    Raises:
+        ShardError: it died by itself.
+        MachineError: it was killed.
+    """
+    verdict = deaths.verdict(shard, [0])
+    if verdict is Verdict.LEFT:
+        raise MachineError(
+            "the system killed the process twice in this shard",
+            where={"log": log},
+            fix="see dmesg for want of memory; end other programs or set fewer workers; run the same command again",
+        )
+    if verdict is Verdict.FAILED:
+        raise ShardError(
+            "the process died twice in this shard",
+            where={"log": log},
+            fix="see the log; mend that and run the same command again, or take the shard out of dataset.shards",
+        )
 
 
 def tasks_of(run: RunFiles, dealt: Sequence[Sequence[Path]]) -> None:

@@ -60,7 +60,8 @@ class Resources:
 class RowsFailed(Exception):
     """Raised by `process` where some rows of a batch have no answer and the others need not be asked again.
 
-    None of them is tried again in this run: a stage that raises it has done so itself where that may help.
+    None of them is tried again in this run, since a stage that raises it has done so itself where that may help; but
+    those are whose error is the machine's (`builder.machine`).
 
     Attributes:
         result: an answer of every row; those of the others are not looked at.
@@ -91,7 +92,8 @@ class Stage(Protocol):
     A row that the stage cannot answer is told by raising from `process` for a batch of that row alone: the engine
     halves a batch that raises until the bad rows stand alone. Where asking twice is dear, it raises `RowsFailed`. A
     `StageError` from `process` or `prepare` says that no row can be answered any more, as where a GPU is lost: the task
-    stops, its checkpoints stay, and no row is marked.
+    stops, its checkpoints stay, and no row is marked. What is the machine's, such as a full disk or want of memory,
+    makes no row fail either: see `answering.answer`.
 
     A stage that can do some of its work ahead, such as decoding, has `prepare` too: see `Preparing`.
 

@@ -6,6 +6,7 @@ A record is a member's prefixes (pax and GNU headers), its header and its padded
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -185,7 +186,32 @@ def mapped(path: Path) -> Iterator[mmap.mmap]:
         if os.fstat(file.fileno()).st_size == 0:
             raise ShardError("the shard is empty (0 bytes)", where={"file": path}, fix="download or make it again")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            _page_in(view, file.fileno())
             yield view
+
+
+#: Source: Linux's mman.h, from 5.14 on.
+_MADV_POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
+#: Bytes that are paged in, or read, at a time.
+_PAGED_IN = 16 << 20
+
+
+def _page_in(view: mmap.mmap, descriptor: int) -> None:
+    """Has every page of a mapping read: the process would be killed with one that the disk does not give.
+
+    Raises:
+        ReadError: the disk does not give one.
+        ShardError: the file was cut meanwhile.
+    """
+    size = len(view)
+    for start in range(0, size, _PAGED_IN):
+        step = min(_PAGED_IN, size - start)
+        try:
+            view.madvise(_MADV_POPULATE_READ, start, step)
+        except OSError as error:
+            if error.errno not in (errno.EFAULT, errno.EIO):
+                return  # a system that does not know it, or has no memory for it: pages come as they are touched
+            files.read_at(descriptor, start, step)  # says which byte it is
 
 
 def index_of(view: mmap.mmap, path: Path) -> Index:

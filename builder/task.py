@@ -11,23 +11,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
-from builder import files, formats, schema, table
-from builder.answering import Failure, Found, Left, answer, check_alone, error_text
-from builder.deaths import Deaths
+from builder import files, formats, machine, schema, table
+from builder.answering import Failure, Found, Left, Tally, answer, check_alone, error_text
+from builder.deaths import Deaths, Verdict
 from builder.edits import EditsTar
-from builder.errors import BuilderError, ConflictError, ShardError, StageError, TransientError
+from builder.errors import BuilderError, ConflictError, MachineError, ShardError, StageError, TransientError
 from builder.layout import Layout, RunFiles
+from builder.machine import Sort, asked_again
 from builder.members import MemberReader
+from builder.progress import plain_lines
 from builder.schema import Column
 from builder.stage import Preparing, Stage, columns_of, formats_asked
 from builder.table import Swept
@@ -44,6 +47,10 @@ MOST_AHEAD = 8
 STOP_EVERY_S = 0.1
 #: Shards in a row that a full disk or the like keeps from being done, after which a task stops.
 SETBACKS = 3
+#: Batches in a row of which the machine lets no row be answered, after which their shard is left.
+EMPTY_BATCHES = 2
+#: Other rows of a shard that are tried, where none of a batch can be read.
+PROBED = 16
 
 Progress = Callable[[int, int], None]
 
@@ -68,7 +75,8 @@ class Result:
         failed: rows that failed and stand so in the table.
         kept: rows that failed where an older answer stays.
         dropped: rows that another run answered meanwhile.
-        left: shards that were ingested again meanwhile, or whose bytes cannot be read, with the reason.
+        refused: shards that were ingested again meanwhile, or whose source is gone or another, with the reason.
+        left: shards that the machine kept from being done, with the reason: the same command does the rest of them.
         stopped: whether it was asked to stop before its end.
         difference: the largest one between an answer alone and in a batch; None for a stage that names no tolerance.
         totals: what the stage has counted itself.
@@ -79,6 +87,7 @@ class Result:
     failed: int = 0
     kept: int = 0
     dropped: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     stopped: bool = False
     seconds: float = 0.0
@@ -104,7 +113,7 @@ def run_stage_task(
 
     Raises:
         StageError: the stage cannot start or go on, broke its contract, or more than `max_failed` of the rows failed.
-        TransientError: a full disk or the like was in the way of shard after shard.
+        TransientError: a full disk, want of memory or the like was in the way of shard after shard.
     """
     started = time.monotonic()
     task = _Task(layout, run, number, stage, settings, progress, stopping)
@@ -147,7 +156,10 @@ def _giving_up(stage: Stage, stopping: Callable[[], bool]) -> Iterator[None]:
 
 
 class Setbacks:
-    """Shards in a row that the system kept from being done: one is left for later, more mean that none does better."""
+    """Shards in a row that the machine kept from being done: one is left for later, several mean that none does better.
+
+    A disk that does not give one file may give the next: only what stands in the way of every file is counted.
+    """
 
     def __init__(self) -> None:
         self._in_a_row = 0
@@ -156,39 +168,41 @@ class Setbacks:
         """A shard was done."""
         self._in_a_row = 0
 
-    def told(self, error: OSError) -> TransientError:
-        """Why a shard was left.
-
-        Raises:
-            TransientError: a full disk or the like, and not for the first shard: the others are not tried.
-        """
-        if not files.is_of_the_machine(error):
-            return files.told(error)
+    def add(self, error: BaseException) -> tuple[TransientError, bool]:
+        """Why a shard was left, and whether the others need not be tried."""
+        why = machine.told(error) if not isinstance(error, TransientError) else error
+        if machine.sort_of(error) in (None, Sort.ACCESS):
+            return why, False
         self._in_a_row += 1
         if self._in_a_row < SETBACKS:
-            return files.told(error)
-        last = files.told(error)
-        last.where = {**last.where, "shards in a row": self._in_a_row}
-        raise last from error
+            return why, False
+        why.where = {**why.where, "shards in a row": self._in_a_row}
+        return why, True
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Positions in a shard's work that form a batch; `alone`: the process died in it, nothing else may be in hand."""
+    """Positions in a shard's work that form a batch.
+
+    Attributes:
+        alone: the process died in it, nothing else may be in hand.
+        since: of a row that the machine kept from being answered: how many rows had been answered then.
+    """
 
     positions: list[int]
     alone: bool = False
+    since: int | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows with what the stage is given, prepared ahead if it can be; one row whose bytes cannot be read as a failure.
+    """Rows with what the stage is given, prepared ahead if it can be; one row without its bytes as failed or left.
 
     `prepared` holds the result of the stage's `prepare`, or what it raised.
     """
 
     rows: list[int]
-    given: pa.RecordBatch | Failure
+    given: pa.RecordBatch | Failure | Left
     prepared: Future[Any] | None = None
 
     @property
@@ -224,6 +238,13 @@ class _Step:
     following: Future[list[Batch]]
 
 
+def _is_left(error: BaseException) -> bool:
+    """Whether a shard is left for later: the error is the machine's, or the system's answer to the engine itself."""
+    if isinstance(error, ConflictError | StageError):
+        return False
+    return isinstance(error, OSError | TransientError) or machine.is_of_the_machine(error)
+
+
 class _Task:
     """The groups of a task, shard after shard: one in hand, those behind it read and prepared ahead."""
 
@@ -244,7 +265,8 @@ class _Task:
         self._generated = [output.name for output in self._kind.outputs if output.type == schema.GENERATED]
         self._deaths = Deaths(run.in_hand(number))
         self._setbacks = Setbacks()
-        self._waiting = deque(read_task(run, number))
+        parts = read_task(run, number)
+        self._waiting = deque(sorted(parts, key=lambda part: self._deaths.is_last(part.shard)))
         self._groups = self._grouped()
         self._window: deque[_Step] = deque()
         self._coming: deque[tuple[_Shard, _Group]] = deque()  # groups behind the window whose note is not written
@@ -252,7 +274,9 @@ class _Task:
         self._reader = ThreadPoolExecutor(1, "reader")
         self._done = self._failed = 0
         self._passed: dict[str, int] = {}  # rows of the shards behind, by shard
-        self._ended: list[StageError] = []  # why the stage cannot go on
+        self._ended: list[BuilderError] = []  # why the task cannot go on
+        self.tally = Tally()
+        self._witness: pa.RecordBatch | None = None  # the last row that was answered, as it was asked about
         self.result = Result()
 
     def run(self) -> None:
@@ -283,7 +307,7 @@ class _Task:
     def _ends(self) -> bool:
         return bool(self._ended) or self._stopping()
 
-    def end(self, why: StageError | None) -> None:
+    def end(self, why: BuilderError | None) -> None:
         """Ends the task with what is answered, and with an error if one is given."""
         if why is not None and not self._ended:
             self._ended.append(why)
@@ -297,26 +321,64 @@ class _Task:
         while self._window:
             step = self._window.popleft()
             with self._leaving(step.shard.part):
-                step.shard.ask([batch for batch in step.following.result() if batch.under_way is not None], kills=False)
+                step.shard.ask(
+                    [batch for batch in step.following.result() if batch.under_way is not None], step.group, kills=False
+                )
 
     def _do(self, step: _Step) -> None:
         """Asks the stage about one group, while those behind it are read."""
         shard, group = step.shard, step.group
-        batches = step.following.result()
+        try:
+            batches = step.following.result()
+        except Exception as error:
+            if not machine.is_out_of_memory(error) or len(group.positions) == 1:
+                raise
+            self._do_each(shard, group, shard.halved(group))
+            return
         if group.alone:
             shard.checkpoint()  # what is answered is safe if the process dies here again
             shard.collect()
         shard.make_room(len(group.positions))
         self._close_before(shard, shard.exposed + len(group.positions))
-        good = [row for batch in batches if not isinstance(batch.given, Failure) for row in batch.rows]
-        kills = group.alone and self._deaths.kills(shard.part.shard, good)
+        good = [row for batch in batches if isinstance(batch.given, pa.RecordBatch) for row in batch.rows]
+        verdict = self._verdict(shard, group, good)
+        kills = verdict is Verdict.FAILED
         self._read_ahead(step, [] if kills else good)
-        shard.ask(batches, kills)
-        if group is shard.groups[-1]:
+        shard.ask(batches, group, kills)
+        if group is shard.last and (again := shard.take_waiting()):
+            self._do_each(shard, group, again)
+        elif group is shard.last:
             shard.checkpoint()  # it is closed once that is committed
             self._passed[shard.part.shard] = shard.part.count
         elif shard.is_due():
             shard.checkpoint()
+
+    def _verdict(self, shard: _Shard, group: _Group, rows: list[int]) -> Verdict:
+        """What is to become of a group in which the process died.
+
+        Raises:
+            MachineError: nothing says that it is the row and not the machine.
+        """
+        if not group.alone:
+            return Verdict.AGAIN
+        verdict = self._deaths.verdict(shard.part.shard, rows, self.tally.answered)
+        if verdict is Verdict.LEFT:
+            raise MachineError(
+                f"the system killed the process twice in row {rows[0]}, with no other row answered in between",
+                where={"log": self._run.log(self._number)},
+                fix="see dmesg for want of memory; end other programs or set fewer workers, then run the same command "
+                "again",
+            )
+        return verdict
+
+    def _do_each(self, shard: _Shard, group: _Group, others: list[_Group]) -> None:
+        """Does groups in the place of one, each read when it is its turn."""
+        if group is shard.last:
+            shard.last = others[-1]
+        for other in others:
+            if self._ends():
+                break
+            self._do(_Step(shard, other, self._reader.submit(shard.read, other, None)))
 
     def _read_on(self) -> None:
         """Reads ahead where nothing is in hand; a shard whose batch cannot be noted is left."""
@@ -325,12 +387,12 @@ class _Task:
             is_tried = True
             try:
                 self._read_ahead(None, [])
-            except OSError as error:
-                if not self._coming:
+            except Exception as error:
+                if not self._coming or not _is_left(error):
                     raise
                 part = self._coming[0][0].part
                 with self._leaving(part):
-                    raise error
+                    raise
 
     def _read_ahead(self, step: _Step | None, in_hand: list[int]) -> None:
         """Notes the rows in hand, and starts reading what follows; it is prepared too, unless it has to stand alone."""
@@ -342,15 +404,19 @@ class _Task:
                 break
             new.append(following)
             last = following[1]
-        preparing = self._stage if isinstance(self._stage, Preparing) else None
+        preparing = self._preparing
         ahead = [(shard, group) for shard, group in (*((s.shard, s.group) for s in self._window), *new) if preparing]
         told = [(shard.part.shard, shard.rows_of(group)) for shard, group in ahead if not group.alone]
         if step is not None or told:
-            self._deaths.begin(step.shard.part.shard if step else "", in_hand, told)
+            self._deaths.begin(step.shard.part.shard if step else "", in_hand, told, self.tally.answered)
         while new:
             shard, group = new.popleft()
             read = self._reader.submit(shard.read, group, None if group.alone else preparing)
             self._window.append(_Step(shard, group, read))
+
+    @property
+    def _preparing(self) -> Preparing | None:
+        return self._stage if isinstance(self._stage, Preparing) else None
 
     def _sees_too_little(self) -> bool:
         """Whether less is ahead than the stage asks: fewer batches, or rows where those at ends of shards are small."""
@@ -412,12 +478,29 @@ class _Task:
             self._drop(part)
             self._passed.pop(part.shard, None)
             self._waiting.appendleft(part)
-        except (ConflictError, ShardError) as error:
-            self._drop(part)
-            self.result.left[part.shard] = str(error)
-        except OSError as error:
-            self._drop(part)
-            self.result.left[part.shard] = str(self._setbacks.told(error))
+        except Exception as error:
+            if _is_left(error):
+                for shard in [shard for shard in self._shards if shard.part is part]:
+                    shard.save()
+                self._drop(part)
+                self._count_saved(part)
+                why, is_over = self._setbacks.add(error)
+                self.result.left[part.shard] = str(why)
+                self.end(why) if is_over else None
+            elif isinstance(error, ConflictError | ShardError):
+                self._drop(part)
+                self.result.refused[part.shard] = str(error)
+            else:
+                raise
+
+    def _count_saved(self, part: Slice) -> None:
+        """Adds what was committed of a shard that is left, if its table can be read."""
+        try:
+            table.heal(self._layout, [part.shard])
+            self._tally(part)
+        except Exception as error:
+            if not _is_left(error) and not isinstance(error, ShardError | ConflictError | Swept):
+                raise
 
     def _drop(self, part: Slice) -> None:
         self._forget([step for step in self._window if step.shard.part is part])
@@ -475,6 +558,20 @@ class _Task:
         if take is not None:
             files.append_lines(self._run.notes(self._number), take())
 
+    def keep_witness(self, row: pa.RecordBatch) -> None:
+        self._witness = row
+
+    def is_witness_answered(self) -> bool:
+        """Whether the stage answers a row that it has answered before: then it is not the machine that fails others."""
+        return self._witness is not None and any(
+            isinstance(found, pa.RecordBatch) for _, found in answer(self._stage, self._witness, tally=self.tally)
+        )
+
+    def tell(self, failure: Failure) -> None:
+        """Writes where a stage's own code has raised to the run's log, once a place."""
+        if failure.trace:
+            print(plain_lines(failure.trace.rstrip("\n")), file=sys.stderr, flush=True)
+
     def count(self, rows: int, failed: int) -> None:
         self._done += rows
         self._failed += failed
@@ -502,6 +599,9 @@ class _Shard:
         self._checkpoints = self._seen = 0
         self._work = self._todo()
         self.groups = self._grouped()
+        self.last = self.groups[-1] if self.groups else None
+        self._waiting: list[_Group] = []  # rows that the machine kept from being answered: tried again at the end
+        self._empty = 0  # batches in a row without an answer
         self._pending = _Pending()
         self._edits: EditsTar | None = None
         self._reader: Reader | None = None
@@ -535,34 +635,101 @@ class _Shard:
             self._reader = Reader(self._task._layout, self.part.shard, self._stage)
         return self._reader.batches(self._work.take(pa.array(group.positions)), self._stage.inputs, preparing)
 
-    def ask(self, batches: list[Batch], kills: bool) -> None:
-        """Asks the stage about the batches of one group; `kills`: they are one row in which the process dies."""
+    def ask(self, batches: list[Batch], group: _Group, kills: bool) -> None:
+        """Asks the stage about the batches of one group; `kills`: they are one row in which the process dies.
+
+        Raises:
+            TransientError: the machine does not let the rows be answered.
+        """
+        before, kept = self._task.tally.answered, []
         for batch in batches:
-            if isinstance(batch.given, Failure):
-                answers: Iterable[tuple[int, Found]] = [(0, batch.given)]
+            if isinstance(batch.given, Left):
+                answers: Iterable[tuple[int, Found]] = [(0, self._of_unread(batch.given, group))]
+            elif isinstance(batch.given, Failure):
+                answers = [(0, batch.given)]
             elif kills:
                 answers = [(0, Failure("ProcessDied: the process died twice in this row"))]
             else:
-                answers = list(answer(self._stage, batch.given, ahead=batch.prepared))
+                tally = self._task.tally
+                answers = list(answer(self._stage, batch.given, ahead=batch.prepared, tally=tally, since=group.since))
                 self._task.compare(batch.given, answers)
-            failed = left = 0
-            for first, result in answers:
-                if isinstance(result, Left):
-                    left += 1
-                    self._task.end(result.why)
-                    continue
-                count = 1 if isinstance(result, Failure) else result.num_rows
-                failed += isinstance(result, Failure)
-                self._pending.rows += batch.rows[first : first + count]
-                self._pending.answers.append(
-                    result if isinstance(result, Failure) else self._with_edits(result, batch.rows[first:])
-                )
-            self._seen += len(batch.rows) - left
-            self._task.count(len(batch.rows) - left, failed)
+                if good := [first for first, found in answers if isinstance(found, pa.RecordBatch)]:
+                    self._task.keep_witness(batch.given.take(pa.array(good[:1])))
+            kept += self._take(batch, answers)
         self._task.keep_notes()
         self._task.show(self._seen)
         if self._task.too_many_failed():
             self._stop_for_failures()
+        self._keep_waiting(group, kept, self._task.tally.answered > before)
+
+    def _of_unread(self, left: Left, group: _Group) -> Failure | Left:
+        """What want of memory for the bytes of a row means for it, as `answer` has it of a stage's."""
+        answered = self._task.tally.answered
+        if left.why is not None and group.since is not None and answered > group.since:
+            return Failure(error_text(left.why))
+        return replace(left, since=answered)
+
+    def _take(self, batch: Batch, answers: Iterable[tuple[int, Found]]) -> list[tuple[int, Left]]:
+        """Takes answers and failures over; returns the rows that the machine kept from being answered."""
+        failed = left = 0
+        kept = []
+        for first, result in answers:
+            if isinstance(result, Left):
+                left += 1
+                if isinstance(result.why, MachineError):
+                    kept.append((batch.rows[first], result))
+                else:
+                    self._task.end(result.why)
+                continue
+            if isinstance(result, Failure):
+                failed += 1
+                self._task.tell(result)
+            count = 1 if isinstance(result, Failure) else result.num_rows
+            self._pending.rows += batch.rows[first : first + count]
+            self._pending.answers.append(
+                result if isinstance(result, Failure) else self._with_edits(result, batch.rows[first:])
+            )
+        self._seen += len(batch.rows) - left
+        self._task.count(len(batch.rows) - left, failed)
+        return kept
+
+    def _keep_waiting(self, group: _Group, kept: list[tuple[int, Left]], is_answered: bool) -> None:
+        """Lets rows wait for the end of the shard; leaves it where that helps nothing.
+
+        Raises:
+            TransientError: what the machine says.
+        """
+        final = [left for _, left in kept if left.is_final]
+        if kept and not final and group.since is not None and self._task.is_witness_answered():
+            self._waiting.append(replace(group))
+            return
+        self._empty = self._empty + 1 if kept and not is_answered else 0
+        if final or (kept and (group.since is not None or self._empty >= EMPTY_BATCHES)):
+            why = final[0].why if final else kept[0][1].why
+            assert why is not None
+            raise why
+        places = {row: i for i, row in enumerate(self._work["row"].to_pylist())} if kept else {}
+        self._waiting += [_Group([places[row]], since=left.since) for row, left in kept]
+
+    def take_waiting(self) -> list[_Group]:
+        """The rows that wait, each alone; those that were kept last are tried last."""
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+    def halved(self, group: _Group) -> list[_Group]:
+        """A group as two, of which each is read for itself."""
+        middle = len(group.positions) // 2
+        return [replace(group, positions=part) for part in (group.positions[:middle], group.positions[middle:])]
+
+    def save(self) -> None:
+        """Commits what is answered, as far as the machine lets it."""
+        for step in (self.collect, self.checkpoint, self.collect):
+            with contextlib.suppress(ConflictError, ShardError):
+                try:
+                    step()
+                except Exception as error:
+                    if not _is_left(error):
+                        raise
 
     def _with_edits(self, result: pa.RecordBatch, rows: list[int]) -> pa.RecordBatch:
         """Moves generated bytes to the edits tar and puts pointers in their place."""
@@ -733,25 +900,42 @@ class Reader:
     def __init__(self, layout: Layout, shard: str, stage: Stage) -> None:
         self._names, self._formats = stage.members, formats_asked(stage)
         self._needs: Callable[[pa.RecordBatch], list[bool]] | None = getattr(stage, "needs_bytes", None)
-        self._members = MemberReader(layout, shard, stage.members)
+        self._members = asked_again(lambda: MemberReader(layout, shard, stage.members))
 
     def batches(self, work: pa.Table, inputs: pa.Schema, preparing: Preparing | None) -> list[Batch]:
-        """One batch of rows with their bytes, prepared; each row whose bytes cannot be read as a failure of its own."""
+        """One batch of rows with their bytes, prepared; each row whose bytes cannot be read as a failure of its own.
+
+        Raises:
+            ConflictError: the source was cut.
+            OSError: no other row of the shard can be read either.
+            MemoryError: there is not enough for the bytes of several rows.
+        """
         rows = work["row"].to_pylist()
         chosen = work.select(["shard", "row", "uid", *inputs.names, *self._formats]).combine_chunks()
         needed = self._needs(chosen.to_batches()[0]) if self._needs else [True] * len(rows)
         good: list[int] = []
         found: dict[str, list[bytes | None]] = {name: [] for name in self._names}
         failures: list[Batch] = []
+        unread: dict[int, Exception] = {}
         for i, row in enumerate(rows):
             try:
-                data = [self._members.read(row, name) if needed[i] else None for name in self._names]
-            except BuilderError as error:
-                failures.append(Batch([row], Failure(error_text(error))))
+                data = self._read(row) if needed[i] else [None] * len(self._names)
+            except ConflictError:
+                raise
+            except Exception as error:
+                if machine.is_of_the_machine(error):
+                    if len(rows) > 1 and machine.is_out_of_memory(error):
+                        raise
+                    unread[row] = error
+                elif isinstance(error, BuilderError):
+                    failures.append(Batch([row], Failure(error_text(error))))
+                else:
+                    raise
                 continue
             good.append(i)
             for name, value in zip(self._names, data, strict=True):
                 found[name].append(value)
+        failures += self._unread(unread, set(rows), is_one_read=any(needed[i] for i in good))
         if not good:
             return failures
         batch = chosen.take(pa.array(good)).combine_chunks().to_batches()[0]
@@ -759,6 +943,44 @@ class Reader:
             batch = batch.append_column(name, pa.array(values, pa.large_binary()))
         prepared = None if preparing is None else _prepared(preparing, batch)
         return [Batch([rows[i] for i in good], batch, prepared), *failures]
+
+    def _read(self, row: int) -> list[bytes | None]:
+        """The bytes of one row, read after a second opening where a disk or a server did not give them."""
+        try:
+            return [self._members.read(row, name) for name in self._names]
+        except Exception as error:
+            if machine.sort_of(error) is not Sort.ACCESS:
+                raise
+        self._members.reopen()
+        return [self._members.read(row, name) for name in self._names]
+
+    def _unread(self, unread: dict[int, Exception], rows: set[int], is_one_read: bool) -> list[Batch]:
+        """Rows that were not read at two openings: failed, if others of the shard are read.
+
+        Raises:
+            Exception: of the first of them, if none is.
+        """
+        if not unread:
+            return []
+        first = next(iter(unread.values()))
+        if machine.sort_of(first) is Sort.MEMORY:
+            return [Batch([row], Left(machine.told(error), is_final=False)) for row, error in unread.items()]
+        if machine.sort_of(first) is Sort.SHORTAGE or not (is_one_read or self._is_another_read(rows)):
+            raise first
+        return [Batch([row], Failure(error_text(error))) for row, error in unread.items()]
+
+    def _is_another_read(self, rows: set[int]) -> bool:
+        """Whether a row that is none of these can be read."""
+        count = self._members.rows()
+        others = [row for row in range(0, count, max(count // PROBED, 1)) if row not in rows]
+        for row in others:
+            try:
+                if any(data is not None for data in self._read(row)):
+                    return True
+            except Exception as error:
+                if not machine.is_of_the_machine(error) and not isinstance(error, BuilderError):
+                    raise
+        return False
 
     def close(self) -> None:
         self._members.__exit__(None, None, None)

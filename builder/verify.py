@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
+import os
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from builder import edits, files, formats, members, table, tar
+from builder import edits, files, formats, machine, members, table, tar
 from builder.edited_sample import Edit, Rules, edited_json, manifest_provenance
 from builder.edits import EditsReader
 from builder.errors import BuilderError, ShardError
 from builder.layout import Layout, names
+from builder.machine import asked_again
 from builder.schema import IMAGE_EXTENSIONS
 from builder.writer import ShardPlan, read_description
 
@@ -45,6 +47,7 @@ class Proof:
         same: bytes of hybrid shards that are the source's.
         no_end_mark: shards whose source was cut: it has no end mark.
         problems: what is wrong, one sentence each with its fix, the shard or the file first.
+        unread: shards of which nothing is said, since the machine did not give their bytes, with the reason.
     """
 
     shards: int = 0
@@ -56,6 +59,12 @@ class Proof:
     size: int = 0
     no_end_mark: int = 0
     problems: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+
+    def add(self, other: Proof) -> None:
+        """Adds what was found in one shard."""
+        for name in ("proven", "rows", "edited", "dropped", "same", "size", "no_end_mark"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 class _Wrong(Exception):
@@ -94,6 +103,12 @@ class Prover:
         self._samples: dict[str, int] = {}
         self.proof = Proof(shards=len(shards))
         self.wrong: dict[str, str] = {}
+        self._unread: dict[str, str] = {}
+
+    @property
+    def looked_at(self) -> int:
+        """How many shards it is through with."""
+        return self.proof.proven + len(self.wrong) + len(self._unread)
 
     def check_gone(self, shards: Sequence[str]) -> None:
         """Takes note of hybrid shards whose sources are gone: of these nothing can be proven."""
@@ -107,30 +122,48 @@ class Prover:
         """The shards whose partitions can be read; all that is wrong with partitions becomes a problem."""
         readable = []
         for shard in self._shards:
-            try:
-                partition = _partition(self._layout, shard)
+            with self._noting(shard):
+                partition = asked_again(partial(_partition, self._layout, shard))
                 readable.append(shard)
-                _check_partition(self._layout, shard, partition)
-            except _Wrong as wrong:
-                self.wrong[shard] = str(wrong)
+                asked_again(partial(_check_partition, self._layout, shard, partition))
         return readable
 
     def prove(self, plan: ShardPlan) -> None:
         """Proves one hybrid shard against its source and its plan."""
-        if plan.shard in self.wrong:
+        if plan.shard in {**self.wrong, **self._unread}:
             return
-        hybrid = self._layout.hybrid(plan.shard)
-        try:
-            self._samples[plan.shard] = _Pair(self._layout, plan, self._rules, self.proof).prove()
+        tries: list[Proof] = []
+
+        def prove() -> int:
+            tries.append(Proof())
+            return _Pair(self._layout, plan, self._rules, tries[-1]).prove()
+
+        with self._noting(plan.shard):
+            self._samples[plan.shard] = asked_again(prove)
             self.proof.proven += 1
-        except _Wrong as wrong:
-            self.wrong[plan.shard] = str(wrong)
-        except (BuilderError, OSError) as error:
-            self.wrong[plan.shard] = str(_Wrong(_reason(error), _removing(hybrid, _WRITE)))
+        self.proof.add(tries[-1])
+
+    @contextmanager
+    def _noting(self, shard: str) -> Iterator[None]:
+        """Takes note of what is wrong with a shard; what the machine did not give is no difference."""
+        try:
+            yield
+        except Exception as error:
+            if machine.is_of_the_machine(error):
+                self._unread[shard] = str(machine.told(error))
+            elif isinstance(error, _Wrong):
+                self.wrong[shard] = str(error)
+            elif isinstance(error, BuilderError | OSError):
+                self.wrong[shard] = str(_Wrong(_reason(error), _removing(self._layout.hybrid(shard), _WRITE)))
+            else:
+                raise
 
     def refuse(self, shard: str, error: BuilderError) -> None:
         """Takes note of a shard of which the table gives no plan."""
-        self.wrong.setdefault(shard, str(_Wrong(_reason(error), error.fix)))
+        if machine.is_of_the_machine(error):
+            self._unread.setdefault(shard, str(error))
+        else:
+            self.wrong.setdefault(shard, str(_Wrong(_reason(error), error.fix)))
 
     def finish(self, table_shards: Iterable[str]) -> Proof:
         """Checks what lies beside the hybrid shards, and returns the proof.
@@ -140,8 +173,10 @@ class Prover:
         """
         loose = list(self._check_folder({f"{shard}.tar" for shard in table_shards}))
         self.proof.proven -= len(self.wrong.keys() & self._samples.keys())
-        assert self.proof.proven + len(self.wrong) == self.proof.shards
+        self._unread = {shard: why for shard, why in self._unread.items() if shard not in self.wrong}
+        assert self.looked_at == self.proof.shards
         self.proof.problems = [f"shard '{shard}': {text}" for shard, text in sorted(self.wrong.items())] + loose
+        self.proof.unread = [f"shard '{shard}': {text}" for shard, text in sorted(self._unread.items())]
         return self.proof
 
     def _check_folder(self, known: set[str]) -> Iterator[str]:
@@ -217,10 +252,22 @@ def _first_difference(one: pa.ChunkedArray, other: pa.ChunkedArray) -> int | Non
 # --- the bytes ---
 
 
+class _Bytes:
+    """The bytes of a file by slices, read: a mapping kills the process with a page that the disk does not give."""
+
+    def __init__(self, file: FileIO) -> None:
+        self._descriptor = file.fileno()
+        self._size = os.fstat(self._descriptor).st_size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._size)
+        return files.read_at(self._descriptor, start, max(stop - start, 0))
+
+
 @contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        yield view
+def _opened(path: Path) -> Iterator[_Bytes]:
+    with path.open("rb", buffering=0) as file:
+        yield _Bytes(file)
 
 
 def _indexed(path: Path, whose: str, fix: str) -> tar.Index:
@@ -255,8 +302,8 @@ class _Pair:
         self._hybrid_index = _indexed(self._hybrid_path, "the hybrid shard", self._mend)
         self._read_rows()
         with (
-            _mapped(self._source_path) as source,
-            _mapped(self._hybrid_path) as hybrid,
+            _opened(self._source_path) as source,
+            _opened(self._hybrid_path) as hybrid,
             EditsReader(self._layout.root) as reader,
         ):
             self._source, self._hybrid, self._edits = source, hybrid, reader

@@ -24,12 +24,13 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builder import edited_sample, files, formats, query, table, tar
+from builder import edited_sample, files, formats, machine, query, table, tar
 from builder.assembly import Assembly, Part, length
 from builder.edited_sample import Edit, Rules, edited_json, manifest_provenance, members_of
 from builder.edits import EditsReader
 from builder.errors import BuilderError, ConfigError, ShardError, where
 from builder.layout import Layout, RunFiles
+from builder.machine import Sort
 from builder.members import AGAIN, opened
 from builder.query import Samples, Sql
 from builder.schema import Column
@@ -160,10 +161,10 @@ def plans(
                         here, state = _beside(layout, shard, waiting[1], beside)
                         waiting = next(rows, None)
                     plan = plan_shard(layout, shard, state, here, sql, stage, rules)
-                except BuilderError as error:
-                    if refused is None:
+                except Exception as error:
+                    if refused is None or not (isinstance(error, BuilderError) or machine.is_of_the_machine(error)):
                         raise
-                    refused[shard] = error
+                    refused[shard] = error if isinstance(error, BuilderError) else machine.told(error)
                     continue
                 plan.frozen_schema = frozen
                 yield plan
@@ -437,6 +438,10 @@ def is_written(layout: Layout, plan: ShardPlan) -> bool:
         size = layout.hybrid(plan.shard).stat().st_size
     except (FileNotFoundError, pa.ArrowInvalid):
         return False
+    except OSError as error:
+        if machine.sort_of(error) is not Sort.ACCESS:
+            raise
+        return False  # it is written anew, where its disk gives it no more
     return (digest, output["source"], output["size"]) == (plan.digest, list(plan.on_disk), size)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,7 +23,7 @@ import pytest
 from PIL import Image
 
 from builder import pipeline as pipelines
-from builder import table
+from builder import runs, table
 from builder.executors import local
 from builder.pipeline import Pipeline
 from builder.schema import BOXES
@@ -286,3 +288,44 @@ def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     os.environ.pop("PYTHONWARNINGS", None)
+
+
+# --- commands whose tasks are done by this process ---
+
+
+@dataclass
+class Done:
+    """How a command ended: its exit code, what it printed, its talk without times."""
+
+    code: int
+    out: str
+    talk: list[str]
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
+    """Runs `builder ARGUMENTS` in this process, its tasks too."""
+    from kills import do, tasks_here
+
+    monkeypatch.setattr(local, "run", tasks_here)
+    monkeypatch.setattr(runs.faulthandler, "enable", lambda: None)  # pytest has its own
+    monkeypatch.setattr(runs, "_report", lambda done, failed: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    here = Path.cwd()
+
+    def run(made: Workspace, *arguments: str) -> Done:
+        capfd.readouterr()
+        code = do(made, *arguments)
+        printed = capfd.readouterr()
+        return Done(code, printed.out, talk(printed.err))
+
+    yield run
+    os.chdir(here)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def talk(text: str) -> list[str]:
+    """Lines without progress, and without their times."""
+    lines = [line for line in text.splitlines() if not re.search(r" of [\d,]+ (rows|shards), ", line)]
+    return [re.sub(r" in [\d.]+ s$", "", line) for line in lines]

@@ -1,4 +1,4 @@
-"""Every call through which a process changes files below a folder: counted, killed at, or made to fail.
+"""Every call through which a process changes or reads files below a folder: counted, killed at, or made to fail.
 
 Python's calls are wrapped (`os.link`, `os.fsync`, the raw writes of every file opened for writing ...), and the parquet
 writer, which writes in C++, at its `close`. A process of the command line is armed by its environment, see `site`.
@@ -24,6 +24,8 @@ from builder.executors.local import PARENT_PIPE
 KINDS = ("read", "create", "write", "parquet", "fsync", "link", "rename", "unlink", "mkdir")
 #: Kinds that can be struck in the middle of their bytes.
 HALVES = ("write", "parquet")
+#: Kinds of points that read: a file opened, bytes read, a parquet file opened or read, a mapping.
+READS = ("open", "read", "parquet_read", "map")
 #: The environment variable that arms a process, see `site`.
 VARIABLE = "BUILDER_TEST_FAULT"
 _TEMP = re.compile(r"\.([^/]*)@[^/@]+-\d+-[0-9a-f]{8}\.tmp")
@@ -99,6 +101,8 @@ def armed(fault: Fault) -> Iterator[Fault]:
 
 def arm(fault: Fault) -> list[tuple[Any, str, Any]]:
     """Wraps the calls of this process; returns what was there before: owner, name, function."""
+    import mmap
+
     import pyarrow.parquet as pq
 
     wrapped: list[tuple[Any, str, Any]] = [
@@ -110,6 +114,9 @@ def arm(fault: Fault) -> list[tuple[Any, str, Any]]:
     opened = _opener(fault, io.open)
     wrapped += [(io, "open", opened), (builtins, "open", opened), (os, "open", _os_open(fault, os.open))]
     wrapped.append((pq.ParquetWriter, "close", _parquet_close(fault, pq.ParquetWriter.close)))
+    for owner, name in ((pq.ParquetFile, "__init__"), (pq.ParquetFile, "read"), (pq, "read_schema")):
+        wrapped.append((owner, name, _parquet_read(fault, getattr(owner, name), owner is pq)))
+    wrapped.append((mmap, "mmap", _map(fault, mmap.mmap)))
     replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in wrapped]
     for owner, name, function in wrapped:
         setattr(owner, name, function)
@@ -184,6 +191,19 @@ def _half(name: str, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
 def _opener(fault: Fault, real: Callable[..., Any]) -> Callable[..., Any]:
     """`open` whose files write through `Raw`, below the buffer, where the system is asked."""
 
+    class Reading(io.FileIO):
+        def _strike(self) -> None:
+            if fault.here("read", _of(self.fileno())):
+                fault.strike()
+
+        def readinto(self, buffer: Any) -> int | None:
+            self._strike()
+            return super().readinto(buffer)
+
+        def readall(self) -> bytes:
+            self._strike()
+            return super().readall()
+
     class Raw(io.FileIO):
         def write(self, data: Any) -> int:
             if not fault.here("write", _of(self.fileno())):
@@ -204,7 +224,16 @@ def _opener(fault: Fault, real: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:  # fmt: skip
         is_path = isinstance(file, str | os.PathLike)
         path = os.path.abspath(os.fspath(file)) if is_path else ""  # noqa: PTH100
-        if not set(mode) & set("wax+") or not path.startswith(fault.folder + "/"):
+        is_below = path.startswith(fault.folder + "/")
+        if is_below and not set(mode) & set("wax+") and set(READS) & set(fault.kinds):
+            if fault.here("open", path):
+                fault.strike(path)
+            plain = Reading(path, "r", opener=opener)
+            if buffering == 0:
+                return plain
+            buffer = io.BufferedReader(plain)
+            return buffer if "b" in mode else io.TextIOWrapper(buffer, encoding or "utf-8", errors, newline)
+        if not is_below or not set(mode) & set("wax+"):
             return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
         hit = fault.here("create", path)
         if hit and fault.when != "after":
@@ -225,10 +254,8 @@ def _opener(fault: Fault, real: Callable[..., Any]) -> Callable[..., Any]:
 
 def _os_open(fault: Fault, real: Callable[..., int]) -> Callable[..., int]:
     def opened(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
-        hit = bool(flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)) and fault.here(
-            "create",
-            os.path.abspath(os.fspath(path)),  # noqa: PTH100
-        )
+        is_made = bool(flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR))
+        hit = fault.here("create" if is_made else "open", os.path.abspath(os.fspath(path)))  # noqa: PTH100
         if hit and fault.when != "after":
             fault.strike(os.fspath(path))
         descriptor = real(path, flags, *arguments, **options)
@@ -238,6 +265,32 @@ def _os_open(fault: Fault, real: Callable[..., int]) -> Callable[..., int]:
         return descriptor
 
     return opened
+
+
+def _parquet_read(fault: Fault, real: Callable[..., Any], is_function: bool) -> Callable[..., Any]:
+    """Opening or reading a parquet file, which is done in C++."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        place = arguments[0] if is_function else arguments[1] if len(arguments) > 1 else ""
+        path = getattr(arguments[0], "tested_path", "") if not is_function else ""
+        if isinstance(place, str | os.PathLike):
+            path = os.path.abspath(os.fspath(place)) if str(place) else path  # noqa: PTH100
+        if not is_function and path:
+            arguments[0].tested_path = path
+        if path and fault.here("parquet_read", path):
+            fault.strike(path)
+        return real(*arguments, **options)
+
+    return call
+
+
+def _map(fault: Fault, real: Any) -> Any:
+    def call(descriptor: int, *arguments: Any, **options: Any) -> Any:
+        if fault.here("map", _of(descriptor)):
+            fault.strike()
+        return real(descriptor, *arguments, **options)
+
+    return call
 
 
 def _parquet_close(fault: Fault, real: Callable[..., None]) -> Callable[..., None]:

@@ -6,6 +6,7 @@ rows. `tests/torture.py` drives the harness at the end; tests/test_crash.py uses
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -41,7 +42,7 @@ from builder.progress import Talk
 from builder.sources import shards as tar_shards
 from builder.workset import Choice
 from conftest import PIPELINE, Workspace, make_shard, samples
-from faults import HALVES, Fault, Point, arm
+from faults import HALVES, READS, Fault, Point, arm
 from planned import SQL, section
 
 BATCH_ROWS = 2
@@ -318,6 +319,12 @@ SCENES = (
 )
 
 
+#: Commands whose reads are made to fail once: verify, too, which changes nothing.
+READ_SCENES = (*SCENES, Scene("verify", "verify", (*_ALL, ("write",)), ("verify",), short=True))
+#: What a disk, a file server or the machine may answer to a read.
+HICCUPS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE)
+
+
 @dataclass
 class Held:
     """What a root holds: its answers, the hashes of its output, how many rows `note` was asked about."""
@@ -343,8 +350,9 @@ class Kill:
 
     Attributes:
         number: which of the scene's points; None: a random moment.
-        when: `before`, `half`, `after` the call; or who is killed at a random moment: `process`, a fork that does the
-            whole command; or on the command line `command`, `all` with its workers, `worker` one of these.
+        when: `before`, `half`, `after` the call; of a read the name of its error; or who is killed at a random moment:
+            `process`, a fork that does the whole command; or on the command line `command`, `all` with its workers,
+            `worker` one of these.
     """
 
     scene: str
@@ -466,6 +474,7 @@ class Harness:
         self._log, self._journal = folder / "log.txt", folder / "journal.jsonl"
         self._references: dict[str, Reference] = {}
         self._points: dict[str, list[Point]] = {}
+        self._reads: dict[str, list[Point]] = {}
         self._seconds: dict[tuple[str, bool], float] = {}
         folder.mkdir(exist_ok=True)
         self._made = make(self._work, shards=SHARDS, rows=ROWS, checkpoint_rows=CHECKPOINT_ROWS, pause_s=0.0)
@@ -536,8 +545,63 @@ class Harness:
             self._references[scene.name] = Reference(before, there, *self._fork(self._ended))
         return self._points[scene.name]
 
-    def _count(self, scene: Scene) -> list[Point]:
-        fault = Fault(str(self._made.root), KILLED, nth=None)
+    def reads(self, scene: Scene) -> list[Point]:
+        """Every point at which the scene's command reads a file of the root or of its sources."""
+        if scene.name not in self._reads:
+            self.points(scene)
+            self._restore(scene.name)
+            self._reads[scene.name] = self._fork(partial(self._count, scene, READS, self._work))
+        return self._reads[scene.name]
+
+    def hiccups(self, scene: Scene) -> Iterator[Kill]:
+        """An error at every read of a scene, each error its turn."""
+        for number, point in enumerate(self.reads(scene)):
+            yield Kill(scene.name, point.kind, number, errno.errorcode[HICCUPS[number % len(HICCUPS)]])
+
+    def hiccup(self, scene: Scene, kill: Kill) -> None:
+        """Lets one read fail once and checks all: no row is failed, nothing is lost, the same command ends it.
+
+        Raises:
+            Broken: something that must be true is not.
+        """
+        points = self.reads(scene)
+        assert kill.number is not None
+        point = points[kill.number]
+        self._restore(scene.name)
+        self._journal.unlink(missing_ok=True)
+        self._log.unlink(missing_ok=True)
+        nth = points[: kill.number].count(point)
+        fault = Fault(
+            str(self._work), (point.kind,), f"^{re.escape(point.path)}$", nth, errno=getattr(errno, kill.when)
+        )
+
+        def act() -> int:
+            arm(fault)
+            self._keep_a_journal()
+            return do(self._made, *scene.command)
+
+        code = self._fork(act)
+        talk = self._log.read_text("utf-8", "replace")
+        if code not in (0, 1):
+            raise Broken(f"exit code {code}\n{talk}")
+        if code == 1 and "run the same command again" not in talk:
+            raise Broken(f"it does not say what the machine answered\n{talk}")
+        self._fork(self._check_none_failed)
+        committed = self._fork(partial(self._look, scene, False))
+        self._fork(partial(self._end, scene, committed))
+        self._fork(partial(self._sweep, scene))
+
+    def _check_none_failed(self) -> None:
+        layout = self._made.load().layout
+        table.heal(layout, layout.shard_names())
+        for path in (layout.root / "samples").glob("*.parquet"):
+            partition = pq.read_table(path)
+            for name in partition.column_names:
+                failed = name.endswith("_status") and "failed" in partition[name].to_pylist()
+                assert not failed, f"{path.name}: a row of {name} has failed"
+
+    def _count(self, scene: Scene, kinds: tuple[str, ...] = KILLED, folder: Path | None = None) -> list[Point]:
+        fault = Fault(str(folder or self._made.root), kinds, nth=None)
         arm(fault)
         done(self._made, *scene.command)
         return fault.passed

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -81,6 +84,11 @@ class Fails(Base):
                 raise ValueError(f"cannot note {key}")
 
 
+def cannot(key: str) -> str:
+    """The error of a row on which `Fails` has failed: with file and line."""
+    return f"ValueError: cannot note {key} (stages.py:{Fails.check.__code__.co_firstlineno + 3})"
+
+
 class Dies(Base):
     """Its process is killed in the bad keys, as by a fault in native code."""
 
@@ -141,3 +149,62 @@ class DiesAtOnce(Base):
 
     def setup(self, device: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Strained(Base):
+    """Raises what a machine may say, as long as there is a file `strain`: a name of `SAID`, then keys, none for all.
+
+    Every call of `process` is noted in `asked`.
+    """
+
+    @staticmethod
+    def strain(batch: pa.RecordBatch) -> None:
+        path = Path("strain")
+        if not path.exists():
+            return
+        name, *keys = path.read_text().split()
+        if not keys or set(batch.column("key").to_pylist()) & set(keys):
+            raise SAID[name]()
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        with Path("asked").open("a") as log:
+            log.write(" ".join(batch.column("uid").to_pylist()) + "\n")
+        self.strain(batch)
+        return super().process(batch)
+
+
+class StrainedAhead(Strained):
+    """The same out of `prepare`."""
+
+    def prepare(self, batch: pa.RecordBatch) -> None:
+        self.strain(batch)
+
+    def process(self, batch: pa.RecordBatch, prepared: None = None) -> pa.RecordBatch:
+        return Base.process(self, batch)
+
+
+def _wrapped() -> Exception:
+    """As a library that has a class of its own for everything."""
+    error = ValueError("the file cannot be opened")
+    error.__cause__ = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    return error
+
+
+class OutOfMemoryError(RuntimeError):
+    """By its name that of torch."""
+
+
+#: What machines say, by a name for each.
+SAID: dict[str, Callable[[], Exception]] = {
+    **{
+        name: partial(OSError, getattr(errno, name), os.strerror(getattr(errno, name)))
+        for name in ("ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "ETIMEDOUT")
+    },
+    "memory": MemoryError,
+    "arrow": lambda: pa.ArrowMemoryError("malloc of size 8 failed"),
+    "arrow-number": lambda: pa.ArrowException("Failed to open local file 'a'. Detail: [errno 24] Too many open files"),
+    "thread": lambda: RuntimeError("can't start new thread"),
+    "cuda": lambda: OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "cuda-text": lambda: RuntimeError("CUDA error: out of memory"),
+    "wrapped": _wrapped,
+}

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from builder import cli
 from conftest import STAGES, Sample, Workspace, builder, make_shard, picture, samples
+from stages import cannot
 
 Make = Callable[..., Workspace]
 COMMANDS = {name: command for name, command in cli.main.commands.items() if not command.hidden}
@@ -321,7 +322,7 @@ def test_exit_3_failed_rows_and_what_to_do(own: Callable[..., Workspace]) -> Non
         f"  to try them again: builder stage note --retry failed --pipeline {made.file}",
     ]
     status = run("status", "--pipeline", str(made.file)).out
-    example = f"ValueError: cannot note {3:032x}-0"
+    example = cannot(f"{3:032x}-0")
     assert status.splitlines()[-3:] == [
         "stage  failed with  rows  for example",
         f"-----  -----------  ----  {'-' * len(example)}",

@@ -35,16 +35,20 @@ TORTURE = Path(__file__).with_name("torture.py")
 
 
 def test_a_sample_of_the_kills_of_make_torture() -> None:
-    """Every verb is killed, at points at which it touches the disk and on the command line with its workers."""
+    """Every verb is killed, at points at which it touches the disk and on the command line with its workers.
+
+    A read of each, and of verify, is answered with an error.
+    """
     command = [sys.executable, str(TORTURE), "--sample", "20", "--seed", "1", "--lanes", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=230, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
-    head, *rows = [line.split() for line in done.stdout.splitlines()[:7]]
-    assert (head[:2], head[-2:]) == (["killed", "in"], ["command", "total"])
-    assert [row[0] for row in rows] == ["ingest", "stage", "fold", "write", "gc", "total"]
+    head, *rows = [line.split() for line in done.stdout.splitlines()[:8]]
+    assert (head[:2], head[-1]) == (["killed", "in"], "total")
+    assert {"command", "read"} <= {*head}
+    assert [row[0] for row in rows] == ["ingest", "stage", "fold", "write", "gc", "verify", "total"]
     assert all(int(row[-1]) > 0 for row in rows)
-    assert rows[-1][-1] == "20"
-    assert re.match(r"20 kills in \d+ s, seed 1\. After each: ", done.stdout.splitlines()[7])
+    assert rows[-1][-1] == "26"
+    assert re.match(r"26 kills and errors in \d+ s, seed 1\. After each: ", done.stdout.splitlines()[8])
 
 
 def test_a_sweep_knows_a_run_from_what_a_person_keeps_beside_it(tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ import tiny_diffusers
 from builder import table
 from builder.answering import check_alone, error_text
 from builder.errors import StageError
-from builder.models.diffusion import Diffusion, is_out_of_memory, name_of
+from builder.machine import is_out_of_memory
+from builder.models.diffusion import Diffusion, name_of
 from builder.stage import Preparing, RowsFailed
 from builder.stages.generate import Generate, GenerateOptions, nearest, seed_of
 from builder.workset import Choice

@@ -413,7 +413,7 @@ def test_nobody_is_asked_any_more_about_a_shard_that_is_left(
             server.about(f"number {number}", hang())
         layout = dataset.load().layout
         done = do(layout, plan(layout, stage, sql=SQL), stage, batch_rows=2, checkpoint_rows=2)
-    assert (done.left, done.ok) == ({"00000000": "it cannot be used"}, 8)
+    assert (done.refused, done.ok) == ({"00000000": "it cannot be used"}, 8)
     assert done.totals[server.base_url]["failures"] == {}
 
 

@@ -1,10 +1,11 @@
 """The kill harness: commands are killed at every point at which they touch the disk, and at random moments.
 
-    python tests/torture.py [--kills 300] [--seed N] [--minutes 25] [--hostile DIR...]
+    python tests/torture.py [--kills 300] [--hiccups 300] [--seed N] [--minutes 25] [--hostile DIR...]
 
 Every write, parquet file, fsync, link, rename, unlink and mkdir of ingest, stage, fold, write and gc on small roots is
 struck before, after and (where it has bytes) amid it; then come kills at random moments, of forks and of real commands
-with their workers. After each the root is checked, see tests/kills.py. Exit code 0 if all of it held, else 1.
+with their workers. Besides, reads are answered with an error once: EIO, ESTALE, ETIMEDOUT, ENOMEM, EMFILE at every file
+that is opened, read or mapped. After each the root is checked, see tests/kills.py. Exit code 0 if all held, else 1.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ REPOSITORY = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(1, REPOSITORY)  # the package beside these tests, in the commands too
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [REPOSITORY, os.environ.get("PYTHONPATH")]))
 
-from kills import KILLED, SCENES, Broken, Harness, Kill, seeded  # noqa: E402
+from faults import READS  # noqa: E402
+from kills import KILLED, READ_SCENES, SCENES, Broken, Harness, Kill, seeded  # noqa: E402
 
 #: Kills of real commands with worker processes, and of forks at random moments, of a whole run.
 ON_THE_COMMAND_LINE, AT_RANDOM = 40, 60
-VERBS = ("ingest", "stage", "fold", "write", "gc")
-COLUMNS = (*KILLED, "random", "command")
+VERBS = ("ingest", "stage", "fold", "write", "gc", "verify")
+COLUMNS = (*KILLED, "random", "command", *READS)
 CHECKED = """After each: nothing that was committed is lost; no half
 file has a name; the same command then does what is left and no more, and comes to the same table and the same bytes;
 verify is clean; gc deletes what is dead, and nothing of a living process, of another host, or of a person's."""
@@ -82,7 +84,8 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--kills", type=int, default=300, help="at least so many; every point once in any case")
-    parser.add_argument("--sample", type=int, default=0, help="only so many, every command its turn: the short form")
+    parser.add_argument("--hiccups", type=int, default=300, help="reads that fail once, every command its turn")
+    parser.add_argument("--sample", type=int, default=0, help="only so many kills, and an error a command")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--minutes", type=float, default=25.0, help="stop after so many")
     parser.add_argument("--lanes", type=int, default=2, help="processes that kill beside each other")
@@ -101,11 +104,15 @@ def _jobs(harness: Harness, options: argparse.Namespace) -> list[Kill]:
         commands = options.sample // 10
         points = [kill for scene in SCENES if scene.short for kill in harness.kills(scene)]
         sample = seeded(points, options.sample - commands, options.seed)
+        short = [kill for scene in READ_SCENES if scene.short for kill in harness.hiccups(scene)]
+        sample += seeded(short, len(VERBS), options.seed)
         return sample + [_at_random(chosen, command=True) for _ in range(commands)]
     points = [kill for scene in SCENES for kill in harness.kills(scene)]
     forks = max(AT_RANDOM, options.kills - len(points) - ON_THE_COMMAND_LINE)
     jobs = points + [_at_random(chosen, command=False) for _ in range(forks)]
     jobs += [_at_random(chosen, command=True) for _ in range(ON_THE_COMMAND_LINE)]
+    reads = [kill for scene in READ_SCENES for kill in harness.hiccups(scene)]
+    jobs += seeded(reads, options.hiccups, options.seed)
     chosen.shuffle(jobs)  # if the time is over before all of them, some of each kind were done
     return jobs
 
@@ -120,7 +127,9 @@ def _at_random(chosen: random.Random, *, command: bool) -> Kill:
 
 def _named(harness: Harness, text: str) -> Kill:
     name, number, when = text.rsplit(":", 2)
-    scene = next(scene for scene in SCENES if scene.name == name)
+    scene = next(scene for scene in READ_SCENES if scene.name == name)
+    if when.startswith("E"):
+        return Kill(name, harness.reads(scene)[int(number)].kind, int(number), when)
     if not number:
         return Kill(name, "command" if when != "process" else "random", None, when)
     return Kill(name, harness.points(scene)[int(number)].kind, int(number), when)
@@ -130,7 +139,7 @@ def _lane(folder: Path, number: int, options: argparse.Namespace) -> Report:
     """Every so many-th kill, one after the other, in a folder of its own."""
     until = time.monotonic() + options.minutes * 60
     harness = Harness(folder, options.seed + number)
-    scenes = {scene.name: scene for scene in SCENES}
+    scenes = {scene.name: scene for scene in READ_SCENES}
     jobs = _jobs(harness, options)[number :: options.lanes]
     report = Report(jobs=len(jobs))
     for done, kill in enumerate(jobs):
@@ -142,11 +151,15 @@ def _lane(folder: Path, number: int, options: argparse.Namespace) -> Report:
         if is_alone or time.monotonic() > until or len(report.broken) >= ENOUGH:
             break
         scene = scenes[kill.scene]
+        is_read = kill.when.startswith("E")
         try:
-            while not harness.kill(scene, kill):
+            if is_read:
+                harness.hiccup(scene, kill)
+            while not is_read and not harness.kill(scene, kill):
                 pass  # it ended before its random moment
         except Broken as error:
-            place = "a random moment" if kill.number is None else harness.points(scene)[kill.number]
+            points = harness.reads(scene) if is_read else harness.points(scene)
+            place = "a random moment" if kill.number is None else points[kill.number]
             report.broken.append(f"broken: --only '{kill}' at {place}\n{error}")
         report.counted[scene.verb, kill.kind] += 1
     return report
@@ -160,7 +173,7 @@ def _print(counted: Counter[tuple[str, str]], seconds: float, seed: int) -> None
     totals = [str(sum(counted[verb, kind] for verb in VERBS)) for kind in columns]
     lines.append(["total", *totals, str(sum(counted.values()))])
     print("\n".join("  ".join(f"{cell:>{8 if i else 9}}" for i, cell in enumerate(line)) for line in lines))
-    print(f"{sum(counted.values())} kills in {seconds:.0f} s, seed {seed}. {CHECKED}")
+    print(f"{sum(counted.values())} kills and errors in {seconds:.0f} s, seed {seed}. {CHECKED}")
 
 
 def _sum(counted: Counter[tuple[str, str]], verb: str) -> int:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.deaths import DIED_OF
+
 #: Exit codes of a task: done, done with failed rows, stopped when asked; any other did not finish.
 DONE, DONE_WITH_FAILURES, STOPPED = 0, 3, 130
 #: Deaths of one task's process after which it is given up. A row that kills the process is found by halving its batch,
@@ -105,6 +107,7 @@ class _Pool:
         self._deaths: dict[int, int] = {}
         self._idle: dict[int, int] = {}
         self._last: dict[int, str] = {}
+        self._died_of: dict[int, str] = {}
 
     def run(self, tasks: int) -> list[Ended]:
         waiting = list(range(tasks))
@@ -153,6 +156,7 @@ class _Pool:
             **os.environ,
             PARENT_PIPE: "1",
             "BUILDER_DEVICE": self._devices[slot % len(self._devices)],
+            DIED_OF: self._died_of.get(number, ""),
         }
         with path.open("ab") as log:
             process = subprocess.Popen(
@@ -202,6 +206,7 @@ class _Pool:
         if worker.done - (worker.begun or 0) >= FORGIVEN_AFTER:
             self._deaths[number] = 0
         self._deaths[number] = self._deaths.get(number, 0) + 1
+        self._died_of[number] = signal.Signals(-code).name
         now = self._read_in_hand(number)
         self._idle[number] = 0 if now != self._last.get(number, "") else self._idle.get(number, 0) + 1
         self._last[number] = now

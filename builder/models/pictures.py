@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from builder import formats
+from builder import formats, machine
 from builder.errors import RowError
 
 Pixels = npt.NDArray[np.uint8]
@@ -109,7 +109,7 @@ def pixels_of(data: bytes) -> int:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """A picture whose pixels are not decoded yet; whatever its decoder raises is a RowError."""
+    """A picture whose pixels are not decoded yet; what its decoder raises is a RowError, if it is the picture's."""
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -121,6 +121,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     except UnidentifiedImageError:  # its own text holds an address in memory, which differs in every run
         raise RowError("undecodable", "the picture does not decode: no image format begins so") from None
     except Exception as error:  # each of Pillow's decoders has its own: RuntimeError, SyntaxError, struct.error ...
+        if machine.is_of_the_machine(error):
+            raise
         raise RowError("undecodable", f"the picture does not decode: {error}") from error
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from builder import machine
 from builder.errors import StageError, missing_extra
 from builder.models.pictures import Pixels
 
@@ -56,6 +57,8 @@ class SafetyModel:
             self._processor: Any = AutoImageProcessor.from_pretrained(place, local_files_only=True, backend="pil")
             self._model: Any = AutoModelForImageClassification.from_pretrained(place, local_files_only=True)
         except (OSError, ValueError, ImportError, KeyError) as error:
+            if machine.is_of_the_machine(error):
+                raise
             raise StageError(
                 f"the image classifier cannot be loaded: {' '.join(str(error).split())}",
                 where={"folder": folder},

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from builder import machine
 from builder.errors import RowError, StageError, missing_extra
 from builder.models.pictures import Pixels
 
@@ -225,6 +226,8 @@ class Scrfd:
         try:
             alone = [self._run(pair[i : i + 1]) for i in range(2)]
         except Exception as error:
+            if machine.is_of_the_machine(error):
+                raise
             raise self._unfit(" ".join(str(error).split())) from error
         levels = len(self._strides)
         for i, stride in enumerate(self._strides):
@@ -290,6 +293,8 @@ def _loaded(model: str, providers: list[tuple[str, dict[str, Any]]], batch: int)
         try:
             found = model_zoo.get_model(str(file), providers=providers, sess_options=options)
         except Exception as error:
+            if machine.is_of_the_machine(error):
+                raise
             raise StageError(
                 f"insightface cannot load the model: {' '.join(str(error).split())}",
                 where={"file": file},

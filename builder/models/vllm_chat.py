@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from builder import machine
 from builder.errors import StageError, missing_extra
 from builder.models.answers import Rejected
 from builder.models.chat import AskFailed
@@ -66,6 +67,8 @@ class VllmChat:
                 **{"enable_prefix_caching": True, **engine},
             )
         except Exception as error:
+            if machine.is_of_the_machine(error):
+                raise
             raise StageError(
                 f"vLLM cannot start: {type(error).__name__}: {' '.join(str(error).split())[:500]}",
                 where={"model": model, "device": device},

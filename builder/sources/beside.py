@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from builder import machine
 from builder.layout import shard_name
 
 #: The column of img2dataset's parquet, a row an attempt, and its value for one that is in the tar. Source: 1.47.0.
@@ -42,7 +43,9 @@ def _statistics(path: Path) -> Expected | None:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, IsADirectoryError):
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if machine.is_of_the_machine(error):
+            raise
         return Expected(path.name, None)
     count = found.get("successes") if isinstance(found, dict) else None
     return Expected(path.name, count) if type(count) is int else None
@@ -57,6 +60,8 @@ def _attempts(path: Path) -> Expected | None:
             successes = pc.sum(pc.equal(status.cast(pa.string()), _SUCCESS)).as_py()
     except (FileNotFoundError, IsADirectoryError):
         return None
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException) as error:
+        if machine.is_of_the_machine(error):
+            raise
         return Expected(path.name, None)
     return Expected(path.name, successes or 0)

@@ -389,6 +389,8 @@ class _Block:
         if set(map(type, raw)) <= _exact_types(kind):
             try:
                 return pa.array(raw, kind)
+            except pa.ArrowMemoryError:
+                raise
             except (pa.ArrowException, UnicodeEncodeError, OverflowError):
                 pass  # one of them does not fit: which one is told below
         return pa.array(_each(raw, lambda place, value: self._fitting(place, name, value, kind)), kind)
@@ -413,6 +415,8 @@ class _Block:
                     raise ValueError
                 value = int(value)
             return pa.scalar(value, kind).as_py()
+        except pa.ArrowMemoryError:
+            raise
         except (ValueError, TypeError, OverflowError, pa.ArrowException):
             self._note(place, f"{name}: expected {schema.type_text(kind)}, found {_shown(value)}")
             return None

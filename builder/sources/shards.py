@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from builder import schema, tar
+from builder import machine, schema, tar
 from builder.errors import ConfigError, ShardError
 from builder.layout import Layout, local, shard_name, shard_name_fault
 from builder.schema import SOURCE, Column
@@ -122,14 +122,34 @@ class _Folders:
 
 
 def _files_in(folder: str) -> set[str]:
-    """Names of files in a folder, links to files too; none if it cannot be listed."""
-    found = set()
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                if entry.is_file():
-                    found.add(entry.name)
-    return found
+    """Names of files in a folder, links to files too; none if it may not be listed.
+
+    Raises:
+        OSError: the machine does not list it: a shard that is not seen would count as gone.
+    """
+
+    def listed() -> set[str]:
+        found = set()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                with _unless_of_the_machine():
+                    if entry.is_file():
+                        found.add(entry.name)
+        return found
+
+    with _unless_of_the_machine():
+        return machine.asked_again(listed)
+    return set()
+
+
+@contextlib.contextmanager
+def _unless_of_the_machine() -> Iterator[None]:
+    """Passes over answers of the system that are of the file or folder asked for."""
+    try:
+        yield
+    except OSError as error:
+        if machine.is_of_the_machine(error):
+            raise
 
 
 def why_missing(path: Path) -> str:

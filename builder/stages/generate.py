@@ -12,7 +12,8 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from builder.errors import StageError
-from builder.models.diffusion import Diffusion, DiffusionOptions, Unsafe, is_out_of_memory
+from builder.machine import is_of_the_machine, is_out_of_memory
+from builder.models.diffusion import Diffusion, DiffusionOptions, Unsafe
 from builder.models.image_queue import ImageQueue, Job, Made
 from builder.models.pictures import decode
 from builder.models.sketch import draw
@@ -198,6 +199,8 @@ class Generate:
             raise made
         if isinstance(made, Made | Unsafe):
             return made if isinstance(made, Made) else None
+        if is_of_the_machine(made) and not is_out_of_memory(made):
+            raise made
         fix = "set another dtype, size, scheduler or number of steps, as the model's card says"
         if is_out_of_memory(made):
             fix = 'set a smaller size, weights = "fp8", vae_slicing or vae_tiling'
