@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import tarfile
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 from conftest import Workspace
 from make_root import folder_of_length
@@ -20,10 +23,19 @@ def unpacked(version: str, parent: Path) -> Workspace:
     folder = folder_of_length(parent)
     with tarfile.open(ROOTS / f"{version}.tar.gz") as archive:
         archive.extractall(folder, filter="data")
-    before = (folder / "made_in").read_bytes()
+    before, after = (folder / "made_in").read_bytes(), str(folder).encode()
     for path in folder.rglob("*"):
-        if path.is_file() and before in (content := path.read_bytes()):
+        if path.is_file():
             times = path.stat()
-            path.write_bytes(content.replace(before, str(folder).encode()))
+            content = path.read_bytes().replace(before, after)
+            if path.suffix == ".parquet":
+                content = _arrow_schema_replaced(path, content, before, after)
+            path.write_bytes(content)
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     return Workspace(folder, folder / "pipeline.toml")
+
+
+def _arrow_schema_replaced(path: Path, content: bytes, before: bytes, after: bytes) -> bytes:
+    """A parquet file's bytes with the path replaced in its Arrow schema, too, which pyarrow keeps as base64."""
+    encoded = pq.read_metadata(path).metadata[b"ARROW:schema"]
+    return content.replace(encoded, base64.b64encode(base64.b64decode(encoded).replace(before, after)))

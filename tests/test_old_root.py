@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,21 @@ def test_only_shards_that_a_rule_changes_are_written_again(old: Workspace) -> No
         ("jpg", None), ("odd", "png"), ("odd", None), ("png", "png"), ("png", "webp"),
     ]  # fmt: skip
     assert json.loads(old.run("plan", "--json").stdout)["write"]["kept"] == {"several pictures": 1}
+    old.run("write")
+    assert "shards proven              3 of 3" in old.run("verify").stdout
+
+
+def test_the_commands_that_plan_names_bring_it_up_to_date(old: Workspace) -> None:
+    older = json.loads(old.run("plan", "--json").stdout)["older"]
+    assert {(rule["stage"], rule["version"], rule["count"]) for rule in older} >= {
+        ("ingest", "1", 3),
+        ("lang", "1", 16),
+    }
+    for rule in older:
+        assert rule["changes"]
+        words = shlex.split(rule["command"])
+        assert words[0] == "builder" and words[-2:] == ["--pipeline", str(old.file)]
+        old.run(*words[1:-2])
+    assert json.loads(old.run("plan", "--json").stdout)["older"] == []
+    old.run("run")
+    assert "shards proven              3 of 3" in old.run("verify").stdout
