@@ -189,7 +189,9 @@ def test_json_of_verify(dataset: Workspace) -> None:
     value = done.json()
     assert done.code == 0
     assert value.pop("same") == value.pop("size") > 16 * 512
-    assert value == {"shards": 2, "rows": 16, "edited": 0, "dropped": 0, "no_end_mark": 0, "problems": [], "proven": 2}
+    assert value == {
+        "shards": 2, "rows": 16, "edited": 0, "dropped": 0, "no_end_mark": 0, "problems": [], "unread": [], "proven": 2,
+    }  # fmt: skip
     hybrid = dataset.root / "shards/00000000.tar"
     data = bytearray(hybrid.read_bytes())
     data[600] ^= 1
