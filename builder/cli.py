@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shlex
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from builder import __version__
+from builder import __version__, console
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError
 from builder.progress import Talk, plain, plain_lines
 
@@ -48,7 +49,17 @@ class _Group(click.Group):
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
 
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0].startswith("-") or args[0] in self.commands:
+            return super().resolve_command(context, args)
+        raise console.no_command(args[0], [name for name, command in self.commands.items() if not command.hidden])
+
     def main(self, args: Sequence[str] | None = None, *_: Any, **options: Any) -> Any:
+        if args is None:
+            console.in_utf8()
+            console.steady_streams()
         arguments = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in arguments
         for stream in (sys.stdout, sys.stderr):
@@ -58,16 +69,13 @@ class _Group(click.Group):
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends is Ctrl-C too
         try:
             sys.exit(super().main(arguments, prog_name="builder", standalone_mode=False))
-        except click.UsageError as error:
-            if not as_json:
-                told = io.StringIO()
-                error.show(told)
-                _hint(told.getvalue().rstrip("\n"))
-                sys.exit(EXIT_USAGE)
-            fix = f"{error.ctx.command_path} --help" if error.ctx else "builder --help"
-            _fail(ConfigError(error.format_message(), fix=fix), as_json)
-        except BuilderError as error:
-            _fail(error, as_json)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help() if error.ctx else "")
+            sys.exit(EXIT_USAGE)
+        except (click.UsageError, BuilderError) as error:
+            told = console.misused(error) if isinstance(error, click.UsageError) else error
+            _with_pipeline(told, arguments)
+            _fail(told, as_json)
         except (click.Abort, KeyboardInterrupt):
             fix = "everything committed is kept; run the same command again to go on"
             if as_json:
@@ -86,6 +94,30 @@ class _Group(click.Group):
                 _hint(traceback.format_exc().rstrip("\n"))
                 sys.exit(EXIT_UNFINISHED)
             _fail(machine.told(error), as_json)
+
+
+#: A command of ours inside a sentence, that a pipeline's options belong to.
+_COMMAND = re.compile(r"\bbuilder (?!init|demo|help|version)[a-z]+\b")
+
+
+def _with_pipeline(error: BuilderError, arguments: Sequence[str]) -> None:
+    """Says which options the commands in an error's advice take, where they were needed this time."""
+    given = _pipeline_words(arguments)
+    is_said = all(shlex.quote(word) in error.fix for word in given)
+    if given and _COMMAND.search(error.fix) and not is_said:
+        error.fix += f" (each builder command with {shlex.join(given)})"
+
+
+def _pipeline_words(arguments: Sequence[str]) -> list[str]:
+    """The options of a command line that name its pipeline, as they were given."""
+    found: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in ("--pipeline", "--scale", "--set"):
+            found += [word, next(words, "")]
+        elif word.startswith(("--pipeline=", "--scale=", "--set=")):
+            found.append(word)
+    return found
 
 
 def _fail(error: BuilderError, as_json: bool) -> NoReturn:
@@ -206,7 +238,10 @@ def init(folder: Path) -> None:
                 continue
             write_atomic(target, source.read_bytes(), durable=False)
             _hint(f"written  {target}")
-    _hint(f"next: cd {folder}, set dataset.shards and dataset.root in pipelines/small.toml, builder plan")
+    _hint(
+        f"next: cd {shlex.quote(str(folder))}, "
+        "set dataset.shards and dataset.root in pipelines/small.toml, builder plan"
+    )
 
 
 @main.command()
@@ -445,7 +480,10 @@ def plan(
             click.echo(f"  now {change}")
         click.echo(f"  {command}")
     if write_plan.needed > write_plan.free:
-        click.echo("too little free disk for write: free some space, or set dataset.root to another disk", err=True)
+        click.echo(
+            "too little free disk for write: free some space, or name a folder on another disk with [write] folder",
+            err=True,
+        )
     first = next((name for name, counts in found.stages.items() if counts.todo), None)
     if first is not None and choice != Choice():
         words = f"stage {first}" + " --redo" * redo + " --stale" * stale + (f" --retry {retry}" if retry else "")
@@ -640,7 +678,9 @@ def regen(
     from builder.regen import regenerate
 
     if not check and out is None:
-        raise ConfigError("builder regen needs --check, --out FILE, or both", fix=f"builder regen {uid} --check")
+        raise ConfigError(
+            "builder regen needs --check, --out FILE, or both", fix=f"builder regen {shlex.quote(uid)} --check"
+        )
     again = regenerate(_load(scale, pipeline, sets), uid, device=device)
     if out is not None:
         write_atomic(out, again.made, durable=False)
@@ -799,6 +839,31 @@ def demo(out: Path, workers: int) -> None:
     sys.exit(EXIT_DONE if run_demo(out, Talk(), workers=workers) else EXIT_FAILED_ROWS)
 
 
+@main.command("help", hidden=True)
+@click.argument("command", required=False)
+@click.pass_context
+def help_(context: click.Context, command: str | None) -> None:
+    """Show what a command does; without one, all of them.
+
+    \b
+    Example:
+      builder help run
+    """
+    assert context.parent is not None
+    if command is None:
+        click.echo(context.parent.get_help())
+        return
+    name, found, _ = main.resolve_command(context.parent, [command])
+    assert found is not None
+    click.echo(found.get_help(click.Context(found, info_name=name, parent=context.parent)))
+
+
+@main.command(hidden=True)
+def version() -> None:
+    """Show the version, as builder --version does."""
+    click.echo(f"builder, version {__version__}")
+
+
 @main.command(hidden=True)
 @click.argument("run_folder", type=_LocalPath(path_type=Path))
 @click.argument("number", type=int)
@@ -820,7 +885,7 @@ def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
         counts = ", ".join(f"{outcome[key]} {words.get(key, key)}" for key in shown if outcome[key])
         talk.say(f"{name}: {counts or 'nothing'} in {outcome.seconds:.1f} s")
     if outcome["kept"]:
-        talk.say(f"  why: cat {outcome.folder}/logs/*.failures.jsonl")
+        talk.say(f"  why: cat {shlex.quote(str(outcome.folder))}/logs/*.failures.jsonl")
     for shard, reason in outcome.refused.items():
         talk.say(f"refused shard '{plain(shard)}': {reason}")
     if outcome["of_macos"]:
@@ -832,7 +897,10 @@ def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
     for shard, text in told[:_REMARKS]:
         talk.say(f"shard '{plain(shard)}': {text}")
     if len(told) > _REMARKS:
-        talk.say(f"and {len(told) - _REMARKS} more of these lines: 'remarks' in {outcome.folder}/tasks/*.result.json")
+        talk.say(
+            f"and {len(told) - _REMARKS} more of these lines: 'remarks' in "
+            f"{shlex.quote(str(outcome.folder))}/tasks/*.result.json"
+        )
     for shard, reason in outcome.left.items():
         talk.say(f"left shard '{plain(shard)}' as it is: {reason}")
     if outcome.unfinished is not None:

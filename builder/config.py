@@ -121,6 +121,8 @@ class Write(Strict):
     other_pictures: Literal["keep", "drop"] | None = None
     #: Whether an edited sample without a json gets one. Without it, how the sample was made is in the manifest.
     gives_json: bool = Field(default=False, alias="json")
+    #: Folder of the hybrid shards, on another disk too; `shards` in `dataset.root` if absent.
+    folder: str | None = Field(default=None, min_length=1)
 
 
 #: A key inside a pipeline: names of sections and keys, and positions in lists.
@@ -189,6 +191,11 @@ class Config:
     @property
     def root(self) -> Path:
         return Path(self.dataset.root)
+
+    @property
+    def output(self) -> Path | None:
+        """Where hybrid shards go, if not below the root."""
+        return None if self.write.folder is None else Path(self.write.folder)
 
     @property
     def patterns(self) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import shlex
 import shutil
 import sys
 import time
@@ -25,8 +28,8 @@ _PIPELINE = """\
 # The demo's pipeline: real photos, a real face detector and language model; the new images are sketches.
 [dataset]
 name   = "demo"
-shards = "{folder}/source/*.tar"
-root   = "{folder}"
+shards = {shards}
+root   = {folder}
 fields = ["url", "original_width", "original_height", "sha256"]
 
 [run]
@@ -103,8 +106,14 @@ def _prepare(folder: Path, talk: Talk, workers: int) -> Pipeline:
         started = time.monotonic()
         made = make_demo_shards(folder / "source")
         talk.say(f"source: {len(made)} shards of photos in {time.monotonic() - started:.1f} s")
-    write_atomic(path, _PIPELINE.format(folder=folder, workers=workers).encode(), durable=False)
+    write_atomic(path, _pipeline_text(folder, workers).encode(), durable=False)
     return pipelines.load(path)
+
+
+def _pipeline_text(folder: Path, workers: int) -> str:
+    """The demo's pipeline; a text of TOML is one of json, and the folder's name is no pattern."""
+    shards = f"{glob.escape(str(folder))}/source/*.tar"
+    return _PIPELINE.format(shards=json.dumps(shards), folder=json.dumps(str(folder)), workers=workers)
 
 
 def _pair(
@@ -123,13 +132,17 @@ def _show(counts: dict[str, Any], proof: Proof, seconds: dict[str, float]) -> No
 
 
 def _next(folder: Path, pipeline: Pipeline, uid: str, sheet: Path) -> None:
-    file = pipeline.config.path
-    command = "builder" if shutil.which("builder") else sys.argv[0]
+    file, command = (shlex.quote(text) for text in (pipeline.config.path, _command()))
     print(
         f"""
 Try next:
   {command} sql "select lang, count(*) from samples where face_count > 0 group by 1" --pipeline {file}
   {command} show {uid} --pipeline {file}
-  tar tvf {folder}/shards/00000000.tar | head       # hybrid shards, beside {folder}/source
+  tar tvf {shlex.quote(f"{folder}/shards/00000000.tar")} | head       # hybrid shards, beside {folder}/source
 Look at {sheet}: originals beside new images."""
     )
+
+
+def _command() -> str:
+    """The command line as it can be called from here."""
+    return "builder" if shutil.which("builder") else sys.argv[0]

@@ -56,7 +56,7 @@ class EditsTar:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            self._temp.replace(self._path)
+            self._temp.replace(files.check_no_link(self._path))
             files.sync_folder(self._path.parent)
 
     def __enter__(self) -> EditsTar:
@@ -85,6 +85,7 @@ class EditsReader:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        files.guard(root)
         self._open: tuple[str, int] | None = None
 
     def read(self, path: str, offset: int, size: int) -> bytes:
@@ -108,10 +109,20 @@ class EditsReader:
             error.fix = error.fix or AGAIN
             raise
 
+    def located(self, path: str) -> Path:
+        """The edits tar of a pointer, for who reads all of it.
+
+        Raises:
+            ShardError: the pointer leaves the edits folder, or a link does.
+        """
+        _check_inside(path)
+        os.close(files.open_inside(self._root / path, os.O_RDONLY | os.O_NONBLOCK))
+        return self._root / path
+
     def _descriptor(self, path: str) -> int:
         if self._open is None or self._open[0] != path:
             self.close()
-            self._open = (path, os.open(self._root / path, os.O_RDONLY | os.O_NONBLOCK))
+            self._open = (path, files.open_inside(self._root / path, os.O_RDONLY | os.O_NONBLOCK))
         return self._open[1]
 
     def close(self) -> None:

@@ -11,15 +11,18 @@ import json
 import os
 import re
 import secrets
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from builder.errors import ConfigError, ShardError, TransientError
 
 T = TypeVar("T")
+#: Folders that were opened as roots, as their path was given: below these nothing is written or deleted behind a link.
+_roots: set[tuple[str, ...]] = set()
 #: Buffer of copies that the kernel does not do itself. Larger writes are up to five times slower on a machine whose
 #: memory is handed out by a host: the page cache then asks for it in large pieces.
 COPY_BUFFER = 64 * 1024
@@ -49,6 +52,65 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None or os.fsdecode(error.filename).endswith(TEMP_SUFFIX):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def guard(root: Path) -> None:
+    """Makes a folder a root for this process: nothing below it is written, deleted or opened behind a link.
+
+    The root itself may be a link, and may lie behind links. Whoever makes a `Layout` does this, so that no writer can
+    forget it.
+    """
+    _roots.add(root.absolute().parts)
+
+
+def check_no_link(path: Path) -> Path:
+    """Returns `path`, if no folder between it and its root is a link; a path below no root is the user's own.
+
+    What a path leads to is looked up right before it is used: a root that somebody changes meanwhile is not held.
+
+    Raises:
+        ShardError: one is, or the path leads upwards.
+    """
+    parts = path.absolute().parts
+    depth = next((length for length in range(1, len(parts)) if parts[:length] in _roots), None)
+    if depth is None:
+        return path
+    if ".." in parts[depth:]:
+        raise ShardError("a path leads out of the root", where={"path": path}, fix="name a file of the root")
+    for length in range(depth + 1, len(parts)):
+        folder = os.path.join(*parts[:length])  # noqa: PTH118 - asked for every file that is written
+        if os.path.islink(folder):  # noqa: PTH114
+            raise _behind_link(Path(folder), Path(*parts[:depth]))
+    return path
+
+
+def _behind_link(path: Path, root: Path) -> ShardError:
+    return ShardError(
+        f"'{path}' is a link: nothing in a root is written, deleted or read behind links",
+        where={"root": root, "leads to": path.readlink()},
+        fix=f"rm {shlex.quote(str(path))}, and put what it led to in its place if it is yours; dataset.root itself may "
+        "be a link, and [write] folder in the pipeline puts the hybrid shards elsewhere",
+    )
+
+
+def open_inside(path: Path, flags: int) -> int:
+    """Opens a file of a root, itself no link and behind none; returns its descriptor.
+
+    Raises:
+        ShardError: it is a link, or lies behind one.
+    """
+    check_no_link(path)
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise _behind_link(path, path.parent) from error
+        raise
+
+
+def remove(path: Path) -> None:
+    """Deletes a file of a root, or the link that stands in its place; gone already is as good."""
+    check_no_link(path).unlink(missing_ok=True)
 
 
 #: What the kernel answers where it cannot copy between two files: another file system, an old one, a pipe.
@@ -99,6 +161,7 @@ def is_dead_temp(path: Path) -> bool:
 
 def make_folder(folder: Path) -> None:
     """Makes a folder and those above it, and makes their names durable."""
+    check_no_link(folder / "inside")
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -142,12 +205,18 @@ def write_atomic(path: Path, write: bytes | Callable[[Path], object], *, durable
             sync_folder(path.parent)
 
 
+def open_log(path: Path) -> BinaryIO:
+    """Opens a log of a root for appending; its folder is made if need be."""
+    check_no_link(path).parent.mkdir(parents=True, exist_ok=True)
+    return os.fdopen(open_inside(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+
+
 def append_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
     """Appends values to a log, one json a line; not durable."""
     if values:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(path), path.open("a", encoding="utf-8") as log:
-            log.writelines(json.dumps(value, ensure_ascii=False, default=str) + "\n" for value in values)
+        lines = (json.dumps(value, ensure_ascii=False, default=str) + "\n" for value in values)
+        with naming(path), open_log(path) as log:
+            log.writelines(line.encode() for line in lines)
 
 
 def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:

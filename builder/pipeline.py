@@ -7,7 +7,10 @@ command line's.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import itertools
+import re
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +38,9 @@ from builder.sources import shards as tar_shards
 from builder.stage import Stage, columns_of, find, options_hash, pointers_of, with_built_in, with_unread
 from builder.workset import Choice, Counts, Slice, Work
 
+#: SHARD:ROW, and digits of a row from which no shard has so many.
+_PLACE = re.compile(r"(?P<shard>.+):(?P<row>[0-9]+)")
+_MOST_DIGITS = 19
 #: A run of another host is taken for alive so long, in seconds: its process cannot be asked.
 _ALIVE_ELSEWHERE_S = 48 * 3600
 #: Names that a line lists before it only counts the others.
@@ -77,7 +83,7 @@ class Pipeline:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.config.root)
+        return Layout(self.config.root, self.config.output)
 
     @property
     def editing(self) -> Rules:
@@ -177,6 +183,7 @@ def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
 
 def ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
     """Reads new and changed shards into the table."""
+    pipeline.layout.check_folders()
     plan = plan_ingest(pipeline, redo=redo)
     _tell_missing(plan, talk)
     layout = pipeline.layout
@@ -269,6 +276,7 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
         BuilderError: bad SQL, a stage that cannot start, a task that did not finish.
     """
     layout, use = pipeline.layout, use_of(pipeline, name)
+    layout.check_folders()
     shards = table_shards(pipeline)
     work = work_of(pipeline, name, choice, shards)
     table.extend_schema(layout, columns_of(use.stage))
@@ -372,7 +380,7 @@ def _describe_stage(pipeline: Pipeline, run: RunFiles, use: StageUse, work: Work
         version=use.stage.version,
         options=use.options.model_dump(mode="json"),
         options_hash=work.signature,
-        python_file=use.table.python and str(_absolute(use.table.python)),
+        python_file=python_of(use),
         sql={"origin": work.sql.origin, "text": work.sql.text},
         params=work.params,
         choice=asdict(work.choice),
@@ -383,8 +391,11 @@ def _describe_stage(pipeline: Pipeline, run: RunFiles, use: StageUse, work: Work
     )
 
 
-def _absolute(python: str) -> str:
-    path, _, name = python.rpartition(":")
+def python_of(use: StageUse) -> str | None:
+    """Where the code of a stage of one's own lies: `FILE:CLASS`, the file absolute; None for an installed one."""
+    if not use.table.python:
+        return None
+    path, _, name = use.table.python.rpartition(":")
     return f"{Path(path).absolute()}:{name}"
 
 
@@ -477,6 +488,7 @@ def write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome
         TransientError: too little free disk.
     """
     layout = pipeline.layout
+    layout.check_folders()
     found = tar_shards.find(pipeline.config.patterns)
     writer.check_apart(layout, list(found.paths.values()))
     table_shards(pipeline)
@@ -505,6 +517,7 @@ def write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome
             sql=read_sql(pipeline.config.write.select).origin,
             image_stage=writer.image_stage(pipeline.known_columns()),
             editing=asdict(pipeline.editing),
+            folder=None if layout.output is None else str(layout.output.absolute()),
             pipeline=pipeline.config.path,
             set=pipeline.config.sets,
         )
@@ -530,7 +543,7 @@ def check_disk(plan: WritePlan, layout: Layout) -> None:
         raise TransientError(
             f"too little free disk for write: {plan.needed:,} bytes needed, {plan.free:,} free",
             where={"folder": layout.shards, "shards to write": len(plan.todo)},
-            fix="free some space, or set dataset.root to another disk",
+            fix="free some space, or name a folder on another disk: [write] folder in the pipeline",
         )
 
 
@@ -654,6 +667,7 @@ def prove(pipeline: Pipeline, talk: Talk) -> verify.Proof:
 def gc(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> table.Sweep:
     """Deletes what nothing needs: old generations, dead temp files, edits tars and runs that nothing points to."""
     layout = pipeline.layout
+    layout.check_folders()
     sweep = table.Sweep()
     pointers = pointers_of(table.load_schema(layout)[1])
     alive: set[str] = set()
@@ -686,6 +700,7 @@ def _is_idle(folder: Path) -> bool:
 def fold_all(pipeline: Pipeline, talk: Talk) -> int:
     """Folds every partition that is behind its column files or the root's columns; returns how many were."""
     layout = pipeline.layout
+    layout.check_folders()
     generation, _ = table.load_schema(layout)
     shards = layout.shard_names()
     folded = 0
@@ -706,6 +721,7 @@ def drop(pipeline: Pipeline, name: str) -> None:
         ConfigError: there is no such column, or the table cannot do without it.
     """
     layout = pipeline.layout
+    layout.check_folders()
     _, columns = table.load_schema(layout)
     column = next((column for column in columns if column.name == name), None)
     if column is None:
@@ -745,22 +761,42 @@ def show(pipeline: Pipeline, uid: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: there is no such sample.
     """
-    shard, _, row = uid.rpartition(":")
     by_place = Sql("select * from samples where shard = $shard and row = $row", "show")
     by_uid = Sql("select * from samples where uid = $uid order by shard, row", "show")
+    place = _PLACE.fullmatch(uid)
     with all_samples(pipeline) as samples:
-        if shard and row.isdigit():
-            relation = samples.select(by_place, {"shard": shard, "row": int(row)})
-        else:
-            relation = samples.select(by_uid, {"uid": uid})
-        rows: list[dict[str, Any]] = relation.to_arrow_table().to_pylist()
+        rows: list[dict[str, Any]] = []
+        if place and len(place["row"]) < _MOST_DIGITS:
+            rows = samples.table(by_place, {"shard": place["shard"], "row": int(place["row"])}).to_pylist()
+        rows = rows or samples.table(by_uid, {"uid": uid}).to_pylist()
     if not rows:
-        raise ConfigError(
+        raise _no_sample(pipeline, uid, place)
+    return rows
+
+
+def _no_sample(pipeline: Pipeline, uid: str, place: re.Match[str] | None) -> ConfigError:
+    """Why nothing is shown: no such uid, no such shard, or no such row of it."""
+    root, shards = {"root": pipeline.layout.root}, pipeline.layout.partitions()
+    if place is None:
+        return ConfigError(
             f"no sample has the uid '{uid}'",
-            where={"root": pipeline.layout.root},
+            where=root,
             fix="give a uid of the table (builder sql 'select uid from samples limit 5'), or SHARD:ROW",
         )
-    return rows
+    shard = place["shard"]
+    if shard not in shards:
+        near = difflib.get_close_matches(shard, shards, 1)
+        return ConfigError(
+            f"the table has no shard '{shard}', and no sample has the uid '{uid}'",
+            where={**root, "shards": _few(shards) or "none"},
+            fix=f"did you mean '{near[0]}'?" if near else "give a shard of the table, or a uid",
+        )
+    count = table.read_partition(pipeline.layout, shard, ["row"])[0].num_rows
+    return ConfigError(
+        f"shard '{shard}' has no row {place['row']}",
+        where={**root, "its rows": f"0 to {count - 1}" if count else "none"},
+        fix=f"give one of these: builder show {shlex.quote(f'{shard}:{count - 1}')}" if count else "give another shard",
+    )
 
 
 def save_images(pipeline: Pipeline, rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -782,14 +818,79 @@ def save_images(pipeline: Pipeline, rows: Sequence[dict[str, Any]], folder: Path
     return saved
 
 
+def check_first(pipeline: Pipeline) -> None:
+    """Finds what would end a run later, before any work is done for it: all that can be told without the samples.
+
+    These are the folders of the root, the SQL of every stage and of the writer with its parameters, packages and models
+    that a stage would miss, and room on the disk for the hybrid shards that do not exist yet.
+
+    Raises:
+        ConfigError: every problem of the pipeline at once.
+        StageError: a stage would not start.
+        TransientError: too little free disk.
+    """
+    layout = pipeline.layout
+    layout.check_folders()
+    found = tar_shards.find(pipeline.config.patterns)
+    writer.check_apart(layout, list(found.paths.values()))
+    problems: list[BuilderError] = []
+    for name, use in pipeline.stages.items():
+        with _collecting(problems):
+            workset.count(layout, [work_of(pipeline, name, Choice(), [])])
+        with _collecting(problems):
+            getattr(use.stage, "check_setup", lambda: None)()
+    with _collecting(problems):
+        for _ in write_plans(pipeline, []):
+            pass
+    if len(problems) > 1:
+        text = "".join(f"\n  {line}" for problem in problems for line in str(problem).split("\n"))
+        raise ConfigError(
+            f"{len(problems)} problems in the pipeline{text}", fix="mend these and run the same command again"
+        )
+    for problem in problems:
+        raise problem
+    _check_room(layout, found)
+
+
+@contextlib.contextmanager
+def _collecting(problems: list[BuilderError]) -> Iterator[None]:
+    try:
+        yield
+    except (ConfigError, SchemaError, StageError) as error:
+        problems.append(error)
+
+
+def _check_room(layout: Layout, found: tar_shards.Found) -> None:
+    """Raises TransientError where hybrid shards that do not exist yet, each about its source's size, would not fit."""
+    there = set(names(layout.shards))
+    new = [path for shard, path in found.paths.items() if f"{shard}.tar" not in there]
+    needed = sum(_size(path) for path in new)
+    free = writer.free_bytes(layout)
+    if needed > free:
+        raise TransientError(
+            f"too little free disk: {len(new)} hybrid shards take about {needed:,} bytes, {free:,} are free",
+            where={"folder": layout.shards, "file system": files.file_system(layout.shards)},
+            fix="free some space, or name a folder on another disk: [write] folder in the pipeline",
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # whoever reads it says why
+
+
 def run(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
     """Ingest, every stage in the pipeline's order, write; yields each with what it did.
 
     What the machine kept from being finished keeps nothing behind it from being done.
 
     Raises:
+        ConfigError: something that `check_first` finds; nothing was done then.
         StageError: every shard was refused.
     """
+    check_first(pipeline)
     outcome = _as_far_as_it_goes(partial(ingest, pipeline, talk))
     yield "ingest", outcome
     if not shards_of(pipeline):

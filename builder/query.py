@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder import layout as places
-from builder import machine, schema
-from builder.errors import BuilderError, ConfigError, TransientError
+from builder import machine, repeatable, schema
+from builder.errors import BuilderError, ConfigError, ShardError, TransientError
 from builder.layout import Layout
 from builder.schema import Column
 
@@ -32,6 +32,8 @@ DuckError = duckdb.Error
 _FORBIDDEN = "json_execute_serialized_sql"
 #: What DuckDB takes for a pattern in a file name.
 _MAGIC = re.compile(r"([*?\[])")
+#: DuckDB's words on a file that is no parquet file.
+_NO_PARQUET = "magic bytes"
 #: Uids that the message about ambiguous ones names.
 _EXAMPLES = 3
 
@@ -93,10 +95,11 @@ class Samples:
         shards: the partitions, in order; files are named one by one, so no listing happens in a query.
         lookups: files to join, by the name of their view: a row for each uid that these shards have and the files too.
             They are read here, once, and what is kept of them spills to disk.
+        deciding: SQL that decides what becomes of rows: it gives the same rows on every machine and at any time.
 
     Raises:
-        ConfigError: files of a lookup that do not exist, lack a column, have no uid of these shards, or say different
-            things of one.
+        ConfigError: something in `deciding` is decided by the machine and not by the table; files of a lookup that do
+            not exist, lack a column, have no uid of these shards, or say different things of one.
     """
 
     def __init__(
@@ -105,19 +108,29 @@ class Samples:
         columns: Sequence[Column],
         shards: Iterable[str],
         lookups: Mapping[str, Lookup] | None = None,
+        *,
+        deciding: Iterable[Sql] = (),
     ) -> None:
+        names = frozenset(column.name for column in columns)
+        by_order = [_check_repeatable(sql, names).by_order for sql in deciding]
         paths = [str(layout.partition(shard)) for shard in shards]
         self._connection = duckdb.connect()
         try:
+            if any(by_order):
+                self._connection.execute("set threads = 1")
             self._open(columns, paths, lookups or {})
-        except BaseException:
+        except BaseException as error:
             self._connection.close()
+            if isinstance(error, duckdb.Error) and (unread := _unread(error)) is not None:
+                raise unread from error
             raise
 
     def _open(self, columns: Sequence[Column], paths: Sequence[str], lookups: Mapping[str, Lookup]) -> None:
         run = self._connection.execute
         run("set autoinstall_known_extensions = false")
         run("set autoload_known_extensions = false")
+        run("set timezone = 'UTC'")
+        run("set calendar = 'gregorian'")
         run("set preserve_insertion_order = true")  # so that LIMIT alone takes the same rows every time
         run(f"set temp_directory = {_quoted(_spill_folder())}")
         run(_view(columns, paths))
@@ -165,6 +178,13 @@ class Samples:
         except duckdb.Error as error:
             raise guarded(sql, error) from error
 
+    def table(self, sql: Sql, params: dict[str, Any] | None = None) -> pa.Table:
+        """All rows of a small answer, with their types."""
+        try:
+            return self.select(sql, params).to_arrow_table()
+        except duckdb.Error as error:
+            raise guarded(sql, error) from error
+
     def stream(
         self, sql: Sql, params: dict[str, Any] | None = None, *, around: str = "select * from {}", rows: int
     ) -> Iterator[pa.RecordBatch]:
@@ -178,8 +198,30 @@ class Samples:
             raise _refused(sql, error, before.count("\n") + 1) from error
 
     def fixed(self, statement: str) -> list[tuple[Any, ...]]:
-        """All rows of a statement of the package's own."""
-        return self._connection.sql(statement).fetchall()
+        """All rows of a statement of the package's own.
+
+        Raises:
+            ShardError: a partition cannot be read.
+        """
+        try:
+            return self._connection.sql(statement).fetchall()
+        except duckdb.Error as error:
+            if (unread := _unread(error)) is not None:
+                raise unread from error
+            raise
+
+
+def _check_repeatable(sql: Sql, columns: frozenset[str]) -> repeatable.Finding:
+    """Refuses SQL in which the machine decides something."""
+    found = repeatable.examine(sql.text, columns)
+    if found.refused:
+        place = f"{sql.origin}:{found.line}" if found.line else sql.origin
+        raise ConfigError(
+            f"SQL uses {found.refused}, which the machine decides and not the table: another run would find other rows",
+            where={"file": place},
+            fix=f"{found.fix}; builder sql and --where may use it",
+        )
+    return found
 
 
 def guarded(sql: Sql, error: duckdb.Error) -> BuilderError:
@@ -236,16 +278,28 @@ def _without_semicolons(text: str) -> str:
 
 def _refused(sql: Sql, error: duckdb.Error, shift: int = 0) -> BuilderError:
     """DuckDB's own words, its line numbers counted from the first line of the user's text."""
-    if isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException):  # nothing that the text could mend
-        return TransientError(
-            f"DuckDB cannot go on: {' '.join(str(error).split())}",
-            where={"file": sql.origin},
-            fix="mend that (free some disk or memory, or raise ulimit -n), then run the same command again",
-        )
+    if (unread := _unread(error)) is not None:  # nothing that the text could mend
+        unread.where = {"file": sql.origin, **unread.where}
+        return unread
     text = re.sub(r"LINE (\d+):", lambda match: f"LINE {int(match[1]) - shift}:", str(error).strip())
     first, *more = [line for line in text.splitlines() if line.strip()]
     what = "\n".join([f"DuckDB refuses the SQL: {first}", *(f"  {line}" for line in more)])
     return ConfigError(what, where={"file": sql.origin}, fix="edit that SQL")
+
+
+def _unread(error: duckdb.Error) -> BuilderError | None:
+    """DuckDB's words on a table that it cannot read; None of any other error."""
+    if _NO_PARQUET in str(error):
+        return ShardError(
+            f"the table cannot be read: {' '.join(str(error).split())}",
+            fix="rm the partition that it names: it is folded again if it is the table's (builder fold)",
+        )
+    if isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException):
+        return TransientError(
+            f"DuckDB cannot go on: {' '.join(str(error).split())}",
+            fix="mend that (free some disk or memory, or raise ulimit -n), then run the same command again",
+        )
+    return None
 
 
 def _spill_folder() -> str:
@@ -255,7 +309,9 @@ def _spill_folder() -> str:
 
 def _view(columns: Sequence[Column], paths: Sequence[str]) -> str:
     if not paths:
-        nulls = ", ".join(f'null::{schema.duckdb_type(column.type)} as "{column.name}"' for column in columns)
+        nulls = ", ".join(
+            f"null::{schema.duckdb_type(column.type)} as {schema.quoted(column.name)}" for column in columns
+        )
         return f"create view samples as select {nulls} where false"
     types = ", ".join(
         f"{_quoted(column.name)}: {{name: {_quoted(column.name)}, type: {_quoted(schema.duckdb_type(column.type))}, "

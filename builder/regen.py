@@ -1,6 +1,7 @@
 """One generated image again, from the table alone, and how it differs from the one that is stored.
 
-Owns `builder regen`. What made an image is in its row and in the description of its run: nothing else is asked.
+Owns `builder regen`. What made an image is in its row and in the description of its run, which are data: the stage's
+code is the pipeline's, or builder's own.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
         )
     [row] = rows
     run = runs.read(pipeline.layout.run(row[f"{stage_name}_run"]))
-    stage, options = _stage_of(run, row)
+    kind = _code_of(pipeline, stage_name)
+    stage, options = _stage_of(kind, run, row)
     inputs = _inputs(pipeline, run, stage, options, row)
     as_a_worker()
     place = device or (pipeline.stages[stage_name].run.devices[0] if stage_name in pipeline.stages else "cpu")
@@ -97,7 +99,7 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
         )
     values = found.to_pylist()[0]
     again = Again(row["shard"], row["row"], row["uid"], _stored(pipeline, row), values["image"])
-    again.reasons = _reasons(run, stage, row, values)
+    again.reasons = [*_other_code(pipeline, stage_name, run), *_reasons(run, stage, row, values)]
     if again.stored is not None and not again.is_same:
         _compare(again)
     return again
@@ -109,13 +111,37 @@ def _stored(pipeline: Pipeline, row: dict[str, Any]) -> bytes | None:
     return None
 
 
-def _stage_of(run: dict[str, Any], row: dict[str, Any]) -> tuple[Stage, BaseModel]:
+def _code_of(pipeline: Pipeline, name: str) -> type[Stage]:
+    """The class of the stage that makes the images, as the pipeline names it: never a file that the root names.
+
+    Raises:
+        ConfigError: the pipeline names no such stage, and none is installed.
+    """
+    if name in pipeline.stages:
+        return type(pipeline.stages[name].stage)
+    try:
+        return find(name)
+    except StageError as error:
+        raise ConfigError(
+            f"the pipeline has no stage '{name}', which made the image",
+            where={"file": pipeline.config.path},
+            fix=f'add [stages.{name}] with its code, for example: python = "my_stage.py:MyStage"',
+        ) from error
+
+
+def _other_code(pipeline: Pipeline, name: str, run: dict[str, Any]) -> list[str]:
+    """Whether the stage's code lies elsewhere than when the image was made."""
+    now = pipelines.python_of(pipeline.stages[name]) if name in pipeline.stages else None
+    then = run.get("python_file")
+    return [] if then == now else [f"code of stage '{name}': {then or 'installed'}, now {now or 'installed'}"]
+
+
+def _stage_of(kind: type[Stage], run: dict[str, Any], row: dict[str, Any]) -> tuple[Stage, BaseModel]:
     """The stage, with the options of its run and what the row has recorded of them.
 
     Raises:
         ConfigError: this version does not know one of the options.
     """
-    kind = find(run["stage"], run["python_file"])
     as_made: Callable[..., dict[str, Any]] = getattr(kind, "as_made", lambda options, row: options)
     options = as_made(run["options"], row)
     try:
@@ -146,7 +172,7 @@ def _inputs(
         stage, sql, run["params"], Choice(redo=True, where=condition), [row["shard"]], pipeline.known_columns(),
         options_hash(stage, options),
     )  # fmt: skip
-    found = workset.first_rows(pipeline.layout, work, 1)
+    found = workset.first_rows(pipeline.layout, work, 1, repeatable=False)
     recorded: dict[str, str] = getattr(stage, "recorded", {})
     given = found.to_pylist()[0] if found.num_rows else row
     asked = [pa.field(name, pa.string()) for name in formats_asked(stage)]

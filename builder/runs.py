@@ -115,7 +115,7 @@ def describe(run: RunFiles, kind: str, **facts: Any) -> None:
     }
     temp = RunFiles(files.temp_path(run.folder))
     files.write_atomic(temp.description, json.dumps(data, indent=1, default=str).encode())
-    temp.folder.rename(run.folder)
+    temp.folder.rename(files.check_no_link(run.folder))
     files.sync_folder(run.folder.parent)
 
 
@@ -276,8 +276,8 @@ def _tell(run: RunFiles, number: int, error: Exception) -> None:
         files.write_atomic(run.result(number), text.encode(), durable=False)
 
 
-def _layout(run: RunFiles) -> Layout:
-    return Layout(run.folder.parent.parent)
+def _layout(run: RunFiles, output: str | None = None) -> Layout:
+    return Layout(run.folder.parent.parent, None if output is None else Path(output))
 
 
 def _stage_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
@@ -319,7 +319,7 @@ def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callabl
 
 
 def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
-    layout = _layout(run)
+    layout = _layout(run, data.get("folder"))
     result: dict[str, Any] = {"shards": 0}
     slices = workset.read_task(run, number)
 
@@ -375,7 +375,7 @@ def _shard_by_shard(
                 raise
         _report(done + 1, len(refused) + len(left))
     with contextlib.suppress(OSError):  # as useless where it cannot be deleted
-        run.in_hand(number).unlink(missing_ok=True)
+        files.remove(run.in_hand(number))
     return {"refused": refused, "left": left}
 
 

@@ -21,6 +21,8 @@ SOURCE = "source"
 GENERATED = pa.large_binary()
 BOXES = pa.list_(pa.list_(pa.float64()))
 MEMBER = pa.struct([("ext", pa.string()), ("header", pa.int64()), ("data", pa.int64()), ("size", pa.int64())])
+#: Names of stages and of their columns: plain enough for SQL without quotes, for TOML without quotes, and for files.
+NAME = re.compile(r"[a-z][a-z0-9_]*")
 #: Extensions of a sample's picture, lower case, in order of preference.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 #: Values repeat in columns that end so: they are written with a dictionary.
@@ -48,6 +50,13 @@ class Column:
 
     @classmethod
     def from_json(cls, data: dict[str, str]) -> Column:
+        """A column of a root's schema; its stage is a name that SQL and files can hold, since it becomes part of both.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not NAME.fullmatch(data["stage"]):
+            raise ValueError(f"{data['stage']!r} is no name of a stage")
         return cls(data["name"], parse_type(data["type"]), data["stage"], data["meaning"])
 
 
@@ -230,12 +239,17 @@ def type_text(kind: pa.DataType) -> str:
     return _BY_TYPE[kind]
 
 
+def quoted(name: str) -> str:
+    """A name of a column as SQL takes it, whatever it holds."""
+    return '"' + name.replace('"', '""') + '"'
+
+
 def duckdb_type(kind: pa.DataType) -> str:
     """The same type in DuckDB's words."""
     if pa.types.is_list(kind):
         return duckdb_type(kind.value_type) + "[]"
     if pa.types.is_struct(kind):
-        return "STRUCT(" + ", ".join(f'"{field.name}" {duckdb_type(field.type)}' for field in kind) + ")"
+        return "STRUCT(" + ", ".join(f"{quoted(field.name)} {duckdb_type(field.type)}" for field in kind) + ")"
     return _NAMES[type_text(kind)][1]
 
 

@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import re
 import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ ENTRY_POINTS = "builder.stages"
 MEMBERS = ("image", "json", "txt", "edit")
 #: Columns of every batch.
 _ALWAYS_GIVEN = ("shard", "row", "uid")
-#: Names of stages and columns: plain enough for SQL without quotes, for TOML without quotes, and for files.
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,8 @@ class Stage(Protocol):
       `difference(alone, within) -> float` or `answering.difference`: it declares itself deterministic so, and is held
       to it.
     - `deciding`: its options in one form, for `options_hash`, where several forms ask for the same answers.
+    - `check_setup()`: raises a StageError for what `setup` would miss and what can be told without loading anything: a
+      package, a model's files. A run asks every stage before it begins.
     - `notice`: what a run says of it before it starts, such as a licence.
     - `workers`: set before `setup` to the number of processes that the run has for it, which share what is limited.
     - `give_up()`, where `setup` or `process` waits for something outside: called from another thread when the run is
@@ -229,7 +228,7 @@ def _from_file(name: str, python: str) -> Any:
 
 
 def _check_class(kind: Any, name: str) -> None:
-    if not _NAME.fullmatch(name) or name == schema.SOURCE:
+    if not schema.NAME.fullmatch(name) or name == schema.SOURCE:
         raise StageError(
             f"'{name}' cannot be the name of a stage",
             fix="use lower-case letters, digits and _, a letter first; 'source' is ingest's",
@@ -285,7 +284,7 @@ def _check_names(kind: Any, name: str) -> None:
         if double is not None:
             raise StageError(f"stage '{name}' {what} two columns '{double}'", fix="give each a name of its own")
     for column in (*kind.inputs.names, *kind.outputs.names):
-        if not _NAME.fullmatch(column):
+        if not schema.NAME.fullmatch(column):
             raise StageError(
                 f"stage '{name}': '{column}' cannot be the name of a column",
                 fix="use lower-case letters, digits and _, a letter first",

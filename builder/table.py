@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from builder import files, schema
-from builder.errors import ConflictError, ShardError, where
+from builder.errors import ConflictError, SchemaError, ShardError, where
 from builder.layout import Layout, generation_of, names
 from builder.schema import SOURCE, Column
 
@@ -117,8 +119,15 @@ def load_schema(layout: Layout, *, fresh: bool = False) -> tuple[int, tuple[Colu
 
 
 def _read_schema(path: Path) -> tuple[Column, ...]:
-    data = json.loads(path.read_text("utf-8"))
-    return tuple(Column.from_json(item) for item in data["columns"])
+    text = path.read_text("utf-8")
+    try:
+        return tuple(Column.from_json(item) for item in json.loads(text)["columns"])
+    except (ValueError, KeyError, TypeError, SchemaError) as error:
+        raise ShardError(
+            "the root's schema is not one that builder has written",
+            where={"file": path, "reason": error.what if isinstance(error, SchemaError) else error},
+            fix=f"rm {shlex.quote(str(path))}: the generation before it counts",
+        ) from error
 
 
 def change_schema(layout: Layout, change: Callable[[tuple[Column, ...]], tuple[Column, ...]]) -> tuple[Column, ...]:
@@ -164,7 +173,7 @@ def listing(layout: Layout, shard: str, *, fresh: bool = False) -> dict[str, lis
 def _renew(folder: Path) -> None:
     """Makes and removes a file in a folder, which renews a listing of it that NFS has cached."""
     if folder.is_dir():
-        probe = files.temp_path(folder / "listing")
+        probe = files.check_no_link(files.temp_path(folder / "listing"))
         probe.touch()
         probe.unlink(missing_ok=True)
 
@@ -637,13 +646,21 @@ def sweep_shard(layout: Layout, shard: str, stages: Iterable[str], sweep: Sweep,
     for path in [*doomed, *old]:
         sweep.add(path)
         if not dry_run:
-            path.unlink(missing_ok=True)
+            files.remove(path)
     return runs
 
 
 def sweep_temps(layout: Layout, sweep: Sweep, *, dry_run: bool) -> None:
-    """Deletes the temp files of dead processes, wherever they lie in the root, and their temp folders."""
-    for folder, inner, inside in os.walk(layout.root):
+    """Deletes the temp files of dead processes, wherever they lie in the root, and their temp folders; and those
+    beside hybrid shards that go elsewhere."""
+    _sweep_temps_in(os.walk(layout.root), sweep, dry_run=dry_run)
+    if layout.output is not None:
+        for folder in (layout.shards, layout.manifests):
+            _sweep_temps_in(itertools.islice(os.walk(folder), 1), sweep, dry_run=dry_run)
+
+
+def _sweep_temps_in(walk: Iterable[tuple[str, list[str], list[str]]], sweep: Sweep, *, dry_run: bool) -> None:
+    for folder, inner, inside in walk:
         dead = {name for name in (*inner, *inside) if files.is_dead_temp(Path(folder, name))}
         inner[:] = sorted(set(inner) - dead)
         for name in sorted(dead):
@@ -655,8 +672,9 @@ def sweep_temps(layout: Layout, sweep: Sweep, *, dry_run: bool) -> None:
 def delete(path: Path) -> None:
     """Deletes a file, or a folder whole or not at all: it loses its name first. Gone already is as good."""
     if not path.is_dir() or path.is_symlink():
-        path.unlink(missing_ok=True)
+        files.remove(path)
         return
+    files.check_no_link(path)
     temp = files.temp_path(path)
     with contextlib.suppress(FileNotFoundError):
         path.rename(temp)

@@ -126,7 +126,7 @@ def run_stage_task(
     finally:
         stage.close()
         with contextlib.suppress(OSError):  # it is of no use any more, and no reason to hide another error
-            run.in_hand(number).unlink(missing_ok=True)
+            files.remove(run.in_hand(number))
     task.result.stopped = stopping()
     task.result.seconds = time.monotonic() - started
     return task.result

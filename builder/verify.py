@@ -535,7 +535,12 @@ class _Pair:
         """Checks that the edits tar is whole and holds the image where the table says."""
         path, offset, size = place
         if path not in self._edits_members:
-            index = _indexed(self._layout.root / path, f"{label}: edits tar '{path}'", edits.AGAIN)
+            whose = f"{label}: edits tar '{path}'"
+            try:
+                tar_path = self._edits.located(path)
+            except (BuilderError, OSError) as error:
+                raise _Wrong(f"{whose}: {_reason(error)}", edits.AGAIN) from error
+            index = _indexed(tar_path, whose, edits.AGAIN)
             if not index.has_end_mark:
                 raise _Wrong(f"{label}: edits tar '{path}' has no end mark", edits.AGAIN)
             self._edits_members[path] = dict(zip(index.data.tolist(), index.size.tolist(), strict=True))

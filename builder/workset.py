@@ -7,6 +7,7 @@ one run will try.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -32,6 +33,8 @@ _CHUNK = 20_000
 _KEYS = ("shard", "row", "uid")
 #: Stands among the names of stages for the table itself.
 _TABLE = ""
+#: What `Choice.retry` may be: all failed rows, or those of one class of error, which is a word.
+_RETRY = re.compile(r"failed(:[A-Za-z]\w*)?")
 #: How often a freeze is tried while shards are being ingested beside it.
 _ATTEMPTS = 5
 
@@ -60,6 +63,15 @@ class Choice:
         return None if self.retry is None else self.retry.removeprefix("failed:")
 
     def __post_init__(self) -> None:
+        if self.retry is not None and not _RETRY.fullmatch(self.retry):
+            kind = self.retry.rpartition(":")[2]
+            is_class = re.fullmatch(r"[A-Za-z]\w+", kind) is not None and kind.lower().rstrip("ed") != "fail"
+            raise ConfigError(
+                f"--retry takes 'failed' or 'failed:CLASS', not '{self.retry}'",
+                fix=f"for one class of error: --retry failed:{kind}"
+                if is_class
+                else "for all failed rows: --retry failed",
+            )
         given = [f"--{name}" for name in ("retry", "redo", "stale") if getattr(self, name)]
         if len(given) > 1:
             raise ConfigError(
@@ -158,7 +170,8 @@ def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
         return []
     first = works[0]
     columns = list(dict.fromkeys(column for work in works for column in work.columns))
-    with Samples(layout, columns, sorted(first.shards), _lookups_of(works)) as samples:
+    deciding = [work.sql for work in works]
+    with Samples(layout, columns, sorted(first.shards), _lookups_of(works), deciding=deciding) as samples:
         for work in works:
             _check_columns(samples, work)
         return _in_order(partial(_counted, samples, works))
@@ -201,9 +214,9 @@ def freeze(layout: Layout, path: Path, work: Work) -> list[Slice]:
         ConfigError: the SQL returns other columns than the stage needs, or a row twice.
         ConflictError: shards were ingested again all the while.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     for _ in range(_ATTEMPTS):
-        with Samples(layout, work.columns, sorted(work.shards), work.lookups) as samples:
+        with Samples(layout, work.columns, sorted(work.shards), work.lookups, deciding=[work.sql]) as samples:
             _check_columns(samples, work)
             before = {shard: _rows_of(layout, shard) for shard in work.shards}
             slices = _in_order(partial(_frozen_to, path, samples, work, before))
@@ -212,9 +225,14 @@ def freeze(layout: Layout, path: Path, work: Work) -> list[Slice]:
     raise ConflictError("shards were ingested again while the work set was frozen", fix="run the same command again")
 
 
-def first_rows(layout: Layout, work: Work, count: int) -> pa.Table:
-    """The first rows that a freeze would write; writes nothing."""
-    with Samples(layout, work.columns, sorted(work.shards), work.lookups) as samples:
+def first_rows(layout: Layout, work: Work, count: int, *, repeatable: bool = True) -> pa.Table:
+    """The first rows that a freeze would write; writes nothing.
+
+    Args:
+        repeatable: whether SQL in which the machine decides something is refused, as a freeze does.
+    """
+    deciding = [work.sql] if repeatable else []
+    with Samples(layout, work.columns, sorted(work.shards), work.lookups, deciding=deciding) as samples:
         _check_columns(samples, work)
 
         def read(sort: set[str]) -> list[pa.Table]:

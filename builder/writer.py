@@ -24,7 +24,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builder import edited_sample, files, formats, machine, query, table, tar
+from builder import edited_sample, files, formats, machine, query, schema, table, tar
 from builder.assembly import Assembly, Part, length
 from builder.edited_sample import Edit, Rules, edited_json, manifest_provenance, members_of
 from builder.edits import EditsReader
@@ -137,17 +137,19 @@ def plans(
         ConfigError: the SQL returns a column that means nothing to the writer, or a row twice.
     """
     stage = image_stage(columns)
-    with Samples(layout, columns, shards) as samples:
+    with Samples(layout, columns, shards, deciding=[sql]) as samples:
         relation = samples.select(sql, params)
         returned = relation.columns
         _check_columns(returned, [str(kind) for kind in relation.types], sql, rules)
-        chosen = ", ".join(f'cast(w."{n}" as {_TYPES[n]}) as "{n}"' if n in _TYPES else f'w."{n}"' for n in returned)
+        chosen = ", ".join(
+            f'cast(w."{n}" as {_TYPES[n]}) as "{n}"' if n in _TYPES else f"w.{schema.quoted(n)}" for n in returned
+        )
         around = f"select {chosen} from {{}} w order by w.shard, w.row"
         beside = _columns_beside(columns, stage, returned)
         try:
             reader = samples.select(sql, params, around=around).to_arrow_reader(10_000)
             frozen = pa.schema([*reader.schema, *((name, pa.string()) for name in beside)])
-            rows = _by_shard(reader)
+            rows = _by_shard(reader, sql)
             waiting = next(rows, None)
             for shard in sorted(shards):
                 state = table.partition_state(layout, shard)
@@ -170,6 +172,31 @@ def plans(
                 yield plan
         except query.DuckError as error:
             raise query.guarded(sql, error) from error
+
+
+def _in_python(batch: pa.RecordBatch, sql: Sql) -> list[dict[str, Any]]:
+    """The rows of a batch.
+
+    Raises:
+        ConfigError: a date or time that Python does not have, and json neither: infinity, years beyond 1 to 9999.
+    """
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except (OverflowError, ValueError):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for i, value in enumerate(column):
+                try:
+                    value.as_py()
+                except (OverflowError, ValueError) as error:
+                    place = {key: batch.column(key)[i].as_py() for key in ("shard", "row")}
+                    raise ConfigError(
+                        f"write SQL returned '{name}' of type {value.type} outside the years 1 to 9999 (as infinity), "
+                        "which json does not have",
+                        where={"file": sql.origin, **place},
+                        fix=f"return null or text: cast({name} as varchar)",
+                    ) from error
+        raise
 
 
 def image_stage(columns: Sequence[Column]) -> str | None:
@@ -203,7 +230,7 @@ def _check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql, rule
                 where=place,
                 fix="leave it out" if name != f"{_SET}caption" else "return the new caption as: caption",
             )
-        if name.startswith(_SET) and ("INTERVAL" in kind or "MAP(" in kind):
+        if name.startswith(_SET) and any(word in kind for word in ("INTERVAL", "MAP(", "UNION(")):
             raise ConfigError(
                 f"write SQL returned '{name}' of type {kind}, which json does not have",
                 where=place,
@@ -256,11 +283,11 @@ def _texts(column: pa.ChunkedArray) -> list[str | None]:
     return list(pc.binary_join(lists, _BETWEEN).to_pylist())
 
 
-def _by_shard(reader: pa.RecordBatchReader) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _by_shard(reader: pa.RecordBatchReader, sql: Sql) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     shard: str | None = None
     rows: list[dict[str, Any]] = []
     for batch in reader:
-        for row in batch.to_pylist():
+        for row in _in_python(batch, sql):
             if row["shard"] != shard:
                 if shard is not None:
                     yield shard, rows
@@ -473,7 +500,8 @@ def sizes_of(layout: Layout, plan: ShardPlan) -> tuple[int, int]:
 
 
 def free_bytes(layout: Layout) -> int:
-    folder = layout.root
+    """Free bytes where hybrid shards go, or will go."""
+    folder = layout.shards.absolute()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -491,7 +519,7 @@ def check_apart(layout: Layout, sources: Sequence[Path]) -> None:
             raise ConfigError(
                 "hybrid shards would be written where the source lies",
                 where={"source": source, "output": layout.shards},
-                fix="set dataset.root to another folder: hybrid shards go to its shards/",
+                fix="set dataset.root to another folder: hybrid shards go to its shards/, or where [write] folder says",
             )
 
 
@@ -510,9 +538,9 @@ def write_shard(layout: Layout, plan: ShardPlan) -> Written:
     with where(shard=plan.shard):
         while True:
             written, manifest, temp = _spliced(layout, plan)
-            layout.manifest(plan.shard).unlink(missing_ok=True)
+            files.remove(layout.manifest(plan.shard))
             inode = temp.stat().st_ino
-            temp.replace(layout.hybrid(plan.shard))
+            temp.replace(files.check_no_link(layout.hybrid(plan.shard)))
             files.sync_folder(layout.shards)
             files.write_atomic(layout.stats(plan.shard), json.dumps(written.statistics).encode())
             files.write_atomic(layout.manifest(plan.shard), manifest)

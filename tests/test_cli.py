@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,8 +20,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from builder import cli
-from conftest import STAGES, Sample, Workspace, builder, make_shard, picture, samples
+from builder import cli, console, table, writer
+from conftest import STAGES, Sample, Workspace, builder, make_shard, make_workspace, picture, samples
 from stages import cannot
 
 Make = Callable[..., Workspace]
@@ -216,13 +218,17 @@ def test_json_of_verify(dataset: Workspace) -> None:
         ),
         (
             ("sql",), 2,
-            {"class": "ConfigError", "what": "Missing argument 'QUESTION'.", "where": {}, "fix": "builder sql --help"},
+            {
+                "class": "ConfigError", "what": "builder sql needs QUESTION",
+                "where": {"usage": "builder sql [OPTIONS] QUESTION"},
+                "fix": 'builder sql "select lang, count(*) from samples where face_count > 0 group by 1"',
+            },
         ),
         (
             ("status", "--sett", "x"), 2,
             {
-                "class": "ConfigError", "what": "No such option '--sett'. Did you mean '--set'?", "where": {},
-                "fix": "builder status --help",
+                "class": "ConfigError", "what": "builder status takes no option --sett",
+                "where": {"its options": "--scale, --pipeline, --set, --json"}, "fix": "did you mean --set?",
             },
         ),
         (
@@ -253,7 +259,8 @@ def test_json_of_verify(dataset: Workspace) -> None:
             ("show", "nobody", "--set", "dataset.root=none"), 2,
             {
                 "class": "ConfigError", "what": "no sample has the uid 'nobody'", "where": {"root": "none"},
-                "fix": "give a uid of the table (builder sql 'select uid from samples limit 5'), or SHARD:ROW",
+                "fix": "give a uid of the table (builder sql 'select uid from samples limit 5'), or SHARD:ROW (each "
+                "builder command with --set dataset.root=none)",
             },
         ),
     ],
@@ -305,7 +312,11 @@ def test_exit_1_did_not_finish(own: Callable[..., Workspace]) -> None:
 def test_exit_2_usage_and_bad_pipelines(tmp_path: Path) -> None:
     done = run("nothing")
     assert (done.code, done.out) == (2, "")
-    assert done.err.endswith("Error: No such command 'nothing'.\n")
+    assert done.err == (
+        "error: there is no command 'nothing'\n"
+        f"  commands: {', '.join(COMMANDS)}\n"
+        "  fix: builder help says what each of them does\n"
+    )
     assert run().code == 2
     bad = tmp_path / "bad.toml"
     bad.write_text("[dataset]\nroot = 'out'\nshards = '*.tar'\n[runs]\n")
@@ -531,7 +542,7 @@ def test_init_into_a_file(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     done = run("init", str(tmp_path / "mine"))
     assert done.code == 2
-    assert done.err.splitlines()[-1] == f"Error: Invalid value for 'FOLDER': Directory '{tmp_path}/mine' is a file."
+    assert done.err.splitlines()[0] == f"error: invalid value for 'FOLDER': Directory '{tmp_path}/mine' is a file"
 
 
 def test_fold_and_drop(ask: Callable[..., Done], dataset: Workspace) -> None:
@@ -550,7 +561,8 @@ def test_fold_and_drop(ask: Callable[..., Done], dataset: Workspace) -> None:
         "error: column 'caption' cannot be dropped\n  stage: source\n  fix: drop an output of a stage or a json field\n"
     )
     assert ask("drop", "nothing").err == (
-        f"error: the table has no column 'nothing'\n  root: {dataset.root}\n  fix: builder sql 'describe samples'\n"
+        f"error: the table has no column 'nothing'\n  root: {dataset.root}\n  fix: builder sql 'describe samples' "
+        f"(each builder command with {again})\n"
     )
 
 
@@ -656,3 +668,259 @@ def test_no_shard_matches_is_said_in_under_a_second(workspace: Make) -> None:
         f"  folder: {made.folder} (exists)\n  working directory: {Path.cwd()}\n"
         "  fix: that folder has 1 tars, b.tar to b.tar: set dataset.shards to fit them\n"
     )
+
+
+# --- words that are misspelt ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "fix"),
+    [
+        (("runn",), "there is no command 'runn'", "did you mean: builder run"),
+        (("verison",), "there is no command 'verison'", "did you mean: builder version"),
+        (("query", "select 1"), "there is no command 'query'", "did you mean: builder sql"),
+        (("stats",), "there is no command 'stats'", "did you mean: builder status"),
+        (("help", "nop"), "there is no command 'nop'", "builder help says what each of them does"),
+        (("run", "--stale"), "builder run takes no option --stale",
+         "stage by stage: builder stage NAME --stale, then builder run; builder plan --stale counts"),
+        (("run", "--dry-run"), "builder run takes no option --dry-run",
+         "builder plan shows what a run would do, and starts nothing"),
+        (("run", "--dry-run", "--pipeline", "a b"), "builder run takes no option --dry-run",
+         "builder plan shows what a run would do, and starts nothing (each builder command with --pipeline 'a b')"),
+        (("stage", "lang", "--wher", "x"), "builder stage takes no option --wher", "did you mean --where?"),
+        (("status", "--zzz"), "builder status takes no option --zzz", "builder status --help"),
+        (("run", "small"), "builder run takes no more words: 'small'", "name the pipeline with --scale small"),
+        (("run", "my.toml"), "builder run takes no more words: 'my.toml'", "name the pipeline with --pipeline my.toml"),
+        (("run", "lang"), "builder run takes no more words: 'lang'", "one stage alone: builder stage lang"),
+        (("ingest", "a.tar", "b.tar"), "builder ingest takes no more words: 'a.tar b.tar'",
+         "name shards in the pipeline, or in quotes: --set 'dataset.shards=DIR/*.tar'"),
+        (("sql", "select", "1"), "builder sql takes no more words: '1'",
+         'put the SQL in quotes: builder sql "select count(*) from samples"'),
+        (("show",), "builder show needs UID", "builder show 00000000:3 --save /tmp/sample"),
+        (("drop",), "builder drop needs COLUMN", "builder drop lang_score --scale small"),
+        (("stage", "lang", "--try", "x"), "invalid value for '--try': 'x' is not a valid integer range",
+         "builder stage --help"),
+        (("demo", "--workers", "0"), "invalid value for '--workers': 0 is not in the range x>=1",
+         "builder demo --help"),
+        (("stage", "lang", "--try"), "option '--try' requires an argument", "builder help"),
+        (("--nope",), "builder takes no option --nope", "builder --help"),
+    ],
+)  # fmt: skip
+def test_every_misuse_says_what_where_and_how_to_mend_it(arguments: tuple[str, ...], what: str, fix: str) -> None:
+    done = run(*arguments)
+    lines = done.err.splitlines()
+    assert (done.code, done.out, lines[0], lines[-1]) == (2, "", f"error: {what}", f"  fix: {fix}")
+    if arguments[0] in JSON_COMMANDS:
+        assert run(*arguments, "--json").json()["error"]["fix"] == fix
+
+
+def test_every_option_of_another_command_names_one_that_there_is() -> None:
+    """The words that a misuse points on to are commands and options of this version."""
+    for (command, option), advice in console.ELSEWHERE.items():
+        assert option not in [name for p in COMMANDS[command].params for name in p.opts]
+        for named in re.findall(r"builder ([a-z]+)", advice):
+            assert named in COMMANDS, advice
+    for name, meant in console.ALIASES.items():
+        assert name not in COMMANDS
+        assert meant.split()[0] in COMMANDS
+
+
+def test_help_and_version_are_commands_too() -> None:
+    assert run("help") == run("--help")
+    for name in COMMANDS:
+        assert run("help", name) == run(name, "--help")
+    assert run("version") == run("--version")
+
+
+@pytest.mark.parametrize(
+    ("word", "fix"),
+    [
+        ("fail", "for all failed rows: --retry failed"),
+        ("failed:", "for all failed rows: --retry failed"),
+        ("failed:{}", "for all failed rows: --retry failed"),
+        ("", "for all failed rows: --retry failed"),
+        ("timeout", "for one class of error: --retry failed:timeout"),
+        ("fails:timeout", "for one class of error: --retry failed:timeout"),
+        ("failed:a b", "for all failed rows: --retry failed"),
+        ("Failed", "for all failed rows: --retry failed"),
+    ],
+)
+def test_what_retry_takes(word: str, fix: str, ask: Callable[..., Done], dataset: Workspace) -> None:
+    for arguments in (("stage", "lang"), ("plan",)):
+        done = ask(*arguments, "--retry", word)
+        lines = done.err.splitlines()
+        assert done.code == 2
+        assert lines[0] == f"error: --retry takes 'failed' or 'failed:CLASS', not '{word}'"
+        assert lines[-1].startswith(f"  fix: {fix}")
+
+
+# --- which sample ---
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("00000000:9999", ["error: shard '00000000' has no row 9999", "  its rows: 0 to 7",
+                           "  fix: give one of these: builder show 00000000:7"]),
+        ("00000000:99999999999999999999999", ["error: shard '00000000' has no row 99999999999999999999999",
+                           "  its rows: 0 to 7", "  fix: give one of these: builder show 00000000:7"]),
+        ("0000000O:1", ["error: the table has no shard '0000000O', and no sample has the uid '0000000O:1'",
+                        "  shards: 00000000, 00000001", "  fix: did you mean '0000000"]),
+        ("nothing:1", ["error: the table has no shard 'nothing', and no sample has the uid 'nothing:1'",
+                       "  shards: 00000000, 00000001", "  fix: give a shard of the table, or a uid"]),
+        ("00000000:²", ["error: no sample has the uid '00000000:²'", "  fix: give a uid of the table"]),
+        ("00000000:٣", ["error: no sample has the uid '00000000:٣'", "  fix: give a uid of the table"]),
+        ("00000000:-1", ["error: no sample has the uid '00000000:-1'", "  fix: give a uid of the table"]),
+    ],
+)  # fmt: skip
+def test_a_sample_that_there_is_not(name: str, told: list[str], ask: Callable[..., Done], dataset: Workspace) -> None:
+    done = ask("show", name)
+    lines = [line for line in done.err.splitlines() if not line.startswith("  root: ")]
+    assert done.code == 2
+    assert len(lines) == len(told)
+    assert all(line.startswith(start) for line, start in zip(lines, told, strict=True)), lines
+    if "builder" in lines[-1]:
+        assert f"--pipeline {dataset.file}" in lines[-1]
+
+
+def test_a_uid_with_a_colon_is_found(workspace: Make) -> None:
+    made = workspace({"a": [Sample("0-0", fields={"uid": "here:7"})]})
+    made.run("ingest")
+    assert made.run("show", "here:7").stdout.startswith("sample here:7: shard a row 0")
+
+
+# --- streams and encodings ---
+
+
+def _shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A line of a shell in which $BUILDER is the command."""
+    command = f"{shlex.quote(sys.executable)} -m builder"
+    return subprocess.run(
+        ["bash", "-c", line.replace("$BUILDER", command)], capture_output=True, text=True, timeout=200,
+        stdin=subprocess.DEVNULL, env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "ends", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| head -1 >/dev/null", "2>&1 | head -c 1 >/dev/null"]
+)
+def test_a_closed_stream_is_no_error(ends: str, dataset: Workspace) -> None:
+    """A question, and work that talks: done whole, exit 0, no traceback, and nothing written into its files."""
+    for arguments in ("sql 'select * from samples, range(400)' --csv", "ingest --redo", "status"):
+        done = _shell(f"set -o pipefail; $BUILDER {arguments} --pipeline {shlex.quote(str(dataset.file))} {ends}")
+        assert (done.returncode, "Traceback" in done.stderr, "Error" in done.stderr) == (0, False, False), done.stderr
+    assert dataset.rows("select count(*) from samples") == [(16,)]
+    [state] = {name: len(table.listing(dataset.load().layout, name)["source"]) for name in ("00000000",)}.values()
+    assert state == 2
+
+
+def test_a_full_disk_behind_stdout_is_an_error(dataset: Workspace) -> None:
+    done = _shell(f"$BUILDER sql 'select * from samples' --csv --pipeline {shlex.quote(str(dataset.file))} > /dev/full")
+    assert done.returncode == 1
+    assert "the disk is full" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}],
+)
+def test_a_folder_with_letters_beyond_ascii_under_an_ascii_locale(environment: dict[str, str], tmp_path: Path) -> None:
+    made = make_workspace(tmp_path / "Füße 図", {"ä": samples(2)}, stages="[stages.lang]\n")
+    for arguments in ("run", "status", "sql 'select shard from samples' --csv", "verify", "show 'ä:1'"):
+        done = _shell(f"$BUILDER {arguments} --pipeline {shlex.quote(str(made.file))}", **environment)
+        assert done.returncode == 0, done.stderr
+        if "sql" in arguments:
+            assert done.stdout.splitlines() == ["shard", "\\xe4", "\\xe4"]  # as far as the terminal can show it
+    assert (made.root / "shards/ä.tar").exists()
+
+
+# --- what a run finds first ---
+
+
+def _broken(folder: Path, name: str, text: str) -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (["stages.prompts.sql={none}"], "no SQL file '{none}'"),
+        (["stages.lang.sql={unbound}"], "DuckDB refuses the SQL: Binder Error"),
+        (["stages.lang.sql={misspelt}"], "DuckDB refuses the SQL: Parser Error"),
+        (["stages.lang.sql={columns}"], "work SQL returned a column 'caption', which stage 'lang' does not take"),
+        (["stages.lang.sql={machine}"], "SQL uses random(), which the machine decides"),
+        (["stages.lang.sql={parameter}"], "SQL uses $threshold, which has no value"),
+        (["stages.prompts.params.more=1"], "parameter 'more' is given, but the SQL does not use $more"),
+        (["write.select={none}"], "no SQL file '{none}'"),
+        (["write.select={unbound}"], "DuckDB refuses the SQL: Binder Error"),
+        (["write.select={machine}"], "SQL uses random(), which the machine decides"),
+        (["write.select={columns}"], "write SQL returned a column 'text', which the writer does not know"),
+        (["write.params.more=1"], "parameter 'more' is given, but the SQL does not use $more"),
+        (["stages.faces.source=auto", "stages.faces.metadata=none/*.parquet"], "no file matches 'none/*.parquet'"),
+        (["stages.faces.detector=scrfd", "stages.faces.model=none.onnx", "stages.faces.source=detector"],
+         "none.onnx"),
+        (["stages.generate.backend=diffusers", "stages.generate.model=none/model/of/mine"],
+         "none/model/of/mine"),
+    ],
+)  # fmt: skip
+def test_a_run_finds_first_what_plan_can_find(sets: list[str], told: str, workspace: Make) -> None:
+    """Nothing is ingested, no stage starts: SQL, parameters, files and models are looked at before."""
+    made = workspace({"a": samples(4)})
+    files_ = {
+        "none": "none.sql",
+        "unbound": _broken(made.folder, "unbound.sql", "select shard, row, uid, captions as text from samples"),
+        "misspelt": _broken(made.folder, "misspelt.sql", "selec shard, row, uid, caption as text from samples"),
+        "columns": _broken(made.folder, "columns.sql", "select shard, row, uid, caption as text, caption from samples"),
+        "machine": _broken(made.folder, "machine.sql", "select shard, row, uid from samples where random() < 0.1"),
+        "parameter": _broken(
+            made.folder, "parameter.sql", "select shard, row, uid, caption as text from samples where row > $threshold"
+        ),
+    }
+    options = [word for item in sets for word in ("--set", item.format(**files_))]
+    done = made.run("run", *options, check=False)
+    assert (done.returncode != 0, "Traceback" in done.stderr) == (True, False), done.stderr
+    assert told.format(**files_) in done.stderr
+    assert not made.root.exists()
+
+
+def test_a_run_tells_every_problem_at_once(workspace: Make) -> None:
+    made = workspace({"a": samples(4)})
+    one = _broken(made.folder, "one.sql", "select shard, row, uid, nothing as text from samples")
+    other = _broken(made.folder, "other.sql", "select shard, row, uid, now() as set_at from samples")
+    done = made.run(
+        "run", "--set", f"stages.lang.sql={one}", "--set", f"write.select={other}",
+        "--set", "stages.prompts.params.x=1", check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 3 problems in the pipeline\n")
+    assert all(f"file: {path}" in done.stderr for path in (one, other))
+    assert "parameter 'x' is given" in done.stderr
+    assert not made.root.exists()
+
+
+def test_a_run_finds_a_full_disk_first(workspace: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = workspace({"a": samples(4), "b": samples(4, start=4)})
+    sizes = [path.stat().st_size for path in sorted((made.folder / "source").iterdir())]
+    monkeypatch.setattr(writer, "free_bytes", lambda layout: sum(sizes) - 1)
+    done = made.run("run", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"error: too little free disk: 2 hybrid shards take about {sum(sizes):,} bytes, {sum(sizes) - 1:,} are free\n"
+    )
+    assert "[write] folder" in done.stderr
+    assert not made.root.exists()
+    monkeypatch.undo()
+    made.run("run")
+    monkeypatch.setattr(writer, "free_bytes", lambda layout: sizes[0])  # what is written already takes no more
+    made.run("run")
+
+
+def test_a_run_finds_a_linked_folder_first(workspace: Make) -> None:
+    made = workspace({"a": samples(4)})
+    (made.folder / "elsewhere").mkdir()
+    made.root.mkdir()
+    (made.root / "edits").symlink_to(made.folder / "elsewhere")
+    done = made.run("run", check=False)
+    assert (done.returncode, f"'{made.root}/edits' is a link" in done.stderr) == (2, True)
+    assert sorted(path.name for path in made.root.iterdir()) == ["edits"]

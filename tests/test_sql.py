@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,12 @@ import pytest
 from builder import layout, schema
 from builder import pipeline as pipelines
 from builder.errors import ConfigError
+from builder.progress import Talk
 from builder.query import Samples, Sql, checked, read_sql
+from builder.repeatable import examine
 from builder.stage import columns_of, find
 from builder.stages.faces import Faces, FacesOptions
+from builder.workset import Choice
 from conftest import Workspace, ingest_here, metadata, samples
 
 FOLDER = layout.installed("sql")
@@ -386,3 +391,182 @@ def test_captions_in_any_language_may_be_rewritten(name: str, lang: str, covered
         )
         found = connection.execute((FOLDER / name).read_text("utf-8"), {"min_faces": 1, "lang": lang}).fetchall()
     assert [row[2] for row in found] == covered
+
+
+# --- the same rows on every machine ---
+
+#: What the machine decides, each in a place of its own, and what the message calls it.
+MACHINE = [
+    ("where random() < 0.5", "random()"),
+    ("where hash(uuid()) % 2 = 0", "uuid()"),
+    ("where gen_random_uuid() is not null", "gen_random_uuid()"),
+    ("where uuidv7() is not null", "uuidv7()"),
+    ("where now() > timestamptz '2020-01-01 00:00:00+00'", "now()"),
+    ("where today() > date '2020-01-01'", "today()"),
+    ("where current_date > date '2020-01-01'", "current_date"),
+    ("where CURRENT_TIMESTAMP is not null", "current_timestamp"),
+    ("where localtimestamp is not null", "localtimestamp"),
+    ("where get_current_time() is not null", "get_current_time()"),
+    ("where transaction_timestamp() is not null", "transaction_timestamp()"),
+    ("where ago(interval 1 day) is not null", "ago()"),
+    ("where age(timestamp '2020-01-01') is not null", "age() of one argument"),
+    ("where main.random() < 0.5", "random()"),
+    ('where "random"() < 0.5', "random()"),
+    ("where uid in (select uid from samples where random() < 0.5)", "random()"),
+    ("where list_transform([1], lambda x: random())[1] < 0.5", "random()"),
+    ("where [random() for x in [1]][1] < 0.5", "random()"),
+    ("where (with t as (select random() as r) select r from t) < 0.5", "random()"),
+    ("order by random()", "random()"),
+    ("group by all having random() < 0.5", "random()"),
+    ("qualify row_number() over (order by random()) = 1", "random()"),
+    ("where version() <> ''", "version()"),
+    ("where current_setting('threads')::int > 0", "current_setting()"),
+    ("where getvariable('x') is null", "getvariable()"),
+    ("where nextval('s') > 0", "nextval()"),
+    ("where txid_current() > 0", "txid_current()"),
+    ("where current_schema is not null", "current_schema"),
+    ("where current_database() <> ''", "current_database()"),
+    ("where exists (select * from duckdb_settings())", "the table function duckdb_settings()"),
+    ("where exists (select * from pragma_version())", "the table function pragma_version()"),
+    ("where exists (select * from query('select 1'))", "the table function query()"),
+    ("where exists (select * from information_schema.tables)", "DuckDB's own table tables"),
+    ("where exists (select * from pg_catalog.pg_settings)", "DuckDB's own table pg_settings"),
+    ("using sample 3", "a sample without repeatable"),
+    ("tablesample bernoulli(50%)", "a sample without repeatable"),
+]
+
+
+@pytest.mark.parametrize(("clause", "name"), MACHINE)
+def test_what_the_machine_decides_is_refused_by_name(clause: str, name: str, dataset: Workspace) -> None:
+    """In work SQL and in write SQL; a question and a condition may use it, as far as DuckDB has it."""
+    for file, keys in (("lang", "caption as text"), ("write", "true as dropped")):
+        path = dataset.folder / f"{file}.sql"
+        path.write_text(f"-- a first line\nselect shard, row, uid, {keys} from samples {clause}")
+        sets = [f"{'write.select' if file == 'write' else 'stages.lang.sql'}={path}"]
+        with pytest.raises(ConfigError) as caught:
+            if file == "write":
+                pipelines.plan_write(dataset.load(*sets))
+            else:
+                pipelines.run_stage(dataset.load(*sets), "lang", Choice(), Talk(quiet=True))
+        assert caught.value.what == (
+            f"SQL uses {name}, which the machine decides and not the table: another run would find other rows"
+        )
+        lines = ("", ":2") if name.startswith("a sample") else (":2",)
+        assert caught.value.where["file"] in [f"{path}{line}" for line in lines]
+        assert ("hash(uid)" in caught.value.fix) != ("$day" in caught.value.fix)
+
+
+def test_every_function_that_duckdb_calls_volatile_is_refused() -> None:
+    """Out of DuckDB's own list, so that a new version's new ones are refused, too."""
+    with duckdb.connect() as connection:
+        names = connection.execute(
+            "select distinct function_name, len(parameter_types) from duckdb_functions() where stability = 'VOLATILE'"
+        ).fetchall()
+    assert len(names) >= 10
+    for name, count in names:
+        call = f"{name}({', '.join(['1'] * count)})"
+        assert bool(examine(f"select {call}").refused) == (name != "error"), call
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "select uid from samples where hash(uid) % 100 < 10 order by uid",
+        "select date_trunc('day', make_timestamptz(2020, 1, 1, 1, 1, 0)), age(t, t) from (select date '2020-01-01' t)",
+        "select unnest([1, 2]), s.row from samples s, range(3) t(i)",
+        "with columns as (select 1 as a), tables as (select 2 as b) select a from columns, tables",
+        "select error('no') from samples where false",
+        "select s.current_date from (select 1 as current_date) s",
+        "select strftime(date '2020-01-01', '%Y'), timestamp '2020-01-01' at time zone 'UTC'",
+        "select * from samples tablesample reservoir(3) repeatable (7)",
+    ],
+)  # fmt: skip
+def test_what_the_table_decides_is_taken(text: str, dataset: Workspace) -> None:
+    pipeline = dataset.load()
+    partitions = pipeline.layout.partitions()
+    with Samples(pipeline.layout, pipeline.known_columns(), partitions, deciding=[Sql(text, "here")]) as asked:
+        asked.rows(Sql(text, "here"))
+
+
+def test_a_column_whose_name_is_a_word_of_sql_is_a_column() -> None:
+    assert examine("select current_date from samples").refused == "current_date"
+    assert examine("select current_date from samples", frozenset({"current_date"})).refused == ""
+
+
+@pytest.mark.parametrize("text", ["where random() >= 0", "where now() > date '2020-01-01'", "where uuid() is not null"])
+def test_a_question_and_a_condition_may_use_what_the_machine_decides(text: str, dataset: Workspace) -> None:
+    assert pipelines.answer(dataset.load(), Sql(f"select count(*) from samples {text}", "here"), {})[1] == [(16,)]
+    choice = Choice(where=text.removeprefix("where "))
+    assert pipelines.plan(dataset.load(), choice).stages["lang"].covered == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "is_alone"),
+    [
+        ("select count(*), max(uid), bool_or(row > 1) from samples group by shard", False),
+        ("select * from samples where row < 3 order by uid", False),
+        ("select distinct shard from samples", False),
+        ("select s.shard, s.row, uid from samples s join samples t using (uid)", False),
+        ("select sum(source_width::double) from samples", True),
+        ("select first(uid) from samples", True),
+        ("select ANY_VALUE(uid) from samples", True),
+        ("select string_agg(uid, ',') from samples", True),
+        ("select list(uid order by shard) from samples", True),
+        ("select mode(caption) from samples", True),
+        ("select uid from samples order by shard limit 3", True),
+        ("select uid from samples limit 10%", True),
+        ("select distinct on (shard) uid from samples", True),
+        ("select uid from samples qualify row_number() over (partition by shard) = 1", True),
+        ("select uid from samples where row = (select arg_max(row, shard) from samples)", True),
+        ("select uid from samples tablesample bernoulli(50%) repeatable (3)", True),
+    ],
+)
+def test_what_hangs_on_the_order_of_rows_runs_on_one_thread(text: str, is_alone: bool, dataset: Workspace) -> None:
+    """As many threads as there are cores bring rows in an order of their own: sums, the first of a group, ties."""
+    pipeline = dataset.load()
+    with Samples(pipeline.layout, pipeline.known_columns(), [], deciding=[Sql(text, "here")]) as asked:
+        [(threads,)] = asked.fixed("select current_setting('threads')")
+        asked.rows(Sql(text, "here"))
+    with duckdb.connect() as connection:
+        [(most,)] = connection.execute("select current_setting('threads')").fetchall()
+    assert threads == (1 if is_alone else most)
+
+
+@pytest.mark.parametrize("place", ["UTC", "Asia/Kolkata", "America/St_Johns"])
+def test_every_session_has_one_time_zone_and_one_calendar(
+    place: str, dataset: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", place)
+    time.tzset()
+    try:
+        with pipelines.all_samples(dataset.load()) as asked:
+            [row] = asked.rows(
+                Sql(
+                    "select current_setting('timezone'), current_setting('calendar'), "
+                    "timestamptz '2020-06-01 12:00:00+00'::varchar, date_part('hour', timestamptz '2020-06-01 12:00Z')",
+                    "here",
+                )
+            )
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert row == ("UTC", "gregorian", "2020-06-01 12:00:00+00", 12)
+
+
+def test_the_writer_s_bytes_do_not_depend_on_time_zone_and_locale(dataset: Workspace) -> None:
+    (dataset.folder / "write.sql").write_text(
+        "select shard, row, uid, make_timestamptz(2020, 6, 1, 12, 0, 0) as set_made, "
+        "date_trunc('day', timestamptz '2020-06-01 23:30:00+00') as set_day, "
+        "strftime(timestamptz '2020-06-01 23:30:00+00', '%A %H:%M') as set_text, timestamptz '2020-06-01 23:30:00+00' "
+        "::date as set_date from samples where row % 2 = 0"
+    )
+    select = ("--set", f"write.select={dataset.folder / 'write.sql'}")
+    made = []
+    for zone, language in (("UTC", "C.UTF-8"), ("Asia/Kolkata", "C"), ("America/St_Johns", "POSIX")):
+        done = dataset.process("write", *select, env={**os.environ, "TZ": zone, "LC_ALL": language})
+        made.append([path.read_bytes() for path in sorted((dataset.root / "shards").glob("*.tar"))])
+        assert ("nothing to do" in done.stderr) == (len(made) > 1), (
+            done.stderr
+        )  # two nodes rewrite nothing of each other
+    assert made[0] == made[1] == made[2]
+    assert b"2020-06-01T12:00:00" in made[0][0]

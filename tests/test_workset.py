@@ -272,10 +272,8 @@ def mixed(layout: Layout) -> Layout:
     [
         (Choice(), [6, 7]),
         (Choice(retry="failed"), [4, 5, 6, 7]),
-        (Choice(retry="ValueError"), [4]),
         (Choice(retry="failed:ValueError"), [4]),
-        (Choice(retry="Value"), []),
-        (Choice(retry="it's"), []),
+        (Choice(retry="failed:Value"), []),
         (Choice(redo=True), [0, 1, 2, 3, 4, 5, 6, 7]),
         (Choice(stale=True), [6, 7]),
         (Choice(where="row % 2 = 0"), [6]),

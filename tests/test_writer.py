@@ -231,7 +231,7 @@ def test_output_where_the_source_lies(workspace: Callable[..., Workspace]) -> No
             "hybrid shards would be written where the source lies\n"
             f"  source: {source}/00000000.tar\n"
             f"  output: {source}\n"
-            "  fix: set dataset.root to another folder: hybrid shards go to its shards/"
+            "  fix: set dataset.root to another folder: hybrid shards go to its shards/, or where [write] folder says"
         )
     assert {path: path.read_bytes() for path in source.iterdir()} == before
 
@@ -413,3 +413,33 @@ def test_a_webp_with_a_long_name_is_replaced(workspace: Callable[..., Workspace]
     made.run("run")
     made.run("verify")
     assert list(read_tar(made.root / "shards/a.tar")) == [f"{long_key}.{e}" for e in ("webp", "json", "txt")]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("date 'infinity'", "of type date32[day] outside the years 1 to 9999"),
+        ("date '-infinity'", "of type date32[day] outside the years 1 to 9999"),
+        ("date '20000-01-01'", "of type date32[day] outside the years 1 to 9999"),
+        ("timestamp 'infinity'", "of type timestamp[us] outside the years 1 to 9999"),
+        ("[date 'infinity']", "outside the years 1 to 9999"),
+        ("{'a': timestamp '-infinity'}", "outside the years 1 to 9999"),
+        ("union_value(a := 1)", "of type UNION(a INTEGER), which json does not have"),
+        ("[union_value(a := 1)]", "which json does not have"),
+    ],
+)
+def test_values_that_json_does_not_have_are_told_with_their_row(value: str, told: str, dataset: Workspace) -> None:
+    """By plan and by write, without a traceback; null and text are taken."""
+    path = dataset.folder / "write.sql"
+    path.write_text(f"select shard, row, uid, case when row = 3 then {value} end as set_x from samples")
+    for verb in ("plan", "write"):
+        done = dataset.run(verb, "--set", f"write.select={path}", check=False)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+        assert "write SQL returned 'set_x'" in done.stderr
+        assert told in done.stderr
+        if "years" in told:
+            assert "\n  shard: 00000000\n  row: 3\n  fix: return null or text: cast(set_x as varchar)" in done.stderr
+    path.write_text(
+        f"select shard, row, uid, cast(case when row = 3 then {value} end as varchar) as set_x from samples"
+    )
+    dataset.run("write", "--set", f"write.select={path}")

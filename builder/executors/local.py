@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builder import files
 from builder.deaths import DIED_OF
 
 #: Exit codes of a task: done, done with failed rows, stopped when asked; any other did not finish.
@@ -150,7 +151,6 @@ class _Pool:
     def _start(self, number: int) -> None:
         slot = next(i for i in range(self._workers) if i not in self._running)
         path = self._log(number)
-        path.parent.mkdir(parents=True, exist_ok=True)
         environment = {
             **DEFAULTS,
             **os.environ,
@@ -158,7 +158,7 @@ class _Pool:
             "BUILDER_DEVICE": self._devices[slot % len(self._devices)],
             DIED_OF: self._died_of.get(number, ""),
         }
-        with path.open("ab") as log:
+        with files.open_log(path) as log:
             process = subprocess.Popen(
                 list(self._command(number)),
                 stdin=subprocess.PIPE,
@@ -192,7 +192,10 @@ class _Pool:
                 return
             done, failed = int(report["done"]), int(report["failed"])
         except (ValueError, KeyError, TypeError):
-            with contextlib.suppress(OSError), worker.log.open("ab") as log:  # on a full disk the work matters more
+            with (
+                contextlib.suppress(OSError),
+                files.open_log(worker.log) as log,
+            ):  # on a full disk the work matters more
                 log.write(line)  # something that a stage printed
             return
         worker.begun, worker.done = done if worker.begun is None else worker.begun, done

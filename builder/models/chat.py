@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import importlib.util
 import json
 import re
 import time
@@ -95,6 +96,12 @@ class Over(AskFailed):
     """
 
 
+def check_installed() -> None:
+    """Raises StageError if aiohttp is not installed; loads nothing."""
+    if importlib.util.find_spec("aiohttp") is None:
+        raise missing_extra("aiohttp", "llm", "asking an LLM server")
+
+
 class Http:
     """A session to any number of servers, for the event loop in which it is made.
 
@@ -107,10 +114,9 @@ class Http:
     """
 
     def __init__(self, timeout_s: float, connect_s: float = _CONNECT_S) -> None:
-        try:
-            import aiohttp
-        except ImportError as error:
-            raise missing_extra("aiohttp", "llm", "asking an LLM server") from error
+        check_installed()
+        import aiohttp
+
         self._aiohttp = aiohttp
         self._timeout_s, self._connect_s = timeout_s, connect_s
         trace = aiohttp.TraceConfig()

@@ -20,8 +20,10 @@ from pydantic import Field
 from builder.config import Strict
 from builder.errors import ConfigError
 from builder.models.mtcnn import Mtcnn
+from builder.models.mtcnn_nets import check_installed as check_mtcnn
 from builder.models.pictures import Pixels, decode, pixels_of
 from builder.models.scrfd import GRAIN_PX, LICENCE, Scrfd
+from builder.models.scrfd import check_installed as check_scrfd
 from builder.stage import Resources
 
 #: Digits of a coordinate in 0..1: finer than a pixel of any picture.
@@ -92,6 +94,14 @@ def check_options(options: DetectorOptions, stage: str) -> None:
                 f"{name} is set, but detector = '{options.detector}' does not read it",
                 fix=f"set {others} in [stages.{stage}], or leave {name} out",
             )
+
+
+def check_installed(options: DetectorOptions) -> None:
+    """Raises StageError for packages and files that the configured detector would miss; loads nothing."""
+    if options.detector == "scrfd":
+        check_scrfd(options.model)
+    else:
+        check_mtcnn()
 
 
 def nearness(

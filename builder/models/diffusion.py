@@ -323,10 +323,14 @@ def _network(pipe: Any) -> Any:
     return getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
 
 
+#: What every diffusers pipeline needs.
+_PACKAGES = ("torch", "simplejpeg", "accelerate", "transformers", "diffusers")
+
+
 def _packages() -> tuple[Any, Any]:
     """torch and diffusers, quiet; the others that every pipeline needs are there, too."""
     found = {}
-    for package in ("torch", "simplejpeg", "accelerate", "transformers", "diffusers"):
+    for package in _PACKAGES:
         try:
             module = found[package] = importlib.import_module(package)
         except ModuleNotFoundError as error:
@@ -391,9 +395,16 @@ def _tell_memory(pipe: Any) -> None:
     vae.decode = heard
 
 
-def _loaded(options: DiffusionOptions) -> Any:
-    """The pipeline on the CPU."""
-    torch, diffusers = _packages()
+def check_installed(options: DiffusionOptions) -> None:
+    """Raises StageError for packages and model files that a pipeline would miss; loads nothing."""
+    for package in _PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, "images", "backend 'diffusers'")
+    check_model(options)
+
+
+def check_model(options: DiffusionOptions) -> None:
+    """Raises StageError where no model is named, or one that can be no model."""
     model = options.model
     directory = Path(model).expanduser()
     if not model:
@@ -412,6 +423,15 @@ def _loaded(options: DiffusionOptions) -> Any:
             f"there is no model directory '{model}'",
             fix="name a directory that diffusers' save_pretrained wrote, or a hub id: owner/name",
         )
+
+
+def _loaded(options: DiffusionOptions) -> Any:
+    """The pipeline on the CPU."""
+    torch, diffusers = _packages()
+    model = options.model
+    check_model(options)
+    directory = Path(model).expanduser()
+    is_local = directory.is_dir()
     args = {
         "dtype": getattr(torch, options.dtype), "variant": options.variant, "revision": options.revision,
         "local_files_only": is_local,

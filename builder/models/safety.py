@@ -22,6 +22,21 @@ from builder.models.pictures import Pixels
 UNSAFE = ("nsfw", "unsafe", "porn", "sexy", "hentai", "explicit")
 
 
+def check_installed(folder: str) -> Path:
+    """Raises StageError for packages and files that the classifier would miss; loads nothing. Returns its folder."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, "images", "nsfw_model")
+    place = Path(folder).expanduser()
+    if not (place / "config.json").is_file():
+        raise StageError(
+            f"there is no model in '{folder}'",
+            where={"looked for": place / "config.json"},
+            fix="set nsfw_model to a folder with an image classifier, as save_pretrained writes it",
+        )
+    return place
+
+
 class SafetyModel:
     """An image classifier one or more of whose labels mean unsafe.
 
@@ -38,16 +53,7 @@ class SafetyModel:
     """
 
     def __init__(self, folder: str, labels: Sequence[str] = (), *, device: str = "cpu") -> None:
-        for package in ("torch", "transformers"):
-            if importlib.util.find_spec(package) is None:
-                raise missing_extra(package, "images", "nsfw_model")
-        place = Path(folder).expanduser()
-        if not (place / "config.json").is_file():
-            raise StageError(
-                f"there is no model in '{folder}'",
-                where={"looked for": place / "config.json"},
-                fix="set nsfw_model to a folder with an image classifier, as save_pretrained writes it",
-            )
+        place = check_installed(folder)
         import torch
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 

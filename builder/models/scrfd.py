@@ -107,9 +107,7 @@ class Scrfd:
         threshold: float = 0.5,
         batch: int | None = None,
     ) -> None:
-        for package in ("insightface", "onnx", "onnxruntime"):
-            if importlib.util.find_spec(package) is None:
-                raise missing_extra(package, "insightface", "detector 'scrfd'")
+        check_installed(model)
         import cv2
 
         cv2.setNumThreads(1)
@@ -278,6 +276,14 @@ def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
         )
     cuda = {"device_id": int(number or 0), "cudnn_conv_algo_search": "HEURISTIC"}  # by shape, not by a race of timings
     return [("CUDAExecutionProvider", cuda), ("CPUExecutionProvider", {})]
+
+
+def check_installed(model: str) -> None:
+    """Raises StageError for packages and files that the detector would miss; loads nothing."""
+    for package in ("insightface", "onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_extra(package, "insightface", "detector 'scrfd'")
+    _files(model)
 
 
 def _loaded(model: str, providers: list[tuple[str, dict[str, Any]]], batch: int) -> tuple[Path, Any]:

@@ -24,6 +24,12 @@ _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
+def check_installed() -> None:
+    """Raises StageError if vllm is not installed; loads nothing."""
+    if importlib.util.find_spec("vllm") is None:
+        raise missing_extra("vllm", "vllm", "backend 'vllm' of stage 'prompts'")
+
+
 class VllmChat:
     """An engine with its model.
 
@@ -49,8 +55,7 @@ class VllmChat:
         template: Mapping[str, Any],
         engine: Mapping[str, Any],
     ) -> None:
-        if importlib.util.find_spec("vllm") is None:
-            raise missing_extra("vllm", "vllm", "backend 'vllm' of stage 'prompts'")
+        check_installed()
         if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):  # noqa: PTH111, PTH112
             raise StageError(f"there is no model folder '{model}'", fix="name one that exists, or a hub's id")
         for name, value in _ENVIRONMENT.items():

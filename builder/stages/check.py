@@ -11,6 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from builder.errors import RowError
+from builder.models import safety
 from builder.models.detectors import (
     DETECTORS,
     DIGITS,
@@ -18,6 +19,7 @@ from builder.models.detectors import (
     Block,
     DetectorOptions,
     FaceFinder,
+    check_installed,
     check_options,
 )
 from builder.models.pictures import Pixels
@@ -66,6 +68,12 @@ class Check:
         self.tolerance, self.resources, self.notice = kind.tolerance, kind.resources, kind.notice
         self._finder: FaceFinder | None = None
         self._safety: SafetyModel | None = None
+
+    def check_setup(self) -> None:
+        """Raises StageError for what the detector and the classifier would miss."""
+        check_installed(self.options)
+        if self.options.nsfw_model is not None:
+            safety.check_installed(self.options.nsfw_model)
 
     def setup(self, device: str) -> None:
         if self.options.nsfw_model is not None:

@@ -17,6 +17,7 @@ from builder.models.detectors import (
     DetectorOptions,
     FaceFinder,
     Seen,
+    check_installed,
     check_options,
     is_large,
     nearness,
@@ -95,6 +96,11 @@ class Faces:
     @property
     def _detects(self) -> bool:
         return self.options.source in ("auto", "detector")
+
+    def check_setup(self) -> None:
+        """Raises StageError for what the detector would miss."""
+        if self._detects:
+            check_installed(self.options)
 
     def setup(self, device: str) -> None:
         if self._detects:

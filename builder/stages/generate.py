@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from builder.errors import StageError
 from builder.machine import is_of_the_machine, is_out_of_memory
-from builder.models.diffusion import Diffusion, DiffusionOptions, Unsafe
+from builder.models.diffusion import Diffusion, DiffusionOptions, Unsafe, check_installed
 from builder.models.image_queue import ImageQueue, Job, Made
 from builder.models.pictures import decode
 from builder.models.sketch import draw
@@ -142,6 +142,11 @@ class Generate:
             )  # fmt: skip
         self._model: Diffusion | None = None
         self._queue: ImageQueue | None = None
+
+    def check_setup(self) -> None:
+        """Raises StageError for packages and model files that the backend would miss."""
+        if self.options.backend == "diffusers":
+            check_installed(self.options)
 
     def setup(self, device: str) -> None:
         """Loads the model, and makes one batch of each size, the largest first, that is thrown away.

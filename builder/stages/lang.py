@@ -8,7 +8,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from builder.config import Strict
-from builder.models.language import LanguageModel
+from builder.models.language import LanguageModel, check_installed
 from builder.schema import output
 from builder.stage import Resources
 
@@ -50,6 +50,10 @@ class Lang:
     def __init__(self, options: LangOptions) -> None:
         self.options = options
         self._model: LanguageModel | None = None
+
+    def check_setup(self) -> None:
+        """Raises StageError if the language model's package is not installed."""
+        check_installed()
 
     def setup(self, device: str) -> None:
         self._model = LanguageModel()

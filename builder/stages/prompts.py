@@ -13,6 +13,7 @@ from pydantic.config import JsonDict
 
 from builder.config import Strict
 from builder.errors import ConfigError, StageError
+from builder.models import chat, language, vllm_chat
 from builder.models.answers import Contract, Detect, Rejected
 from builder.models.asking import Asking, Outcome
 from builder.models.endpoint import is_address
@@ -214,6 +215,16 @@ class Prompts:
             json_schema=options.json_schema,
             json_field=options.json_field,
         )
+
+    def check_setup(self) -> None:
+        """Raises StageError for packages that the backend would miss; asks no server."""
+        if self.options.backend == "template":
+            return
+        language.check_installed("stage 'prompts'")
+        if self.options.backend == "vllm":
+            vllm_chat.check_installed()
+        else:
+            chat.check_installed()
 
     def setup(self, device: str) -> None:
         options = self.options
