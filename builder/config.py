@@ -51,6 +51,8 @@ class FieldSpec(Strict):
     name: str
     #: `string`, `bool`, `int32`, `int64`, `float64`, `list<TYPE>`, `struct<name: TYPE, ...>` and so on.
     type: str
+    #: Its column in the table, where its own name is not free.
+    column: str | None = Field(default=None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
 
 
 class Dataset(Strict):
@@ -307,18 +309,24 @@ def _no_executor(name: str) -> str:
     return f"executor '{name}' is not part of this version\nuse: executor = \"local\""
 
 
-def fields_of(dataset: Dataset, problems: Problems) -> dict[str, Any]:
-    """json fields with their Arrow types."""
+def fields_of(dataset: Dataset, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
+    """json fields with their Arrow types, and the columns of those for which one is named."""
     fields: dict[str, Any] = {}
+    named: dict[str, str] = {}
     for item in dataset.fields:
-        if isinstance(item, str):
-            fields[item] = schema.FIELD_TYPES.get(item, schema.parse_type("string"))
-            continue
+        spec = item if isinstance(item, FieldSpec) else FieldSpec(name=item, type="")
         try:
-            fields[item.name] = schema.parse_type(item.type)
+            kind = schema.parse_type(spec.type) if spec.type else schema.FIELD_TYPES.get(spec.name, schema.TEXT)
+            if spec.column:
+                named[spec.name] = spec.column
+            fields[spec.name] = kind
         except SchemaError as error:
-            problems.add(("dataset", "fields"), f"field '{item.name}': {error.what}\n{error.fix}")
-    return fields
+            problems.add(("dataset", "fields"), f"field '{spec.name}': {error.what}\n{error.fix}")
+    try:
+        schema.field_columns(fields, named)
+    except SchemaError as error:
+        problems.add(("dataset", "fields"), f"{error.what}\n{error.fix}")
+    return fields, named
 
 
 Model = TypeVar("Model", bound=BaseModel)

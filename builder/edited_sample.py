@@ -15,6 +15,7 @@ from typing import Any, Literal
 import orjson
 
 from builder import formats
+from builder.schema import folded
 
 #: What a member of an edited sample holds: what the source has there, or what is new.
 Holds = Literal["source", "image", "json", "txt"]
@@ -196,7 +197,7 @@ def edited_json(raw: bytes | None, edit: Edit) -> bytes:
         boxes = edit.boxes
         for name in boxes:
             new.pop(name, None)
-    changes |= edit.fields
+    changes |= {_field_in(old, name): value for name, value in edit.fields.items()}
     replaced = {name: old[name] for name in (*changes, *boxes) if name in old}
     new.update(changes)
     if edit.caption is not None:
@@ -225,6 +226,12 @@ def manifest_provenance(txt: bytes, edit: Edit) -> str:
     """
     before = {"caption": txt.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")}
     return json.dumps(_provenance(edit, before))
+
+
+def _field_in(fields: dict[str, Any], name: str) -> str:
+    """The json field that a column `set_<name>` sets: that of the name, or the one that has it in another case."""
+    alike = [] if name in fields else [field for field in fields if folded(field) == folded(name)]
+    return alike[0] if len(alike) == 1 else name
 
 
 def _pretty(value: dict[str, Any]) -> bytes:

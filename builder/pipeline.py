@@ -65,7 +65,9 @@ class StageUse:
     def params(self) -> dict[str, Any]:
         """Values of the $names in the work SQL: the pipeline's; of the stage's own those that the SQL uses."""
         own = getattr(self.stage, "params", {})
-        return {**{name: own[name] for name in parameters(self.sql) if name in own}, **self.table.params}
+        given = {schema.folded(name) for name in self.table.params}
+        used = {schema.folded(name) for name in parameters(self.sql)} - given
+        return {**{name: own[name] for name in own if name in used}, **self.table.params}
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,9 @@ def load(path: Path, sets: Sequence[str] = ()) -> Pipeline:
                 stages[name] = StageUse(stage, options, _on_gpus(stage, run, section), section)
             except BuilderError as error:
                 config.problems.add(("stages", name), "\n".join([error.what, error.fix]))
-    fields = configs.fields_of(config.dataset, config.problems)
+    fields, named = configs.fields_of(config.dataset, config.problems)
     config.problems.raise_any()
-    pipeline = Pipeline(config, stages, tar_shards.Reading(fields, config.dataset.boxes))
+    pipeline = Pipeline(config, stages, tar_shards.Reading(fields, config.dataset.boxes, named))
     with _in_file(config.path):
         _ = pipeline.own_columns
     return pipeline
@@ -199,7 +201,25 @@ def ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
     )
     dealt = tar_shards.deal(plan.todo, settings.workers)
     runs.tasks_of(run, dealt)
-    return runs.execute(run, len(dealt), settings, talk, "ingest", len(plan.todo), "shards")
+    outcome = runs.execute(run, len(dealt), settings, talk, "ingest", len(plan.todo), "shards")
+    if outcome["rows"]:
+        _tell_unseen(pipeline.asked, outcome, talk)
+    return outcome
+
+
+def _tell_unseen(asked: tar_shards.Reading, outcome: Outcome, talk: Talk) -> None:
+    """Says which json fields the pipeline names and no sample that was read has: a name may be misspelt."""
+    names = [*asked.fields, *([asked.boxes] if asked.boxes != tar_shards.BOXES else [])]
+    unseen = [name for name in names if name not in outcome.wanted]
+    if unseen and not outcome.others:
+        talk.say(f"ingest: no sample that was read has a json field, so these are null: {_few(unseen)}")
+        return
+    others = sorted(outcome.others - set(names))
+    for name in unseen:
+        alike = [other for other in others if schema.folded(other) == schema.folded(name)]
+        near = alike or difflib.get_close_matches(name, others, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"fields that there are: {_few(others)}"
+        talk.say(f"ingest: no sample that was read has the json field '{name}', which the pipeline names: {hint}")
 
 
 def _tell_missing(plan: IngestPlan, talk: Talk) -> None:
@@ -723,19 +743,20 @@ def drop(pipeline: Pipeline, name: str) -> None:
     layout = pipeline.layout
     layout.check_folders()
     _, columns = table.load_schema(layout)
-    column = next((column for column in columns if column.name == name), None)
+    alike = [column for column in columns if schema.folded(column.name) == schema.folded(name)]
+    column = next((column for column in alike if column.name == name), alike[0] if len(alike) == 1 else None)
     if column is None:
         raise ConfigError(
             f"the table has no column '{name}'", where={"root": layout.root}, fix="builder sql 'describe samples'"
         )
     needed = {c.name for stage in {c.stage for c in columns} for c in schema.status_columns(stage)}
-    if column in schema.IDENTITY or name in needed:
+    if column in schema.IDENTITY or column.name in needed:
         raise ConfigError(
             f"column '{name}' cannot be dropped",
             where={"stage": column.stage},
             fix="drop an output of a stage or a json field",
         )
-    table.change_schema(layout, lambda have: tuple(c for c in have if c.name != name))
+    table.change_schema(layout, lambda have: tuple(c for c in have if c.name != column.name))
 
 
 def behind(layout: Layout) -> int:

@@ -168,6 +168,27 @@ class Samples:
         except duckdb.Error as error:
             raise _refused(sql, error, before.count("\n") + 1) from error
 
+    def names(self, sql: Sql, params: dict[str, Any] | None = None) -> list[str]:
+        """The names that an answer has, in the case of the SQL.
+
+        Raises:
+            ConfigError: as `select` does, and where two names differ in case alone.
+        """
+        self.select(sql, params)  # a SELECT and nothing else
+        try:
+            found = list(self._connection.sql(checked(sql, params or {}), params=params or None).columns)
+        except duckdb.Error as error:
+            raise _refused(sql, error) from error
+        first: dict[str, str] = {}
+        for name in found:
+            if first.setdefault(schema.folded(name), name) != name or found.count(name) > 1:
+                raise ConfigError(
+                    f"SQL returns two columns that are one name to it: '{first[schema.folded(name)]}' and '{name}'",
+                    where={"file": sql.origin, "returned": ", ".join(found)},
+                    fix="give one of them another name, or leave it out",
+                )
+        return found
+
     def rows(
         self, sql: Sql, params: dict[str, Any] | None = None, *, around: str = "select * from {}"
     ) -> list[tuple[Any, ...]]:
@@ -252,13 +273,21 @@ def checked(sql: Sql, params: dict[str, Any]) -> str:
             fix="write one query that begins with select or with",
         )
     wanted = set(statements[0].named_parameters)
-    if missing := sorted(wanted - set(params)):
+    given = {schema.folded(name) for name in params}
+    if len(given) < len(params):
+        raise ConfigError(
+            "two parameters have one name: SQL does not tell capitals from small letters",
+            where={"file": sql.origin, "values given": ", ".join(sorted(params))},
+            fix="leave one of them out",
+        )
+    if missing := sorted(name for name in wanted if schema.folded(name) not in given):
         raise ConfigError(
             f"SQL uses ${missing[0]}, which has no value",
             where={"file": sql.origin, "values given": ", ".join(sorted(params)) or "none"},
             fix=f"add {missing[0]} = ... to the params of the pipeline; with builder sql: --param {missing[0]}=...",
         )
-    if unused := sorted(set(params) - wanted):
+    used = {schema.folded(name) for name in wanted}
+    if unused := sorted(name for name in params if schema.folded(name) not in used):
         raise ConfigError(
             f"parameter '{unused[0]}' is given, but the SQL does not use ${unused[0]}",
             where={"file": sql.origin, "names in the SQL": ", ".join(f"${name}" for name in sorted(wanted)) or "none"},
@@ -401,7 +430,8 @@ def _names_in(path: str, lookup: Lookup) -> tuple[str, ...]:
         ) from error
     names = []
     for column, (_, known) in lookup.columns.items():
-        name = next((name for name in known if name in found), None)
+        alike = [one for name in known for one in found if schema.folded(one) == schema.folded(name)]
+        name = next((name for name in known if name in found), alike[0] if alike else None)
         if name is None:
             raise ConfigError(
                 f"the file has no column '{column}'",
@@ -417,7 +447,7 @@ def _selected(lookup: Lookup, names: Sequence[str], paths: Sequence[str]) -> str
     """A SELECT over files that name their columns alike."""
     kinds = [schema.duckdb_type(kind) for kind, _ in lookup.columns.values()]
     columns = ", ".join(
-        f'cast("{name}" as {kind}) as "{column}"'
+        f'cast({schema.quoted(name)} as {kind}) as "{column}"'
         for name, kind, column in zip(names, kinds, lookup.columns, strict=True)
     )
     types = ", ".join(

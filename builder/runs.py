@@ -36,6 +36,7 @@ from builder.machine import asked_again
 from builder.progress import Talk, plain_lines
 from builder.query import Sql
 from builder.sources import shards as tar_shards
+from builder.sources.samples import MAX_NAMES, Seen
 from builder.stage import find
 from builder.task import Setbacks, TaskSettings, run_stage_task
 
@@ -61,6 +62,7 @@ class Outcome:
         folder: the run directory; None where there was nothing to do.
         totals: what the stage has counted itself, by task.
         remarks: what is strange about shards that were read, by shard.
+        wanted, others: names of json fields, as of `sources.samples.Seen`.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -71,6 +73,8 @@ class Outcome:
     folder: Path | None = None
     totals: list[dict[str, Any]] = field(default_factory=list)
     remarks: dict[str, list[str]] = field(default_factory=dict)
+    wanted: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
 
     def add(self, result: dict[str, Any]) -> None:
         for name, value in result.items():
@@ -80,6 +84,8 @@ class Outcome:
         self.refused.update(result.get("refused") or {})
         self.remarks.update(result.get("remarks") or {})
         self.left.update(result.get("left") or {})
+        self.wanted.update(result.get("wanted") or ())
+        self.others.update(result.get("others") or ())
 
     def __getitem__(self, name: str) -> int:
         return self.counts.get(name, 0)
@@ -294,6 +300,7 @@ def _stage_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable
 def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
     reading = tar_shards.Reading.from_json(data["reading"])
     remarks: dict[str, list[str]] = {}
+    seen = Seen()
     result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0, "remarks": remarks}
     paths = [Path(path) for path in json.loads(run.task(number).read_text("utf-8"))["paths"]]
 
@@ -311,11 +318,15 @@ def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callabl
         result["rows"] += ingested.rows
         result["failed"] += ingested.failed
         result["of_macos"] = result.get("of_macos", 0) + ingested.of_macos
+        seen.wanted |= ingested.seen.wanted
+        if len(seen.others) < MAX_NAMES:
+            seen.others |= ingested.seen.others
         if ingested.remarks:
             remarks[shard_name(paths[done])] = ingested.remarks
 
     undone = _shard_by_shard(run, number, [shard_name(path) for path in paths], ingest, stop)
-    return {**result, **undone}
+    names = {"wanted": sorted(seen.wanted), "others": sorted(seen.others)[:MAX_NAMES]}
+    return {**result, **names, **undone}
 
 
 def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Owns what a column is and which ones ingest makes. Knows nothing of files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import string
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ BOXES = pa.list_(pa.list_(pa.float64()))
 MEMBER = pa.struct([("ext", pa.string()), ("header", pa.int64()), ("data", pa.int64()), ("size", pa.int64())])
 #: Names of stages and of their columns: plain enough for SQL without quotes, for TOML without quotes, and for files.
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+TEXT = pa.string()
 #: Extensions of a sample's picture, lower case, in order of preference.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 #: Values repeat in columns that end so: they are written with a dictionary.
@@ -38,15 +40,18 @@ class Column:
         type: its Arrow type.
         stage: the stage that owns it, `source` for ingest.
         meaning: one sentence, with the unit where there is one.
+        field: of a json field that ingest carries, its name in the json; empty where an older version has written it.
     """
 
     name: str
     type: pa.DataType
     stage: str
     meaning: str = ""
+    field: str = ""
 
     def to_json(self) -> dict[str, str]:
-        return {**asdict(self), "type": type_text(self.type)}
+        told = {**asdict(self), "type": type_text(self.type)}
+        return told if self.field else {name: value for name, value in told.items() if name != "field"}
 
     @classmethod
     def from_json(cls, data: dict[str, str]) -> Column:
@@ -57,7 +62,15 @@ class Column:
         """
         if not NAME.fullmatch(data["stage"]):
             raise ValueError(f"{data['stage']!r} is no name of a stage")
-        return cls(data["name"], parse_type(data["type"]), data["stage"], data["meaning"])
+        return cls(data["name"], parse_type(data["type"]), data["stage"], data["meaning"], data.get("field", ""))
+
+
+_LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+
+
+def folded(name: str) -> str:
+    """A name as SQL compares it: DuckDB does not tell the case of ASCII letters."""
+    return name.translate(_LOWER)
 
 
 IDENTITY = (
@@ -111,25 +124,70 @@ FIELD_TYPES: dict[str, pa.DataType] = {
 }
 
 
-def field_columns(fields: dict[str, pa.DataType]) -> tuple[Column, ...]:
-    """Columns of the json fields that a pipeline carries; a name that the table has already gets `json_` in front."""
-    taken = {column.name for column in IDENTITY}
-    columns = []
+def field_columns(fields: Mapping[str, pa.DataType], named: Mapping[str, str] | None = None) -> tuple[Column, ...]:
+    """Columns of the json fields that a pipeline carries.
+
+    Args:
+        named: names of columns by field, where the pipeline gives one; else a field has its own name, and `json_` in
+            front where the table has that name already, in whatever case.
+
+    Raises:
+        SchemaError: two fields would be one column, or a name that is given is one of the table's.
+    """
+    columns: dict[str, Column] = {}
     for name, kind in fields.items():
-        column = f"json_{name}" if name in taken or name.startswith("source_") else name
-        columns.append(Column(column, kind, SOURCE, f"the json's field '{name}'"))
-    return tuple(columns)
+        column = (named or {}).get(name) or _column_of(name)
+        made = Column(column, kind, SOURCE, f"the json's field '{name}'", name)
+        other = columns.setdefault(folded(column), made)
+        if other is made and not _is_taken(column):
+            continue
+        free = f"json_{name}"
+        while _is_taken(free) or folded(free) in columns:
+            free = f"json_{free}"
+        what = f"json fields '{other.field}' and '{name}' would both be the column '{column}'"
+        if other is made:
+            what = f"the json's field '{name}' cannot be the column '{column}', which the table has already"
+        raise SchemaError(what, fix=carried_as(name, kind, free))
+    return tuple(columns.values())
 
 
-def carried_fields(columns: Iterable[Column]) -> dict[str, pa.DataType]:
-    """The json fields that a root carries, by name: the inverse of `field_columns`."""
+def _column_of(field: str) -> str:
+    return f"json_{field}" if _is_taken(field) else field
+
+
+def carried_as(name: str, kind: pa.DataType, column: str) -> str:
+    """What to write in a pipeline for a json field that is to be carried under another name."""
+    spec = f'{{ name = "{name}", type = "{type_text(kind)}", column = "{column}" }}'
+    return f"give it a column of its own in dataset.fields: {spec}"
+
+
+def _is_taken(name: str) -> bool:
+    """Whether ingest's own columns have a name."""
+    return folded(name).startswith(f"{SOURCE}_") or folded(name) in _OWN
+
+
+_OWN = {column.name for column in IDENTITY}
+
+
+def carried_fields(columns: Iterable[Column]) -> tuple[dict[str, pa.DataType], dict[str, str]]:
+    """The json fields that a root carries, and the columns of those that have none of the usual name."""
     own = {column.name for column in (*IDENTITY, *status_columns(SOURCE))}
-    found = {}
+    fields: dict[str, pa.DataType] = {}
+    named: dict[str, str] = {}
     for column in columns:
         if column.stage == SOURCE and column.name not in own:
-            field = column.name.removeprefix("json_")
-            found[field if field_columns({field: column.type})[0].name == column.name else column.name] = column.type
-    return found
+            field = column.field or field_of(column.name)
+            fields[field] = column.type
+            if column.name != _column_of(field):
+                named[field] = column.name
+    return fields, named
+
+
+def field_of(column: str) -> str:
+    """The json field of a column that does not tell it, by the rule of version 0.1: `json_` stands before the table's
+    own names, in their own case."""
+    field = column.removeprefix("json_")
+    return field if field in _OWN or field.startswith(f"{SOURCE}_") else column
 
 
 def output_columns(stage: str, outputs: pa.Schema) -> tuple[Column, ...]:
@@ -186,23 +244,40 @@ def merge(have: tuple[Column, ...], new: tuple[Column, ...]) -> tuple[Column, ..
     """Adds a stage's columns to a root's.
 
     Raises:
-        SchemaError: a name that another stage owns, or a type that changes; both sides are shown.
+        SchemaError: a name that another stage owns, in whatever case, or a type that changes; both sides are shown.
     """
-    by_name = {column.name: column for column in have}
+    by_name: dict[str, Column] = {}
+    for column in have:
+        if (other := by_name.setdefault(folded(column.name), column)) is not column:
+            raise SchemaError(
+                f"the root has columns '{other.name}' and '{column.name}', which SQL cannot tell apart",
+                fix=f"builder drop {column.name}, then, to have it under another name, "
+                + carried_as(column.name, column.type, f"json_{column.name}"),
+            )
     merged = list(have)
     for column in new:
-        old = by_name.get(column.name)
+        old = by_name.get(folded(column.name))
         if old is None:
-            by_name[column.name] = column
+            by_name[folded(column.name)] = column
             merged.append(column)
         elif old.stage != column.stage:
+            field = next((one for one in (column, old) if one.stage == SOURCE), None)
+            fix = f"rename the output of one of them, or drop the old column: builder drop {old.name}"
+            if field is not None:
+                named = carried_as(field.field or field_of(field.name), field.type, f"json_{field.name}")
+                fix = f"{named}; if the root has '{field.name}' already, then also: builder drop {field.name}"
             raise SchemaError(
                 f"stages '{old.stage}' and '{column.stage}' both have a column '{column.name}'",
                 where={
                     old.stage: f"{old.name} {type_text(old.type)}",
                     column.stage: f"{column.name} {type_text(column.type)}",
                 },
-                fix=f"rename the output of one of them, or drop the old column: builder drop {column.name}",
+                fix=fix,
+            )
+        elif old.name != column.name:
+            raise SchemaError(
+                f"the root has a column '{old.name}', and '{column.name}' is the same name in SQL",
+                fix=carried_as(column.field or column.name, column.type, f"json_{column.name}"),
             )
         elif old.type != column.type:
             raise SchemaError(
@@ -278,7 +353,7 @@ def _parse(text: str) -> tuple[pa.DataType, str]:
                 break
             inner, rest = _parse(rest)
             fields.append((name, inner))
-        if rest.startswith(">"):
+        if rest.startswith(">") and len({folded(name) for name, _ in fields}) == len(fields):
             return pa.struct(fields), rest[1:]
     else:
         word = re.match(r"\w*", text)

@@ -310,7 +310,7 @@ def _kind_of(value: Any) -> str:
 def with_built_in(columns: Iterable[schema.Column]) -> tuple[schema.Column, ...]:
     """Columns of a root, and those of the stages that come with builder: they read as nulls where no such stage ran."""
     have = tuple(columns)
-    names = {column.name for column in have}
+    names = {schema.folded(column.name) for column in have}
     points = importlib.metadata.entry_points(group=ENTRY_POINTS)
     own = sorted(point.name for point in points if point.value.startswith("builder.stages."))
     return (*have, *(column for name in own for column in columns_of(find(name)) if column.name not in names))

@@ -542,19 +542,20 @@ def _check_columns(samples: Samples, work: Work) -> None:
     if condition := work.choice.where:
         samples.select(Sql(f"select (\n{condition}\n) from samples", "--where"))  # nothing that leaves its brackets
         samples.select(_where(condition))
-    returned = samples.select(work.sql, work.params).columns
+    returned = samples.names(work.sql, work.params)
     wanted = [*_KEYS, *(field.name for field in work.stage.inputs)]
     place = {"file": work.sql.origin, "returned": ", ".join(returned)}
+    have = {schema.folded(name) for name in returned}
     for name in wanted:
-        if name not in returned:
-            have = {column.name for column in work.columns}
-            given = [name if name in have else f"caption as {name}" for name in wanted]
+        if name not in have:
+            known = {column.name for column in work.columns}
+            given = [name if name in known else f"caption as {name}" for name in wanted]
             raise ConfigError(
                 f"work SQL returned no column '{name}', which stage '{work.stage.name}' needs",
                 where=place,
                 fix=f"add it, for example: select {', '.join(given)}",
             )
-    extra = [name for name in returned if name not in wanted]
+    extra = [name for name in returned if schema.folded(name) not in wanted]
     if extra:
         raise ConfigError(
             f"work SQL returned a column '{extra[0]}', which stage '{work.stage.name}' does not take",

@@ -33,7 +33,7 @@ from builder.layout import Layout, RunFiles
 from builder.machine import Sort
 from builder.members import AGAIN, opened
 from builder.query import Samples, Sql
-from builder.schema import Column
+from builder.schema import Column, folded
 from builder.stage import pointers_of
 
 #: Part of every manifest's digest. A rule that changes the bytes of some samples alone is told by `_decisive` of these.
@@ -139,11 +139,9 @@ def plans(
     stage = image_stage(columns)
     with Samples(layout, columns, shards, deciding=[sql]) as samples:
         relation = samples.select(sql, params)
-        returned = relation.columns
+        returned = [_known(name) for name in samples.names(sql, params)]
         _check_columns(returned, [str(kind) for kind in relation.types], sql, rules)
-        chosen = ", ".join(
-            f'cast(w."{n}" as {_TYPES[n]}) as "{n}"' if n in _TYPES else f"w.{schema.quoted(n)}" for n in returned
-        )
+        chosen = ", ".join(_cast(name) for name in returned)
         around = f"select {chosen} from {{}} w order by w.shard, w.row"
         beside = _columns_beside(columns, stage, returned)
         try:
@@ -199,6 +197,19 @@ def _in_python(batch: pa.RecordBatch, sql: Sql) -> list[dict[str, Any]]:
         raise
 
 
+def _known(name: str) -> str:
+    """A column of the write SQL as the writer calls it: SQL does not tell the case of a name, json fields do."""
+    lower = folded(name)
+    if lower.startswith(_SET):
+        return _SET + name[len(_SET) :]
+    return lower if lower in _TYPES else name
+
+
+def _cast(name: str) -> str:
+    quoted = schema.quoted(name)
+    return f"cast(w.{quoted} as {_TYPES[name]}) as {quoted}" if name in _TYPES else f"w.{quoted} as {quoted}"
+
+
 def image_stage(columns: Sequence[Column]) -> str | None:
     """The stage that owns the image pointer."""
     return next((stage for stage, names in pointers_of(columns).items() if "image_path" in names), None)
@@ -224,11 +235,11 @@ def _check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql, rule
     describing = edited_sample.DESCRIBING | {*rules.box_fields}
     owned = edited_sample.OWNED | (describing if "image_path" in returned else set())
     for name, kind in zip(returned, types, strict=True):
-        if name.removeprefix(_SET) in owned and name.startswith(_SET):
+        if folded(name.removeprefix(_SET)) in owned and name.startswith(_SET):
             raise ConfigError(
                 f"write SQL returned '{name}', which the writer sets itself",
                 where=place,
-                fix="leave it out" if name != f"{_SET}caption" else "return the new caption as: caption",
+                fix="leave it out" if folded(name) != f"{_SET}caption" else "return the new caption as: caption",
             )
         if name.startswith(_SET) and any(word in kind for word in ("INTERVAL", "MAP(", "UNION(")):
             raise ConfigError(

@@ -127,12 +127,11 @@ def test_a_parameter_that_is_not_used_is_refused(layout: Layout) -> None:
 
 
 def test_two_columns_of_one_name_are_refused(layout: Layout) -> None:
-    """DuckDB gives the second one a name of its own."""
     assert refusal(layout, "select shard, row, uid, key, caption as text, key as text from samples") == (
-        "work SQL returned a column 'text_1', which stage 'note' does not take\n"
+        "SQL returns two columns that are one name to it: 'text' and 'text'\n"
         "  file: work.sql\n"
-        "  returned: shard, row, uid, key, text, text_1\n"
-        "  fix: return exactly: shard, row, uid, key, text"
+        "  returned: shard, row, uid, key, text, text\n"
+        "  fix: give one of them another name, or leave it out"
     )
 
 

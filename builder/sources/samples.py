@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import mmap
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from builder.schema import IMAGE_EXTENSIONS
 MAX_TEXT = 16 << 20
 #: json nested deeper fails its sample: the writer's and the proof's json recurses, and Python stops at 1,000 frames.
 MAX_DEPTH = 100
+#: Names of json fields that are kept to tell which is near one that no sample has.
+MAX_NAMES = 200
 #: Characters of a sample's error: a name may have a million, and a sample a million members.
 MAX_ERROR = 1000
 #: Samples that are parsed together, and the bytes of json and txt from which on they are fewer: bounds memory.
@@ -65,6 +68,19 @@ class Remarks:
 
 
 @dataclass
+class Seen:
+    """Names of json fields.
+
+    Attributes:
+        wanted: those that are asked for and that a sample has.
+        others: those that samples have, where one that is asked for was not found; about `MAX_NAMES` of them.
+    """
+
+    wanted: set[str] = field(default_factory=set)
+    others: set[str] = field(default_factory=set)
+
+
+@dataclass
 class Samples:
     """The samples of one shard in tar order; their members lie one after another in `members` and `extensions`.
 
@@ -74,6 +90,7 @@ class Samples:
         extensions: of each member, as the archive writes it.
         json, txt: int64 (n), position in the index of that member, -1 where there is none.
         of_macos: members that macOS has put beside files; they belong to no sample.
+        seen: which json fields the samples have.
     """
 
     keys: list[str]
@@ -84,6 +101,7 @@ class Samples:
     txt: np.ndarray
     remarks: Remarks
     of_macos: int = 0
+    seen: Seen = field(default_factory=Seen)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -229,12 +247,12 @@ def _remark_missing(first: np.ndarray, extensions: Sequence[str], remarks: Remar
 
 
 def columns_of(
-    view: mmap.mmap, index: tar.Index, samples: Samples, shard: str, fields: dict[str, pa.DataType], box_field: str
+    view: mmap.mmap, index: tar.Index, samples: Samples, shard: str, fields: Sequence[schema.Column], box_field: str
 ) -> dict[str, pa.ChunkedArray]:
     """uid, captions, boxes, size, fields and members of every sample, by column.
 
     Args:
-        fields: json fields with their types.
+        fields: columns of json fields.
         box_field: the json field that holds precomputed face boxes.
     """
     parts = [
@@ -286,23 +304,26 @@ class _Block:
     """
 
     def __init__(self, view: mmap.mmap, index: tar.Index, samples: Samples, start: int, stop: int) -> None:
-        self._view, self._index, self._start, self._stop = view, index, start, stop
+        self._view, self._index, self._samples, self._start, self._stop = view, index, samples, start, stop
         self._keys = samples.keys[start:stop]
         self._json, self._txt = samples.json[start:stop], samples.txt[start:stop]
         self._remarks = samples.remarks
         self._values: list[dict[str, Any]] = []
         self._raw: dict[str, Sequence[Any]] | None = None
+        self._as_written: dict[int, dict[str, Any]] = {}
 
-    def columns(self, shard: str, fields: dict[str, pa.DataType], box_field: str) -> dict[str, pa.Array]:
+    def columns(self, shard: str, fields: Sequence[schema.Column], box_field: str) -> dict[str, pa.Array]:
         self._values = self._parsed(self._bodies(self._json))
         self._raw = _transposed(self._values)
         found = {"uid": self._uids(shard), **self._captions()}
         found["source_face_bboxes"] = self._boxes(box_field)
         for side in ("width", "height"):
             found[f"source_{side}"] = self._field(side, pa.int32())
-        for (name, kind), column in zip(fields.items(), schema.field_columns(fields), strict=True):
+        for column in fields:
+            name, kind = column.field, column.type
             same = f"source_{name}" if name in ("width", "height") and kind == pa.int32() else ""
             found[column.name] = found[same] if same else self._field(name, kind)
+        self._see([*(column.field for column in fields), box_field])
         return found
 
     def _note(self, place: int, message: str) -> None:
@@ -358,7 +379,7 @@ class _Block:
     def _lenient(self, place: int, raw: bytes) -> Any:
         """json with NaN and Infinity, which Python's json writes; other faults are told with their place."""
         try:
-            return json.loads(raw.decode("utf-8"))
+            return json.loads(raw.decode("utf-8"), parse_float=_finite)
         except UnicodeDecodeError as error:
             self._fail(place, f"the json is not UTF-8 at byte {error.start}")
         except json.JSONDecodeError as error:
@@ -376,6 +397,15 @@ class _Block:
         return {}
 
     # --- columns ---
+
+    def _see(self, wanted: Sequence[str]) -> None:
+        """Takes note of which json fields there are, out of those that are wanted; where one is missing, of all."""
+        seen = self._samples.seen
+        for name in set(wanted) - seen.wanted:
+            if name in self._raw if self._raw is not None else any(name in value for value in self._values):
+                seen.wanted.add(name)
+            elif len(seen.others) < MAX_NAMES:
+                seen.others.update(*self._values)
 
     def _all(self, name: str) -> Sequence[Any]:
         """A json field of every sample, None where it is missing."""
@@ -398,13 +428,15 @@ class _Block:
     def _fitting(self, place: int, name: str, value: Any, kind: pa.DataType) -> Any:
         """A json value as its column's type, or None with a note."""
         if kind == pa.string():
-            if isinstance(value, str):
+            if type(value) is str:
                 if _storable(value) is not None:
                     return value
                 self._note(place, f"{name}: text that is not Unicode")
                 return None
-            if name not in schema.FIELD_TYPES and name not in ("caption", "uid") and (text := _dumped(value)):
-                return text
+            if name not in schema.FIELD_TYPES and name not in ("caption", "uid"):
+                exact = value if _is_exact(value) else self._exact(place)[name]
+                if (text := _dumped(exact)) is not None:
+                    return text
             self._note(place, f"{name}: expected text, found {_TYPE_NAMES[type(value)]}")
             return None
         try:
@@ -420,6 +452,14 @@ class _Block:
         except (ValueError, TypeError, OverflowError, pa.ArrowException):
             self._note(place, f"{name}: expected {schema.type_text(kind)}, found {_shown(value)}")
             return None
+
+    def _exact(self, place: int) -> dict[str, Any]:
+        """A sample's json with its numbers as they are written."""
+        if place not in self._as_written:
+            body = self._bodies(self._json[place : place + 1])[0] or b""
+            text = body.removeprefix(_BOM).decode()
+            self._as_written[place] = json.loads(text, parse_int=_Digits, parse_float=_Digits)
+        return self._as_written[place]
 
     def _uids(self, shard: str) -> pa.Array:
         """json's uid, else the 32 hex digits at the head of the key, else a hash of shard and key."""
@@ -537,12 +577,46 @@ def _storable(text: str) -> str | None:
     return text
 
 
+class _Digits(str):
+    """A number of json as it is written."""
+
+    __slots__ = ()
+
+
+_TYPE_NAMES[_Digits] = "a number"
+
+
+def _finite(text: str) -> float | _Digits:
+    """A number of json, as it is written where a float cannot hold it."""
+    number = float(text)
+    return number if math.isfinite(number) else _Digits(text)
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether a json value that was parsed has the digits that the json has: floats may not, nor a zero (-0)."""
+    if isinstance(value, list):
+        return all(map(_is_exact, value))
+    if isinstance(value, dict):
+        return all(map(_is_exact, value.values()))
+    return not isinstance(value, float) and (value != 0 or isinstance(value, bool))
+
+
 def _dumped(value: Any) -> str | None:
-    """A json value as text, None if it is nested too deep for that."""
+    """A json value as text, numbers as they are written; None if it is nested too deep for that."""
     try:
-        return json.dumps(value)
+        return _written(value)
     except RecursionError:
         return None
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, _Digits):
+        return str(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_written(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ import re
 import shlex
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from typing import Any
 import pyarrow as pa
 
 from builder import machine, schema, tar
-from builder.errors import ConfigError, ShardError
+from builder.errors import ConfigError, SchemaError, ShardError
 from builder.layout import Layout, local, shard_name, shard_name_fault
 from builder.schema import SOURCE, Column
 from builder.sources.beside import expected
-from builder.sources.samples import Samples, columns_of, group, no_collection
+from builder.sources.samples import Samples, Seen, columns_of, group, no_collection
 from builder.stage import inputs_hashes
 from builder.table import SourceShard, commit_source, partition_state, rows_hash
 
@@ -37,8 +37,11 @@ VERSION = "2"
 CHANGES: dict[str, str] = {
     "2": "the last sample of a shard without end mark has failed (NoEndMark): the shard was cut there; members that "
     "macOS puts beside files (._NAME, .DS_Store, __MACOSX/) belong to no sample; boxes up to 1 % of a side outside the "
-    "picture are cut instead of unknown",
+    "picture are cut instead of unknown; numbers in "
+    "fields of text have the digits that the json has",
 }
+#: The json field of face boxes where a pipeline names none.
+BOXES = "face_bboxes"
 #: What begins a note, at a shard's last sample, about the shard as a whole.
 OF_SHARD = "the shard: "
 
@@ -240,30 +243,55 @@ class Reading:
     Attributes:
         fields: json fields with their types.
         boxes: the json field that holds precomputed face boxes.
+        named: names of columns by json field, where they are not the usual ones.
     """
 
     fields: dict[str, pa.DataType]
-    boxes: str = "face_bboxes"
+    boxes: str = BOXES
+    named: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def carried(self) -> tuple[Column, ...]:
+        """The columns of the json fields."""
+        return schema.field_columns(self.fields, self.named)
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (*schema.IDENTITY, *schema.field_columns(self.fields), *schema.status_columns(SOURCE))
+        return (*schema.IDENTITY, *self.carried, *schema.status_columns(SOURCE))
 
     @property
     def signature(self) -> str:
-        kinds = {name: schema.type_text(kind) for name, kind in sorted(self.fields.items())}
+        kinds: dict[str, str | list[str]] = {}
+        for column in sorted(self.carried, key=lambda column: column.field):
+            kind = schema.type_text(column.type)
+            kinds[column.field] = kind if schema.field_of(column.name) == column.field else [kind, column.name]
         return hashlib.blake2b(json.dumps(["1", kinds, self.boxes]).encode(), digest_size=8).hexdigest()
 
     def beside(self, columns: Iterable[Column]) -> Reading:
-        """This reading with the json fields that a root carries already: none of them leaves by another pipeline."""
-        return Reading({**schema.carried_fields(columns), **self.fields}, self.boxes)
+        """This reading with the json fields that a root carries already: none of them leaves by another pipeline.
+
+        Raises:
+            SchemaError: the root has one of the fields in another column, or two columns that differ in case alone.
+        """
+        schema.merge(tuple(columns), ())
+        fields, named = schema.carried_fields(columns)
+        have = {column.field: column.name for column in schema.field_columns(fields, named)}
+        for column in self.carried:
+            if (old := have.get(column.field, column.name)) != column.name:
+                raise SchemaError(
+                    f"the root has the json's field '{column.field}' in the column '{old}', not in '{column.name}'",
+                    fix=f"builder drop {old}, or " + schema.carried_as(column.field, column.type, old),
+                )
+        return Reading({**fields, **self.fields}, self.boxes, {**named, **self.named})
 
     def to_json(self) -> dict[str, Any]:
-        return {"fields": {name: schema.type_text(kind) for name, kind in self.fields.items()}, "boxes": self.boxes}
+        fields = {name: schema.type_text(kind) for name, kind in self.fields.items()}
+        return {"fields": fields, "boxes": self.boxes, "named": self.named}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Reading:
-        return cls({name: schema.parse_type(kind) for name, kind in data["fields"].items()}, data["boxes"])
+        fields = {name: schema.parse_type(kind) for name, kind in data["fields"].items()}
+        return cls(fields, data["boxes"], data["named"])
 
 
 def identify(path: Path, reading: Reading) -> SourceShard:
@@ -298,12 +326,14 @@ class Ingested:
     Attributes:
         of_macos: members that macOS has put beside files.
         remarks: what is strange about the shard as a whole, a sentence each.
+        seen: which json fields there are.
     """
 
     rows: int
     failed: int
     of_macos: int
     remarks: list[str]
+    seen: Seen
 
 
 @dataclass
@@ -314,7 +344,7 @@ class Read:
         table: its rows in tar order.
         rows: their identity.
         end_mark: whether zeros close the tar.
-        of_macos, remarks: as of `Ingested`.
+        of_macos, remarks, seen: as of `Ingested`.
     """
 
     table: pa.Table
@@ -322,6 +352,7 @@ class Read:
     end_mark: bool
     of_macos: int
     remarks: list[str]
+    seen: Seen
 
 
 def ingest_shard(layout: Layout, path: Path, reading: Reading, run: str) -> Ingested:
@@ -339,7 +370,7 @@ def ingest_shard(layout: Layout, path: Path, reading: Reading, run: str) -> Inge
         raise ShardError("the shard changed while it was read", where={"file": path}, fix="run the same command again")
     commit_source(layout, shard, read.table, read.rows, replace(source, end_mark=read.end_mark))
     failed = read.table["source_status"].to_pylist().count("failed")
-    return Ingested(read.table.num_rows, failed, read.of_macos, read.remarks)
+    return Ingested(read.table.num_rows, failed, read.of_macos, read.remarks, read.seen)
 
 
 @no_collection()
@@ -353,7 +384,7 @@ def read_shard(path: Path, shard: str, reading: Reading, run: str) -> Read:
         index = tar.index_of(view, path)
         found = group(index)
         remarks = _remarks(path, index, found)
-        columns = columns_of(view, index, found, shard, reading.fields, reading.boxes)
+        columns = columns_of(view, index, found, shard, reading.carried, reading.boxes)
     sizes = found.sizes(index)
     count, problems, notes = len(found), found.remarks.problems, found.remarks.notes
     columns["shard"] = pa.array([shard] * count, pa.string())
@@ -365,18 +396,18 @@ def read_shard(path: Path, shard: str, reading: Reading, run: str) -> Read:
     columns["source_inputs"] = inputs_hashes(reading.signature, [found.keys, sizes])
     nothing = {column.name: pa.nulls(count, column.type) for column in reading.columns if column.name not in columns}
     table = pa.table({column.name: {**columns, **nothing}[column.name] for column in reading.columns})
-    return Read(table, rows_hash(found.keys, sizes), index.has_end_mark, found.of_macos, remarks)
+    return Read(table, rows_hash(found.keys, sizes), index.has_end_mark, found.of_macos, remarks, found.seen)
 
 
 def _sorting(path: Path) -> str:
     """Commands that make a shard again, the members of each sample together; the old one stays, as `.unsorted`."""
-    tar_, made, files, old = (
+    shard, made, files, old = (
         shlex.quote(f"{path.with_suffix('')}{end}") for end in (path.suffix, ".sorted.tar", ".files", ".unsorted")
     )
     return (
-        f"mkdir {files} && tar -xf {tar_} -C {files} && "
+        f"mkdir {files} && tar -xf {shard} -C {files} && "
         f"tar --sort=name --transform='s,^\\./,,' -cf {made} -C {files} . && "
-        f"mv {tar_} {old} && mv {made} {tar_} && rm -r {files}"
+        f"mv {shard} {old} && mv {made} {shard} && rm -r {files}"
     )
 
 
