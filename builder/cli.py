@@ -284,7 +284,7 @@ def stage(
     tried: int | None,
     save: Path | None,
 ) -> None:
-    """Run one stage over the rows without an answer.
+    """Run one stage over the rows without an answer or out of date.
 
     NAME is the stage's name in the pipeline: [stages.NAME].
 
@@ -451,8 +451,11 @@ def plan(
     )
     click.echo()
     print_table(
-        ("stage", "covered", "ok", "failed", "to do", "in shards", "ok, not covered now"),
-        [(name, c.covered, c.ok, c.failed, c.todo, c.shards, c.outside) for name, c in found.stages.items()],
+        ("stage", "covered", "ok", "failed", "out of date", "to do", "in shards", "ok, not covered now"),
+        [
+            (name, c.covered, c.ok, c.failed, c.out_of_date, c.todo, c.shards, c.outside)
+            for name, c in found.stages.items()
+        ],
     )
     click.echo()
     print_facts(
@@ -519,7 +522,10 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
         f"{value['hybrid_shards']:,} hybrid shards, {value['runs']:,} runs\n"
     )
     stages = value["stages"].items()
-    print_table(("stage", "ok", "failed", "not tried"), [(n, s["ok"], s["failed"], s["not_tried"]) for n, s in stages])
+    print_table(
+        ("stage", "ok", "failed", "not tried", "out of date"),
+        [(n, s["ok"], s["failed"], s["not_tried"], s["out_of_date"]) for n, s in stages],
+    )
     errors = [(n, e["class"], e["rows"], e["example"]) for n, s in stages for e in s["errors"]]
     if errors:
         click.echo()
@@ -880,7 +886,7 @@ def task(run_folder: Path, number: int) -> None:
 def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
     """One line on what a command did, and one a refused shard."""
     if outcome.counts:
-        shown = ("shards", "rows", "ok", "failed", "kept", "dropped", "edited")
+        shown = ("shards", "rows", "changed", "ok", "failed", "kept", "dropped", "edited")
         words = _WORDS if name != "write" else {}
         counts = ", ".join(f"{outcome[key]} {words.get(key, key)}" for key in shown if outcome[key])
         talk.say(f"{name}: {counts or 'nothing'} in {outcome.seconds:.1f} s")

@@ -6,8 +6,9 @@ Owns how `(shard, row, member)` becomes bytes. Knows nothing of stages and runs.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from builder.schema import IMAGE_EXTENSIONS
 
 #: Name under which the generated image of a row is read.
 EDIT = "edit"
+#: `<stage>_digest` where nothing was read, and where what was asked for could not be.
+NOTHING_READ, NOT_READ = 0, 1
 #: Rows whose headers are in memory at a time, while those of a touched shard are compared.
 _ROWS_A_STEP = 4096
 #: What helps against a source that is not what was ingested.
@@ -35,6 +38,21 @@ def place_of(members: Sequence[dict[str, Any]], member: str) -> dict[str, Any] |
 def by_extension(members: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """A sample's members by lower-case extension."""
     return {place["ext"].lower(): place for place in members}
+
+
+def digest_of(member: str, data: bytes | None) -> int:
+    """A member's bytes as 64 bits: others for each name, so that they can be joined, and for a sample that lacks it."""
+    name = member if data is not None else f"no {member}"
+    digest = hashlib.blake2b(data or b"", digest_size=8, person=name.encode()).digest()
+    return max(int.from_bytes(digest, "big"), NOT_READ + 1)
+
+
+def digests_of(members: Mapping[str, bytes | None]) -> int:
+    """`<stage>_digest` of an answer: over all members of the source that were read for it."""
+    joined = NOTHING_READ
+    for name, data in members.items():
+        joined ^= digest_of(name, data)
+    return joined
 
 
 @contextlib.contextmanager

@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from builder import config as configs
-from builder import files, formats, machine, rules, runs, schema, table, verify, workset, writer
+from builder import files, formats, machine, outdated, rules, runs, schema, table, verify, workset, writer
 from builder.config import Config
 from builder.edited_sample import REASONS, Rules, members_of
 from builder.errors import LASTING, BuilderError, ConfigError, SchemaError, StageError, TransientError
-from builder.layout import Layout, RunFiles, names
+from builder.layout import Layout, RunFiles, names, shard_name
 from builder.members import MemberReader, place_of
 from builder.progress import Talk
 from builder.query import Samples, Sql, parameters, read_sql
@@ -164,12 +164,14 @@ class IngestPlan:
         todo: shards that are new, changed on disk, or read with other fields.
         missing: files that the pattern names and that do not exist.
         vanished: shards of the table that the pipeline names no more.
+        changed: of todo, shards that are not as they were on disk: their members are read, too.
     """
 
     found: tar_shards.Found
     todo: list[Path]
     missing: list[Path]
     vanished: list[str]
+    changed: list[str]
 
 
 def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
@@ -180,7 +182,8 @@ def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
     todo = [
         path for shard, path in found.paths.items() if redo or not tar_shards.is_ingested(layout, shard, path, reading)
     ]
-    return IngestPlan(found, todo, found.missing, tar_shards.vanished(layout, found))
+    changed = [shard_name(path) for path in todo if tar_shards.is_changed(layout, path, reading)]
+    return IngestPlan(found, todo, found.missing, tar_shards.vanished(layout, found), changed)
 
 
 def ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
@@ -204,6 +207,7 @@ def ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
     outcome = runs.execute(run, len(dealt), settings, talk, "ingest", len(plan.todo), "shards")
     if outcome["rows"]:
         _tell_unseen(pipeline.asked, outcome, talk)
+    _tell_sizes_only(pipeline, plan.changed, talk)
     return outcome
 
 
@@ -220,6 +224,23 @@ def _tell_unseen(asked: tar_shards.Reading, outcome: Outcome, talk: Talk) -> Non
         near = alike or difflib.get_close_matches(name, others, 1)
         hint = f"did you mean '{near[0]}'?" if near else f"fields that there are: {_few(others)}"
         talk.say(f"ingest: no sample that was read has the json field '{name}', which the pipeline names: {hint}")
+
+
+def _tell_sizes_only(pipeline: Pipeline, changed: Sequence[str], talk: Talk) -> None:
+    """Says of which answers nobody can tell whether their pictures are still the same bytes."""
+    uses = [use for use in pipeline.stages.values() if outdated.source_members(use.stage)]
+    if not changed or not uses:
+        return
+    with Samples(pipeline.layout, pipeline.columns(), changed) as samples:
+        for name in (use.stage.name for use in uses):
+            condition = f"{name}_digest is null and source_digests is not null"
+            [(count,)] = samples.fixed(f"select count(*) from samples where {name}_status is not null and {condition}")
+            if count:
+                talk.say(
+                    f"{name}: {count} answers of samples in changed shards are from a version that recorded no digest "
+                    "of what it read: only sizes were compared. To be sure: "
+                    f'builder stage {name} --redo --where "{condition}"'
+                )
 
 
 def _tell_missing(plan: IngestPlan, talk: Talk) -> None:
@@ -313,6 +334,8 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
             return _nothing_to_do(name, counts, talk)
         if notice := getattr(use.stage, "notice", ""):
             talk.say(f"{name}: {notice}")
+        if again := sum(part.again for part in slices):
+            talk.say(f"{name}: {again} rows are answered again: their inputs have changed since")
         run = runs.new_run(layout, name)
         _describe_stage(pipeline, run, use, work)
         files.write_atomic(run.workset, frozen.replace)
@@ -612,7 +635,10 @@ def _older(pipeline: Pipeline, shards: Sequence[str]) -> list[rules.OlderRule]:
 
 def status(pipeline: Pipeline) -> dict[str, Any]:
     """What the table holds: shards, rows, for each stage its answers and failures by class, and new images that `write`
-    leaves out, by reason."""
+    leaves out, by reason.
+
+    `out_of_date` is None for a stage that the pipeline has not, or whose SQL is refused.
+    """
     layout = pipeline.layout
     shards = layout.shard_names()
     healed = table.heal(layout, shards)
@@ -627,6 +653,7 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
         of_a_shard = f"max(source_notes) filter (starts_with(source_notes, '{tar_shards.OF_SHARD}'))"
         others = f"count(source_notes), coalesce({of_a_shard}, max(source_notes)), count(distinct shard)"
         *row, noted, note, with_rows = samples.fixed(f"select count(*), {counts}, {others} from samples")[0]
+        late = _out_of_date(pipeline, samples, shards)
         result["rows"] = row[0]
         result["notes"] = {"rows": noted, "example": note}
         result["no_sample"] = []
@@ -640,6 +667,7 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
                 "ok": ok,
                 "failed": failed,
                 "not_tried": row[0] - ok - failed,
+                "out_of_date": late.get(name),
                 "errors": [{"class": kind, "rows": count, "example": example} for kind, count, example in classes],
             }
         result["left_out"] = dict(_left_out(samples, known, pipeline.editing))
@@ -660,6 +688,24 @@ def _left_out(samples: Samples, columns: Sequence[Column], editing: Rules) -> Co
         members = members_of(tuple(extensions), formats.named(said), True, False, editing)
         if isinstance(members, str):
             found[members] += count
+    return found
+
+
+def _out_of_date(pipeline: Pipeline, samples: Samples, shards: Sequence[str]) -> dict[str, int]:
+    """How many answers of each stage of the pipeline are out of date; inputs are read only where samples changed."""
+    uses = list(pipeline.stages.values())
+    if not uses:
+        return {}
+    counts = ", ".join(f"count(*) filter ({outdated.suspicion(use.stage)} <> {outdated.SAME})" for use in uses)
+    found = {}
+    for use, suspects in zip(uses, samples.fixed(f"select {counts} from samples s")[0], strict=True):
+        name = use.stage.name
+        if not suspects:
+            found[name] = 0
+            continue
+        with contextlib.suppress(ConfigError):  # its own command says what is wrong with the SQL
+            work = work_of(pipeline, name, Choice(), shards)
+            found[name] = workset.count(pipeline.layout, [work])[0].out_of_date
     return found
 
 

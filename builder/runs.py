@@ -301,7 +301,7 @@ def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callabl
     reading = tar_shards.Reading.from_json(data["reading"])
     remarks: dict[str, list[str]] = {}
     seen = Seen()
-    result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0, "remarks": remarks}
+    result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0, "changed": 0, "remarks": remarks}
     paths = [Path(path) for path in json.loads(run.task(number).read_text("utf-8"))["paths"]]
 
     def ingest(done: int) -> None:
@@ -321,6 +321,7 @@ def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callabl
         seen.wanted |= ingested.seen.wanted
         if len(seen.others) < MAX_NAMES:
             seen.others |= ingested.seen.others
+        result["changed"] += ingested.changed
         if ingested.remarks:
             remarks[shard_name(paths[done])] = ingested.remarks
 

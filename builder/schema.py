@@ -25,6 +25,10 @@ MEMBER = pa.struct([("ext", pa.string()), ("header", pa.int64()), ("data", pa.in
 #: Names of stages and of their columns: plain enough for SQL without quotes, for TOML without quotes, and for files.
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 TEXT = pa.string()
+#: A member of a sample as it was; its digest is the first one that is known of so many bytes.
+FORMER = pa.struct([("ext", pa.string()), ("size", pa.int64()), ("digest", pa.uint64())])
+#: Members of a source that a stage may read.
+SOURCE_MEMBERS = ("image", "json", "txt")
 #: Extensions of a sample's picture, lower case, in order of preference.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 #: Values repeat in columns that end so: they are written with a dictionary.
@@ -91,16 +95,42 @@ IDENTITY = (
     Column("source_height", pa.int32(), SOURCE, "the json's height of the stored image, px"),
     Column("source_members", pa.list_(MEMBER), SOURCE, "the sample's tar members: extension, and bytes in the shard"),
     Column("source_notes", pa.string(), SOURCE, "missing members, and values that did not fit and read as null"),
+    Column("source_changed", pa.string(), SOURCE, "the ingest that last found the sample changed; null = none has"),
+    Column(
+        "source_was",
+        pa.struct([("uid", pa.string()), ("members", pa.list_(FORMER))]),
+        SOURCE,
+        "uid and members of the sample before its first change that an ingest found; null = none has",
+    ),
+    Column(
+        "source_digests",
+        pa.struct([(name, pa.uint64()) for name in SOURCE_MEMBERS]),
+        SOURCE,
+        "64-bit digests of the sample's picture, json and txt; null until its shard changes on disk",
+    ),
 )
 
 
 def status_columns(stage: str) -> tuple[Column, ...]:
-    """The four columns that every stage has beside its own."""
-    return (
+    """The columns that every stage has beside its own: six, ingest four of them."""
+    common = (
         Column(f"{stage}_status", pa.string(), stage, "ok, failed, or null = not tried"),
         Column(f"{stage}_error", pa.string(), stage, "class: message, of a failed row"),
         Column(f"{stage}_run", pa.string(), stage, "the run that gave this answer"),
         Column(f"{stage}_inputs", pa.uint64(), stage, "hash of the row's inputs, the stage's version and options"),
+    )
+    if stage == SOURCE:
+        return common
+    return (
+        *common,
+        Column(f"{stage}_sample", pa.string(), stage, "source_changed of the sample as it was answered"),
+        Column(
+            f"{stage}_digest",
+            pa.uint64(),
+            stage,
+            "digest of the source's bytes that it was answered from; 0 = none, 1 = they could not be read, null = not "
+            "recorded",
+        ),
     )
 
 

@@ -2,6 +2,13 @@
 
 Owns the rules by which rows reach `columns/`, `samples/` and `schema/`. No lock, no lease, no clock: a generation is
 created once or not at all, and the partition is a pure function of the newest generations.
+
+A sample is known by its key: of several with one key the n-th stays the n-th. `rows` is the identity of a shard's rows,
+recorded by every column file and work set: files of one `rows` are aligned row by row. An ingest that finds the same
+keys in the same order keeps it, whatever else changed. Of files with different `rows` the answers move to where their
+key is now; those of keys that are gone stay in the column file, behind the shard's rows, and come back with the key. So
+an ingest drops no answer: whether it is still that of its sample, `builder.outdated` tells. A task of other rows than
+the shard has now leaves the shard.
 """
 
 from __future__ import annotations
@@ -13,11 +20,12 @@ import json
 import os
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import orjson
@@ -32,9 +40,11 @@ from builder.schema import SOURCE, Column
 
 #: Generations of a column file that a sweep keeps: readers may still hold the listing before the newest.
 KEPT_GENERATIONS = 2
-_ROWS, _SOURCE, _SWEPT, _FOLDED, _SCHEMA = (
-    b"builder." + name for name in (b"rows", b"source", b"swept", b"folded", b"schema")
+_ROWS, _SOURCE, _SWEPT, _GONE, _FOLDED, _SCHEMA = (
+    b"builder." + name for name in (b"rows", b"source", b"swept", b"gone", b"folded", b"schema")
 )
+#: Which sample of a shard it is: its key, and how many before it have that key.
+Identity: TypeAlias = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -60,12 +70,24 @@ class SourceShard:
 
 @dataclass(frozen=True)
 class Content:
-    """One column file, read."""
+    """One column file, read.
+
+    Attributes:
+        table: its rows; behind those of the shard the answers of samples that are gone.
+        rows: identity of the shard's rows.
+        gone: which samples the last rows are of.
+    """
 
     table: pa.Table
     rows: str
     swept: tuple[str, ...] = ()
     source: SourceShard | None = None
+    gone: tuple[Identity, ...] = ()
+
+    @property
+    def of_shard(self) -> pa.Table:
+        """The rows that the shard has."""
+        return self.table.slice(0, self.table.num_rows - len(self.gone))
 
 
 @dataclass(frozen=True)
@@ -210,6 +232,7 @@ def _content(table: pa.Table, metadata: dict[bytes, bytes]) -> Content:
         rows=metadata[_ROWS].decode(),
         swept=tuple(json.loads(metadata.get(_SWEPT, b"[]"))),
         source=SourceShard(**json.loads(source)) if source else None,
+        gone=tuple((key, number) for key, number in json.loads(metadata.get(_GONE, b"[]"))),
     )
 
 
@@ -235,26 +258,55 @@ def _commit_file(layout: Layout, shard: str, stage: str, generation: int, conten
         metadata[_SWEPT] = json.dumps(content.swept).encode()
     if content.source:
         metadata[_SOURCE] = json.dumps(vars(content.source)).encode()
+    if content.gone:
+        metadata[_GONE] = json.dumps(content.gone).encode()
     path = layout.column_file(shard, stage, generation)
     return files.create_only(path, partial(write_parquet, content.table, metadata))
 
 
-def rows_hash(keys: Sequence[str], sizes: Sequence[Sequence[int]]) -> str:
-    """Identity of a shard's rows: 128-bit hash over keys and member sizes in order."""
-    return hashlib.blake2b(orjson.dumps([keys, sizes]), digest_size=16).hexdigest()
+def rows_hash(keys: Sequence[str]) -> str:
+    """Identity of a shard's rows: 128-bit hash over their keys in order."""
+    return hashlib.blake2b(orjson.dumps(keys), digest_size=16).hexdigest()
 
 
-def commit_source(layout: Layout, shard: str, table: pa.Table, rows: str, source: SourceShard) -> None:
+def earlier_sources(layout: Layout, shard: str) -> list[Path]:
+    """What ingest has committed of a shard, the newest first."""
+    generations = listing(layout, shard, fresh=True).get(SOURCE, [])
+    return [layout.column_file(shard, SOURCE, generation) for generation in reversed(generations)]
+
+
+def commit_source(
+    layout: Layout, shard: str, source: SourceShard, follow: Callable[[Sequence[Path]], pa.Table]
+) -> None:
     """Commits what ingest read of a shard, and folds it.
 
-    It merges nothing, so a higher generation that appears beside it is as if it had come later; ingest compares the
-    newest one with the disk whenever it is asked to.
+    Args:
+        follow: makes the rows as they follow those that ingest has committed before, given as files, the newest first;
+            called again where another ingest commits meanwhile.
     """
     while True:
-        generation = newest(layout, shard, fresh=True).get(SOURCE, 0) + 1
+        earlier = earlier_sources(layout, shard)
+        table = files.retry_listing(partial(follow, earlier))
+        keys = table["key"].to_pylist()
+        rows = _rows_that_stay(earlier, keys) or rows_hash(keys)
+        generation = _number_of(earlier[0]) + 1 if earlier else 1
         content = Content(table, rows, source=source)
         if _commit_file(layout, shard, SOURCE, generation, content):
             return fold(layout, shard, known=(SOURCE, generation, content))
+
+
+def _rows_that_stay(earlier: Sequence[Path], keys: list[str]) -> str | None:
+    """The identity of the rows that are there, if they have these keys."""
+    if not earlier:
+        return None
+    newest_file = read_column_file(earlier[0], ["key"])
+    return newest_file.rows if newest_file.table["key"].to_pylist() == keys else None
+
+
+def _number_of(column_file: Path) -> int:
+    parsed = generation_of(column_file.name)
+    assert parsed is not None
+    return parsed[1]
 
 
 def commit(
@@ -290,7 +342,7 @@ def commit(
             result, table = _applied(stage, base.table, done, previous)
             if result.rows == 0:
                 return made or result
-            if not _commit_file(layout, shard, stage, generation + 1, Content(table, rows, base.swept)):
+            if not _commit_file(layout, shard, stage, generation + 1, replace(base, table=table)):
                 continue
             made = result
             if newest(layout, shard, fresh=True).get(stage, 0) == generation + 1:
@@ -300,7 +352,7 @@ def commit(
 def _base(layout: Layout, shard: str, stage: str, columns: tuple[Column, ...], rows: str) -> tuple[int, Content]:
     """The newest answers of a stage, aligned with the shard's rows, and their generation (0: none yet)."""
     found = listing(layout, shard, fresh=True)
-    source = read_column_file(layout.column_file(shard, SOURCE, found[SOURCE][-1]), ["key", "source_members"])
+    source = read_column_file(layout.column_file(shard, SOURCE, found[SOURCE][-1]), ["key"])
     if source.rows != rows:
         raise ConflictError(
             "the shard was ingested again with other rows since this work was planned",
@@ -311,10 +363,11 @@ def _base(layout: Layout, shard: str, stage: str, columns: tuple[Column, ...], r
     content = Content(pa.table({}), rows)
     if generation:
         newest_file = read_column_file(layout.column_file(shard, stage, generation))
-        content = _aligned(layout, shard, newest_file, found, source)
+        content = _aligned(layout, shard, stage, newest_file, found, source)
     merged = {name: content.table[name] for name in content.table.column_names}
-    merged |= {column.name: _values(content.table, column, source.table.num_rows) for column in columns}
-    return generation, Content(pa.table(merged), rows, content.swept)
+    count = source.table.num_rows + len(content.gone)
+    merged |= {column.name: _values(content.table, column, count) for column in columns}
+    return generation, replace(content, table=pa.table(merged))
 
 
 def _values(stage: pa.Table, column: Column, count: int) -> Any:
@@ -357,34 +410,41 @@ def _chunks(column: pa.ChunkedArray | pa.Array) -> list[pa.Array]:
     return list(column.chunks) if isinstance(column, pa.ChunkedArray) else [column]
 
 
-def _aligned(layout: Layout, shard: str, content: Content, found: dict[str, list[int]], source: Content) -> Content:
-    """A stage's answers, their rows those of `source`: moved by key and member sizes if they are others."""
+def _aligned(
+    layout: Layout, shard: str, stage: str, content: Content, found: dict[str, list[int]], source: Content
+) -> Content:
+    """A stage's answers, their rows those of `source`: moved to where their key is now if those are others."""
     if content.rows == source.rows:
         return content
     for generation in reversed(found[SOURCE]):
         path = layout.column_file(shard, SOURCE, generation)
         if _read_rows(path) == content.rows:
-            old = read_column_file(path, ["key", "source_members"])
-            moved = content.table.take(_moves(_identities(old.table), _identities(source.table)))
-            return Content(moved, source.rows, content.swept)
+            old = [*identities(read_column_file(path, ["key"]).table["key"].to_pylist()), *content.gone]
+            return _moved(stage, content, old, source)
     count = source.table.num_rows
     empty = pa.table({field.name: pa.nulls(count, field.type) for field in content.table.schema})
     return Content(empty, source.rows, content.swept)
 
 
-def _identities(source: pa.Table) -> list[tuple[str, tuple[int, ...]]]:
-    sizes = [tuple(member["size"] for member in members) for members in source["source_members"].to_pylist()]
-    return list(zip(source["key"].to_pylist(), sizes, strict=True))
+def _moved(stage: str, content: Content, old: list[Identity], source: Content) -> Content:
+    """Answers that stand in the order of `old`, in that of `source`; those of samples that it lacks behind them."""
+    new = identities(source.table["key"].to_pylist())
+    place = {identity: row for row, identity in enumerate(old)}
+    has_answer = content.table[f"{stage}_run"].is_valid().to_pylist()
+    lacking = set(old) - set(new)
+    gone = [row for row, identity in enumerate(old) if identity in lacking and has_answer[row]]
+    take = pa.array([*(place.get(identity) for identity in new), *gone], pa.int64())
+    return Content(content.table.take(take), source.rows, content.swept, gone=tuple(old[row] for row in gone))
 
 
-def _moves(old: list[Any], new: list[Any]) -> pa.Array:
-    """For each new row the old row with the same identity, null where there is none; repeats match in order."""
-    places: dict[Any, list[int]] = {}
-    for row, identity in enumerate(old):
-        places.setdefault(identity, []).append(row)
-    for rows in places.values():
-        rows.reverse()
-    return pa.array([places[identity].pop() if places.get(identity) else None for identity in new], pa.int64())
+def identities(keys: Sequence[str]) -> list[Identity]:
+    """Which sample each row of a shard is."""
+    count: Counter[str] = Counter()
+    found = []
+    for key in keys:
+        found.append((key, count[key]))
+        count[key] += 1
+    return found
 
 
 # --- fold and heal ---
@@ -430,7 +490,7 @@ def folded(
     for stage in newest_of:
         if stage != SOURCE:
             content = _content_of(layout, shard, stage, newest_of[stage], known)
-            stages[stage] = _aligned(layout, shard, content, found, source).table
+            stages[stage] = _aligned(layout, shard, stage, content, found, source).of_shard
     count, none = source.table.num_rows, pa.table({})
     table = pa.table({column.name: _values(stages.get(column.stage, none), column, count) for column in columns})
     return table, State(newest_of, generation, source.rows, source.source)
@@ -726,7 +786,7 @@ def _fence(layout: Layout, shard: str, stage: str, attempts: list[str]) -> None:
         swept = tuple(dict.fromkeys([*content.swept, *attempts]))
         if swept == content.swept:
             return
-        _commit_file(layout, shard, stage, generation + 1, Content(content.table, content.rows, swept))
+        _commit_file(layout, shard, stage, generation + 1, replace(content, swept=swept))
 
 
 def _newest_content(layout: Layout, shard: str, stage: str) -> tuple[int, Content]:
@@ -749,16 +809,30 @@ def _superseded(layout: Layout, shard: str) -> tuple[list[Path], set[str]]:
         for generation in generations[:-KEPT_GENERATIONS]
         if stage != SOURCE
     ]
-    if superseded := found.get(SOURCE, [])[:-KEPT_GENERATIONS]:
-        needed = _needed_rows(layout, shard, found)
-        paths = [layout.column_file(shard, SOURCE, generation) for generation in superseded]
-        old += [path for path in paths if _read_rows(path) not in needed]
+    old += _superseded_sources(layout, shard, found)
     runs: set[str] = set()
     for stage, generations in found.items():
         column = f"{stage}_run"
         content = read_column_file(layout.column_file(shard, stage, generations[-1]), [column])
         runs.update(run for run in content.table[column].unique().to_pylist() if run)
     return old, runs
+
+
+def _superseded_sources(layout: Layout, shard: str, found: dict[str, list[int]]) -> list[Path]:
+    """What ingest has committed and no kept column file follows: one file of each `rows` is enough to realign by."""
+    paths = [layout.column_file(shard, SOURCE, generation) for generation in reversed(found.get(SOURCE, []))]
+    kept, superseded = paths[:KEPT_GENERATIONS], paths[KEPT_GENERATIONS:]
+    if not superseded:
+        return []
+    needed = _needed_rows(layout, shard, found) - {_read_rows(path) for path in kept}
+    old = []
+    for path in superseded:
+        rows = _read_rows(path)
+        if rows in needed:
+            needed.remove(rows)
+        else:
+            old.append(path)
+    return sorted(old)
 
 
 def _needed_rows(layout: Layout, shard: str, found: dict[str, list[int]]) -> set[str]:

@@ -29,7 +29,7 @@ from builder.edits import EditsTar
 from builder.errors import BuilderError, ConflictError, MachineError, ShardError, StageError, TransientError
 from builder.layout import Layout, RunFiles
 from builder.machine import Sort, asked_again
-from builder.members import MemberReader
+from builder.members import EDIT, NOT_READ, MemberReader, digests_of
 from builder.progress import plain_lines
 from builder.schema import Column
 from builder.stage import Preparing, Stage, columns_of, formats_asked
@@ -198,11 +198,14 @@ class _Group:
 class Batch:
     """Rows with what the stage is given, prepared ahead if it can be; one row without its bytes as failed or left.
 
-    `prepared` holds the result of the stage's `prepare`, or what it raised.
+    Attributes:
+        digests: of the source's bytes in each row, as `<stage>_digest` has them.
+        prepared: the result of the stage's `prepare`, or what it raised.
     """
 
     rows: list[int]
     given: pa.RecordBatch | Failure | Left
+    digests: list[int]
     prepared: Future[Any] | None = None
 
     @property
@@ -225,6 +228,7 @@ class _Pending:
     """Rows that are answered and not committed."""
 
     rows: list[int] = field(default_factory=list)
+    digests: list[int] = field(default_factory=list)
     answers: list[pa.RecordBatch | Failure] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
 
@@ -686,6 +690,7 @@ class _Shard:
                 self._task.tell(result)
             count = 1 if isinstance(result, Failure) else result.num_rows
             self._pending.rows += batch.rows[first : first + count]
+            self._pending.digests += batch.digests[first : first + count]
             self._pending.answers.append(
                 result if isinstance(result, Failure) else self._with_edits(result, batch.rows[first:])
             )
@@ -867,13 +872,14 @@ def _without_failures(pending: _Pending) -> _Pending:
         count = 1 if isinstance(answer_, Failure) else answer_.num_rows
         if not isinstance(answer_, Failure):
             kept.rows += pending.rows[at : at + count]
+            kept.digests += pending.digests[at : at + count]
             kept.answers.append(answer_)
         at += count
     return kept
 
 
 def _answers(pending: _Pending, work: pa.Table, columns: tuple[Column, ...], run: str, stage: str) -> pa.Table:
-    """The rows of a commit: the stage's columns and its four status columns."""
+    """The rows of a commit: the stage's columns and its status columns."""
     parts = []
     own = [column for column in columns if column.name not in {c.name for c in schema.status_columns(stage)}]
     for answer_ in pending.answers:
@@ -888,6 +894,8 @@ def _answers(pending: _Pending, work: pa.Table, columns: tuple[Column, ...], run
     done = pa.concat_tables(parts)
     done = done.append_column(f"{stage}_run", pa.array([run] * len(pending.rows)))
     done = done.append_column(f"{stage}_inputs", work["inputs"])
+    done = done.append_column(f"{stage}_sample", work["source_changed"])
+    done = done.append_column(f"{stage}_digest", pa.array(pending.digests, pa.uint64()))
     return done.append_column("row", pa.array(pending.rows, pa.int64()))
 
 
@@ -916,6 +924,7 @@ class Reader:
         good: list[int] = []
         found: dict[str, list[bytes | None]] = {name: [] for name in self._names}
         failures: list[Batch] = []
+        digests: list[int] = []
         unread: dict[int, Exception] = {}
         for i, row in enumerate(rows):
             try:
@@ -928,11 +937,13 @@ class Reader:
                         raise
                     unread[row] = error
                 elif isinstance(error, BuilderError):
-                    failures.append(Batch([row], Failure(error_text(error))))
+                    failures.append(Batch([row], Failure(error_text(error)), [NOT_READ]))
                 else:
                     raise
                 continue
             good.append(i)
+            read = dict(zip(self._names, data, strict=True)) if needed[i] else {}
+            digests.append(digests_of({name: value for name, value in read.items() if name != EDIT}))
             for name, value in zip(self._names, data, strict=True):
                 found[name].append(value)
         failures += self._unread(unread, set(rows), is_one_read=any(needed[i] for i in good))
@@ -942,7 +953,7 @@ class Reader:
         for name, values in found.items():
             batch = batch.append_column(name, pa.array(values, pa.large_binary()))
         prepared = None if preparing is None else _prepared(preparing, batch)
-        return [Batch([rows[i] for i in good], batch, prepared), *failures]
+        return [Batch([rows[i] for i in good], batch, digests, prepared), *failures]
 
     def _read(self, row: int) -> list[bytes | None]:
         """The bytes of one row, read after a second opening where a disk or a server did not give them."""
@@ -964,10 +975,12 @@ class Reader:
             return []
         first = next(iter(unread.values()))
         if machine.sort_of(first) is Sort.MEMORY:
-            return [Batch([row], Left(machine.told(error), is_final=False)) for row, error in unread.items()]
+            return [
+                Batch([row], Left(machine.told(error), is_final=False), [NOT_READ]) for row, error in unread.items()
+            ]
         if machine.sort_of(first) is Sort.SHORTAGE or not (is_one_read or self._is_another_read(rows)):
             raise first
-        return [Batch([row], Failure(error_text(error))) for row, error in unread.items()]
+        return [Batch([row], Failure(error_text(error)), [NOT_READ]) for row, error in unread.items()]
 
     def _is_another_read(self, rows: set[int]) -> bool:
         """Whether a row that is none of these can be read."""

@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from builder import files, formats, schema
+from builder import files, formats, outdated, schema
 from builder.errors import ConfigError, ConflictError
 from builder.layout import Layout, RunFiles
 from builder.query import Lookup, Samples, Sql
 from builder.schema import Column
-from builder.stage import Stage, formats_asked, inputs_hashes
+from builder.stage import Stage, formats_asked
 from builder.table import partition_state
 
 T = TypeVar("T")
@@ -41,10 +41,11 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of the rows that the SQL covers a run tries; rows without an answer always.
+    """Which of the rows that the SQL covers a run tries: those without an answer, and those that are out of date.
 
     Attributes:
-        retry: failed rows: with `failed` all of them, too; with `failed:CLASS` those of that class of error alone.
+        retry: failed rows: with `failed` all of them, too; with `failed:CLASS` those of that class of error alone, and
+            no others.
         redo: rows with an answer too.
         stale: rows whose inputs, stage version or options differ from those of their answer.
         where: a condition over `samples` that narrows any of these.
@@ -91,12 +92,14 @@ class Slice:
     Attributes:
         first: position of the first row in `workset.parquet`.
         rows: identity of the shard's rows that the positions follow.
+        again: of the rows, those whose answer is out of date.
     """
 
     shard: str
     first: int
     count: int
     rows: str
+    again: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,16 @@ class Counts:
         failed: of these, failed rows.
         outside: rows with an answer that the SQL no longer covers.
         shards: shards that hold rows to try.
+        out_of_date: of ok and failed, rows whose own inputs changed since: see `builder.outdated`.
     """
 
-    covered: int
-    todo: int
-    ok: int
-    failed: int
-    outside: int
-    shards: int
+    covered: int = 0
+    todo: int = 0
+    ok: int = 0
+    failed: int = 0
+    outside: int = 0
+    shards: int = 0
+    out_of_date: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,10 @@ def _lookups_of(works: Sequence[Work]) -> dict[str, Lookup]:
 
 
 def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
-    """Counts the rows of several stages' works, over the same shards and with one choice; starts nothing."""
+    """Counts the rows of several stages' works, over the same shards and with one choice; starts nothing.
+
+    In one pass that reads no inputs; a second one reads those of shards that hold samples that changed.
+    """
     if not works:
         return []
     first = works[0]
@@ -174,36 +182,72 @@ def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
     with Samples(layout, columns, sorted(first.shards), _lookups_of(works), deciding=deciding) as samples:
         for work in works:
             _check_columns(samples, work)
-        return _in_order(partial(_counted, samples, works))
+        counts, put_off = _in_order(partial(_counted, layout, samples, works))
+        for place, work in enumerate(works):
+            if put_off[place]:
+                count_rest = partial(_counted_with_inputs, layout, samples, work, put_off[place], counts[place])
+                counts[place] = _in_order(count_rest)
+        return counts
 
 
-def _counted(samples: Samples, works: Sequence[Work], sort: set[str]) -> list[Counts]:
-    found = [Counts(0, 0, 0, 0, 0, 0) for _ in works]
-    for _, state, wanted in _side_by_side(samples, works, sort):
-        found = [_added(counts, work, state, rows) for counts, work, rows in zip(found, works, wanted, strict=True)]
-    return found
+def _counted(
+    layout: Layout, samples: Samples, works: Sequence[Work], sort: set[str]
+) -> tuple[list[Counts], list[list[str]]]:
+    """The counts of every work; for each the shards that are put off, since answers in it have to be compared."""
+    found = [Counts() for _ in works]
+    put_off: list[list[str]] = [[] for _ in works]
+    with_inputs = works[0].choice.stale
+    for shard, state, wanted in _side_by_side(samples, works, sort, with_inputs=with_inputs):
+        for place, (work, rows) in enumerate(zip(works, wanted, strict=True)):
+            if rows is None:
+                answered = int(np.count_nonzero(state[f"{work.stage.name}_state"].to_numpy() == _OK))
+                found[place] = replace(found[place], outside=found[place].outside + answered)
+            elif not with_inputs and _has_suspects(work, state, rows):
+                put_off[place].append(shard)
+            else:
+                found[place] = _added(layout, found[place], work, state, rows, with_inputs=with_inputs)
+    return found, put_off
 
 
-def _added(counts: Counts, work: Work, state: pa.Table, wanted: pa.Table | None) -> Counts:
+def _counted_with_inputs(
+    layout: Layout, samples: Samples, work: Work, shards: Sequence[str], counts: Counts, sort: set[str]
+) -> Counts:
+    """`counts` and the rows of these shards."""
+    for _, state, (rows,) in _side_by_side(samples, [work], sort, with_inputs=True, only=shards):
+        if rows is not None:
+            counts = _added(layout, counts, work, state, rows, with_inputs=True)
+    return counts
+
+
+def _has_suspects(work: Work, state: pa.Table, wanted: pa.Table) -> bool:
+    at, _ = _places(state, wanted)
+    return bool((state[f"{work.stage.name}_suspect"].to_numpy()[at] == outdated.SUSPECT).any())
+
+
+def _added(
+    layout: Layout, counts: Counts, work: Work, state: pa.Table, wanted: pa.Table, *, with_inputs: bool
+) -> Counts:
     """`counts` and one shard's rows."""
-    states = state[f"{work.stage.name}_state"].to_numpy()
-    answered = int(np.count_nonzero(states == _OK))
-    if wanted is None:
-        return replace(counts, outside=counts.outside + answered)
+    name = work.stage.name
+    states = state[f"{name}_state"].to_numpy()
     at, _ = _places(state, wanted)
     of = states[at]
     ok = int(np.count_nonzero(of == _OK))
-    if work.choice.stale:
-        todo = _to_do(work, _covered(state, wanted)).num_rows
+    if with_inputs:
+        covered = _covered(state, wanted)
+        late = outdated.are_out_of_date(covered, work.stage, work.signature, layout)
+        todo = int(np.count_nonzero(_tried(work, covered, late)))
     else:
-        todo = len(of) if work.choice.redo else int(np.count_nonzero(_is_open(of, work.choice)))
+        late = state[f"{name}_suspect"].to_numpy()[at] == outdated.OTHER_BYTES
+        todo = len(of) if work.choice.redo else int(np.count_nonzero(_is_open(of, late, work.choice)))
     return Counts(
         covered=counts.covered + len(of),
         todo=counts.todo + todo,
         ok=counts.ok + ok,
         failed=counts.failed + int(np.count_nonzero(of >= _FAILED)),
-        outside=counts.outside + answered - ok,
+        outside=counts.outside + int(np.count_nonzero(states == _OK)) - ok,
         shards=counts.shards + bool(todo),
+        out_of_date=counts.out_of_date + int(np.count_nonzero(late)),
     )
 
 
@@ -219,7 +263,7 @@ def freeze(layout: Layout, path: Path, work: Work) -> list[Slice]:
         with Samples(layout, work.columns, sorted(work.shards), work.lookups, deciding=[work.sql]) as samples:
             _check_columns(samples, work)
             before = {shard: _rows_of(layout, shard) for shard in work.shards}
-            slices = _in_order(partial(_frozen_to, path, samples, work, before))
+            slices = _in_order(partial(_frozen_to, layout, path, samples, work, before))
         if all(_rows_of(layout, part.shard) == part.rows for part in slices):
             return slices
     raise ConflictError("shards were ingested again while the work set was frozen", fix="run the same command again")
@@ -237,7 +281,7 @@ def first_rows(layout: Layout, work: Work, count: int, *, repeatable: bool = Tru
 
         def read(sort: set[str]) -> list[pa.Table]:
             parts: list[pa.Table] = []
-            for part in _frozen(samples, work, sort):
+            for part, _ in _frozen(layout, samples, work, sort):
                 parts.append(part)
                 if sum(table.num_rows for table in parts) >= count:
                     break
@@ -247,16 +291,23 @@ def first_rows(layout: Layout, work: Work, count: int, *, repeatable: bool = Tru
     return pa.concat_tables(parts).slice(0, count) if parts else pa.table({})
 
 
-def _frozen_to(path: Path, samples: Samples, work: Work, rows: dict[str, str], sort: set[str]) -> list[Slice]:
-    return _write(_frozen(samples, work, sort), path, rows)
+def _frozen_to(
+    layout: Layout, path: Path, samples: Samples, work: Work, rows: dict[str, str], sort: set[str]
+) -> list[Slice]:
+    return _write(_frozen(layout, samples, work, sort), path, rows)
 
 
-def _frozen(samples: Samples, work: Work, sort: set[str]) -> Iterator[pa.Table]:
-    """The rows to try, shard by shard, as the work set holds them."""
-    for _, state, (wanted,) in _side_by_side(samples, [work], sort, whole=True):
-        if wanted is not None and (rows := _to_do(work, _covered(state, wanted))).num_rows:
-            names = [*(field.name for field in work.stage.inputs), *formats_asked(work.stage)]
-            yield _with_inputs(rows, work).select([*_KEYS, *names, "previous_run", "inputs"])
+def _frozen(layout: Layout, samples: Samples, work: Work, sort: set[str]) -> Iterator[tuple[pa.Table, int]]:
+    """The rows to try, shard by shard, as the work set holds them, and how many of them are out of date."""
+    for _, state, (wanted,) in _side_by_side(samples, [work], sort, with_inputs=True):
+        if wanted is None:
+            continue
+        covered = _covered(state, wanted)
+        late = outdated.are_out_of_date(covered, work.stage, work.signature, layout)
+        tried = _tried(work, covered, late)
+        if tried.any():
+            rows = covered.filter(pa.array(tried))
+            yield _as_work(rows, work), int(np.count_nonzero(late & tried))
 
 
 def _rows_of(layout: Layout, shard: str) -> str:
@@ -264,15 +315,15 @@ def _rows_of(layout: Layout, shard: str) -> str:
     return "" if state is None else state.rows
 
 
-def _write(parts: Iterator[pa.Table], path: Path, rows: dict[str, str]) -> list[Slice]:
+def _write(parts: Iterator[tuple[pa.Table, int]], path: Path, rows: dict[str, str]) -> list[Slice]:
     slices: list[Slice] = []
     writer: pq.ParquetWriter | None = None
     waiting: list[pa.Table] = []
     position = 0
     try:
-        for part in parts:
+        for part, again in parts:
             shard = part["shard"][0].as_py()
-            slices.append(Slice(shard, position, part.num_rows, rows[shard]))
+            slices.append(Slice(shard, position, part.num_rows, rows[shard], again))
             position += part.num_rows
             waiting.append(part)
             if writer is None:
@@ -316,7 +367,12 @@ def _in_order(read: Callable[[set[str]], T]) -> T:
 
 
 def _side_by_side(
-    samples: Samples, works: Sequence[Work], sort: set[str], *, whole: bool = False
+    samples: Samples,
+    works: Sequence[Work],
+    sort: set[str],
+    *,
+    with_inputs: bool,
+    only: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, pa.Table, list[pa.Table | None]]]:
     """For every shard its name, the state of its rows, and the rows that the SQL of each work returns of it.
 
@@ -325,18 +381,23 @@ def _side_by_side(
 
     Args:
         sort: what DuckDB sorts, since it comes in another order.
-        whole: with the stage's inputs; else with them only where the choice asks for them.
+        with_inputs: with the stages' inputs, and what rows have recorded of those of their answers.
+        only: the shards to look at, of those that the SQL is evaluated over; all if absent.
 
     Raises:
         _Unordered: with the name of a stage that has to be sorted.
     """
     shards = sorted(works[0].shards)
     place = {shard: number for number, shard in enumerate(shards)}
+    these = ""
+    if only is not None and len(only) < len(shards):
+        these = f" and {{}}.shard in ({', '.join(_quoted(shard) for shard in only)})"
     answers = [
-        _Answer(_answer(samples, work, place, sort=work.stage.name in sort, whole=whole or work.choice.stale))
+        _Answer(_answer(samples, work, place, sort=work.stage.name in sort, with_inputs=with_inputs, these=these))
         for work in works
     ]
-    for number, state in _shard_by_shard(_states(samples, works, sort, whole=whole), place, _TABLE):
+    states = _states(samples, works, sort, with_inputs=with_inputs, these=these)
+    for number, state in _shard_by_shard(states, place, _TABLE):
         yield shards[number], state, [answer.of(number) for answer in answers]
     for answer in answers:
         answer.of(len(shards))  # to its end: rows that come back there count, too
@@ -361,15 +422,15 @@ class _Answer:
 
 
 def _answer(
-    samples: Samples, work: Work, place: dict[str, int], *, sort: bool, whole: bool
+    samples: Samples, work: Work, place: dict[str, int], *, sort: bool, with_inputs: bool, these: str
 ) -> Iterator[tuple[int, pa.Table]]:
     """What a work's SQL returns, by number of the shard; no row twice."""
     inputs = "".join(
         f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"' for field in work.stage.inputs
     )
     around = (
-        f'select cast(w.shard as varchar) as shard, cast(w."row" as bigint) as "row"{inputs * whole}'
-        f" from {{}} w where w.shard is not null and w.row is not null{' order by 1, 2' * sort}"
+        f'select cast(w.shard as varchar) as shard, cast(w."row" as bigint) as "row"{inputs * with_inputs} from '
+        f"{{}} w where w.shard is not null and w.row is not null{these.format('w')}{' order by 1, 2' * sort}"
     )
     batches = samples.stream(work.sql, work.params, around=around, rows=_CHUNK)
     for number, table in _shard_by_shard(batches, place, work.stage.name):
@@ -423,8 +484,10 @@ def _shard_by_shard(
 _OK, _FAILED, _RETRIED = 1, 2, 3
 
 
-def _states(samples: Samples, works: Sequence[Work], sort: set[str], *, whole: bool) -> Iterator[pa.RecordBatch]:
-    """Of every row whose source is fine: shard, row, and its state in each stage; what a freeze needs besides."""
+def _states(
+    samples: Samples, works: Sequence[Work], sort: set[str], *, with_inputs: bool, these: str
+) -> Iterator[pa.RecordBatch]:
+    """Of every row whose source is fine: shard, row, its state in each stage, and whether its answer is suspected."""
     choice = works[0].choice
     parts = ["s.shard", "s.row"]
     for work in works:
@@ -437,25 +500,14 @@ def _states(samples: Samples, works: Sequence[Work], sort: set[str], *, whole: b
             f"(case s.{name}_status when 'ok' then {_OK} when 'failed' then"
             f" case when {retried} then {_RETRIED} else {_FAILED} end else 0 end)::utinyint as {name}_state"
         )
-        if whole:
-            parts += ["s.uid", f"s.{name}_run as previous_run"]
-        if whole or choice.stale:
-            parts += [f"s.{name}_inputs as {name}_previous", *_bytes_of(work.stage), *_format_of(work)]
+        parts.append(f"{outdated.suspicion(work.stage)} as {name}_suspect")
+        if with_inputs:
+            parts += ["s.source_changed", *outdated.recorded(work.stage), *_format_of(work)]
     narrowed = _where(choice.where or "true")
     order = " order by s.shard, s.row" if _TABLE in sort else ""
-    around = f"select {', '.join(parts)} from {{}} s where s.source_status = 'ok'{order}"
+    columns = ", ".join(dict.fromkeys(parts))
+    around = f"select {columns} from {{}} s where s.source_status = 'ok'{these.format('s')}{order}"
     return samples.stream(narrowed, around=around, rows=_CHUNK)
-
-
-def _bytes_of(stage: Stage) -> list[str]:
-    """What identifies the bytes that a stage reads: extension and size of source members, sha256 of generated ones."""
-    parts = []
-    if set(stage.members) - {"edit"}:
-        places = "list_transform(s.source_members, lambda m: m.ext || ' ' || m.size)::varchar"
-        parts.append(f"{places} as {stage.name}_member_bytes")
-    if "edit" in stage.members:
-        parts.append(f"s.image_sha256 as {stage.name}_edit_bytes")
-    return parts
 
 
 def _format_of(work: Work) -> list[str]:
@@ -493,44 +545,42 @@ def _covered(state: pa.Table, wanted: pa.Table) -> pa.Table:
     return both
 
 
-def _is_open(states: np.ndarray, choice: Choice) -> np.ndarray:
-    """Which rows a run tries: those without an answer and failures to retry; of a class of failures these alone."""
+def _is_open(states: np.ndarray, late: np.ndarray, choice: Choice) -> np.ndarray:
+    """Which rows a run tries: those without an answer, those out of date and failures to retry; of a class of failures
+    these alone."""
     is_retried = states == _RETRIED
-    return np.asarray(is_retried if choice.retry_class not in (None, "failed") else is_retried | (states == 0))
+    is_alone = choice.retry_class not in (None, "failed")
+    return np.asarray(is_retried if is_alone else is_retried | (states == 0) | late)
 
 
-def _to_do(work: Work, covered: pa.Table) -> pa.Table:
-    """The rows that the choice tries."""
-    choice, name = work.choice, work.stage.name
-    if choice.redo:
-        return covered
-    if choice.stale:
-        inputs = _inputs_of(covered, work)
-        same = pc.fill_null(pc.equal(covered[f"{name}_previous"].cast(pa.uint64()), inputs), False)
-        return covered.filter(pc.invert(same))
-    return covered.filter(pa.array(_is_open(covered[f"{name}_state"].to_numpy(), choice)))
+def _tried(work: Work, covered: pa.Table, late: np.ndarray) -> np.ndarray:
+    """Which rows the choice tries.
+
+    Args:
+        late: which of them are out of date.
+    """
+    if work.choice.redo:
+        return np.ones(covered.num_rows, bool)
+    if work.choice.stale:
+        return np.asarray(outdated.are_stale(covered, work.stage, work.signature) | late)
+    return _is_open(covered[f"{work.stage.name}_state"].to_numpy(), late, work.choice)
 
 
-def _inputs_of(rows: pa.Table, work: Work) -> pa.UInt64Array:
-    """The inputs hash of every row."""
-    bytes_ = [f"{work.stage.name}_{name}" for name in ("member_bytes", "edit_bytes")]
-    names = [*(field.name for field in work.stage.inputs), *(name for name in bytes_ if name in rows.column_names)]
-    columns = [rows[name].to_pylist() for name in names] or [[None] * rows.num_rows]
-    asked = f"{work.stage.name}_format_asked"
-    more = None
-    if asked in rows.column_names:  # jpg is what all were, before there was a choice
-        more = [None if one == formats.JPG else one for one in rows[asked].to_pylist()]
-    return inputs_hashes(work.signature, columns, more)
-
-
-def _with_inputs(rows: pa.Table, work: Work) -> pa.Table:
-    result = rows.append_column("inputs", _inputs_of(rows, work))
+def _as_work(rows: pa.Table, work: Work) -> pa.Table:
+    """Rows as a work set holds them."""
+    result = rows.append_column("inputs", outdated.inputs_now(rows, work.stage, work.signature))
     for field in work.stage.inputs:
         at = result.column_names.index(field.name)
         result = result.set_column(at, field.name, result[field.name].cast(field.type))
+    result = result.append_column("previous_run", result[f"{work.stage.name}_by"])
     for name in formats_asked(work.stage):
         result = result.append_column(name, rows[f"{work.stage.name}_format_asked"])
-    return result
+    names = [*(field.name for field in work.stage.inputs), *formats_asked(work.stage)]
+    return result.select([*_KEYS, *names, "previous_run", "inputs", "source_changed"])
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 def _where(condition: str) -> Sql:
@@ -591,7 +641,7 @@ def read_task(run: RunFiles, number: int) -> list[Slice]:
 
 
 def read_slice(run: RunFiles, part: Slice) -> pa.Table:
-    """The rows of one shard: shard, row, uid, the stage's inputs, previous_run, inputs."""
+    """The rows of one shard: shard, row, uid, the stage's inputs, previous_run, inputs, source_changed."""
     file, ends = _opened(run.workset, run.workset.stat().st_ino)
     groups = range(
         int(np.searchsorted(ends, part.first, "right")),

@@ -149,7 +149,8 @@ class End:
 
 def _is_same_always(name: str) -> bool:
     """Whether a column is the same whatever runs and attempts made it."""
-    return not name.endswith("_run") and name not in ("image_path", "image_offset")
+    is_of_a_run = name.endswith(("_run", "_sample")) or name == "source_changed"
+    return not is_of_a_run and name not in ("image_path", "image_offset")
 
 
 def table_of(made: Workspace) -> pa.Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import signal
 import time
@@ -208,3 +209,48 @@ SAID: dict[str, Callable[[], Exception]] = {
     "cuda-text": lambda: RuntimeError("CUDA error: out of memory"),
     "wrapped": _wrapped,
 }
+
+
+class Looks(Base):
+    """Reads the image and one field: says what it saw."""
+
+    name: ClassVar[str] = "looks"
+    inputs: ClassVar[pa.Schema] = pa.schema([("width", pa.int32())])
+    members: ClassVar[tuple[str, ...]] = ("image",)
+    outputs: ClassVar[pa.Schema] = pa.schema([output("seen", pa.string(), "what is to be seen")])
+
+    def answer(self, width: int, image: bytes) -> str:
+        return f"{width}: {hashlib.sha256(image).hexdigest()[:16]}"
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        with Path(self.options.log).open("a") as log:
+            log.write("".join(f"{self.name} {uid}\n" for uid in batch.column("uid").to_pylist()))
+        columns = [batch.column(name).to_pylist() for name in (*self.inputs.names, *self.members)]
+        answers = [self.answer(*row) for row in zip(*columns, strict=True)]
+        return pa.RecordBatch.from_arrays([pa.array(answers, pa.string())], schema=self.outputs)
+
+
+class Words(Looks):
+    """Reads the caption."""
+
+    name: ClassVar[str] = "words"
+    inputs: ClassVar[pa.Schema] = pa.schema([("text", pa.string())])
+    members: ClassVar[tuple[str, ...]] = ()
+    outputs: ClassVar[pa.Schema] = pa.schema([output("words", pa.string(), "the first words of the caption")])
+
+    def answer(self, text: str) -> str:  # type: ignore[override]
+        if text.startswith("bad"):
+            raise ValueError("bad words")
+        return text[:8].upper()
+
+
+class After(Looks):
+    """Reads what `words` said."""
+
+    name: ClassVar[str] = "after"
+    inputs: ClassVar[pa.Schema] = pa.schema([("words", pa.string())])
+    members: ClassVar[tuple[str, ...]] = ()
+    outputs: ClassVar[pa.Schema] = pa.schema([output("echo", pa.string(), "the words again")])
+
+    def answer(self, words: str) -> str:  # type: ignore[override]
+        return f"{words}, {words}"

@@ -123,14 +123,14 @@ def test_commands_for_scripts_take_json() -> None:
 
 def test_json_of_status(ask: Callable[..., Done], dataset: Workspace) -> None:
     done = ask("status", "--json")
-    untried = {"ok": 0, "failed": 0, "not_tried": 16, "errors": []}
+    untried = {"ok": 0, "failed": 0, "not_tried": 16, "out_of_date": 0, "errors": []}
     assert done.code == 0
     assert done.json() == {
         "root": str(dataset.root),
         "shards": 2,
         "healed": 0,
         "stages": {
-            "source": {"ok": 16, "failed": 0, "not_tried": 0, "errors": []},
+            "source": {"ok": 16, "failed": 0, "not_tried": 0, "out_of_date": None, "errors": []},
             **dict.fromkeys(("faces", "lang", "prompts", "generate"), untried),
         },
         "rows": 16,
@@ -148,13 +148,13 @@ def test_json_of_plan(ask: Callable[..., Done]) -> None:
     needed = value["write"].pop("bytes_needed")
     assert done.code == 0
     assert free > needed > 16 * 512
-    nothing = {"covered": 0, "todo": 0, "ok": 0, "failed": 0, "outside": 0, "shards": 0}
+    nothing = {"covered": 0, "todo": 0, "ok": 0, "failed": 0, "outside": 0, "shards": 0, "out_of_date": 0}
     assert value == {
         "ingest": {"shards": 2, "todo": 0, "missing": [], "vanished": []},
         "older": [],
         "stages": {
-            "faces": {"covered": 16, "todo": 16, "ok": 0, "failed": 0, "outside": 0, "shards": 2},
-            "lang": {"covered": 16, "todo": 16, "ok": 0, "failed": 0, "outside": 0, "shards": 2},
+            "faces": {"covered": 16, "todo": 16, "ok": 0, "failed": 0, "outside": 0, "shards": 2, "out_of_date": 0},
+            "lang": {"covered": 16, "todo": 16, "ok": 0, "failed": 0, "outside": 0, "shards": 2, "out_of_date": 0},
             "prompts": nothing,
             "generate": nothing,
         },
@@ -404,12 +404,12 @@ def test_plan_in_words(ask: Callable[..., Done], dataset: Workspace) -> None:
         "  shards that the pipeline names  2",
         "  new or changed, to read         0",
         "",
-        "stage     covered  ok  failed  to do  in shards  ok, not covered now",
-        "--------  -------  --  ------  -----  ---------  -------------------",
-        "faces          16   0       0     16          2                    0",
-        "lang           16   0       0     16          2                    0",
-        "prompts         0   0       0      0          0                    0",
-        "generate        0   0       0      0          0                    0",
+        "stage     covered  ok  failed  out of date  to do  in shards  ok, not covered now",
+        "--------  -------  --  ------  -----------  -----  ---------  -------------------",
+        "faces          16   0       0            0     16          2                    0",
+        "lang           16   0       0            0     16          2                    0",
+        "prompts         0   0       0            0      0          0                    0",
+        "generate        0   0       0            0      0          0                    0",
         "",
         "write",
         "  hybrid shards             2",

@@ -196,7 +196,7 @@ def test_a_whole_row(tmp_path: Path) -> None:
         "caption": "a man with a hat is standing in the street number 1", "caption_differs": False,
         "source_face_bboxes": [[0.1, 0.1, 0.5, 0.9]], "source_width": 48, "source_height": 32, "source_notes": None,
         "url": "https://example.org/a.jpg", "original_width": 480, "source_status": "ok", "source_error": None,
-        "source_run": "a-run",
+        "source_run": "a-run", "source_changed": None, "source_was": None, "source_digests": None,
     }  # fmt: skip
 
 

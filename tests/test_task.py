@@ -1245,6 +1245,6 @@ def test_a_run_directory_is_all_that_a_task_needs(dataset: Workspace) -> None:
     run = RunFiles(plan(dataset.load().layout, Note(Options())).folder)
     assert sorted(path.name for path in run.folder.iterdir()) == ["tasks", "workset.parquet"]
     assert json.loads(run.task(0).read_text())["slices"][1] == {
-        "shard": "00000001", "first": 8, "count": 8,
+        "shard": "00000001", "first": 8, "count": 8, "again": 0,
         "rows": table.partition_state(dataset.load().layout, "00000001").rows,  # type: ignore[union-attr]
     }  # fmt: skip

@@ -217,7 +217,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_a_work_set_is_sorted_and_says_what_it_was_planned_on(layout: Layout) -> None:
     run = plan(layout, Note(Options()), sql=f"{SQL} order by hash(uid)")
     found = pq.read_table(run.workset)
-    assert found.column_names == ["shard", "row", "uid", "key", "text", "previous_run", "inputs"]
+    assert found.column_names == ["shard", "row", "uid", "key", "text", "previous_run", "inputs", "source_changed"]
     assert rows_of(found) == ALL
     assert found["previous_run"].null_count == 16
     assert len(set(found["inputs"].to_pylist())) == 16
@@ -338,11 +338,11 @@ def test_a_limit_without_an_order_takes_the_first_rows_every_time(tmp_path: Path
     for shard, captions in {"a": ["no"] * 50_000 + ["yes"] * 3, "b": ["yes"] * 3}.items():
         values: dict[str, Any] = {
             "shard": [shard] * len(captions), "row": range(len(captions)), "caption": captions,
-            "source_status": ["ok"] * len(captions),
+            "key": [str(row) for row in range(len(captions))], "source_status": ["ok"] * len(captions),
         }  # fmt: skip
         nothing = [None] * len(captions)
         content = pa.table({c.name: pa.array(values.get(c.name, nothing), c.type) for c in columns})
-        table.commit_source(layout, shard, content, shard, SourceShard("a.tar", 1, 2, "reading"))
+        table.commit_source(layout, shard, SourceShard("a.tar", 1, 2, "reading"), lambda _, content=content: content)
         table.fold(layout, shard)
     for _ in range(10):
         found = frozen(layout, sql=f"{SQL} where caption like '%y%e%s%' limit 3")

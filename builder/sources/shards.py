@@ -16,20 +16,21 @@ import shlex
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from builder import machine, schema, tar
+from builder import files, machine, schema, tar
 from builder.errors import ConfigError, SchemaError, ShardError
 from builder.layout import Layout, local, shard_name, shard_name_fault
 from builder.schema import SOURCE, Column
 from builder.sources.beside import expected
+from builder.sources.changes import digests, follow
 from builder.sources.samples import Samples, Seen, columns_of, group, no_collection
 from builder.stage import inputs_hashes
-from builder.table import SourceShard, commit_source, partition_state, rows_hash
+from builder.table import SourceShard, commit_source, partition_state, read_column_file
 
 #: Raised when a column of `source` changes its meaning.
 VERSION = "2"
@@ -316,6 +317,12 @@ def is_ingested(layout: Layout, shard: str, path: Path, reading: Reading) -> boo
     return state is not None and state.source == identify(path, reading)
 
 
+def is_changed(layout: Layout, path: Path, reading: Reading) -> bool:
+    """Whether the table has this shard, and of other bytes than it has now."""
+    state = None if shard_name_fault(path) else partition_state(layout, shard_name(path))
+    return state is not None and not is_same_on_disk(state.source, identify(path, reading))
+
+
 # --- one shard ---
 
 
@@ -327,6 +334,7 @@ class Ingested:
         of_macos: members that macOS has put beside files.
         remarks: what is strange about the shard as a whole, a sentence each.
         seen: which json fields there are.
+        changed: samples that are not as an earlier ingest had read them.
     """
 
     rows: int
@@ -334,6 +342,7 @@ class Ingested:
     of_macos: int
     remarks: list[str]
     seen: Seen
+    changed: int = 0
 
 
 @dataclass
@@ -341,14 +350,12 @@ class Read:
     """What one shard holds.
 
     Attributes:
-        table: its rows in tar order.
-        rows: their identity.
+        table: its rows in tar order, as if it had never been read before.
         end_mark: whether zeros close the tar.
         of_macos, remarks, seen: as of `Ingested`.
     """
 
     table: pa.Table
-    rows: str
     end_mark: bool
     of_macos: int
     remarks: list[str]
@@ -366,11 +373,34 @@ def ingest_shard(layout: Layout, path: Path, reading: Reading, run: str) -> Inge
     shard = shard_name(path)
     source = identify(path, reading)
     read = read_shard(path, shard, reading, run)
-    if identify(path, reading) != source:
-        raise ShardError("the shard changed while it was read", where={"file": path}, fix="run the same command again")
-    commit_source(layout, shard, read.table, read.rows, replace(source, end_mark=read.end_mark))
     failed = read.table["source_status"].to_pylist().count("failed")
-    return Ingested(read.table.num_rows, failed, read.of_macos, read.remarks, read.seen)
+    done = Ingested(read.table.num_rows, failed, read.of_macos, read.remarks, read.seen)
+
+    def following(earlier: Sequence[Path]) -> pa.Table:
+        found = read.table
+        if earlier:
+            before = read_column_file(earlier[0])
+            known = None if is_same_on_disk(before.source, source) else _digests(path, found)
+            older = (read_column_file(file).table for file in earlier[1:])
+            found, done.changed = follow(found, itertools.chain([before.table], older), known, run)
+        if identify(path, reading) != source:
+            raise ShardError(
+                "the shard changed while it was read", where={"file": path}, fix="run the same command again"
+            )
+        return found
+
+    commit_source(layout, shard, replace(source, end_mark=read.end_mark), following)
+    return done
+
+
+def is_same_on_disk(one: SourceShard | None, other: SourceShard) -> bool:
+    """Whether a shard's bytes are trusted to be the same: a file of one size and time, wherever it lies."""
+    return one is not None and (one.size, one.mtime_ns) == (other.size, other.mtime_ns)
+
+
+def _digests(path: Path, rows: pa.Table) -> list[dict[str, int]]:
+    with path.open("rb", buffering=0) as file:
+        return digests(rows, partial(files.read_at, file.fileno()))
 
 
 @no_collection()
@@ -385,7 +415,6 @@ def read_shard(path: Path, shard: str, reading: Reading, run: str) -> Read:
         found = group(index)
         remarks = _remarks(path, index, found)
         columns = columns_of(view, index, found, shard, reading.carried, reading.boxes)
-    sizes = found.sizes(index)
     count, problems, notes = len(found), found.remarks.problems, found.remarks.notes
     columns["shard"] = pa.array([shard] * count, pa.string())
     columns["row"] = pa.array(range(count), pa.int64())
@@ -393,10 +422,10 @@ def read_shard(path: Path, shard: str, reading: Reading, run: str) -> Read:
     columns["source_status"] = pa.array(["failed" if row in problems else "ok" for row in range(count)], pa.string())
     columns["source_error"] = _sparse(count, problems)
     columns["source_run"] = pa.array([run] * count, pa.string())
-    columns["source_inputs"] = inputs_hashes(reading.signature, [found.keys, sizes])
+    columns["source_inputs"] = inputs_hashes(reading.signature, [found.keys, found.sizes(index)])
     nothing = {column.name: pa.nulls(count, column.type) for column in reading.columns if column.name not in columns}
     table = pa.table({column.name: {**columns, **nothing}[column.name] for column in reading.columns})
-    return Read(table, rows_hash(found.keys, sizes), index.has_end_mark, found.of_macos, remarks, found.seen)
+    return Read(table, index.has_end_mark, found.of_macos, remarks, found.seen)
 
 
 def _sorting(path: Path) -> str:
