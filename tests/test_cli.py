@@ -136,6 +136,7 @@ def test_json_of_status(ask: Callable[..., Done], dataset: Workspace) -> None:
         "rows": 16,
         "notes": {"rows": 0, "example": None},
         "no_sample": [],
+        "left_out": {},
         "hybrid_shards": 0,
         "runs": 0,
     }
@@ -158,7 +159,7 @@ def test_json_of_plan(ask: Callable[..., Done]) -> None:
             "prompts": nothing,
             "generate": nothing,
         },
-        "write": {"shards": 2, "todo": 2, "edited": 0, "dropped": 0, "stale": 0, "refused": 0},
+        "write": {"shards": 2, "todo": 2, "edited": 0, "dropped": 0, "stale": 0, "refused": 0, "kept": {}},
     }
 
 
@@ -284,7 +285,7 @@ def test_json_of_a_file_that_cannot_be_read(ask: Callable[..., Done], dataset: W
     place.mkdir()
     done = ask("status", "--json")
     assert done.code == 1
-    assert done.json()["error"]["class"] in ("StageError", "TransientError")
+    assert done.json()["error"]["class"] in ("StageError", "MachineError")
 
 
 def test_json_from_a_process_is_all_there_is(dataset: Workspace) -> None:
