@@ -132,12 +132,12 @@ def _of_the_machine(node: dict[str, Any], columns: frozenset[str], own: set[str]
 
 
 def _hangs_on_order(node: dict[str, Any]) -> bool:
-    if node.get("class") == "WINDOW" or node.get("type") in _LIMITS or node.get("sample"):
+    if node.get("class") == "WINDOW" or str(node.get("type")) in _LIMITS or node.get("sample"):
         return True
     if node.get("class") == "FUNCTION":
         name = str(node["function_name"]).lower()
         return name in _aggregates() and name not in _ORDER_FREE
-    return bool(node.get("distinct_on_targets")) or node.get("ref_type") in _ORDERED_JOINS
+    return bool(node.get("distinct_on_targets")) or str(node.get("ref_type")) in _ORDERED_JOINS
 
 
 @lru_cache(maxsize=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import os
 import shutil
 from collections.abc import Callable
@@ -195,7 +196,8 @@ def test_a_field_gets_another_type_once_it_is_dropped(workspace: Make) -> None:
         "error: column 'original_width' of stage 'source' would change its type\n"
         "  in the root: int32\n"
         "  in the stage: float64\n"
-        "  fix: give the new values a new name, or drop the old column: builder drop original_width\n"
+        "  fix: give the new values a new name, or drop the old column: builder drop original_width "
+        f"(each builder command with {shlex.join([*sets, '--pipeline', str(made.file)])})\n"
     )
     made.run("drop", "original_width")
     made.run("ingest", *sets)
