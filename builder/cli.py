@@ -68,7 +68,10 @@ class _Group(click.Group):
         if arguments[:1] != ["task"]:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends is Ctrl-C too
         try:
-            sys.exit(super().main(arguments, prog_name="builder", standalone_mode=False))
+            try:
+                sys.exit(super().main(arguments, prog_name="builder", standalone_mode=False))
+            finally:
+                sys.stdout.flush()  # a full disk behind it is told here, and not by the interpreter at its end
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.ctx.get_help() if error.ctx else "")
             sys.exit(EXIT_USAGE)
@@ -86,6 +89,7 @@ class _Group(click.Group):
         except Exception as error:
             from builder import machine
 
+            console.let_go_of_stdout()
             if not isinstance(error, OSError) and not machine.is_of_the_machine(error):
                 if as_json:
                     _fail(
@@ -97,7 +101,7 @@ class _Group(click.Group):
 
 
 #: A command of ours inside a sentence, that a pipeline's options belong to.
-_COMMAND = re.compile(r"\bbuilder (?!init|demo|help|version)[a-z]+\b")
+_COMMAND = re.compile(r"\bbuilder (ingest|stage|run|write|plan|status|sql|show|regen|verify|gc|fold|drop)\b")
 
 
 def _with_pipeline(error: BuilderError, arguments: Sequence[str]) -> None:

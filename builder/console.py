@@ -52,6 +52,16 @@ def steady_streams() -> None:
         setattr(sys, name, new)
 
 
+def let_go_of_stdout() -> None:
+    """Lets what stdout cannot take go nowhere: the interpreter would try once more at its end, and fail."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def in_utf8() -> None:
     """Starts this command again where Python takes names of files for another encoding than UTF-8.
 

@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from builder import cli, console, table, writer
+from builder.errors import ConfigError
 from conftest import STAGES, Sample, Workspace, builder, make_shard, make_workspace, picture, samples
 from stages import cannot
 
@@ -753,6 +754,29 @@ def test_what_retry_takes(word: str, fix: str, ask: Callable[..., Done], dataset
         assert done.code == 2
         assert lines[0] == f"error: --retry takes 'failed' or 'failed:CLASS', not '{word}'"
         assert lines[-1].startswith(f"  fix: {fix}")
+
+
+def test_advice_names_the_pipeline_that_was_given() -> None:
+    """Once, where a command is named that works on one; the words of a sentence are none."""
+
+    def told(fix: str, *arguments: str) -> str:
+        error = ConfigError("x", fix=fix)
+        cli._with_pipeline(error, arguments)
+        return error.fix
+
+    given = ("stage", "lang", "--set", "a=b c", "--pipeline", "my p.toml")
+    assert told("builder ingest, then this", *given) == (
+        "builder ingest, then this (each builder command with --set 'a=b c' --pipeline 'my p.toml')"
+    )
+    assert told("builder ingest", "run") == "builder ingest"
+    for fix in ("builder downloads no models", "builder init DIR", "builder run --pipeline 'my p.toml' --set 'a=b c'"):
+        assert told(fix, *given) == fix
+    assert told("builder gc", "gc", "--scale=large").endswith("with --scale=large)")
+
+
+def test_each_command_that_takes_a_pipeline_is_known_to_the_advice() -> None:
+    taking = [name for name, command in COMMANDS.items() if any(p.name == "pipeline" for p in command.params)]
+    assert [name for name in COMMANDS if cli._COMMAND.search(f"builder {name}")] == taking
 
 
 # --- which sample ---

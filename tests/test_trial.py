@@ -126,11 +126,13 @@ def test_what_cannot_be_made_again_says_why(whole: Workspace) -> None:
     assert (done.returncode, done.stderr) == (
         2,
         f"error: sample '{uid}' has no generated image\n"
-        "  fix: builder sql 'select uid from samples where image_path is not null limit 5'\n",
+        "  fix: builder sql 'select uid from samples where image_path is not null limit 5' "
+        f"(each builder command with --pipeline {whole.file})\n",
     )
     done = whole.run("regen", uid, check=False)
-    assert (
-        done.stderr == f"error: builder regen needs --check, --out FILE, or both\n  fix: builder regen {uid} --check\n"
+    assert done.stderr == (
+        f"error: builder regen needs --check, --out FILE, or both\n  fix: builder regen {uid} --check "
+        f"(each builder command with --pipeline {whole.file})\n"
     )
 
 
@@ -219,4 +221,5 @@ def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None
 )
 def test_what_makes_no_sense_is_refused(whole: Workspace, command: str, message: str) -> None:
     done = whole.run(*command.split(), check=False)
-    assert (done.returncode, done.stderr) == (2, f"error: {message}\n")
+    where = f" (each builder command with --pipeline {whole.file})" if "fix: builder" in message else ""
+    assert (done.returncode, done.stderr) == (2, f"error: {message}{where}\n")
