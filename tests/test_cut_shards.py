@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -127,11 +128,20 @@ def test_statistics_that_agree_or_are_of_another_tool(one: Workspace, statistics
     assert "beside it" not in one.run("ingest", check=False).stderr
 
 
-def test_statistics_that_cannot_be_read_are_told(one: Workspace) -> None:
-    (one.folder / "source" / "0_stats.json").write_text('{"successes": ')
+@pytest.mark.parametrize("statistics", ['{"successes": ', "[" * 100_000], ids=["cut", "deep"])
+def test_statistics_that_cannot_be_read_are_told(one: Workspace, statistics: str) -> None:
+    (one.folder / "source" / "0_stats.json").write_text(statistics)
     done = one.run("ingest", check=False)
     assert done.returncode == 0
     assert "'0_stats.json' beside it, which says how many samples it should have, cannot be read" in done.stderr
+
+
+def test_what_is_no_file_beside_a_shard_says_nothing(one: Workspace) -> None:
+    os.mkfifo(one.folder / "source" / "0_stats.json")  # opening it would wait for a writer
+    (one.folder / "source" / "0.parquet").mkdir()
+    done = one.run("ingest", check=False)
+    assert done.returncode == 0
+    assert "beside it" not in done.stderr
 
 
 # --- no sample ---

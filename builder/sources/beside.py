@@ -35,15 +35,17 @@ def expected(shard: Path) -> Expected | None:
     forms under these names are other tools'.
     """
     stem = shard.with_name(shard_name(shard))
-    return _statistics(Path(f"{stem}_stats.json")) or _attempts(Path(f"{stem}.parquet"))
+    readers = {Path(f"{stem}_stats.json"): _statistics, Path(f"{stem}.parquet"): _attempts}
+    found = (read(path) for path, read in readers.items() if path.is_file())  # a folder, or a pipe, says nothing
+    return next((one for one in found if one is not None), None)
 
 
 def _statistics(path: Path) -> Expected | None:
     try:
         found = json.loads(path.read_bytes())
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last one of json that is nested too deep
         if machine.is_of_the_machine(error):
             raise
         return Expected(path.name, None)
@@ -58,7 +60,7 @@ def _attempts(path: Path) -> Expected | None:
                 return None
             status = file.read([_STATUS])[_STATUS]
             successes = pc.sum(pc.equal(status.cast(pa.string()), _SUCCESS)).as_py()
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         return None
     except (OSError, pa.ArrowException) as error:
         if machine.is_of_the_machine(error):
