@@ -136,6 +136,18 @@ def test_statistics_that_cannot_be_read_are_told(one: Workspace, statistics: str
     assert "'0_stats.json' beside it, which says how many samples it should have, cannot be read" in done.stderr
 
 
+@pytest.mark.parametrize("status", [pa.array([200, 404]), pa.array([["success"], []])], ids=["numbers", "lists"])
+def test_a_status_that_is_no_word_is_of_another_tool(one: Workspace, status: pa.Array) -> None:
+    pq.write_table(pa.table({"status": status}), one.folder / "source" / "0.parquet")
+    assert "beside it" not in one.run("ingest", check=False).stderr
+
+
+def test_a_status_of_categories_is_read(one: Workspace) -> None:
+    status = pa.array(["success"] * 5).dictionary_encode()
+    pq.write_table(pa.table({"status": status}), one.folder / "source" / "0.parquet")
+    assert "'0.parquet' beside it says 5" in one.run("ingest", check=False).stderr
+
+
 def test_what_is_no_file_beside_a_shard_says_nothing(one: Workspace) -> None:
     os.mkfifo(one.folder / "source" / "0_stats.json")  # opening it would wait for a writer
     (one.folder / "source" / "0.parquet").mkdir()

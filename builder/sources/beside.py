@@ -59,6 +59,8 @@ def _attempts(path: Path) -> Expected | None:
             if _STATUS not in file.schema_arrow.names:
                 return None
             status = file.read([_STATUS])[_STATUS]
+            if not _is_text(status.type):
+                return None
             successes = pc.sum(pc.equal(status.cast(pa.string()), _SUCCESS)).as_py()
     except FileNotFoundError:
         return None
@@ -67,3 +69,9 @@ def _attempts(path: Path) -> Expected | None:
             raise
         return Expected(path.name, None)
     return Expected(path.name, successes or 0)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether a column holds words: status codes of servers, which are numbers, say nothing of samples."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
