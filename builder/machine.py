@@ -55,6 +55,8 @@ _MEMORY_WORDS = re.compile(
     r"bad_alloc|bad allocation|_ALLOC_FAILED|RESOURCE_EXHAUSTED",
     re.I,
 )
+#: The loader's words where a library finds no room, as under `ulimit -v`. Source: glibc, elf/dl-load.c.
+_UNMAPPED = re.compile(r"failed to map segment|cannot allocate memory|cannot map zero-fill pages", re.I)
 _THREAD_WORDS = re.compile(
     rf"can't start new thread|could not (start|create) (a )?(new )?thread|pthread_create|"
     rf"{re.escape(os.strerror(errno.EAGAIN))}",
@@ -128,6 +130,8 @@ def _sort_of_one(error: BaseException) -> Sort | None:
     if isinstance(error, MachineError):
         return error.sort if isinstance(error.sort, Sort) else None
     if isinstance(error, MemoryError) or any(kind.__name__ in _MEMORY_CLASSES for kind in kinds):
+        return Sort.MEMORY
+    if isinstance(error, ImportError) and _UNMAPPED.search(str(error)):
         return Sort.MEMORY
     if isinstance(error, OSError) and error.errno is not None:
         return _sort_of_number(error.errno)

@@ -23,7 +23,7 @@ import orjson
 import pyarrow as pa
 from pydantic import BaseModel
 
-from builder import schema
+from builder import machine, schema
 from builder.errors import SchemaError, StageError
 
 ENTRY_POINTS = "builder.stages"
@@ -189,6 +189,8 @@ def find(name: str, python: str | None = None) -> type[Stage]:
         try:
             kind = points[name].load()
         except (ImportError, AttributeError) as error:
+            if machine.is_of_the_machine(error):
+                raise machine.told(error) from error
             raise StageError(
                 f"stage '{name}' cannot be loaded: {error}", fix=f"install again what brings {points[name].value}"
             ) from error
@@ -211,6 +213,8 @@ def _from_file(name: str, python: str) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        if machine.is_of_the_machine(error):
+            raise machine.told(error) from error
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         place = f"'{path}', line {line}" if line else f"'{path}'"

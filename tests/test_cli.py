@@ -949,3 +949,27 @@ def test_a_run_finds_a_linked_folder_first(workspace: Make) -> None:
     done = made.run("run", check=False)
     assert (done.returncode, f"'{made.root}/edits' is a link" in done.stderr) == (2, True)
     assert sorted(path.name for path in made.root.iterdir()) == ["edits"]
+
+
+@pytest.mark.parametrize("limit_mb", [400, 500, 600])
+def test_a_limit_of_memory_ends_in_a_message(limit_mb: int, dataset: Workspace) -> None:
+    """Libraries that find no room, and what they are short of later: never a traceback."""
+    line = f"ulimit -v {limit_mb * 1024}; export OPENBLAS_NUM_THREADS=1; $BUILDER sql 'select count(*) from samples'"
+    done = _shell(f"{line} --pipeline {shlex.quote(str(dataset.file))}")
+    assert "Traceback" not in done.stderr, done.stderr
+    if done.returncode != 0:
+        assert done.returncode == 1
+        assert "  fix: " in done.stderr
+
+
+def test_a_library_that_finds_no_room_is_the_machine_s() -> None:
+    from builder import machine
+
+    for words in (
+        "/x/_duckdb.so: failed to map segment from shared object", "libz.so.1: cannot allocate memory",
+        "/x/y.so: cannot map zero-fill pages",
+    ):  # fmt: skip
+        told = machine.told(ImportError(words))
+        assert machine.is_out_of_memory(ImportError(words))
+        assert told.fix
+    assert not machine.is_of_the_machine(ImportError("No module named 'x'"))
