@@ -526,7 +526,7 @@ def test_a_class_without_failures_is_told_with_those_there_are(
     stage = pipeline.stages["note"].stage
     do(pipeline.layout, plan(pipeline.layout, stage), stage)
     assert pipelines.run_stage(pipeline, "note", Choice(retry="failed:valueerror"), Talk()).counts == {}
-    assert capsys.readouterr().err == (
-        "note: no row asked for has failed with 'valueerror'; there are: ValueError (2)\n"
-        "note: nothing to do (14 ok, 2 failed of 16 covered)\n"
-    )
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "note: no row asked for has failed with 'valueerror'; there are: ValueError (2)",
+        "note: nothing to do (14 ok, 2 failed of 16 covered)",
+    ]
