@@ -298,6 +298,11 @@ def test_what_is_not_seen_is_taken_out(hidden: str) -> None:
         ("\U0001f3f4" + "".join(chr(0xE0000 + ord(char)) for char in "ignoreall") + "\U000e007f", "U+E0069 (a tag)"),
         ("e" + "\u0301\u0302\u0303\u0304\u0306", 'more than 4 marks on "e"'),
         ("\u00e9" + "\u0302" * 4, 'more than 4 marks on "e"'),
+        ("e" + "\u0301\u0302\u0303\ufe0f" * 2, 'more than 4 marks on "e"'),
+        ("ب" + "\u064b\u064c\u064d\u200d" * 2, 'more than 4 marks on "ب"'),
+        ("က" + "\u1039\u103e\u1037\u103b" * 2, 'more than 4 marks on "က"'),
+        ("\u0378", "U+0378 (no character)"),
+        ("\U000e0fff", "U+E0FFF (no character)"),
         ("\ufffd", "U+FFFD (replacement character)"),
         ("\x00", "U+0000 (no character)"),
         ("\ue000", "U+E000 (no character)"),
@@ -322,6 +327,9 @@ def test_characters_that_are_not_seen_as_they_are(hidden: str, named: str) -> No
         "葛\U000e0100城",  # Han, a variant
         "ᠮᠣᠩ\u180bᠭᠣᠯ",  # Mongolian
         "Việt Nam, ệ o\u0302\u0323, שָׁ֑לוֹם, ผู้ที่",
+        "လျှော့ လျှော်",  # Burmese, "less", "wash": five marks on a letter, three of them beside it
+        "\U0001fa77 \U0001fae8 \U0001f469\u200d\U0001faf9",  # emoji beyond Unicode 14, and one that is none yet
+        "\U000323af",  # Han of Unicode 15
     ],
 )  # fmt: skip
 def test_what_scripts_and_emoji_need_stays(written: str) -> None:
@@ -337,6 +345,7 @@ def test_what_scripts_and_emoji_need_stays(written: str) -> None:
         ("from www.example.com", "www.example.com"),
         ("see example.com", "example.com"),
         ("on bit.ly/3xYz now", "bit.ly/3xYz"),
+        ("on t.co/r67DX4 now", "t.co/r67DX4"),
         ("by ann@example.museum", "ann@example.museum"),
         ("ftp://files.example.org", "ftp://files.example.org"),
         ("ｈｔｔｐｓ://example.org", "https://example.org"),
@@ -388,6 +397,8 @@ def test_a_text_of_which_nobody_can_be_asked_again_is_made_legible() -> None:
     assert legible(f"a\u202e {tags}person\n\u200bin\x00 Rome") == "a person in Rome"
     assert legible("e" + "\u0301" * 30) == "e" + "\u0301" * 4
     assert legible("\u00e9" + "\u0302" * 30) == "\u00e9" + "\u0302" * 3
+    assert legible("e" + "\u0301\ufe0f" * 30) == "e" + "\u0301" * 4
+    assert legible("a\u2800\u2800person") == "a  person"
     messages, _ = Rewrites(system="", user="{text}", has_groups=False, lang=None, json_schema=None).begin(
         {"text": f"a {tags}person"}, ()
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-#: Combining marks on one letter, at most: Vietnamese, Tibetan, Hebrew with accents have fewer.
+#: Combining marks on one letter, at most: Vietnamese, Tibetan, Hebrew with accents have fewer. Marks that take a place
+#: of their own beside the letter do not count: Burmese has five on a letter, of which two are piled.
 MAX_MARKS = 4
 
 #: Characters that are not seen and that no script needs: byte order mark, zero-width space, soft hyphen, word joiner,
@@ -36,11 +37,18 @@ _SKIN = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 _FLAG = re.compile("\U0001f3f4[\U000e0061-\U000e007a]{2}[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,3}\U000e007f")
 _TAGS = frozenset(map(chr, range(0xE0000, 0xE0080)))
 
+#: Blank, and no space by its kind: an empty cell of Braille.
+_BLANK = "\u2800"
+#: Where characters that this Python does not know yet are emoji or Han. Source: Unicode, emoji-data.txt
+#: (Extended_Pictographic) and PropList.txt: planes 2 and 3 but for their last two.
+_RESERVED = ((0x1F000, 0x1FAFF), (0x1FC00, 0x1FFFD), (0x20000, 0x2FFFD), (0x30000, 0x3FFFD))
+
 _TOP = "com|net|org|info|io|co\\.uk|de|fr|it|es|ru|jp|cn|br"
 #: "https://x.org/y", "www.x.org", "mailto:a@x.org", "x.com/y".
 _ADDRESS = re.compile(
     r"\b(?:[a-z][a-z0-9+.-]{1,20}://|mailto:)\S*|\bwww\d?\.[\w-]+\.\S+"
-    rf"|\b(?:[a-z0-9-]+\.)+(?:{_TOP}|me|tv|ly|be|uk|us|ca|au|in|nl|pl|eu|edu|gov|app|dev|shop|store|xyz|ai|gl)/\S+",
+    rf"|\b(?:[a-z0-9-]+\.)+(?:{_TOP}|co|me|tv|to|cc|gg|ly|be|at|ch|dk|no|se|uk|us|ca|au|in|nl|pl|eu|edu|gov"
+    r"|app|dev|shop|store|site|online|page|link|blog|xyz|ai|gl)/\S+",
     re.I,
 )
 #: "a@x.org", "x.com", "x.com/y".
@@ -56,7 +64,7 @@ def visible(text: str) -> str:
     if text.isascii():
         return text
     kept: list[str] = []
-    for i, char in enumerate(text):
+    for i, char in enumerate(text.replace(_BLANK, " ")):
         if char in _TAKEN_OUT:
             continue
         before = kept[-1] if kept else ""
@@ -84,7 +92,14 @@ def _is_joining(char: str) -> bool:
 
 def _is_pictured(char: str) -> bool:
     """Whether a character may be of an emoji: a symbol, such as an arrow or a sign of Mars."""
-    return bool(char) and char >= "\u2190" and unicodedata.category(char) in ("So", "Sm", "Sk")
+    if not char or char < "\u2190":
+        return False
+    return unicodedata.category(char) in ("So", "Sm", "Sk") or (_is_reserved(char) and char < "\U00020000")
+
+
+def _is_reserved(char: str) -> bool:
+    """Whether a character is not known here and may be known elsewhere: an emoji or a letter of Han."""
+    return unicodedata.category(char) == "Cn" and any(first <= ord(char) <= last for first, last in _RESERVED)
 
 
 def _is_selector(char: str) -> bool:
@@ -94,7 +109,7 @@ def _is_selector(char: str) -> bool:
 
 def _is_selected(selector: str, base: str) -> bool:
     """Whether a character has forms that a selector chooses of: emoji and digits, signs, Han, Mongolian."""
-    if not base or base.isspace() or _is_selector(base):
+    if not base or base.isspace() or _is_selector(base) or (selector >= "\ufe0e" and _is_mark(base)):
         return False
     if selector in _MONGOLIAN:
         return "\u1800" <= base <= "\u18af"
@@ -117,9 +132,9 @@ def hidden_in(text: str) -> str:
             return f"U+{ord(char):04X} ({what})"
     marks, letter = 0, ""
     for char in () if text.isascii() else unicodedata.normalize("NFD", text):
-        if not _is_mark(char):
+        if _is_letter(char):
             marks, letter = 0, char
-        elif (marks := marks + 1) > MAX_MARKS:
+        elif _is_mark(char) and (marks := marks + 1) > MAX_MARKS:
             return f'more than {MAX_MARKS} marks on "{letter}"'
     return ""
 
@@ -138,7 +153,7 @@ def legible(text: str) -> str:
             kept.append(char)
             continue
         own = sum(map(_is_mark, unicodedata.normalize("NFD", char)))
-        marks = marks + own if _is_mark(char) else own
+        marks = own if _is_letter(char) else marks + own
         if char.isspace():
             kept.append(" ")
         elif not _is_hidden(char) and not (_is_mark(char) and marks > MAX_MARKS):
@@ -149,11 +164,18 @@ def legible(text: str) -> str:
 def _is_hidden(char: str) -> bool:
     kind = unicodedata.category(char)
     is_format = kind == "Cf" and char not in _SEEN and char not in (_NON_JOINER, _JOINER)
-    return char == "\ufffd" or kind in ("Cc", "Cs", "Co", "Cn") or is_format
+    is_unknown = kind == "Cn" and not _is_reserved(char)
+    return char == "\ufffd" or kind in ("Cc", "Cs", "Co") or is_unknown or is_format
+
+
+def _is_letter(char: str) -> bool:
+    """Whether marks are counted anew from a character: it is none, and no joiner between marks."""
+    return unicodedata.category(char)[0] != "M" and char not in (_NON_JOINER, _JOINER)
 
 
 def _is_mark(char: str) -> bool:
-    return unicodedata.category(char)[0] == "M" and not _is_selector(char)
+    """Whether a character is piled on the one before it."""
+    return unicodedata.category(char) in ("Mn", "Me") and not _is_selector(char)
 
 
 def address_in(text: str, given: str = "") -> str:
