@@ -1064,6 +1064,22 @@ def test_a_server_that_closes_its_connections_without_a_word_is_used(
     run(work)
 
 
+def test_a_request_for_which_a_server_closes_its_connection_is_sent_twice_an_attempt_at_most(serve: Serve) -> None:
+    """Other answers go on making connections that could be used again, and it would be sent on each."""
+    server = serve(latency_s=0.005)
+    server.about("house 20", disconnect())
+
+    async def work() -> None:
+        async with started(server, attempts=2, rest_after=1000) as pool:
+            wanted = right(600)
+            wanted[20] = "unreachable"
+            assert await ask_all(pool, 600) == wanted
+            assert pool.totals()[server.base_url]["failures"] == {"unreachable": 2}
+            assert 2 <= pushed(server, "house 20") <= 4
+
+    run(work)
+
+
 def test_a_count_of_tokens_that_cannot_be_loses_no_endpoint(serve: Serve) -> None:
     """Two thousand million of them would take its limit for months, and its budget for good."""
     server = serve()

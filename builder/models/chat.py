@@ -13,8 +13,10 @@ import json
 import re
 import time
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import orjson
 
@@ -119,17 +121,15 @@ class Http:
 
         self._aiohttp = aiohttp
         self._timeout_s, self._connect_s = timeout_s, connect_s
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_note_reuse)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s, ceil_threshold=float("inf")),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trace_configs=[trace],
+        limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=connect_s, ceil_threshold=float("inf"))
+        self._kept, self._fresh = (
+            aiohttp.ClientSession(connector=connector, timeout=limits, cookie_jar=aiohttp.DummyCookieJar())
+            for connector in (_connector(), aiohttp.TCPConnector(limit=0, force_close=True))
         )
 
     async def close(self) -> None:
-        await self._session.close()
+        await self._kept.close()
+        await self._fresh.close()
 
     async def request(
         self, method: str, url: Any, headers: Mapping[str, str], body: bytes | None = None, most: int = MAX_BYTES
@@ -137,7 +137,7 @@ class Http:
         """The status, headers and body of an answer, whatever it says.
 
         A connection that was kept may be closed by the server at any time, with a word or without: a request that finds
-        it so is sent again on another one. A connection that is made for a request is not.
+        it so is sent once more, on a connection made for it.
 
         Args:
             most: bytes of a body that are read.
@@ -145,33 +145,25 @@ class Http:
         Raises:
             AskFailed: `timeout`, `unreachable`, or `bad_reply` where the body is longer, or does not end as announced.
         """
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            connection = {"is_reused": False}
+        _IS_REUSED.set(False)
+        for session in (self._kept, self._fresh):
             try:
-                return await self._once(method, url, headers, body, most, connection)
+                return await self._once(session, method, url, headers, body, most)
             except self._aiohttp.ClientConnectorError as error:
                 why = getattr(error, "certificate_error", None) or error.os_error
                 raise AskFailed("unreachable", f"no connection: {getattr(why, 'strerror', None) or why}") from None
             except self._aiohttp.ClientConnectionError:
-                if not connection["is_reused"] or time.monotonic() >= deadline:
-                    raise AskFailed("unreachable", "the connection was closed before an answer") from None
+                if not _IS_REUSED.get():
+                    break
+        raise AskFailed("unreachable", "the connection was closed before an answer")
 
     async def _once(
-        self,
-        method: str,
-        url: Any,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        most: int,
-        connection: dict[str, bool],
+        self, session: Any, method: str, url: Any, headers: Mapping[str, str], body: bytes | None, most: int
     ) -> tuple[int, Mapping[str, str], bytes]:
-        """`request` on one connection, of which it is noted whether it had been kept."""
+        """`request` on one connection."""
         aiohttp = self._aiohttp
         try:
-            async with self._session.request(
-                method, url, headers=headers, data=body, allow_redirects=False, trace_request_ctx=connection
-            ) as got:
+            async with session.request(method, url, headers=headers, data=body, allow_redirects=False) as got:
                 parts, size = [], 0
                 async for part in got.content.iter_any():
                     parts.append(part)
@@ -192,8 +184,24 @@ class Http:
             raise AskFailed("bad_reply", f"the answer is not HTTP: {type(error).__name__}") from None
 
 
-async def _note_reuse(_session: Any, context: Any, _params: Any) -> None:
-    context.trace_request_ctx["is_reused"] = True
+#: Whether the connection that the task was given last had been used before.
+_IS_REUSED: ContextVar[bool] = ContextVar("is_reused", default=False)
+
+
+def _connector() -> Any:
+    """Keeps connections for a while, and says of each whether it had been used. aiohttp's tracing says it, too, at the
+    cost of a quarter of a request."""
+    import aiohttp
+
+    class Connector(aiohttp.TCPConnector):
+        async def connect(self, *args: Any, **named: Any) -> Any:
+            connection = await super().connect(*args, **named)
+            _IS_REUSED.set(connection.protocol in used)
+            used.add(connection.protocol)
+            return connection
+
+    used: WeakSet[Any] = WeakSet()
+    return Connector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
 
 
 def read_status(status: int, headers: Mapping[str, str], body: bytes) -> None:
