@@ -145,43 +145,34 @@ class Http:
         Raises:
             AskFailed: `timeout`, `unreachable`, or `bad_reply` where the body is longer, or does not end as announced.
         """
+        aiohttp = self._aiohttp
         _IS_REUSED.set(False)
         for session in (self._kept, self._fresh):
             try:
-                return await self._once(session, method, url, headers, body, most)
-            except self._aiohttp.ClientConnectorError as error:
+                async with session.request(method, url, headers=headers, data=body, allow_redirects=False) as got:
+                    parts, size = [], 0
+                    async for part in got.content.iter_any():
+                        parts.append(part)
+                        size += len(part)
+                        if size > most:
+                            got.close()
+                            raise AskFailed("bad_reply", f"the answer is longer than {most} bytes")
+                    return got.status, got.headers, b"".join(parts)
+            except aiohttp.ConnectionTimeoutError:
+                raise AskFailed("unreachable", f"no connection within {self._connect_s:g} s") from None
+            except TimeoutError:
+                raise AskFailed("timeout", f"no whole answer within {self._timeout_s:g} s") from None
+            except aiohttp.ClientConnectorError as error:
                 why = getattr(error, "certificate_error", None) or error.os_error
                 raise AskFailed("unreachable", f"no connection: {getattr(why, 'strerror', None) or why}") from None
-            except self._aiohttp.ClientConnectionError:
+            except aiohttp.ClientPayloadError:
+                raise AskFailed("bad_reply", "the connection was closed within the answer") from None
+            except aiohttp.ClientConnectionError:
                 if not _IS_REUSED.get():
                     break
+            except aiohttp.ClientError as error:
+                raise AskFailed("bad_reply", f"the answer is not HTTP: {type(error).__name__}") from None
         raise AskFailed("unreachable", "the connection was closed before an answer")
-
-    async def _once(
-        self, session: Any, method: str, url: Any, headers: Mapping[str, str], body: bytes | None, most: int
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """`request` on one connection."""
-        aiohttp = self._aiohttp
-        try:
-            async with session.request(method, url, headers=headers, data=body, allow_redirects=False) as got:
-                parts, size = [], 0
-                async for part in got.content.iter_any():
-                    parts.append(part)
-                    size += len(part)
-                    if size > most:
-                        got.close()
-                        raise AskFailed("bad_reply", f"the answer is longer than {most} bytes")
-                return got.status, got.headers, b"".join(parts)
-        except aiohttp.ConnectionTimeoutError:
-            raise AskFailed("unreachable", f"no connection within {self._connect_s:g} s") from None
-        except TimeoutError:
-            raise AskFailed("timeout", f"no whole answer within {self._timeout_s:g} s") from None
-        except aiohttp.ClientPayloadError:
-            raise AskFailed("bad_reply", "the connection was closed within the answer") from None
-        except aiohttp.ClientConnectionError:
-            raise
-        except aiohttp.ClientError as error:
-            raise AskFailed("bad_reply", f"the answer is not HTTP: {type(error).__name__}") from None
 
 
 #: Whether the connection that the task was given last had been used before.
