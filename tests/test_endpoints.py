@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from builder.config import Problems, Strict, check
 from builder.errors import StageError
 from builder.models.chat import Http
+from builder.models.endpoint import Served, probe
 from builder.models.endpoints import AskFailed, Endpoint, Over, Pool, Reply, summary
 from llm_server import (
     LlmServer,
@@ -599,6 +600,38 @@ def test_a_busy_server_s_requests_are_not_poisoned(serve: Serve) -> None:
             assert pool.totals()[server.base_url]["failures"]["rate_limited"] > 15
 
     run(work)
+
+
+def test_no_request_fails_while_its_endpoint_pushes_back_what_it_then_takes(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it takes others, and probes, between one's refusals."""
+    monkeypatch.setattr("builder.models.endpoint.LIMITING_S", 600.0)
+    left = {"house 1": 1, "house 0": 4}
+
+    def pushes_back(request: dict[str, Any]) -> bool:
+        words = request["messages"][-1]["content"]
+        left[words] = left.get(words, 0) - 1
+        return left[words] >= 0
+
+    server = serve(pushes_back=pushes_back)
+
+    async def work() -> None:
+        async with started(server, attempts=1, rest_s=30) as pool:
+            assert (await ask(pool, "house 1")).text == "re: house 1"
+            assert (await ask(pool, "house 0")).text == "re: house 0"
+            assert pushed(server, "house 0") == 5
+
+    run(work)
+
+
+def test_a_pause_is_no_longer_than_its_bound_whatever_is_asked_for(serve: Serve) -> None:
+    """Where nothing ends it: no other answer, no probe."""
+    one = Served(endpoint(serve()), "one", 0.0)
+    for sent, asked in ((1.0, 999999999.0), (2.0, float("inf"))):
+        error = AskFailed("rate_limited", "no", status=429, retry_after=asked)
+        one.failed(probe(), error, sent, sent + 0.5, rest_after=5, rest_s=30.0)
+        assert one.opens() == sent + 0.5 + 30
 
 
 def test_an_endpoint_that_asks_for_ages_is_probed_and_used_again(serve: Serve) -> None:
