@@ -405,6 +405,13 @@ def test_a_text_of_which_nobody_can_be_asked_again_is_made_legible() -> None:
     assert messages == [{"role": "user", "content": "a person"}]
 
 
+def test_what_looks_like_an_introduction_is_the_caption_s_own_right() -> None:
+    caption = "Great army orders of battle: a person on a horse"
+    answer = "Great army orders of battle: a Black woman on a horse"
+    assert Contract().read(answer, Request(caption, USER, (), GROUP)).prompt == answer
+    assert rejection(answer)[0] == "lines"
+
+
 def test_marks_of_a_caption_may_stay() -> None:
     caption = "1. Photo: a person [2] | shop *new* <b>#1</b> {x} `y` \\z, {place}"
     answer = caption.replace("person", "Black woman")

@@ -163,7 +163,7 @@ class Contract:
             raise Rejected("characters", f"The answer had {hidden} in it; {_ALONE}, as plain text.")
         if refusal := refusal_in(text):
             raise _remark(refusal)
-        if introduction := _INTRODUCTION.match(text):
+        if (introduction := _INTRODUCTION.match(text)) and introduction[0].strip() not in request.given:
             raise Rejected("lines", f'The answer began with "{introduction[0]}"; {_ALONE}.')
         self._check_echo(text, request)
         self._check_length(text)
