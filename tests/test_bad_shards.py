@@ -263,7 +263,9 @@ def untimed(text: str) -> list[str]:
 
 def test_run_says_what_failed_and_ends_with_3(finished: Finished) -> None:
     assert finished.process.returncode == 3
-    assert untimed(finished.process.stderr)[:7] == [
+    assert untimed(finished.process.stderr)[:8] == [
+        "ingest: no sample that was read has the json field 'original_width', which the pipeline names: "
+        "fields that there are: caption, face_bboxes, height and 2 more",
         "ingest: 1 shards, 50 rows, 15 failed in S",
         "shard 'bad': the members of 2 samples do not lie together; it has members of one name twice: make it again",
         "faces: 35 rows, 33 ok, 2 failed in S",
@@ -502,7 +504,7 @@ def test_output_where_the_source_lies(workspace: Callable[..., Workspace]) -> No
             "error: hybrid shards would be written where the source lies\n"
             f"  source: {made.folder}/out/shards/a.tar\n"
             f"  output: {made.folder}/out/shards\n"
-            "  fix: set dataset.root to another folder: hybrid shards go to its shards/\n"
+            "  fix: set dataset.root to another folder: hybrid shards go to its shards/, or where [write] folder says\n"
         )
     assert (made.root / "shards/a.tar").read_bytes() == content
 
@@ -511,14 +513,14 @@ def test_output_where_the_source_lies_behind_a_link(workspace: Callable[..., Wor
     made = workspace({"a": samples(2)}, stages="")
     made.root.mkdir()
     (made.root / "shards").symlink_to(made.folder / "source")
+    before = (made.folder / "source/a.tar").read_bytes()
     with pytest.raises(ConfigError) as caught:
         ingest(made)
-    assert str(caught.value) == (
-        "hybrid shards would be written where the source lies\n"
-        f"  source: {made.folder}/source/a.tar\n"
-        f"  output: {made.root}/shards\n"
-        "  fix: set dataset.root to another folder: hybrid shards go to its shards/"
+    assert caught.value.what == (
+        f"'{made.root}/shards' is a link: nothing in a root is written, deleted or read behind links"
     )
+    assert "[write]" in caught.value.fix
+    assert (made.folder / "source/a.tar").read_bytes() == before
 
 
 # --- disks ---
@@ -556,13 +558,16 @@ def test_too_little_free_disk(workspace: Callable[..., Workspace], monkeypatch: 
         f"too little free disk for write: {needed:,} bytes needed, {needed - 1:,} free\n"
         f"  folder: {made.root}/shards\n"
         "  shards to write: 2\n"
-        "  fix: free some space, or set dataset.root to another disk"
+        "  fix: free some space, or name a folder on another disk: [write] folder in the pipeline"
     )
     assert not (made.root / "shards").exists()
     shown = CliRunner().invoke(main, ["plan", "--pipeline", str(made.file)])
     assert re.search(rf"bytes needed +{needed:,}\n", shown.stdout)
     assert re.search(rf"bytes free +{needed - 1:,}\n", shown.stdout)
-    assert "too little free disk for write: free some space, or set dataset.root to another disk" in shown.stderr
+    assert (
+        "too little free disk for write: free some space, or name a folder on another disk with [write] folder"
+        in shown.stderr
+    )
     value = json.loads(CliRunner().invoke(main, ["plan", "--json", "--pipeline", str(made.file)]).stdout)["write"]
     assert (value["bytes_needed"], value["bytes_free"]) == (needed, needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
