@@ -6,13 +6,17 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder import tar
+from builder import table, tar
+from builder.edited_sample import Rules
+from builder.query import Sql
+from builder.writer import plan_shard
 from conftest import Workspace, picture, write_tar
 from tars import END, by_webdataset, gnu_tar, pax, pax_record, record, written
 
@@ -92,6 +96,15 @@ def test_a_hybrid_of_a_cut_shard_is_closed_and_says_so(one: Workspace, edits: bo
     assert "sources without end mark" in proof.stdout
     (one.root / "shards" / "0_stats.json").write_text(json.dumps({name: stats[name] for name in list(stats)[:3]}))
     assert "should say" in one.run("verify", *option, check=False).stderr
+
+
+def test_a_hybrid_that_was_written_before_the_cut_was_known_is_written_again(one: Workspace) -> None:
+    one.run("ingest")
+    state = table.partition_state(one.load().layout, "0")
+    assert state is not None
+    known = replace(state, source=replace(state.source, end_mark=False))
+    plans = [plan_shard(one.load().layout, "0", of, [], Sql("", "test"), None, Rules()) for of in (state, known)]
+    assert plans[0].digest != plans[1].digest
 
 
 def test_a_whole_shard_says_nothing_of_its_end(one: Workspace) -> None:

@@ -282,6 +282,16 @@ def test_jpg_images_of_an_older_root_go_in_where_the_pipeline_says_jpg(prompted:
     assert made.run("regen", "a:1", "--check").stdout.splitlines()[-1] == "the same image, bit for bit"
 
 
+def test_a_picture_of_another_format_than_its_row_says_is_not_written(prompted: Make) -> None:
+    made = prompted(("png", "json", "txt"))
+    made.run("run", "--set", "write.image=jpg")
+    wrong = made.folder / "wrong.sql"
+    wrong.write_text(f"select * replace ('png' as image_format) from ({WRITE_FORMAT})")
+    done = made.run("write", "--set", f"write.select={wrong}", check=False)
+    assert "a new image is jpg, and its row says png" in done.stderr
+    assert done.returncode != 0
+
+
 def test_no_rule_makes_a_shard_new_whose_bytes_it_leaves_as_they_were(prompted: Make) -> None:
     made = prompted(
         ("jpg", "json", "txt"), ("jpeg", "json", "txt"), ("JPEG", "json", "txt"), ("jpg", "txt", "json", "cls")
@@ -313,6 +323,13 @@ def test_a_shard_is_new_where_a_rule_changes_it(sample: tuple[str, ...], sets: d
     members = members_of(sample, kind, True, False, rules)
     assert not isinstance(members, str)
     assert was_so(sample, True, True, members) != is_new
+
+
+WRITE_FORMAT = """
+select shard, row, uid, image_path, image_offset, image_size, image_width, image_height, image_sha256, image_seed,
+       image_model, image_prompt, prompt, image_format
+from samples where image_path is not null
+"""
 
 
 def digest(made: Workspace, *sets: str) -> str:
