@@ -953,12 +953,15 @@ def test_a_run_finds_a_linked_folder_first(workspace: Make) -> None:
 
 @pytest.mark.parametrize("limit_mb", [400, 500, 600])
 def test_a_limit_of_memory_ends_in_a_message(limit_mb: int, dataset: Workspace) -> None:
-    """Libraries that find no room, and what they are short of later: never a traceback."""
+    """Libraries that find no room, and what they are short of later: never a traceback.
+
+    The C library may end the process itself, in words of its own: where it does hangs on the machine.
+    """
     line = f"ulimit -v {limit_mb * 1024}; export OPENBLAS_NUM_THREADS=1; $BUILDER sql 'select count(*) from samples'"
     done = _shell(f"{line} --pipeline {shlex.quote(str(dataset.file))}")
     assert "Traceback" not in done.stderr, done.stderr
-    if done.returncode != 0:
-        assert done.returncode == 1
+    if done.returncode != 0 and "ABORT" not in done.stderr:
+        assert done.returncode == 1, done.stderr
         assert "  fix: " in done.stderr
 
 
