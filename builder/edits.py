@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -122,7 +123,11 @@ class EditsReader:
     def _descriptor(self, path: str) -> int:
         if self._open is None or self._open[0] != path:
             self.close()
-            self._open = (path, files.open_inside(self._root / path, os.O_RDONLY | os.O_NONBLOCK))
+            descriptor = files.open_inside(self._root / path, os.O_RDONLY | os.O_NONBLOCK)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise ShardError(f"edits tar '{path}' is no plain file", where={"root": self._root})
+            self._open = (path, descriptor)
         return self._open[1]
 
     def close(self) -> None:

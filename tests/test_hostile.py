@@ -600,7 +600,7 @@ JSONS: dict[str, tuple[bytes, str | None, str | None, str]] = {
         "sys.set_int_max_str_digits() to increase the limit", None, "t"),
     "numbers of 4,000 digits": (b'{"caption": "c", "height": %b}' % (b"9" * 4000), None,
                                 "height: expected int32, found " + "9" * 37 + "...", "c"),
-    "a number beyond floats": (b'{"caption": "c", "width": 1e400}', None, "width: expected int32, found Infinity", "c"),
+    "a number beyond floats": (b'{"caption": "c", "width": 1e400}', None, "width: expected int32, found 1e400", "c"),
     "minus infinity in boxes": (b'{"caption": "c", "face_bboxes": [[-Infinity, 0, 1, 1]]}', None,
                                 "face_bboxes: box 0 holds a value that is not finite", "c"),
     "UTF-16": ('{"caption": "c"}'.encode("utf-16"), "BadJson: the json is not UTF-8 at byte 0", None, "t"),
@@ -912,7 +912,7 @@ def test_a_fifo_as_an_edits_tar_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "edits/a/0.tar")
     with (
         EditsReader(tmp_path) as reader,
-        pytest.raises(ShardError, match="byte 0 of the file cannot be read: Illegal seek"),
+        pytest.raises(ShardError, match="edits tar 'edits/a/0.tar' is no plain file"),
     ):
         reader.read("edits/a/0.tar", 0, 5)
 
