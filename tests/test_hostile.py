@@ -912,7 +912,7 @@ def test_a_fifo_as_an_edits_tar_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "edits/a/0.tar")
     with (
         EditsReader(tmp_path) as reader,
-        pytest.raises(ShardError, match="edits tar 'edits/a/0.tar' is no plain file"),
+        pytest.raises(ShardError, match="is no plain file"),
     ):
         reader.read("edits/a/0.tar", 0, 5)
 
