@@ -200,8 +200,6 @@ def _apart(result: pa.RecordBatch, others: Mapping[int, Failure | Left]) -> Iter
 
 
 #: Our words for what is the machine's, where a row has failed by it.
-
-
 _KINDS: dict[Sort | None, str] = {Sort.MEMORY: "OutOfMemory", Sort.ACCESS: "NotAnswered"}
 
 
