@@ -64,12 +64,12 @@ def main() -> int:
     report = Report()
     with tempfile.TemporaryDirectory(prefix="builder-torture-") as folder:
         places = [Path(folder) / str(number) for number in range(options.lanes)]
+        print(f"seed {options.seed}", file=sys.stderr, flush=True)
         with ProcessPoolExecutor(options.lanes, multiprocessing.get_context("spawn")) as pool:
             for part in list(pool.map(_lane, places, range(options.lanes), [options] * options.lanes)):
                 report.add(part)
     killed = sum(report.counted.values())
     _print(report.counted, time.monotonic() - began, options.seed)
-    print("\n".join(report.broken))
     wanted = report.jobs if options.sample or options.only else min(options.kills, report.jobs)
     if killed < report.jobs:
         print(f"{report.jobs - killed} more were left out: {options.minutes:g} minutes were over, or enough was broken")
@@ -161,6 +161,7 @@ def _lane(folder: Path, number: int, options: argparse.Namespace) -> Report:
             points = harness.reads(scene) if is_read else harness.points(scene)
             place = "a random moment" if kill.number is None else points[kill.number]
             report.broken.append(f"broken: --only '{kill}' at {place}\n{error}")
+            print(report.broken[-1], file=sys.stderr, flush=True)  # at once: the run may be stopped before its end
         report.counted[scene.verb, kill.kind] += 1
     return report
 
