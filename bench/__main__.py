@@ -23,6 +23,7 @@ import tarfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def cold(path: Path, measure: Callable[[], float]) -> float:
+    """What is measured with a file that is not in the page cache."""
+    forget(path)
+    return measure()
+
+
 # --- ingest ---
 
 
@@ -135,8 +142,8 @@ def measure_ingest(folder: Path, rounds: int, samples: int) -> list[Result]:
         lambda: shell(f"cat {pax[0]} >/dev/null"),
         lambda: shell(*(f"cat {path} >/dev/null" for path in pax)),
         lambda: seconds(*(("ingest", root, path) for root, path in zip(roots, pax, strict=True))),
-        lambda: (forget(pax[0]), seconds(("ingest", roots[0], pax[0])))[1],
-        lambda: (forget(pax[0]), shell(f"cat {pax[0]} >/dev/null"))[1],
+        lambda: cold(pax[0], lambda: seconds(("ingest", roots[0], pax[0]))),
+        lambda: cold(pax[0], lambda: shell(f"cat {pax[0]} >/dev/null")),
     )
     ours, peer, ours_ustar, peer_ustar, listed, cat, cat_two, ours_two, cold, cat_cold = values
     check_ingest(roots[0], pax[0])
@@ -338,9 +345,7 @@ def measure_scale(folder: Path, rounds: int, partitions: int, rows: int) -> list
         tables.make(place, tables.pipeline_in(place), count, rows)
     results = []
     for verb in ("plan", "status", "freeze", "heal"):
-        one, ten = rounds_of(
-            max(rounds // 2, 1), lambda verb=verb: seconds((verb, small)), lambda verb=verb: seconds((verb, large))
-        )
+        one, ten = rounds_of(max(rounds // 2, 1), partial(seconds, (verb, small)), partial(seconds, (verb, large)))
         limit = [60.0] * len(ten)
         results.append(compared(f"{verb} over {partitions:,} partitions / a minute", ten, limit, 1))
         results.append(compared(f"{verb}, 10 times as many / 12 times the time", ten, [12 * t for t in one], 1))

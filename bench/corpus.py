@@ -83,7 +83,7 @@ def _write(path: Path, shards: Shards, number: int) -> None:
         for name, data in members(shards, number):
             info = tarfile.TarInfo(name)
             info.size, info.mode, info.uname, info.gname = len(data), 0o444, "bigdata", "bigdata"
-            info.mtime = PAX_MTIME if shards.is_pax else USTAR_MTIME  # type: ignore[assignment]
+            info.mtime = PAX_MTIME if shards.is_pax else USTAR_MTIME
             archive.addfile(info, io.BytesIO(data))
 
 

@@ -177,7 +177,7 @@ class Detector:
         network = Scrfd(shape).eval()
         self.multiplications = multiplications(network, size, size)
         self.size, self.batch, self.device, self.dtype = size, batch, torch.device(device), dtype
-        self.network = network.to(self.device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(self.device, dtype, memory_format=torch.channels_last)
         cells = [torch.cartesian_prod(torch.arange(size // s), torch.arange(size // s)).flip(1) * s for s in STRIDES]
         corners = torch.cat(cells).repeat_interleave(ANCHORS, 0)
         strides = torch.cat([torch.full((ANCHORS * (size // s) ** 2, 1), s) for s in STRIDES])

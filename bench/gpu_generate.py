@@ -25,8 +25,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import pyarrow as pa
@@ -192,7 +193,7 @@ def measure(name: str, make: Callable[[bool], Any], options: argparse.Namespace,
         for batch in options.batches:
             stage_rate = drive(pipe, device, side, batch, compiled, options.tiny)  # its setup compiles
             bare_rate = bare(pipe, side, batch)
-            seconds = timed(lambda given=inputs[batch]: network(*given[0], **given[1]), CALLS)
+            seconds = timed(partial(network, *inputs[batch][0], **inputs[batch][1]), CALLS)
             rate = counted[batch] / seconds
             line = Line(name, compiled, batch, bare_rate, stage_rate, counted[batch] / 1e12, rate / peak)
             print(
@@ -257,13 +258,15 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def drive(pipe: Any, device: str, side: int, batch: int, compiled: str, tiny: bool) -> float:
+def drive(
+    pipe: Any, device: str, side: int, batch: int, compiled: Literal["off", "blocks", "whole"], tiny: bool
+) -> float:
     """Images per second of the stage, asked as the engine asks it."""
     options = GenerateOptions(
         backend="diffusers", model="random/weights", dtype="float32" if tiny else "bfloat16", steps=STEPS,
         guidance=0.0, max_sequence_length=256 if "Flux" in type(pipe).__name__ else None, width=side, height=side,
         batch_size=batch, compile=compiled,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     stage = Generate(options)
     with mock.patch.object(diffusion, "_loaded", lambda _: pipe):
         stage.setup(device)

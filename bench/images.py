@@ -32,6 +32,7 @@ from builder import pipeline as pipelines
 from builder import runs
 from builder.executors import local
 from builder.progress import Talk
+from builder.query import Sql
 from builder.workset import Choice
 from tests import tiny_diffusers
 
@@ -76,9 +77,7 @@ def _measure(name: str, make: Callable[[Path], Path], rounds: int, shards: Path,
         values = {"shards": shards, "folder": folder, "model": model, "steps": STEPS, "side": SIDE, "batch": BATCH}
         file.write_text(PIPELINE.format(**values), "utf-8")
         pipelines.ingest(pipelines.load(file), Talk(quiet=True))
-        prompts = [
-            str(row[4]) for row in pipelines.answer(pipelines.load(file), pipelines.Sql(PROMPTS, "bench"), {})[1]
-        ]
+        prompts = [str(row[4]) for row in pipelines.answer(pipelines.load(file), Sql(PROMPTS, "bench"), {})[1]]
         with Worker(model, prompts) as worker:
 
             def run_stage(count: int = images) -> float:

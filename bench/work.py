@@ -23,6 +23,7 @@ from bench import corpus, tables
 from bench.report import peak_mb
 from builder import pipeline as pipelines
 from builder import schema, table, workset, writer
+from builder.edited_sample import Rules
 from builder.layout import Layout
 from builder.query import Samples, read_sql
 from builder.sources import shards as tar_shards
@@ -80,7 +81,7 @@ def write(root: str, durable: str, *shards: str) -> Work:
     sql, columns = read_sql("sql/write.sql"), hybrid_columns()
 
     def work() -> None:
-        for plan in writer.plans(layout, columns, shards, sql, {}):
+        for plan in writer.plans(layout, columns, shards, sql, {}, Rules()):
             writer.write_shard(layout, plan)
 
     work()
