@@ -39,6 +39,7 @@ from builder.executors import local
 from builder.files import TEMP_SUFFIX, temp_path
 from builder.layout import Layout, names
 from builder.progress import Talk
+from builder.schema import SOURCE
 from builder.sources import shards as tar_shards
 from builder.workset import Choice
 from conftest import PIPELINE, Workspace, make_shard, samples
@@ -191,7 +192,7 @@ def check_proven(made: Workspace, edited: int | None = None) -> None:
 
 
 def check_swept(layout: Layout, others: Sequence[Path] = ()) -> None:
-    """What a sweep leaves: no temp file, two generations, edits tars and runs that rows point to.
+    """What a sweep leaves: no temp file, generations that are needed, edits tars and runs that rows point to.
 
     Args:
         others: files that are nobody's to sweep.
@@ -200,8 +201,8 @@ def check_swept(layout: Layout, others: Sequence[Path] = ()) -> None:
     needed: set[str] = set()
     pointed: set[str] = set()
     for shard in layout.shard_names():
+        _check_generations(layout, shard)
         for stage, generations in table.listing(layout, shard).items():
-            assert len(generations) <= table.KEPT_GENERATIONS, (shard, stage, generations)
             for generation in generations:
                 content = table.read_column_file(layout.column_file(shard, stage, generation)).table
                 if "image_path" in content.column_names:
@@ -212,6 +213,21 @@ def check_swept(layout: Layout, others: Sequence[Path] = ()) -> None:
     left = {name for name in names(layout.runs) if layout.run(name) not in others}
     pointed.discard("ingest-run")
     assert left == pointed, (left - pointed, pointed - left)  # the name of an ingest in the test's own process
+
+
+def _check_generations(layout: Layout, shard: str) -> None:
+    """Two of every stage; of the source one more for each identity of rows that a column file of a stage follows."""
+    rows = {
+        stage: [table.read_column_file(layout.column_file(shard, stage, generation)).rows for generation in generations]
+        for stage, generations in table.listing(layout, shard).items()
+    }
+    source = rows.pop(SOURCE)
+    for stage, kept in rows.items():
+        assert len(kept) <= table.KEPT_GENERATIONS, (shard, stage, kept)
+    older, newest = source[: -table.KEPT_GENERATIONS], source[-table.KEPT_GENERATIONS :]
+    followed = set(itertools.chain.from_iterable(rows.values()))
+    assert len(older) == len(set(older)), (shard, older)
+    assert set(older) <= followed - set(newest), (shard, older)
 
 
 def answers(layout: Layout) -> dict[tuple[str, str, str], list[Any]]:
