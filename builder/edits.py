@@ -114,21 +114,25 @@ class EditsReader:
         """The edits tar of a pointer, for who reads all of it.
 
         Raises:
-            ShardError: the pointer leaves the edits folder, or a link does.
+            ShardError: the pointer leaves the edits folder, a link does, or it is no plain file.
         """
         _check_inside(path)
-        os.close(files.open_inside(self._root / path, os.O_RDONLY | os.O_NONBLOCK))
+        os.close(self._opened(path))
         return self._root / path
 
     def _descriptor(self, path: str) -> int:
         if self._open is None or self._open[0] != path:
             self.close()
-            descriptor = files.open_inside(self._root / path, os.O_RDONLY | os.O_NONBLOCK)
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                os.close(descriptor)
-                raise ShardError(f"edits tar '{path}' is no plain file", where={"root": self._root})
-            self._open = (path, descriptor)
+            self._open = (path, self._opened(path))
         return self._open[1]
+
+    def _opened(self, path: str) -> int:
+        """The descriptor of an edits tar; a pipe in its place, which would be waited for, is refused."""
+        descriptor = files.open_inside(self._root / path, os.O_RDONLY | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise ShardError("an edits tar is no plain file", where={"root": self._root})
+        return descriptor
 
     def close(self) -> None:
         if self._open is not None:

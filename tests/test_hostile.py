@@ -910,11 +910,10 @@ def test_pointers_beyond_their_tar_are_refused_without_memory(tmp_path: Path, of
 def test_a_fifo_as_an_edits_tar_does_not_hang(tmp_path: Path) -> None:
     (tmp_path / "edits/a").mkdir(parents=True)
     os.mkfifo(tmp_path / "edits/a/0.tar")
-    with (
-        EditsReader(tmp_path) as reader,
-        pytest.raises(ShardError, match="is no plain file"),
-    ):
-        reader.read("edits/a/0.tar", 0, 5)
+    with EditsReader(tmp_path) as reader:
+        for look in (lambda: reader.read("edits/a/0.tar", 0, 5), lambda: reader.located("edits/a/0.tar")):
+            with pytest.raises(ShardError, match="is no plain file"):
+                look()
 
 
 IMAGE_COLUMNS = (
