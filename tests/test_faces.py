@@ -706,13 +706,19 @@ def test_options_belong_to_detectors() -> None:
 def test_a_third_detector_has_options_of_its_own(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str | None
 ) -> None:
-    third = dataclasses.replace(DETECTORS["scrfd"], reads=frozenset({"model"}), tolerance=0.5, notice="a third one")
+    asked: list[Any] = []
+    third = dataclasses.replace(
+        DETECTORS["scrfd"], check=asked.append, reads=frozenset({"model"}), tolerance=0.5, notice="a third one"
+    )
     monkeypatch.setitem(DETECTORS, "third", third)
     chosen = FacesOptions().model_copy(update=options)
     if message is None:
         made = Faces(chosen)
         kind = DETECTORS[options["detector"]]
         assert (made.tolerance, made.notice, made.resources) == (kind.tolerance, kind.notice, kind.resources)
+        if kind is third:
+            made.check_setup()
+            assert asked == [chosen]
         return
     with pytest.raises(ConfigError) as caught:
         Faces(chosen)

@@ -98,10 +98,7 @@ def check_options(options: DetectorOptions, stage: str) -> None:
 
 def check_installed(options: DetectorOptions) -> None:
     """Raises StageError for packages and files that the configured detector would miss; loads nothing."""
-    if options.detector == "scrfd":
-        check_scrfd(options.model)
-    else:
-        check_mtcnn()
+    DETECTORS[options.detector].check(options)
 
 
 def nearness(
@@ -315,6 +312,7 @@ class Kind:
 
     Attributes:
         start: loads it for a device and a stage, whose name is for the log.
+        check: raises StageError for packages and files that it would miss; loads nothing.
         reads: the options that it reads, but for those that every detector reads.
         min_score: `min_score` where the options do not say it.
         resources: what a stage that runs it needs.
@@ -325,6 +323,7 @@ class Kind:
     """
 
     start: Callable[[DetectorOptions, str, str], Detector]
+    check: Callable[[DetectorOptions], None]
     reads: frozenset[str]
     min_score: float
     resources: Resources
@@ -337,12 +336,14 @@ class Kind:
 DETECTORS: dict[str, Kind] = {
     "mtcnn": Kind(
         _start_mtcnn,
+        lambda options: check_mtcnn(),
         frozenset({"min_face_px"}),
         min_score=0.9,
         resources=Resources(cpus=1, memory_gb=1, batch_rows=32),
     ),
     "scrfd": Kind(
         _start_scrfd,
+        lambda options: check_scrfd(options.model),
         frozenset({"model", "input_px", "threshold", "detector_batch"}),
         min_score=0.5,
         resources=Resources(cpus=1, memory_gb=3, batch_rows=64, ahead=2),
