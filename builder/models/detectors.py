@@ -323,7 +323,7 @@ class Kind:
     """
 
     start: Callable[[DetectorOptions, str, str], Detector]
-    check: Callable[[DetectorOptions], None]
+    check: Callable[[DetectorOptions], object]
     reads: frozenset[str]
     min_score: float
     resources: Resources
