@@ -15,6 +15,7 @@ import json
 import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -177,7 +178,7 @@ def find(name: str, python: str | None = None) -> type[Stage]:
     if python is not None:
         kind = _from_file(name, python)
     else:
-        points = {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+        points = _installed()
         if name not in points:
             near = difflib.get_close_matches(name, points, 1)
             hint = f"did you mean '{near[0]}'? " if near else ""
@@ -197,6 +198,12 @@ def find(name: str, python: str | None = None) -> type[Stage]:
     _check_class(kind, name)
     found: type[Stage] = kind
     return found
+
+
+@cache
+def _installed() -> dict[str, importlib.metadata.EntryPoint]:
+    """The stages of installed packages by name; finding them reads a file of every package."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
 
 def _from_file(name: str, python: str) -> Any:
@@ -315,8 +322,7 @@ def with_built_in(columns: Iterable[schema.Column]) -> tuple[schema.Column, ...]
     """Columns of a root, and those of the stages that come with builder: they read as nulls where no such stage ran."""
     have = tuple(columns)
     names = {schema.folded(column.name) for column in have}
-    points = importlib.metadata.entry_points(group=ENTRY_POINTS)
-    own = sorted(point.name for point in points if point.value.startswith("builder.stages."))
+    own = sorted(name for name, point in _installed().items() if point.value.startswith("builder.stages."))
     return (*have, *(column for name in own for column in columns_of(find(name)) if column.name not in names))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
@@ -24,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -495,7 +494,6 @@ class Harness:
         self._seconds: dict[tuple[str, bool], float] = {}
         folder.mkdir(exist_ok=True)
         self._made = make(self._work, shards=SHARDS, rows=ROWS, checkpoint_rows=CHECKPOINT_ROWS, pause_s=0.0)
-        importlib.metadata.entry_points = lru_cache(importlib.metadata.entry_points)  # type: ignore[assignment]
         self._made.load().known_columns()  # what every fork would import and look up again
         self._others = self._plant()
         self._save("")
