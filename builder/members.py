@@ -117,6 +117,9 @@ class MemberReader:
 
     Args:
         members: the names that will be asked for: `image`, an extension, or `edit`; only what these need is opened.
+
+    Attributes:
+        is_open: whether the last opening was a good one.
     """
 
     def __init__(self, layout: Layout, shard: str, members: Sequence[str]) -> None:
@@ -131,18 +134,21 @@ class MemberReader:
             places, state = table.read_partition(layout, shard, columns)
             self._columns = {name: places[name].to_pylist() for name in places.column_names}
             self._state = state.source if from_source else None
-        self._open()
-
-    def _open(self) -> None:
-        self._edits = self._stack.enter_context(EditsReader(self._layout.root))
-        self._source = -1
-        if self._state is not None:
-            self._source = self._stack.enter_context(opened(self._layout, self._shard, self._state))
+        self.is_open = False
+        self.reopen()
 
     def reopen(self) -> None:
-        """Opens the shard's files again, as helps where a file server has lost an open one."""
+        """Opens the shard's files again, as helps where a file server has lost an open one.
+
+        Raises:
+            ShardError, OSError: as `opened`; the next read opens them.
+        """
         self._stack.close()
-        self._open()
+        self.is_open = False
+        self._edits = self._stack.enter_context(EditsReader(self._layout.root))
+        if self._state is not None:
+            self._source = self._stack.enter_context(opened(self._layout, self._shard, self._state))
+        self.is_open = True
 
     def rows(self) -> int:
         """How many rows the shard has; 0 where nothing of them is needed."""
@@ -156,6 +162,8 @@ class MemberReader:
             ConflictError: the source was cut since it was opened.
             OSError: the machine does not give them.
         """
+        if not self.is_open:
+            self.reopen()
         with where(shard=self._shard, row=row):
             if member == EDIT:
                 path, offset, size = (self._columns[f"image_{name}"][row] for name in ("path", "offset", "size"))

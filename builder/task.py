@@ -47,8 +47,9 @@ MOST_AHEAD = 8
 STOP_EVERY_S = 0.1
 #: Shards in a row that a full disk or the like keeps from being done, after which a task stops.
 SETBACKS = 3
-#: Batches in a row of which the machine lets no row be answered, after which their shard is left.
-EMPTY_BATCHES = 2
+#: Batches in a row, and rows in them, of which the machine lets none be answered, after which their shard is left if no
+#: row that was answered before is answered now.
+EMPTY_BATCHES, EMPTY_ROWS = 2, 16
 #: Other rows of a shard that are tried, where none of a batch can be read.
 PROBED = 16
 
@@ -565,9 +566,15 @@ class _Task:
     def keep_witness(self, row: pa.RecordBatch) -> None:
         self._witness = row
 
-    def is_witness_answered(self) -> bool:
-        """Whether the stage answers a row that it has answered before: then it is not the machine that fails others."""
-        return self._witness is not None and any(
+    def is_witness_answered(self, shard: str | None = None) -> bool:
+        """Whether the stage answers a row that it has answered before: then it is not the machine that fails others.
+
+        Args:
+            shard: of which the row has to be, where a whole shard may be what is not to be had.
+        """
+        if self._witness is None or shard not in (None, self._witness["shard"][0].as_py()):
+            return False
+        return any(
             isinstance(found, pa.RecordBatch) for _, found in answer(self._stage, self._witness, tally=self.tally)
         )
 
@@ -605,7 +612,7 @@ class _Shard:
         self.groups = self._grouped()
         self.last = self.groups[-1] if self.groups else None
         self._waiting: list[_Group] = []  # rows that the machine kept from being answered: tried again at the end
-        self._empty = 0  # batches in a row without an answer
+        self._empty = self._unanswered = 0  # batches in a row without an answer, and their rows
         self._pending = _Pending()
         self._edits: EditsTar | None = None
         self._reader: Reader | None = None
@@ -664,7 +671,8 @@ class _Shard:
         self._task.show(self._seen)
         if self._task.too_many_failed():
             self._stop_for_failures()
-        self._keep_waiting(group, kept, self._task.tally.answered > before)
+        is_unread = any(isinstance(batch.given, Left) for batch in batches)
+        self._keep_waiting(group, kept, is_answered=self._task.tally.answered > before, is_unread=is_unread)
 
     def _of_unread(self, left: Left, group: _Group) -> Failure | Left:
         """What want of memory for the bytes of a row means for it, as `answer` has it of a stage's."""
@@ -698,23 +706,31 @@ class _Shard:
         self._task.count(len(batch.rows) - left, failed)
         return kept
 
-    def _keep_waiting(self, group: _Group, kept: list[tuple[int, Left]], is_answered: bool) -> None:
+    def _keep_waiting(self, group: _Group, kept: list[tuple[int, Left]], *, is_answered: bool, is_unread: bool) -> None:
         """Lets rows wait for the end of the shard; leaves it where that helps nothing.
 
         Raises:
             TransientError: what the machine says.
         """
-        final = [left for _, left in kept if left.is_final]
-        if kept and not final and group.since is not None and self._task.is_witness_answered():
-            self._waiting.append(replace(group))
+        if not kept or is_answered:
+            self._empty = self._unanswered = 0
+        if not kept:
             return
-        self._empty = self._empty + 1 if kept and not is_answered else 0
-        if final or (kept and (group.since is not None or self._empty >= EMPTY_BATCHES)):
-            why = final[0].why if final else kept[0][1].why
-            assert why is not None
+        why = next((left.why for _, left in kept if left.is_final), None)
+        if why is not None:
             raise why
-        places = {row: i for i, row in enumerate(self._work["row"].to_pylist())} if kept else {}
-        self._waiting += [_Group([places[row]], since=left.since) for row, left in kept]
+        if not is_answered:
+            self._empty, self._unanswered = self._empty + 1, self._unanswered + len(kept)
+        is_again = group.since is not None
+        if is_again or (self._empty >= EMPTY_BATCHES and self._unanswered >= EMPTY_ROWS):
+            why = kept[0][1].why
+            assert why is not None
+            is_of_shard = is_unread or machine.sort_of(why) is Sort.ACCESS
+            if not self._task.is_witness_answered(self.part.shard if is_of_shard else None):
+                raise why
+            self._empty = self._unanswered = 0
+        places = {row: i for i, row in enumerate(self._work["row"].to_pylist())}
+        self._waiting += [group] if is_again else [_Group([places[row]], since=left.since) for row, left in kept]
 
     def take_waiting(self) -> list[_Group]:
         """The rows that wait, each alone; those that were kept last are tried last."""
@@ -915,7 +931,8 @@ class Reader:
 
         Raises:
             ConflictError: the source was cut.
-            OSError: no other row of the shard can be read either.
+            ShardError: the source is gone, or another one, at a second opening.
+            OSError: no other row of the shard can be read either, or it does not open a second time.
             MemoryError: there is not enough for the bytes of several rows.
         """
         rows = work["row"].to_pylist()
@@ -929,9 +946,9 @@ class Reader:
         for i, row in enumerate(rows):
             try:
                 data = self._read(row) if needed[i] else [None] * len(self._names)
-            except ConflictError:
-                raise
             except Exception as error:
+                if isinstance(error, ConflictError) or not self._members.is_open:
+                    raise
                 if machine.is_of_the_machine(error):
                     if len(rows) > 1 and machine.is_out_of_memory(error):
                         raise
@@ -946,7 +963,8 @@ class Reader:
             digests.append(digests_of({name: value for name, value in read.items() if name != EDIT}))
             for name, value in zip(self._names, data, strict=True):
                 found[name].append(value)
-        failures += self._unread(unread, set(rows), is_one_read=any(needed[i] for i in good))
+        is_one_read = any(any(values) for values in found.values())
+        failures += self._unread(unread, set(rows), is_one_read=is_one_read)
         if not good:
             return failures
         batch = chosen.take(pa.array(good)).combine_chunks().to_batches()[0]
@@ -962,7 +980,7 @@ class Reader:
         except Exception as error:
             if machine.sort_of(error) is not Sort.ACCESS:
                 raise
-        self._members.reopen()
+        asked_again(self._members.reopen)
         return [self._members.read(row, name) for name in self._names]
 
     def _unread(self, unread: dict[int, Exception], rows: set[int], is_one_read: bool) -> list[Batch]:
@@ -973,13 +991,15 @@ class Reader:
         """
         if not unread:
             return []
-        first = next(iter(unread.values()))
-        if machine.sort_of(first) is Sort.MEMORY:
+        sorts = {machine.sort_of(error): error for error in unread.values()}
+        if Sort.SHORTAGE in sorts:
+            raise sorts[Sort.SHORTAGE]
+        if Sort.MEMORY in sorts:  # of one row: those of several were halved
             return [
                 Batch([row], Left(machine.told(error), is_final=False), [NOT_READ]) for row, error in unread.items()
             ]
-        if machine.sort_of(first) is Sort.SHORTAGE or not (is_one_read or self._is_another_read(rows)):
-            raise first
+        if not (is_one_read or self._is_another_read(rows)):
+            raise next(iter(unread.values()))
         return [Batch([row], Failure(error_text(error)), [NOT_READ]) for row, error in unread.items()]
 
     def _is_another_read(self, rows: set[int]) -> bool:
@@ -988,7 +1008,7 @@ class Reader:
         others = [row for row in range(0, count, max(count // PROBED, 1)) if row not in rows]
         for row in others:
             try:
-                if any(data is not None for data in self._read(row)):
+                if any(self._read(row)):
                     return True
             except Exception as error:
                 if not machine.is_of_the_machine(error) and not isinstance(error, BuilderError):

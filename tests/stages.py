@@ -108,6 +108,16 @@ class Sized(Base):
         return pa.RecordBatch.from_arrays([pa.array(sizes, pa.string())], schema=self.outputs)
 
 
+class SizedText(Sized):
+    """Adds the size of the txt, which it reads; 0 where there is none."""
+
+    members: ClassVar[tuple[str, ...]] = ("txt",)
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        sizes = [str(len(data or b"")) for data in batch.column("txt").to_pylist()]
+        return pa.RecordBatch.from_arrays([pa.array(sizes, pa.string())], schema=self.outputs)
+
+
 class Short(Base):
     """Breaks its contract: returns one row too few."""
 

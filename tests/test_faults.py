@@ -26,7 +26,7 @@ from builder.executors.local import Ended
 from builder.layout import Layout
 from builder.query import Samples, Sql
 from builder.sources import shards as tar_shards
-from conftest import Done, Workspace, ingest_here, samples, talk
+from conftest import Done, Workspace, ingest_here, samples, talk, write_tar
 from faults import Fault, armed, environment
 from planned import SQL, section
 from stages import Note, Options
@@ -372,6 +372,62 @@ def test_a_shard_of_which_nothing_is_read_is_left(
     assert f"  file: {path}" in done.talk
     assert count(made, "note_status = 'failed'") == 0
     assert ask(made, "stage", "note").talk == ["note: 4 rows, 4 ok"]
+
+
+@pytest.mark.parametrize("number", HICCUPS)
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("has_empty", [True, False])
+def test_a_row_of_which_nothing_is_read_does_not_tell_that_others_can_be(
+    own: Callable[..., Workspace], ask: Callable[..., Done], number: int, rows: int, has_empty: bool
+) -> None:
+    """A member that a sample lacks, or that is empty."""
+    made = own("SizedText", ingested=False)
+    path = made.folder / "source/00000001.tar"
+    members = [member for sample in samples(ROWS, start=ROWS) for member in sample.members()]
+    members[2] = (members[2][0], b"")
+    write_tar(path, members if has_empty else [*members[:2], *members[3:]])
+    ingest_here(made.load())
+    with armed(Fault(str(made.folder), ("read",), "source/00000001.tar", times=0, errno=number)):
+        done = ask(made, "stage", "note", "--set", f"stages.note.run.batch_rows={rows}")
+    assert (done.code, count(made, "note_status = 'failed'")) == (1, 0), done.talk
+    assert done.talk[1] == f"left shard '00000001' as it is: {machine.told(OSError(number, '')).what}"
+    assert ask(made, "stage", "note").code == 0
+
+
+@pytest.mark.parametrize("then", [errno.ENOENT, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_source_that_does_not_open_a_second_time_fails_no_row(
+    own: Callable[..., Workspace], ask: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, rows: int, then: int
+) -> None:
+    """As where a file server has lost the open file, since its name stands for another one or none."""
+    made = own("Sized")
+    path, real = made.folder / "source/00000001.tar", os.open
+
+    def opened(name: Any, *arguments: Any, **options: Any) -> int:
+        if str(name) == str(path) and lost:
+            raise OSError(then, os.strerror(then), str(name))
+        return real(name, *arguments, **options)
+
+    lost: list[bool] = []
+    real_read = os.pread
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        if files.name_of(descriptor) == str(path) and offset in places:
+            lost.append(True)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real_read(descriptor, size, offset)
+
+    places = {offset_of(made, row) for row in range(1, ROWS)}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", opened)
+        patch.setattr(os, "pread", pread)
+        done = ask(made, "stage", "note", "--set", f"stages.note.run.batch_rows={rows}")
+    assert count(made, "note_status = 'failed'") == 0, done.talk
+    word = "left" if then == errno.ESTALE else "refused"
+    assert any(line.startswith(f"{word} shard '00000001'") for line in done.talk), done.talk
+    assert not any("Bad file descriptor" in line for line in done.talk), done.talk
+    assert ask(made, "stage", "note").code == 0
+    assert count(made, "note_status = 'ok'") == 3 * ROWS
 
 
 def test_a_source_that_is_cut_while_it_is_read_fails_no_row(

@@ -183,6 +183,45 @@ def test_a_row_that_fails_alone_while_others_are_answered_has_failed(
     assert ask(made, "stage", "note", "--retry", f"failed:{kind}").talk == ["note: 1 rows, 1 ok"]
 
 
+@pytest.mark.parametrize("bad", [(1, 2), (0, 1), (0, 1, 2), (5, 6, 7)])
+@pytest.mark.parametrize("name", ["memory", "EIO"])
+def test_rows_that_fail_alone_one_behind_the_other_do_not_starve_the_rest(
+    strained: Callable[..., Workspace], ask: Callable[..., Done], name: str, bad: tuple[int, ...]
+) -> None:
+    made = strained(batch_rows=1)
+    strain(made, name, *bad)
+    done = ask(made, "stage", "note")
+    assert (done.code, first(done)) == (3, f"note: 8 rows, {8 - len(bad)} ok, {len(bad)} failed"), done.talk
+
+
+def test_a_shard_is_left_behind_sixteen_rows_that_are_not_answered(
+    strained: Callable[..., Workspace], ask: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that answers nothing is not asked about all of them."""
+    made = strained(batch_rows=1)
+    make_shard(made.folder / "source/00000002.tar", samples(40, start=2 * ROWS))
+    ingest_here(made.load())
+    strain(made, "memory")
+    assert ask(made, "stage", "note").code == 1
+    asked = set((made.folder / "asked").read_text().split())
+    assert sorted(asked) == [f"{i:032x}" for i in range(2 * ROWS + 16)]
+
+
+def test_a_shard_of_which_no_row_is_answered_is_left_though_others_are(
+    strained: Callable[..., Workspace], ask: Callable[..., Done]
+) -> None:
+    """What a server does not give of a whole shard says nothing of its rows; that it wants too much memory, does."""
+    made = strained(batch_rows=2)
+    path = strain(made, "EIO", 4, 5, 6, 7)
+    done = ask(made, "stage", "note")
+    assert (done.code, count(made, "note_status = 'failed'")) == (1, 0)
+    assert done.talk[:2] == [
+        "note: 4 rows, 4 ok", "left shard '00000001' as it is: the disk has an input/output error",
+    ]  # fmt: skip
+    path.write_text(path.read_text().replace("EIO", "memory"))
+    assert first(ask(made, "stage", "note", "--redo")) == "note: 8 rows, 4 ok, 4 failed"
+
+
 def test_a_row_alone_in_its_work_is_left(
     strained: Callable[..., Workspace],
     ask: Callable[..., Done],
