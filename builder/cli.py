@@ -183,7 +183,7 @@ def _load(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> Pipel
 
     if scale and pipeline:
         raise ConfigError("--scale and --pipeline both name a pipeline", fix="give one of them")
-    loaded = pipelines.load(find_pipeline(scale, pipeline), sets)
+    loaded = pipelines.load(find_pipeline(scale, pipeline), sets, _named(scale, pipeline, sets))
     root = loaded.layout.root
     if root.exists() and not root.is_dir():
         raise ConfigError(
@@ -192,13 +192,12 @@ def _load(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> Pipel
     return loaded
 
 
-def _again(command: str, scale: str | None, pipeline: str | None, sets: Sequence[str]) -> str:
-    """A command line for the same pipeline."""
-    words = ["builder", *shlex.split(command)]
-    words += ["--pipeline", pipeline] if pipeline else ["--scale", scale] if scale else []
+def _named(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> list[str]:
+    """The options that name a pipeline, as they were given."""
+    words = ["--pipeline", pipeline] if pipeline else ["--scale", scale] if scale else []
     for item in sets:
         words += ["--set", item]
-    return shlex.join(words)
+    return words
 
 
 @click.group(
@@ -264,7 +263,7 @@ def ingest(scale: str | None, pipeline: str | None, sets: Sequence[str], redo: b
     loaded = _load(scale, pipeline, sets)
     outcome = pipelines.ingest(loaded, talk, redo=redo)
     _tell("ingest", outcome, talk)
-    _tell_failed(loaded, {"ingest": outcome}, talk, scale, pipeline, sets)
+    _tell_failed(loaded, {"ingest": outcome}, talk)
     sys.exit(_exit_code([outcome]))
 
 
@@ -309,7 +308,7 @@ def stage(
         raise ConfigError(
             "builder stage needs the name of a stage",
             where={"file": loaded.config.path, "stages": ", ".join(loaded.stages) or "none"},
-            fix=_again(f"stage {next(iter(loaded.stages), 'NAME')}", scale, pipeline, sets),
+            fix=loaded.command(f"stage {next(iter(loaded.stages), 'NAME')}"),
         )
     choice = Choice(retry=retry, redo=redo, stale=stale, where=where, next_draw=draw == "next")
     if save is not None and tried is None:
@@ -318,7 +317,7 @@ def stage(
         sys.exit(_try_stage(loaded, name, choice, tried, save))
     outcome = pipelines.run_stage(loaded, name, choice, talk)
     _tell(name, outcome, talk)
-    _tell_failed(loaded, {name: outcome}, talk, scale, pipeline, sets)
+    _tell_failed(loaded, {name: outcome}, talk)
     sys.exit(_exit_code([outcome]))
 
 
@@ -370,9 +369,9 @@ def run(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
     for name, outcome in pipelines.run(loaded, talk):
         _tell(name, outcome, talk)
         outcomes[name] = outcome
-    _tell_failed(loaded, outcomes, talk, scale, pipeline, sets)
+    _tell_failed(loaded, outcomes, talk)
     if outcomes["write"].counts:
-        talk.say(f"hybrid shards: {loaded.layout.shards}; proof: {_again('verify', scale, pipeline, sets)}")
+        talk.say(f"hybrid shards: {loaded.layout.shards}; proof: {loaded.command('verify')}")
     sys.exit(_exit_code(outcomes.values()))
 
 
@@ -423,7 +422,7 @@ def plan(
     choice = Choice(retry=retry, redo=redo, stale=stale, where=where)
     found = pipelines.plan(loaded, choice)
     shards, write_plan = found.ingest, found.write
-    commands = [_again(rule.command, scale, pipeline, sets) for rule in found.older]
+    commands = [loaded.command(rule.command) for rule in found.older]
     if as_json:
         value = {
             "ingest": {
@@ -475,11 +474,11 @@ def plan(
         [
             ("of these, image older than its prompt", write_plan.stale),
             ("chosen but bad in the source, left as they are", write_plan.refused),
-            *((REASONS[reason][0] + ", left as they are", count) for reason, count in write_plan.kept.items()),
+            *((f"{REASONS[reason]}, left as they are", count) for reason, count in write_plan.kept.items()),
         ],
     )
     for reason in write_plan.kept:
-        _hint(f"{REASONS[reason][0]}: {REASONS[reason][1]}")
+        _hint(f"{REASONS[reason]}: {pipelines.help_for(loaded, reason)}")
     for rule, command in zip(found.older, commands, strict=True):
         what = "shards were read" if rule.stage == "ingest" else "rows were answered"
         click.echo(f"\n{rule.stage}: {rule.count:,} {what} by version {rule.version}, and stay so until you ask:")
@@ -495,9 +494,9 @@ def plan(
     if first is not None and choice != Choice():
         words = f"stage {first}" + " --redo" * redo + " --stale" * stale + (f" --retry {retry}" if retry else "")
         words += f" --where {shlex.quote(where)}" if where else ""
-        _hint(f"next: {_again(words, scale, pipeline, sets)}")
+        _hint(f"next: {loaded.command(words)}")
     elif first is not None or shards.todo or write_plan.todo:
-        _hint(f"next: {_again('run', scale, pipeline, sets)}")
+        _hint(f"next: {loaded.command('run')}")
     else:
         click.echo("nothing to do", err=True)
 
@@ -517,7 +516,8 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     from builder import pipeline as pipelines
     from builder.edited_sample import REASONS
 
-    value = pipelines.status(_load(scale, pipeline, sets))
+    loaded = _load(scale, pipeline, sets)
+    value = pipelines.status(loaded)
     if as_json:
         click.echo(json.dumps(value))
         return
@@ -537,15 +537,15 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     if notes := value["notes"]["rows"]:
         question = "select shard, row, source_notes from samples where source_notes is not null"
         click.echo(f"\n{notes:,} rows have notes, for example: {plain(_cut(value['notes']['example'], _CELL))}")
-        _hint(f"all of them: {_again(f'sql {shlex.quote(question)}', scale, pipeline, sets)}")
+        _hint(f"all of them: {loaded.command(f'sql {shlex.quote(question)}')}")
     if empty := value["no_sample"]:
         more = f" and {len(empty) - _EXAMPLES} more" if len(empty) > _EXAMPLES else ""
         _hint(f"{len(empty)} shards hold no sample: {', '.join(empty[:_EXAMPLES])}{more}")
     for reason, count in value["left_out"].items():
-        what, fix = REASONS[reason]
-        click.echo(f"\n{count:,} new images are left out by write, of {what}\n  {fix}")
+        helps = pipelines.help_for(loaded, reason)
+        click.echo(f"\n{count:,} new images are left out by write, of {REASONS[reason]}\n  {helps}")
     if not value["shards"]:
-        _hint(f"the table is empty; next: {_again('ingest', scale, pipeline, sets)}")
+        _hint(f"the table is empty; next: {loaded.command('ingest')}")
 
 
 @main.command()
@@ -595,7 +595,7 @@ def sql(
     if not rows:
         click.echo("no rows", err=True)
     if late := pipelines.behind(loaded.layout):
-        brought = f"{_again('status', scale, pipeline, sets)} brings them up to date"
+        brought = f"{loaded.command('status')} brings them up to date"
         _hint(f"{late} partitions are behind their column files: {brought}")
 
 
@@ -740,7 +740,7 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
         raise ConfigError(
             "there is nothing to verify: the table has none of the pipeline's shards",
             where={"root": loaded.layout.root},
-            fix=_again("run", scale, pipeline, sets),
+            fix=loaded.command("run"),
         )
     if as_json:
         click.echo(json.dumps(vars(proof)))
@@ -813,7 +813,7 @@ def drop(column: str, scale: str | None, pipeline: str | None, sets: Sequence[st
 
     loaded = _load(scale, pipeline, sets)
     pipelines.drop(loaded, column)
-    _hint(f"column '{column}' is dropped; {_again('fold', scale, pipeline, sets)} takes it out of the partitions")
+    _hint(f"column '{column}' is dropped; {loaded.command('fold')} takes it out of the partitions")
     owner = next((name for name, use in loaded.stages.items() if column in _outputs(use.stage)), None)
     if owner is not None:
         click.echo(f"stage '{owner}' of this pipeline has it: its next run brings it back", err=True)
@@ -920,24 +920,17 @@ def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
 _WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered by another run or left out"}
 
 
-def _tell_failed(
-    loaded: Pipeline,
-    outcomes: dict[str, Outcome],
-    talk: Talk,
-    scale: str | None,
-    pipeline: str | None,
-    sets: Sequence[str],
-) -> None:
+def _tell_failed(loaded: Pipeline, outcomes: dict[str, Outcome], talk: Talk) -> None:
     """Where to look after rows have failed, and how to try them again where that may help."""
     from builder import pipeline as pipelines
 
     for name, outcome in outcomes.items():
         if outcome["failed"]:
-            talk.say(f"{name}: {outcome['failed']} failed\n  why: {_again('status', scale, pipeline, sets)}")
+            talk.say(f"{name}: {outcome['failed']} failed\n  why: {loaded.command('status')}")
             if name != "ingest" and pipelines.is_lasting(loaded, name, outcome):
                 talk.say("  another try would give the same: they need other inputs or options")
             elif name != "ingest":
-                retry = _again(f"stage {name} --retry failed", scale, pipeline, sets)
+                retry = loaded.command(f"stage {name} --retry failed")
                 talk.say(f"  to try them again: {retry}")
 
 

@@ -28,17 +28,11 @@ _EMPTIED = ("url", "exif")
 BOXES = "face_bboxes"
 #: Why a sample that the write SQL returns stays the source's.
 OTHER_FORMAT, SEVERAL_PICTURES, NO_TEXT = "other format", "several pictures", "no json or txt"
-#: Of each reason what it says of samples, and what helps.
+#: Of each reason what it says of samples.
 REASONS = {
-    OTHER_FORMAT: (
-        "samples whose new picture has another format than the one it would replace",
-        'make them in that format: builder stage generate --stale, or take jpg: [write] image = "jpg"',
-    ),
-    SEVERAL_PICTURES: (
-        "samples with several pictures, of which a new one would replace the first",
-        'say what becomes of the others: [write] other_pictures = "keep" or "drop"',
-    ),
-    NO_TEXT: ("samples without a json or txt for what is new", "give them a json: [write] json = true"),
+    OTHER_FORMAT: "samples whose new picture has another format than the one it would replace",
+    SEVERAL_PICTURES: "samples with several pictures, of which a new one would replace the first",
+    NO_TEXT: "samples without a json or txt for what is new",
 }
 
 

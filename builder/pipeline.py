@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from builder import config as configs
 from builder import files, formats, machine, outdated, rules, runs, schema, table, verify, workset, writer
 from builder.config import Config
-from builder.edited_sample import REASONS, Rules, members_of
+from builder.edited_sample import NO_TEXT, REASONS, SEVERAL_PICTURES, Rules, members_of
 from builder.errors import LASTING, BuilderError, ConfigError, SchemaError, StageError, TransientError
 from builder.layout import Layout, RunFiles, names, shard_name
 from builder.members import MemberReader, place_of
@@ -72,11 +72,20 @@ class StageUse:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A pipeline file, checked whole."""
+    """A pipeline file, checked whole.
+
+    Attributes:
+        named: the options that name it on a command line.
+    """
 
     config: Config
     stages: dict[str, StageUse]
     asked: tar_shards.Reading
+    named: tuple[str, ...] = ()
+
+    def command(self, words: str) -> str:
+        """A command line of builder for this pipeline."""
+        return shlex.join(["builder", *shlex.split(words), *self.named])
 
     @property
     def reading(self) -> tar_shards.Reading:
@@ -107,8 +116,11 @@ class Pipeline:
         return with_built_in(self.columns())
 
 
-def load(path: Path, sets: Sequence[str] = ()) -> Pipeline:
+def load(path: Path, sets: Sequence[str] = (), named: Sequence[str] = ()) -> Pipeline:
     """Reads a pipeline and checks all of it.
+
+    Args:
+        named: the options that name it on a command line.
 
     Raises:
         ConfigError: every problem at once.
@@ -130,9 +142,9 @@ def load(path: Path, sets: Sequence[str] = ()) -> Pipeline:
                 stages[name] = StageUse(stage, options, _on_gpus(stage, run, section), section)
             except BuilderError as error:
                 config.problems.add(("stages", name), "\n".join([error.what, error.fix]))
-    fields, named = configs.fields_of(config.dataset, config.problems)
+    fields, renamed = configs.fields_of(config.dataset, config.problems)
     config.problems.raise_any()
-    pipeline = Pipeline(config, stages, tar_shards.Reading(fields, config.dataset.boxes, named))
+    pipeline = Pipeline(config, stages, tar_shards.Reading(fields, config.dataset.boxes, renamed), tuple(named))
     with _in_file(config.path):
         _ = pipeline.own_columns
     return pipeline
@@ -236,10 +248,10 @@ def _tell_sizes_only(pipeline: Pipeline, changed: Sequence[str], talk: Talk) -> 
             condition = f"{name}_digest is null and source_digests is not null"
             [(count,)] = samples.fixed(f"select count(*) from samples where {name}_status is not null and {condition}")
             if count:
+                again = pipeline.command(f"stage {name} --redo --where {shlex.quote(condition)}")
                 talk.say(
                     f"{name}: {count} answers of samples in changed shards are from a version that recorded no digest "
-                    "of what it read: only sizes were compared. To be sure: "
-                    f'builder stage {name} --redo --where "{condition}"'
+                    f"of what it read: only sizes were compared. To be sure: {again}"
                 )
 
 
@@ -347,18 +359,19 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     for line in getattr(use.stage, "summary", lambda totals: [])(outcome.totals):
         talk.say(f"{name}: {line}")
     if column := getattr(use.stage, "noting", ""):
-        _tell_notes(layout, work, column, run.folder.name, talk)
+        _tell_notes(pipeline, work, column, run.folder.name, talk)
     return outcome
 
 
-def _tell_notes(layout: Layout, work: Work, column: str, run: str, talk: Talk) -> None:
+def _tell_notes(pipeline: Pipeline, work: Work, column: str, run: str, talk: Talk) -> None:
     """Says of how many rows a run has noted that something was not taken as it came."""
-    with Samples(layout, work.columns, work.shards) as samples:
+    with Samples(pipeline.layout, work.columns, work.shards) as samples:
         of_run = f"{column} is not null and {work.stage.name}_run = '{run}'"
         [(rows, example)] = samples.fixed(f"select count(*), min({column}) from samples where {of_run}")
     if rows:
         question = f"select shard, row, {column} from samples where {column} is not null"
-        talk.say(f'{work.stage.name}: {rows} rows have {column}, for example "{example}": builder sql "{question}"')
+        listed = pipeline.command(f"sql {shlex.quote(question)}")
+        talk.say(f'{work.stage.name}: {rows} rows have {column}, for example "{example}": {listed}')
 
 
 def _nothing_to_do(name: str, counts: Counts, talk: Talk) -> Outcome:
@@ -543,11 +556,10 @@ def write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome
         if plan.stale:
             talk.say(
                 f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were "
-                "made from (draw them again: builder stage generate --stale)"
+                f"made from (draw them again: {_draw_again(pipeline)})"
             )
         for reason, count in plan.kept.items():
-            what, fix = REASONS[reason]
-            talk.say(f"write: {count} {what} stay the source's ({fix})")
+            talk.say(f"write: {count} {REASONS[reason]} stay the source's ({help_for(pipeline, reason)})")
         if not plan.todo:
             talk.say(f"write: nothing to do ({plan.shards} hybrid shards up to date)")
             writer.write_sizes(layout)
@@ -578,6 +590,20 @@ def write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome
             "their _stats.json says source_end_mark: false"
         )
     return outcome
+
+
+def help_for(pipeline: Pipeline, reason: str) -> str:
+    """What helps where samples stay the source's for a reason out of `edited_sample.REASONS`."""
+    if reason == SEVERAL_PICTURES:
+        return 'say what becomes of the others: [write] other_pictures = "keep" or "drop"'
+    if reason == NO_TEXT:
+        return "give them a json: [write] json = true"
+    return f'make them in that format: {_draw_again(pipeline)}, or take jpg: [write] image = "jpg"'
+
+
+def _draw_again(pipeline: Pipeline) -> str:
+    """The command that makes new images where the inputs of the old ones have changed."""
+    return pipeline.command(f"stage {writer.image_stage(pipeline.known_columns())} --stale")
 
 
 def check_disk(plan: WritePlan, layout: Layout) -> None:

@@ -238,8 +238,11 @@ def test_jpg_images_of_an_older_root_stay_out_of_png_and_webp_samples(prompted: 
     as_older(made)
     said = made.run("run").stderr
     assert "generate: nothing to do (4 ok" in said
-    what, fix = REASONS[OTHER_FORMAT]
-    assert f"write: 2 {what} stay the source's ({fix})" in said
+    fix = (
+        f"make them in that format: builder stage generate --stale --pipeline {made.file}, or take jpg: "
+        '[write] image = "jpg"'
+    )
+    assert f"write: 2 {REASONS[OTHER_FORMAT]} stay the source's ({fix})" in said
     made.run("verify")
     source, hybrid = tars(made)
     assert list(hybrid) == list(source)
@@ -399,6 +402,7 @@ def test_a_stage_that_knows_no_formats_goes_on_working(workspace: Make, more: st
     edited = "s0" if value.endswith("7") else "s1"  # where nothing says what it is, it counts as jpg, as it always did
     assert {name[:2] for name in source if source[name] != hybrid[name]} == {edited}
     assert numbers(made)["write"]["kept"] == {OTHER_FORMAT: 1}
+    assert f"builder stage paint --stale --pipeline {made.file}" in made.run("plan").stderr
 
 
 def test_new_pictures_of_every_format_are_looked_at_shown_and_saved(prompted: Make) -> None:

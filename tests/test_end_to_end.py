@@ -102,7 +102,7 @@ def test_redone_prompts_without_new_images_change_no_byte(workspace: Callable[..
     made.run("stage", "prompts", "--redo", *other)
     assert made.run("write", *other).stderr.splitlines() == [
         "write: 10 images are older than their prompts: those samples keep the caption they were made from "
-        "(draw them again: builder stage generate --stale)",
+        f"(draw them again: builder stage generate --stale --pipeline {made.file} --set '{other[1]}')",
         "write: nothing to do (2 hybrid shards up to date)",
     ]
     assert digests(made.root / "shards") == before

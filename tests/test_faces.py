@@ -341,7 +341,11 @@ def test_published_boxes_in_pixels_are_unknown_and_told(workspace: Make, tmp_pat
     metadata(tmp_path / "m.parquet", {uid: published for uid, (published, _) in values.items()})
     beside.run("ingest")
     talk = beside.run("stage", "faces").stderr
-    assert 'faces: 2 rows have face_notes, for example "metadata: 1 of 1 boxes cut at the edge": builder sql "' in talk
+    question = "select shard, row, face_notes from samples where face_notes is not null"
+    assert (
+        'faces: 2 rows have face_notes, for example "metadata: 1 of 1 boxes cut at the edge": '
+        f"builder sql '{question}' --pipeline {beside.file}"
+    ) in talk
     for sample, (published, _) in zip(own, values.values(), strict=True):
         sample.fields = {"face_bboxes": published}
     within = make_workspace(tmp_path / "within", {"a": own}, stages='[stages.faces]\nsource = "json"\n')

@@ -475,8 +475,8 @@ def test_answers_of_an_old_root_are_compared_by_size_and_ingest_says_so(
     put(json_name, body.replace(b"a street in the evening", b"a street in the morning, early"))
     assert (
         "faces: 5 answers of samples in changed shards are from a version that recorded no digest of what it read: "
-        'only sizes were compared. To be sure: builder stage faces --redo --where "faces_digest is null and '
-        'source_digests is not null"\n'
+        "only sizes were compared. To be sure: builder stage faces --redo --where "
+        "'faces_digest is null and source_digests is not null'\n"
     ) in capsys.readouterr().err
     found = counts(made)
     assert (found["faces"], found["lang"]) == ((0, 0), (1, 1))
