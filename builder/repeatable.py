@@ -86,7 +86,12 @@ def _tree(text: str) -> Any:
         found = _connection().execute("select json_serialize_sql(?)", [text]).fetchall()[0][0]
     except duckdb.Error:
         return None
-    tree = json.loads(found)
+    return _parsed(found)
+
+
+def _parsed(serialized: str) -> Any:
+    """What `json_serialize_sql` gives; None where it could not parse the text."""
+    tree = json.loads(serialized)
     return None if tree["error"] else tree["statements"]
 
 
@@ -163,12 +168,11 @@ def _functions() -> frozenset[str]:
         "(stability = 'CONSISTENT_WITHIN_QUERY' and list_has_all(['VARCHAR', 'BOOLEAN'], parameter_types))"
     )
     found -= _HARMLESS
-    macros = (
-        _connection()
-        .execute("select function_name, macro_definition from duckdb_functions() where function_type = 'macro'")
-        .fetchall()
+    query = (
+        "select function_name, json_serialize_sql('select ' || macro_definition) from duckdb_functions() "
+        "where function_type = 'macro'"
     )
-    bodies = [(name, _names(_tree(f"select {body}"))) for name, body in macros]
+    bodies = [(name, _names(_parsed(tree))) for name, tree in _connection().execute(query).fetchall()]
     more = True
     while more:
         new = {name for name, called in bodies if called & (found | _WORDS)} - found
