@@ -845,6 +845,10 @@ def test_a_full_disk_behind_stdout_is_an_error(dataset: Workspace) -> None:
     assert "the disk is full" in done.stderr
 
 
+@pytest.mark.skipif(
+    not f"{sys.executable}{__file__}".isascii(),
+    reason="under such a locale Python itself does not start from this path",
+)
 @pytest.mark.parametrize(
     "environment",
     [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}],
