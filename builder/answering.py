@@ -5,7 +5,6 @@ Owns what a failed row is. Knows no table.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import time
@@ -13,8 +12,6 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FunctionType
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -23,7 +20,7 @@ from builder import machine
 from builder.errors import BuilderError, StageError, TransientError
 from builder.files import ReadError
 from builder.machine import Sort
-from builder.stage import Preparing, RowsFailed, Stage, check_result
+from builder.stage import Preparing, RowsFailed, Stage, check_result, place_in
 
 #: Tries of a row whose stage raises TransientError, and the pause before the second, in seconds.
 TRANSIENT_TRIES, TRANSIENT_PAUSE_S = 3, 0.5
@@ -31,8 +28,6 @@ TRANSIENT_TRIES, TRANSIENT_PAUSE_S = 3, 0.5
 MAX_ERROR = 500
 #: What can be a class of errors, as `--retry failed:CLASS` takes it.
 _KIND = re.compile(r"\w{1,80}")
-#: Where builder's own stages lie.
-_PACKAGE = Path(__file__).parent
 #: Rows of a batch that are asked about alone, too.
 TESTED = 3
 
@@ -120,7 +115,7 @@ class _Asking:
             raise
         except Exception as error:
             why: Failure | Left | None = None
-            if batch.num_rows == 1 or _sort(error) is Sort.SHORTAGE:
+            if batch.num_rows == 1 or _sort_of(error) is Sort.SHORTAGE:
                 why = self._of_one(error, since)
         else:
             self._tally.answered += batch.num_rows
@@ -153,7 +148,7 @@ class _Asking:
 
     def _of_one(self, error: Exception, since: int | None) -> Failure | Left:
         """What an error means for a row; of the machine's, for one that stood alone."""
-        sort = _sort(error)
+        sort = _sort_of(error)
         if sort is None:
             return self._failed(error)
         if sort is not Sort.SHORTAGE and since is not None and self._tally.answered > since:
@@ -161,25 +156,26 @@ class _Asking:
         return Left(machine.told(error), self._tally.answered, is_final=sort is Sort.SHORTAGE)
 
     def _failed(self, error: Exception) -> Failure:
-        place = place_in(self._stage, error)
+        place = place_in(type(self._stage), error)
         if not place or place in self._tally.seen:
             return Failure(error_text(error, place))
         self._tally.seen.add(place)
         return Failure(error_text(error, place), "".join(traceback.format_exception(error)))
 
     def _patiently(self, batch: pa.RecordBatch, ahead: Future[Any] | None, tries: int) -> pa.RecordBatch:
-        for attempt in itertools.count(1):
+        attempt = 1
+        while True:
             try:
                 return self._asked(batch, ahead)
             except (RowsFailed, StageError):
                 raise
             except Exception as error:
                 is_transient = isinstance(error, TransientError) and attempt < TRANSIENT_TRIES
-                if not is_transient and (_sort(error) is not Sort.ACCESS or attempt >= tries):
+                if not is_transient and (_sort_of(error) is not Sort.ACCESS or attempt >= tries):
                     raise
             ahead = None
             time.sleep(TRANSIENT_PAUSE_S * attempt)
-        raise AssertionError
+            attempt += 1
 
     def _asked(self, batch: pa.RecordBatch, ahead: Future[Any] | None) -> Any:
         if isinstance(self._stage, Preparing):
@@ -203,7 +199,7 @@ def _apart(result: pa.RecordBatch, others: Mapping[int, Failure | Left]) -> Iter
 _KINDS: dict[Sort | None, str] = {Sort.MEMORY: "OutOfMemory", Sort.ACCESS: "NotAnswered"}
 
 
-def error_text(error: Exception, place: str = "") -> str:
+def error_text(error: BaseException, place: str = "") -> str:
     """`class: message` on one line of printable text; the class is its `kind`, if it has one that is a word.
 
     Args:
@@ -219,27 +215,15 @@ def error_text(error: Exception, place: str = "") -> str:
     return f"{kind or type(error).__name__}: {words}"[: MAX_ERROR - len(behind)] + behind
 
 
-def _own_kind(error: Exception) -> str | None:
+def _own_kind(error: BaseException) -> str | None:
     """The class that an error's owner gave it: what it is, is decided."""
     kind = getattr(error, "kind", None)
     return kind if isinstance(kind, str) and _KIND.fullmatch(kind) else None
 
 
-def _sort(error: Exception) -> Sort | None:
+def _sort_of(error: Exception) -> Sort | None:
+    """As `machine.sort_of`; None where the error's owner gave it a class."""
     return None if _own_kind(error) else machine.sort_of(error)
-
-
-def place_in(stage: Stage, error: Exception) -> str:
-    """`file.py:line` of the innermost line of a stage's own files that an error came through, empty if there is none.
-
-    Stages of this package have none: their errors are said in words.
-    """
-    functions = (value for kind in type(stage).__mro__ for value in vars(kind).values())
-    names = {value.__code__.co_filename for value in functions if isinstance(value, FunctionType)}
-    own = {name for name in names if not Path(name).is_relative_to(_PACKAGE)}
-    found = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    places = [(name, line) for name, line in found if name in own]
-    return f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else ""
 
 
 # --- alone and in a batch ---

@@ -35,7 +35,7 @@ from builder.query import Samples, Sql, parameters, read_sql
 from builder.runs import Outcome
 from builder.schema import Column
 from builder.sources import shards as tar_shards
-from builder.stage import Stage, columns_of, find, options_hash, pointers_of, with_built_in, with_unread
+from builder.stage import Stage, columns_of, find, options_hash, own_code, pointers_of, with_built_in, with_unread
 from builder.workset import Choice, Counts, Slice, Work
 
 #: SHARD:ROW, and digits of a row from which no shard has so many.
@@ -138,7 +138,8 @@ def load(path: Path, sets: Sequence[str] = (), named: Sequence[str] = ()) -> Pip
         run = configs.run_of(config, name)
         if options is not None:
             try:
-                stage = kind(options)  # type: ignore[call-arg]
+                with own_code(kind, name):
+                    stage = kind(options)  # type: ignore[call-arg]
                 stages[name] = StageUse(stage, options, _on_gpus(stage, run, section), section)
             except BuilderError as error:
                 config.problems.add(("stages", name), "\n".join([error.what, error.fix]))
@@ -930,7 +931,7 @@ def check_first(pipeline: Pipeline) -> None:
     for name, use in pipeline.stages.items():
         with _collecting(problems):
             workset.count(layout, [work_of(pipeline, name, Choice(), [])])
-        with _collecting(problems):
+        with _collecting(problems), own_code(type(use.stage), name):
             getattr(use.stage, "check_setup", lambda: None)()
     with _collecting(problems):
         for _ in write_plans(pipeline, []):

@@ -24,7 +24,7 @@ from builder.executors.local import as_a_worker
 from builder.members import EDIT, MemberReader
 from builder.pipeline import Pipeline
 from builder.query import Sql
-from builder.stage import Stage, find, formats_asked, options_hash
+from builder.stage import Stage, find, formats_asked, options_hash, own_code
 from builder.workset import Choice, Work
 
 
@@ -84,11 +84,12 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
     inputs = _inputs(pipeline, run, stage, options, row)
     as_a_worker()
     place = device or (pipeline.stages[stage_name].run.devices[0] if stage_name in pipeline.stages else "cpu")
-    stage.setup(place)
-    try:
-        [(_, found)] = list(answer(stage, inputs))
-    finally:
-        stage.close()
+    with own_code(kind, stage_name):
+        stage.setup(place)
+        try:
+            [(_, found)] = list(answer(stage, inputs))
+        finally:
+            stage.close()
     if isinstance(found, Left) and found.why is not None:
         raise found.why
     if not isinstance(found, pa.RecordBatch):

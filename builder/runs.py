@@ -37,7 +37,7 @@ from builder.progress import Talk, plain_lines
 from builder.query import Sql
 from builder.sources import shards as tar_shards
 from builder.sources.samples import MAX_NAMES, Seen
-from builder.stage import find
+from builder.stage import find, own_code
 from builder.task import Setbacks, TaskSettings, run_stage_task
 
 #: Packages whose versions decide answers; those that are installed are recorded.
@@ -179,7 +179,7 @@ def execute(run: RunFiles, tasks: int, settings: Run, talk: Talk, label: str, to
     for end in ended:
         result = _result(run, end.number)
         outcome.add(result)
-        if end.code not in (local.DONE, local.DONE_WITH_FAILURES):
+        if end.code not in (local.DONE, local.DONE_WITH_FAILURES) or not result:
             broken.append(_why(run, end, result))
     outcome.seconds, outcome.folder = time.monotonic() - started, run.folder
     if broken:
@@ -251,7 +251,7 @@ def run_task(folder: Path, number: int) -> int:
     try:
         result = work(run, number, data, stop)
         files.write_atomic(run.result(number), json.dumps(result, default=str).encode(), durable=False)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _tell(run, number, error)
         return 1
     if stop():
@@ -260,7 +260,7 @@ def run_task(folder: Path, number: int) -> int:
     return local.DONE if is_clean else local.DONE_WITH_FAILURES
 
 
-def _tell(run: RunFiles, number: int, error: Exception) -> None:
+def _tell(run: RunFiles, number: int, error: BaseException) -> None:
     """Says why a task did not finish: to its log, to the parent, to the result file, whichever of them can be told."""
     if isinstance(error, BuilderError):
         why = error
@@ -272,7 +272,7 @@ def _tell(run: RunFiles, number: int, error: Exception) -> None:
     place = {name: str(value) for name, value in why.where.items()}
     text = json.dumps({"error": {"class": type(why).__name__, "what": why.what, "where": place, "fix": why.fix}})
     with contextlib.suppress(OSError):  # the log may lie on the disk that is full
-        if why is not error:
+        if why is not error or why.__cause__ is not None:
             print(plain_lines("".join(traceback.format_exception(error))), file=sys.stderr)
         print(plain_lines(str(why)), file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
@@ -288,12 +288,15 @@ def _layout(run: RunFiles, output: str | None = None) -> Layout:
 
 def _stage_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
     kind = find(data["stage"], data["python_file"])
-    stage = kind(kind.Options.model_validate_json(json.dumps(data["options"])))  # type: ignore[call-arg]
-    if hasattr(stage, "workers"):
-        stage.workers = run.tasks
     settings = TaskSettings(**data["settings"])
     device = os.environ.get("BUILDER_DEVICE", "cpu")
-    result = run_stage_task(_layout(run), run, number, stage, settings, device=device, progress=_report, stopping=stop)
+    with own_code(kind, data["stage"]):
+        stage = kind(kind.Options.model_validate_json(json.dumps(data["options"])))  # type: ignore[call-arg]
+        if hasattr(stage, "workers"):
+            stage.workers = run.tasks
+        result = run_stage_task(
+            _layout(run), run, number, stage, settings, device=device, progress=_report, stopping=stop
+        )
     return result.to_json()
 
 

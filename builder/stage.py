@@ -13,10 +13,12 @@ import importlib.util
 import inspect
 import json
 import traceback
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,13 +27,15 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from builder import machine, schema
-from builder.errors import SchemaError, StageError
+from builder.errors import BuilderError, SchemaError, StageError
 
 ENTRY_POINTS = "builder.stages"
 #: Binary columns that a stage may ask for: a member of the source sample, or the generated image.
 MEMBERS = ("image", "json", "txt", "edit")
 #: Columns of every batch.
 _ALWAYS_GIVEN = ("shard", "row", "uid")
+#: Where builder's own stages lie.
+_PACKAGE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ def _from_file(name: str, python: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if machine.is_of_the_machine(error):
             raise machine.told(error) from error
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
@@ -236,6 +240,36 @@ def _from_file(name: str, python: str) -> Any:
             f"stage '{name}': '{path}' has no '{attribute}'", fix=f"its classes: {', '.join(classes) or 'none'}"
         )
     return getattr(module, attribute)
+
+
+def place_in(kind: type[Stage], error: BaseException) -> str:
+    """`file.py:line` of the innermost line of a stage's own files that an error came through, empty if there is none.
+
+    Stages of this package have none: their errors are said in words.
+    """
+    functions = (value for base in kind.__mro__ for value in vars(base).values())
+    names = {value.__code__.co_filename for value in functions if isinstance(value, FunctionType)}
+    own = {name for name in names if not Path(name).is_relative_to(_PACKAGE)}
+    found = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    places = [(name, line) for name, line in found if name in own]
+    return f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else ""
+
+
+@contextmanager
+def own_code(kind: type[Stage], name: str) -> Iterator[None]:
+    """Where a stage's own code runs that answers no rows: what it raises becomes a StageError that names the line.
+
+    Errors of the system, and those that say themselves what to do, pass as they are.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        place = place_in(kind, error)
+        if not place or isinstance(error, BuilderError | OSError) or machine.is_of_the_machine(error):
+            raise
+        raise StageError(
+            f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="mend that line"
+        ) from error
 
 
 def _check_class(kind: Any, name: str) -> None:

@@ -17,6 +17,7 @@ from builder.answering import Failure, Left, answer, check_alone
 from builder.errors import ConfigError, StageError
 from builder.executors.local import as_a_worker
 from builder.pipeline import Pipeline, table_shards, use_of, work_of
+from builder.stage import own_code
 from builder.task import read_once
 from builder.workset import Choice
 
@@ -67,15 +68,16 @@ def try_stage(pipeline: Pipeline, name: str, choice: Choice, count: int) -> Tria
     trial = Trial(notice=getattr(stage, "notice", ""))
     size = use.run.batch_rows or stage.resources.batch_rows
     began = time.perf_counter()
-    stage.setup(use.run.devices[0])
-    trial.setup_s = time.perf_counter() - began
-    try:
-        for shard in work["shard"].unique().to_pylist():
-            rows = work.filter(pa.compute.equal(work["shard"], shard))
-            for start in range(0, rows.num_rows, size):
-                _try(trial, layout, shard, stage, rows.slice(start, size))
-    finally:
-        stage.close()
+    with own_code(type(stage), name):
+        stage.setup(use.run.devices[0])
+        trial.setup_s = time.perf_counter() - began
+        try:
+            for shard in work["shard"].unique().to_pylist():
+                rows = work.filter(pa.compute.equal(work["shard"], shard))
+                for start in range(0, rows.num_rows, size):
+                    _try(trial, layout, shard, stage, rows.slice(start, size))
+        finally:
+            stage.close()
     return trial
 
 

@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL.JpegImagePlugin import JpegImageFile
 
-from builder import answering, machine
-from builder.errors import ShardError, TransientError
+from builder import answering, machine, runs
+from builder.errors import ShardError, StageError, TransientError
 from builder.files import ReadError
 from builder.machine import Sort, sort_of
 from builder.models import pictures
 from builder.sources import shards as tar_shards
+from builder.stage import find
 from conftest import Done, Workspace, ingest_here, make_shard, picture, samples
 from faults import Fault, armed
 from planned import SQL, section
@@ -428,6 +429,94 @@ class Mine:
     ]
     assert 'my_stage.py", line 23, in count' in "\n".join(done.talk)  # the task's log is this process's own here
     assert sum("in count" in line for line in done.talk) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "command", "raises"),
+    [
+        ("__init__", ("run",), "KeyError: 'boom'"),
+        ("check_setup", ("run",), "KeyError: 'boom'"),
+        ("setup", ("run",), "KeyError: 'boom'"),
+        ("setup", ("stage", "mine", "--try", "1"), "KeyError: 'boom'"),
+        ("process", ("run",), "SystemExit: 3"),
+        ("process", ("stage", "mine", "--try", "1"), "SystemExit: 3"),
+        ("totals", ("run",), "KeyError: 'boom'"),
+        ("close", ("run",), "KeyError: 'boom'"),
+    ],
+)
+def test_whatever_a_stage_of_ones_own_raises_names_its_line(
+    workspace: Make, ask: Callable[..., Done], method: str, command: tuple[str, ...], raises: str
+) -> None:
+    made = workspace({"00000000": samples(2)}, stages="""
+[stages.mine]
+python = "my_stage.py:Mine"
+sql = "mine.sql"
+""")  # fmt: skip
+    (made.folder / "mine.sql").write_text("select shard, row, uid, caption as text from samples")
+    raised = "sys.exit(3)" if raises == "SystemExit: 3" else "{}['boom']"
+    (made.folder / "my_stage.py").write_text(f"""
+import sys
+import pyarrow as pa
+from builder import Resources, Strict, output
+
+
+def say(name):
+    if name == "{method}":
+        {raised}
+
+
+class Mine:
+    name, version, Options = "mine", "1", Strict
+    inputs, members = pa.schema([("text", pa.string())]), ()
+    outputs = pa.schema([output("letters", pa.int64(), "letters of the caption")])
+    resources = Resources()
+
+    def __init__(self, options):
+        say("__init__")
+
+    def check_setup(self):
+        say("check_setup")
+
+    def setup(self, device):
+        say("setup")
+
+    def process(self, batch):
+        say("process")
+        return pa.RecordBatch.from_pydict({{"letters": [1] * batch.num_rows}}, self.outputs)
+
+    def totals(self):
+        say("totals")
+        return {{}}
+
+    def close(self):
+        say("close")
+""")
+    os.chdir(made.folder)
+    if method != "__init__":
+        assert ask(made, "ingest").code == 0
+    done = ask(made, *command)
+    assert done.code == (2 if method == "__init__" else 1), done.talk
+    assert [line for line in done.talk if "my_stage.py:" in line and "error: " in line] == [
+        f"error: stage 'mine': my_stage.py:9 raises {raises}"
+    ]
+    is_in_a_task = command == ("run",) and method not in ("__init__", "check_setup")
+    assert any("Traceback" in line for line in done.talk) == is_in_a_task  # its log is this process's own here
+
+
+def test_a_task_that_ends_well_and_says_nothing_of_what_it_did_is_not_done(
+    workspace: Make, ask: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = workspace({"00000000": samples(2)}, stages="")
+    monkeypatch.setattr(runs, "run_task", lambda folder, number: 0)
+    done = ask(made, "ingest")
+    assert done.code == 1, done.talk
+    assert "task 0 was given up: its process ended with exit code 0" in "\n".join(done.talk)
+
+
+def test_a_stage_file_that_ends_the_process_is_told(tmp_path: Path) -> None:
+    (tmp_path / "my_stage.py").write_text("import sys\n\nsys.exit(0)\n")
+    with pytest.raises(StageError, match=r"my_stage.py', line 3 raises SystemExit: 0"):
+        find("mine", f"{tmp_path}/my_stage.py:Mine")
 
 
 def test_a_long_message_keeps_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
