@@ -75,6 +75,11 @@ def test_empty(answer: str) -> None:
         f"Sure! Here you go: {PROMPT}",
         f"Rewritten sentence: {PROMPT}",
         f"Answer: {PROMPT}",
+        f"Thought: {PROMPT}",
+        f"My reasoning: {PROMPT}",
+        f"Thinking: {PROMPT}",
+        f"Got it! {PROMPT}",
+        f"Understood: {PROMPT}",
         "<think>\nA woman ...\n</think>\nA Black woman",
     ],
 )
@@ -198,6 +203,10 @@ A Black woman with a hat in the street (I replaced the person)
 As requested, a Black woman with a hat in the street
 Let's see, a Black woman with a hat in the street
 Let’s rewrite it as a Black woman with a hat
+Let's describe a Black woman with a hat in the street
+Let us see, a Black woman with a hat in the street
+Let's just say: a Black woman with a hat
+A Black woman with a hat in the street. Hope this helps!
 The user wants a Black woman with a hat in the street
 What the user asks for is a Black woman with a hat
 Alright, a Black woman with a hat in the street
@@ -304,9 +313,10 @@ def test_what_is_not_seen_is_taken_out(hidden: str) -> None:
         ("\u0378", "U+0378 (no character)"),
         ("\U000e0fff", "U+E0FFF (no character)"),
         ("\ufffd", "U+FFFD (replacement character)"),
-        ("\x00", "U+0000 (no character)"),
-        ("\ue000", "U+E000 (no character)"),
-        ("\ud83d", "U+D83D (no character)"),
+        ("\ufffc", "U+FFFC (object replacement character)"),
+        ("\x00", "U+0000 (a control character)"),
+        ("\ue000", "U+E000 (a character of private use)"),
+        ("\ud83d", "U+D83D (half a character)"),
     ],
 )
 def test_characters_that_are_not_seen_as_they_are(hidden: str, named: str) -> None:
@@ -399,6 +409,7 @@ def test_a_text_of_which_nobody_can_be_asked_again_is_made_legible() -> None:
     assert legible("\u00e9" + "\u0302" * 30) == "\u00e9" + "\u0302" * 3
     assert legible("e" + "\u0301\ufe0f" * 30) == "e" + "\u0301" * 4
     assert legible("a\u2800\u2800person") == "a  person"
+    assert legible("👩\u200d\u2800person") == "👩 person", "an empty cell is nothing that a joiner joins"
     messages, _ = Rewrites(system="", user="{text}", has_groups=False, lang=None, json_schema=None).begin(
         {"text": f"a {tags}person"}, ()
     )

@@ -286,11 +286,14 @@ _LIST = re.compile(r"(?:[-+•–—]|\d{1,2}[.)])\s+")
 #: "Final answer:", "The group is:", "Edited:": a few words before a colon, one of them of the task.
 _LABEL = re.compile(
     r"\W*(?:[\w'-]+ ){0,4}?(?:answer|output|response|result|version|translation|text|description|group|user|human"
-    r"|person|system|assistant|error|final|original|edit(?:ed)?|modified|revised|updated|changed|translated|adapted|improved)"
+    r"|person|system|assistant|error|final|original|edit(?:ed)?|modified|revised|updated|changed|translated|adapted|improved|thoughts?"
+    r"|thinking|reasoning|rationale|analysis)"
     r"(?: [\w'-]+){0,2}:(?=\s|[\"“'‘])",
     re.I,
 )
-_AGREEMENT = re.compile(r"(?:sure|certainly|of course|okay|ok|absolutely|yes)\s*[,!.]", re.I)
+_AGREEMENT = re.compile(
+    r"(?:sure|certainly|of course|okay|ok|absolutely|yes|got it|understood|right|no problem)\s*[,!.:]", re.I
+)
 #: The same of at least twelve characters, three times and more.
 _REPEATED = re.compile(r"(.{12,200}?)\W*(?:\1\W*){2,}")
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.S | re.I)

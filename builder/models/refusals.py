@@ -70,8 +70,10 @@ _REMARKS = (
     r"\b(?:can ?not|can't|could not|couldn't) be\b|\b(?:not|isn't) (?:appropriate|possible|allowed|permitted|able)\b",
     r"\bno (?:changes?|modifications?) (?:is|are|was|were|needed|necessary|required|made)\b",
     r"\b(?:note|explanation)\s*:|\bimportant to\b|\blet me\b|\bfeel free\b|\banything else\b",
+    r"\bhope (?:this|that|it) helps\b",
     # thoughts said aloud
-    r"\blet'?s (?:see|think|start|begin|try|look|rewrite|change|keep|add|make|go with|check|consider|break|do)\b",
+    r"\blet(?:'s| us)\b(?: \w+)?",
+    r"\blets (?:see|think|start|begin|try|look|rewrite|change|keep|add|make|go with|check|consider)\b",
     r"\bthe users?\b(?:'s)?|\buser (?:wants|asks|asked|says|said|is asking|provided|gave)\b",
     r"^\W*(?:h+m+\b|(?:alright|all right|wait|well|first(?:ly)?|so|now|ok(?:ay)?,? so)\s*[,.!…])",
     r"\b(?:thinking aloud|step by step|final answer|task is to)\b",

@@ -43,6 +43,11 @@ _BLANK = "\u2800"
 #: (Extended_Pictographic) and PropList.txt: planes 2 and 3 but for their last two.
 _RESERVED = ((0x1F000, 0x1FAFF), (0x1FC00, 0x1FFFD), (0x20000, 0x2FFFD), (0x30000, 0x3FFFD))
 
+#: What stands for a thing that is no text, and for bytes that were none.
+_REPLACEMENTS = "\ufffc\ufffd"
+#: Characters without a name, by their category.
+_UNNAMED = {"Cc": "a control character", "Co": "a character of private use", "Cs": "half a character"}
+
 _TOP = "com|net|org|info|io|co\\.uk|de|fr|it|es|ru|jp|cn|br"
 #: "https://x.org/y", "www.x.org", "mailto:a@x.org", "x.com/y".
 _ADDRESS = re.compile(
@@ -64,7 +69,8 @@ def visible(text: str) -> str:
     if text.isascii():
         return text
     kept: list[str] = []
-    for i, char in enumerate(text.replace(_BLANK, " ")):
+    text = text.replace(_BLANK, " ")
+    for i, char in enumerate(text):
         if char in _TAKEN_OUT:
             continue
         before = kept[-1] if kept else ""
@@ -128,8 +134,7 @@ def hidden_in(text: str) -> str:
     """
     for char in _FLAG.sub("", text):
         if _is_hidden(char):
-            what = "a tag" if char in _TAGS else unicodedata.name(char, "no character").lower()
-            return f"U+{ord(char):04X} ({what})"
+            return f"U+{ord(char):04X} ({_what(char)})"
     marks, letter = 0, ""
     for char in () if text.isascii() else unicodedata.normalize("NFD", text):
         if _is_letter(char):
@@ -137,6 +142,13 @@ def hidden_in(text: str) -> str:
         elif _is_mark(char) and (marks := marks + 1) > MAX_MARKS:
             return f'more than {MAX_MARKS} marks on "{letter}"'
     return ""
+
+
+def _what(hidden: str) -> str:
+    if hidden in _TAGS:
+        return "a tag"
+    unnamed = _UNNAMED.get(unicodedata.category(hidden), "no character")
+    return unicodedata.name(hidden, unnamed).lower()
 
 
 def legible(text: str) -> str:
@@ -165,7 +177,7 @@ def _is_hidden(char: str) -> bool:
     kind = unicodedata.category(char)
     is_format = kind == "Cf" and char not in _SEEN and char not in (_NON_JOINER, _JOINER)
     is_unknown = kind == "Cn" and not _is_reserved(char)
-    return char == "\ufffd" or kind in ("Cc", "Cs", "Co") or is_unknown or is_format
+    return char in _REPLACEMENTS or kind in ("Cc", "Cs", "Co") or is_unknown or is_format
 
 
 def _is_letter(char: str) -> bool:
