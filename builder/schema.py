@@ -5,7 +5,9 @@ Owns what a column is and which ones ingest makes. Knows nothing of files.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -171,7 +173,7 @@ def field_columns(fields: Mapping[str, pa.DataType], named: Mapping[str, str] | 
         other = columns.setdefault(folded(column), made)
         if other is made and not _is_taken(column):
             continue
-        free = f"json_{name}"
+        free = plain_name(f"json_{name}")
         while _is_taken(free) or folded(free) in columns:
             free = f"json_{free}"
         what = f"json fields '{other.field}' and '{name}' would both be the column '{column}'"
@@ -187,8 +189,14 @@ def _column_of(field: str) -> str:
 
 def carried_as(name: str, kind: pa.DataType, column: str) -> str:
     """What to write in a pipeline for a json field that is to be carried under another name."""
-    spec = f'{{ name = "{name}", type = "{type_text(kind)}", column = "{column}" }}'
+    quoted_name = json.dumps(name, ensure_ascii=False)  # a text of TOML, too
+    spec = f'{{ name = {quoted_name}, type = "{type_text(kind)}", column = "{plain_name(column)}" }}'
     return f"give it a column of its own in dataset.fields: {spec}"
+
+
+def plain_name(name: str) -> str:
+    """A name that a pipeline can give to a column: letters, digits and _, as many as it had characters."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", name)
 
 
 def _is_taken(name: str) -> bool:
@@ -281,7 +289,7 @@ def merge(have: tuple[Column, ...], new: tuple[Column, ...]) -> tuple[Column, ..
         if (other := by_name.setdefault(folded(column.name), column)) is not column:
             raise SchemaError(
                 f"the root has columns '{other.name}' and '{column.name}', which SQL cannot tell apart",
-                fix=f"builder drop {column.name}, then, to have it under another name, "
+                fix=f"builder drop {shlex.quote(column.name)}, then, to have it under another name, "
                 + carried_as(column.name, column.type, f"json_{column.name}"),
             )
     merged = list(have)
@@ -292,10 +300,11 @@ def merge(have: tuple[Column, ...], new: tuple[Column, ...]) -> tuple[Column, ..
             merged.append(column)
         elif old.stage != column.stage:
             field = next((one for one in (column, old) if one.stage == SOURCE), None)
-            fix = f"rename the output of one of them, or drop the old column: builder drop {old.name}"
+            fix = f"rename the output of one of them, or drop the old column: builder drop {shlex.quote(old.name)}"
             if field is not None:
                 named = carried_as(field.field or field_of(field.name), field.type, f"json_{field.name}")
-                fix = f"{named}; if the root has '{field.name}' already, then also: builder drop {field.name}"
+                drop = f"builder drop {shlex.quote(field.name)}"
+                fix = f"{named}; if the root has '{field.name}' already, then also: {drop}"
             raise SchemaError(
                 f"stages '{old.stage}' and '{column.stage}' both have a column '{column.name}'",
                 where={
@@ -313,7 +322,7 @@ def merge(have: tuple[Column, ...], new: tuple[Column, ...]) -> tuple[Column, ..
             raise SchemaError(
                 f"column '{column.name}' of stage '{column.stage}' would change its type",
                 where={"in the root": type_text(old.type), "in the stage": type_text(column.type)},
-                fix=f"give the new values a new name, or drop the old column: builder drop {column.name}",
+                fix=f"give the new values a new name, or drop the old column: builder drop {shlex.quote(column.name)}",
             )
     return tuple(merged)
 

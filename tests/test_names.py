@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,14 @@ def test_a_field_that_differs_from_a_column_in_case_alone(workspace: Callable[..
         ('["lang"]', "stages 'source' and 'lang' both have a column 'lang'", "json_lang"),
         ('["LANG"]', "stages 'source' and 'lang' both have a column 'lang'", "json_LANG"),
         ('[{name = "x", type = "string", column = "Row"}]', "cannot be the column 'Row'", "json_x"),
+        ('["a size", "A size"]', "json fields 'a size' and 'A size' would both be the column 'A size'", "json_A_size"),
+        (r'["q\"\\é", "Q\"\\é"]', "would both be the column", "json_Q___"),
     ],
 )
 def test_fields_of_one_name_are_refused_with_a_fix_that_works(
     workspace: Callable[..., Workspace], fields: str, what: str, column: str
 ) -> None:
-    values = {"json_caption": "J", "URL": "U", "lang": "L", "LANG": "L", "x": "X"}
+    values = {"json_caption": "J", "URL": "U", "lang": "L", "LANG": "L", "x": "X", "A size": "S", 'Q"\\é': "Q"}
     made, option = made_with(workspace, fields, **values)
     done = made.run("run", *option, check=False)
     assert (done.returncode, made.root.exists()) == (2, False)
@@ -57,8 +60,9 @@ def test_fields_of_one_name_are_refused_with_a_fix_that_works(
     spec = done.stderr.partition("dataset.fields: ")[2].partition("}")[0] + "}"
     assert f'column = "{column}"' in spec
     listed = fields[1:-1].split(", ") if "{" not in fields else []
-    name = spec.split('"')[1]
-    fixed = ", ".join([*(field for field in listed if field != f'"{name}"'), spec])
+    [item] = tomllib.loads(f"fields = [{spec}]")["fields"]
+    name = item["name"]
+    fixed = ", ".join([*(field for field in listed if json.loads(field) != name), spec])
     made.run("run", "--set", f"dataset.fields=[{fixed}]")
     found = made.run("sql", f"select {column} from samples", "--json", "--set", f"dataset.fields=[{fixed}]")
     assert json.loads(found.stdout) == [{column: values[name]}]
@@ -87,6 +91,19 @@ def test_a_field_of_a_root_in_another_case(workspace: Callable[..., Workspace]) 
     assert done.returncode == 2
     assert 'column = "json_URL"' in done.stderr
     assert made.run("status", *option).returncode == 0
+
+
+def test_a_field_of_a_root_whose_column_no_pipeline_can_name(workspace: Callable[..., Workspace]) -> None:
+    made, option = made_with(workspace, '["a size"]', **{"a size": "S"})
+    made.run("ingest", *option)
+    other = ("--set", 'dataset.fields=[{name = "a size", type = "string", column = "size"}]')
+    done = made.run("ingest", *other, check=False)
+    assert done.returncode == 2
+    assert "the root has the json's field 'a size' in the column 'a size', not in 'size'" in done.stderr
+    assert "fix: builder drop 'a size' (" in done.stderr, "and nothing else: no pipeline can name that column"
+    made.run("drop", "a size", *option)
+    made.run("ingest", *other)
+    assert made.rows("select size from samples") == [("S",)]
 
 
 def test_a_root_whose_columns_differ_in_case_says_which_to_drop() -> None:

@@ -28,6 +28,8 @@ MAX_BYTES, MAX_BYTES_LISTED = 2**20, 8 * 2**20
 _KEEP_ALIVE_S = 4.0
 #: Seconds in which a server that is there takes a connection; packets to a machine that is gone are lost in silence.
 _CONNECT_S = 10.0
+#: Seconds that a server's wish to be left alone is told with, at most.
+_MOST_SECONDS = 1e9
 #: Bytes of a server's own words that are looked at.
 _WORDS = 4000
 #: Characters of a model's name, of a message, that are kept of what a server says.
@@ -216,12 +218,12 @@ def read_status(status: int, headers: Mapping[str, str], body: bytes) -> None:
 def read_retry_after(value: str | None) -> float | None:
     """Seconds of a `Retry-After` header, which gives seconds or a date (RFC 9110, 10.2.3); None where it is neither.
 
-    They may be any number of seconds: whoever obeys them bounds them.
+    They may be so many that nobody waits for them: whoever obeys them bounds them.
     """
     if value is None:
         return None
     if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", value):
-        return float(value)
+        return min(float(value), _MOST_SECONDS)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, OverflowError):
@@ -262,8 +264,8 @@ def _read_json(body: bytes) -> Any:
         return orjson.loads(body)
     try:
         value = json.loads(body)
-        orjson.dumps(value)  # refuses half characters, which no column and no file takes
-    except (ValueError, TypeError, RecursionError):
+        json.dumps(value, ensure_ascii=False).encode()  # refuses half characters, which no column and no file takes
+    except (ValueError, RecursionError):
         return None
     return value
 

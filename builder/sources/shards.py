@@ -279,9 +279,10 @@ class Reading:
         have = {column.field: column.name for column in schema.field_columns(fields, named)}
         for column in self.carried:
             if (old := have.get(column.field, column.name)) != column.name:
+                as_it_is = f", or {schema.carried_as(column.field, column.type, old)}"
                 raise SchemaError(
                     f"the root has the json's field '{column.field}' in the column '{old}', not in '{column.name}'",
-                    fix=f"builder drop {old}, or " + schema.carried_as(column.field, column.type, old),
+                    fix=f"builder drop {shlex.quote(old)}{as_it_is if schema.plain_name(old) == old else ''}",
                 )
         return Reading({**fields, **self.fields}, self.boxes, {**named, **self.named})
 
