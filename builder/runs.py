@@ -27,9 +27,9 @@ from typing import Any
 from builder import __version__, errors, files, machine, table, workset, writer
 from builder.answering import error_text
 from builder.config import Run
-from builder.deaths import Deaths, Verdict
+from builder.deaths import KILLED, Deaths, Verdict
 from builder.edited_sample import Rules
-from builder.errors import BuilderError, MachineError, ShardError, StageError
+from builder.errors import BuilderError, MachineError, ShardError, StageError, TransientError
 from builder.executors import local
 from builder.layout import Layout, RunFiles, shard_name
 from builder.machine import asked_again
@@ -208,11 +208,18 @@ def _why(run: RunFiles, end: local.Ended, result: dict[str, Any]) -> BuilderErro
     with contextlib.suppress(FileNotFoundError):
         lines = run.log(end.number).read_text("utf-8", "replace").splitlines()[-_LOG_TAIL:]
     how = signal.Signals(-end.code).name if end.code < 0 else f"exit code {end.code}"
-    return StageError(
+    kind = MachineError if how == KILLED else StageError
+    return kind(
         f"task {end.number} was given up: its process ended with {how}"
         + (f" {end.deaths} times" if end.deaths > 1 else ""),
         where={**log, "last lines": "".join(f"\n    {line}" for line in lines) or "none"},
-        fix="what was committed is kept: mend the cause and run the same command again",
+        fix="what was committed is kept: "
+        + (
+            "see dmesg for want of memory; end other programs or set fewer workers"
+            if how == KILLED
+            else "mend the cause"
+        )
+        + " and run the same command again",
     )
 
 
@@ -379,7 +386,7 @@ def _shard_by_shard(
             asked_again(functools.partial(do, done))
             setbacks.end()
         except Exception as error:
-            if isinstance(error, OSError | MachineError) or machine.is_of_the_machine(error):
+            if isinstance(error, OSError | TransientError) or machine.is_of_the_machine(error):
                 why, is_over = setbacks.add(error)
                 if is_over:
                     raise why from error

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -790,8 +791,38 @@ def test_a_stage_whose_process_dies_before_its_first_row(own: Callable[..., Work
     assert (done.returncode, talk(done.stderr)) == (1, [
         "error: task 0 was given up: its process ended with SIGKILL 3 times",
         f"  log: {run}/logs/00000.log", "  last lines: none",
-        "  fix: what was committed is kept: mend the cause and run the same command again",
+        "  fix: what was committed is kept: see dmesg for want of memory; end other programs or set fewer workers and "
+        "run the same command again",
     ])  # fmt: skip
+
+
+def test_a_run_goes_on_behind_a_stage_whose_process_the_system_kills(own: Callable[..., Workspace]) -> None:
+    made = own("DiesAtOnce")
+    (made.folder / "generate.sql").write_text(PROMPTS.replace("row > 0", "row = 0"))
+    done = made.process("run", check=False, cwd=made.folder)
+    assert done.returncode == 1
+    lines = talk(done.stderr)
+    assert "note: not finished: task 0 was given up: its process ended with SIGKILL 3 times" in lines
+    assert count(made, "image_path is not null") == 3
+    assert "write: 3 shards, 12 rows, 3 edited" in lines
+
+
+@pytest.mark.parametrize("number", HICCUPS)
+def test_a_changed_source_whose_pictures_cannot_be_read_is_left(
+    own: Callable[..., Workspace], ask: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The others are ingested, and it is once it can be read."""
+    made = own()
+    for shard in range(3):
+        path = made.folder / f"source/{shard:08d}.tar"
+        os.utime(path, (1, 1))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with armed(Fault(str(made.folder), ("read",), "source/00000001.tar", times=0, errno=number)):
+        done = ask(made, "ingest")
+    assert (done.code, done.talk[0]) == (1, "ingest: 2 shards, 8 rows"), done.talk
+    assert done.talk[1].startswith("left shard '00000001' as it is: "), done.talk
+    done = ask(made, "ingest")
+    assert (done.code, done.talk[0]) == (0, "ingest: 1 shards, 4 rows")
 
 
 def test_a_shard_in_which_the_process_dies_is_left(own: Callable[..., Workspace]) -> None:
