@@ -308,6 +308,22 @@ def file_system(folder: Path) -> str:
     return best[1]
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The json object that a file holds.
+
+    Raises:
+        ShardError: it holds none.
+        OSError: there is no such file, or it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ShardError(f"'{path.name}' is damaged: it holds no json object", where={"file": path})
+    return found
+
+
 def read_at(descriptor: int, offset: int, size: int) -> bytes:
     """Reads exactly `size` bytes at an offset.
 

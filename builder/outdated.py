@@ -15,7 +15,6 @@ hashed extension and size of every member in its place; these are taken from `so
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from builder import formats
+from builder import files, formats
+from builder.errors import ShardError
 from builder.layout import Layout, RunFiles
 from builder.members import EDIT, NOTHING_READ, place_of
 from builder.stage import Stage, inputs_hashes
@@ -181,7 +181,7 @@ def signature_of(layout: Layout, run: str | None) -> str | None:
 @lru_cache(maxsize=4096)
 def _signature_in(description: Path) -> str | None:
     try:
-        found = json.loads(description.read_text("utf-8")).get("options_hash")
-    except (FileNotFoundError, ValueError):
+        found = files.read_object(description).get("options_hash")
+    except (FileNotFoundError, ShardError):
         return None
     return found if isinstance(found, str) else None

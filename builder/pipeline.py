@@ -783,10 +783,14 @@ def gc(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> table.Sweep:
 
 def _is_idle(folder: Path) -> bool:
     """Whether a folder is a run whose process is gone; one of another host is believed to live for two days."""
-    if not RunFiles(folder).description.is_file():
-        return False  # nobody's to sweep: a run has had its description as long as its name
-    data = runs.read(folder)
-    lives = files.process_lives(data["host"], data["pid"])
+    try:
+        data = runs.read(folder)
+    except ConfigError:
+        return False  # nobody's to sweep: a run has had its description, whole, as long as its name
+    host, pid = data.get("host"), data.get("pid")
+    if not isinstance(host, str) or not isinstance(pid, int):
+        return False
+    lives = files.process_lives(host, pid)
     return time.time() - folder.stat().st_mtime > _ALIVE_ELSEWHERE_S if lives is None else not lives
 
 

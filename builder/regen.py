@@ -28,6 +28,20 @@ from builder.stage import Stage, find, formats_asked, options_hash, own_code
 from builder.workset import Choice, Work
 
 
+class _Run(BaseModel):
+    """What the description of a run says of how an image was made."""
+
+    run: str
+    stage: str
+    version: str
+    builder: str
+    options: dict[str, Any]
+    params: dict[str, Any]
+    packages: dict[str, str]
+    sql: Sql
+    python_file: str | None = None
+
+
 @dataclass
 class Again:
     """An image that was made again.
@@ -78,7 +92,7 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
             f"{len(rows)} samples have the uid '{uid}'", where={"places": places}, fix="name one of these"
         )
     [row] = rows
-    run = runs.read(pipeline.layout.run(row[f"{stage_name}_run"]))
+    run = _run_of(pipeline, stage_name, row[f"{stage_name}_run"])
     kind = _code_of(pipeline, stage_name)
     stage, options = _stage_of(kind, run, row)
     inputs = _inputs(pipeline, run, stage, options, row)
@@ -106,6 +120,23 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
     return again
 
 
+def _run_of(pipeline: Pipeline, stage: str, name: str) -> _Run:
+    """The description of an image's run.
+
+    Raises:
+        ConfigError: it is gone, or does not say how the image was made.
+    """
+    try:
+        return _Run.model_validate(runs.read(pipeline.layout.run(name)))
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        raise ConfigError(
+            f"run '{name}' does not say how the image was made: {first['msg']}",
+            where={"run": name, "field": ".".join(map(str, first["loc"]))},
+            fix=f"make it again: builder stage {stage} --redo",
+        ) from None
+
+
 def _stored(pipeline: Pipeline, row: dict[str, Any]) -> bytes | None:
     with MemberReader(pipeline.layout, row["shard"], [EDIT]) as reader, contextlib.suppress(ShardError):
         return reader.read(row["row"], EDIT)
@@ -130,36 +161,34 @@ def _code_of(pipeline: Pipeline, name: str) -> type[Stage]:
         ) from error
 
 
-def _other_code(pipeline: Pipeline, name: str, run: dict[str, Any]) -> list[str]:
+def _other_code(pipeline: Pipeline, name: str, run: _Run) -> list[str]:
     """Whether the stage's code lies elsewhere than when the image was made."""
     now = pipelines.python_of(pipeline.stages[name]) if name in pipeline.stages else None
-    then = run.get("python_file")
+    then = run.python_file
     return [] if then == now else [f"code of stage '{name}': {then or 'installed'}, now {now or 'installed'}"]
 
 
-def _stage_of(kind: type[Stage], run: dict[str, Any], row: dict[str, Any]) -> tuple[Stage, BaseModel]:
+def _stage_of(kind: type[Stage], run: _Run, row: dict[str, Any]) -> tuple[Stage, BaseModel]:
     """The stage, with the options of its run and what the row has recorded of them.
 
     Raises:
         ConfigError: this version does not know one of the options.
     """
     as_made: Callable[..., dict[str, Any]] = getattr(kind, "as_made", lambda options, row: options)
-    options = as_made(run["options"], row)
+    options = as_made(run.options, row)
     try:
         known = kind.Options.model_validate_json(json.dumps(options))
     except ValidationError as error:
         [first, *_] = error.errors()
         raise ConfigError(
-            f"stage '{run['stage']}' does not take the options of the image's run any more: {first['msg']}",
-            where={"run": run["run"], "option": ".".join(map(str, first["loc"]))},
-            fix=f"use the version that made it: builder {run['builder']}",
+            f"stage '{run.stage}' does not take the options of the image's run any more: {first['msg']}",
+            where={"run": run.run, "option": ".".join(map(str, first["loc"]))},
+            fix=f"use the version that made it: builder {run.builder}",
         ) from error
     return kind(known), known  # type: ignore[call-arg]
 
 
-def _inputs(
-    pipeline: Pipeline, run: dict[str, Any], stage: Stage, options: BaseModel, row: dict[str, Any]
-) -> pa.RecordBatch:
+def _inputs(pipeline: Pipeline, run: _Run, stage: Stage, options: BaseModel, row: dict[str, Any]) -> pa.RecordBatch:
     """The row's inputs: those that its answer has recorded as they were then, the others as the run's SQL gives them.
 
     Where that no longer returns the row, as the table has them under the same name.
@@ -167,10 +196,9 @@ def _inputs(
     Raises:
         ConfigError: the SQL does not return the row, and the table has no such column.
     """
-    sql = Sql(run["sql"]["text"], run["sql"]["origin"])
     condition = f"shard = '{row['shard'].replace(chr(39), 2 * chr(39))}' and row = {row['row']}"
     work = Work(
-        stage, sql, run["params"], Choice(redo=True, where=condition), [row["shard"]], pipeline.known_columns(),
+        stage, run.sql, run.params, Choice(redo=True, where=condition), [row["shard"]], pipeline.known_columns(),
         options_hash(stage, options),
     )  # fmt: skip
     found = workset.first_rows(pipeline.layout, work, 1, repeatable=False)
@@ -184,7 +212,7 @@ def _inputs(
     if lacking := [field.name for field in stage.inputs if field.name not in {*values, *given}]:
         raise ConfigError(
             "the work SQL of the image's run does not return its sample any more",
-            where={"shard": row["shard"], "row": row["row"], "sql": sql.origin, "needed": ", ".join(lacking)},
+            where={"shard": row["shard"], "row": row["row"], "sql": run.sql.origin, "needed": ", ".join(lacking)},
             fix="what it asks for has changed in the table since: see builder show",
         )
     keys = [pa.field("shard", pa.string()), pa.field("row", pa.int64()), pa.field("uid", pa.string())]
@@ -193,14 +221,14 @@ def _inputs(
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
-def _reasons(run: dict[str, Any], stage: Stage, row: dict[str, Any], values: dict[str, Any]) -> list[str]:
+def _reasons(run: _Run, stage: Stage, row: dict[str, Any], values: dict[str, Any]) -> list[str]:
     """What is not as it was: the stage's version, packages, what the answer says of how it was made."""
     found = []
-    if run["version"] != stage.version:
-        found.append(f"stage '{stage.name}': version {run['version']}, now {stage.version}")
+    if run.version != stage.version:
+        found.append(f"stage '{stage.name}': version {run.version}, now {stage.version}")
     now = runs.versions()
-    for name in sorted({*run["packages"], *now}):
-        then = run["packages"].get(name, "not installed")
+    for name in sorted({*run.packages, *now}):
+        then = run.packages.get(name, "not installed")
         if then != now.get(name, "not installed"):
             found.append(f"{name}: {then}, now {now.get(name, 'not installed')}")
     for name, value in values.items():

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from builder import runs
+from builder.errors import ConfigError
 from builder.layout import Layout
 from builder.query import Samples
 from builder.stage import Stage
@@ -46,7 +47,7 @@ def of_ingest(versions: Iterable[str], changes: Mapping[str, str]) -> list[Older
 def of_stages(layout: Layout, samples: Samples, stages: Sequence[Stage]) -> list[OlderRule]:
     """Rows that older versions of these stages have answered, by stage and version.
 
-    A row whose run is gone from `runs/` counts as one of an unknown version: every change is told.
+    A row whose run is gone from `runs/`, or damaged, counts as one of an unknown version: every change is told.
     """
     found: list[OlderRule] = []
     for stage in stages:
@@ -64,9 +65,10 @@ def of_stages(layout: Layout, samples: Samples, stages: Sequence[Stage]) -> list
 
 
 def _version_of(layout: Layout, run: str) -> str:
-    if not run or not layout.run(run).is_dir():
+    try:
+        return str(runs.read(layout.run(run)).get("version", "unknown")) if run else "unknown"
+    except ConfigError:
         return "unknown"
-    return str(runs.read(layout.run(run)).get("version", "unknown"))
 
 
 def _older(stage: str, counts: Mapping[str, int], changes: Mapping[str, str], command: str) -> list[OlderRule]:

@@ -126,16 +126,21 @@ def describe(run: RunFiles, kind: str, **facts: Any) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """`run.json` of a run directory."""
+    """`run.json` of a run directory.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
     try:
-        data = json.loads(RunFiles(folder).description.read_text("utf-8"))
+        return files.read_object(RunFiles(folder).description)
     except FileNotFoundError:
         raise errors.ConfigError(
             f"'{folder}' is no run directory",
             where={"looked for": RunFiles(folder).description},
             fix="name one below runs/",
         ) from None
-    return dict(data)
+    except ShardError as error:
+        raise errors.ConfigError(error.what, where=error.where, fix="do the run's work again: --redo") from None
 
 
 def versions() -> dict[str, str]:

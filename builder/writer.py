@@ -459,14 +459,15 @@ class _Provenance:
     def _read(self, run: str) -> dict[str, Any]:
         path = RunFiles(self._layout.run(run)).description
         try:
-            data = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
+            data = files.read_object(path)
+            return {"stage": data["stage"], "version": data["version"], "options": data["options_hash"]}
+        except (FileNotFoundError, ShardError, KeyError) as error:
+            state = "gone" if isinstance(error, FileNotFoundError) else "damaged"
             raise ConfigError(
-                f"run '{run}' is gone, which says how images were made",
+                f"run '{run}' is {state}, which says how images were made",
                 where={"file": path},
                 fix=f"make them again: builder stage {self._stage} --redo",
             ) from None
-        return {"stage": data["stage"], "version": data["version"], "options": data["options_hash"]}
 
 
 def is_written(layout: Layout, plan: ShardPlan) -> bool:

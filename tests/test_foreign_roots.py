@@ -426,6 +426,25 @@ def test_a_schema_that_is_damaged_is_told_with_its_file(given: Given) -> None:
         path.unlink()
 
 
+@pytest.mark.parametrize("text", [b"", b"\xff", b"[]", b"{}", b'{"stage": 1, "host": 2}', b"[" * 100_000])
+def test_a_description_of_a_run_that_is_damaged_is_told(given: Given, text: bytes) -> None:
+    name, row = _pointed(given.root)
+    description = RunFiles(given.root / "runs" / row["generate_run"]).description
+    description.write_bytes(text)
+    for arguments in (("plan",), ("plan", "--stale"), ("run",), ("write",), ("regen", name, "--check")):
+        ended = given.made.run(*arguments, check=False)
+        assert ended.returncode == 2, f"{arguments}: {ended.stderr}"
+        assert row["generate_run"] in ended.stderr and "--redo" in ended.stderr
+    ended = given.made.run("verify", check=False)
+    assert ended.returncode == 3 and f"run '{row['generate_run']}' is damaged" in ended.stderr
+    for arguments in (("status",), ("show", name), ("gc",)):
+        given.made.run(*arguments)
+    assert description.read_bytes() == text
+    given.made.run("stage", "generate", "--redo")
+    given.made.run("run")
+    given.made.run("verify")
+
+
 # --- names out of the table ---
 
 
