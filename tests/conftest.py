@@ -46,6 +46,27 @@ def picture(seed: int = 0, *, extension: str = "jpg", width: int = 48, height: i
     return out.getvalue()
 
 
+#: Caption of the samples of `members_like`.
+CAPTION = "a man with a hat is standing in the street"
+
+
+def members_like(
+    key: str, *extensions: str, number: int = 0, fields: dict[str, Any] | None = None
+) -> list[tuple[str, bytes]]:
+    """The members of one sample, by their extensions; a picture without a face in each of the formats."""
+    made: list[tuple[str, bytes]] = []
+    for place, extension in enumerate(extensions):
+        last = extension.lower().rpartition(".")[2]
+        if last == "json":
+            data = json.dumps({"uid": f"{number:032x}", "caption": CAPTION, "width": 48, **(fields or {})}).encode()
+        elif last in ("txt", "cls"):
+            data = CAPTION.encode() if last == "txt" else b"7"
+        else:
+            data = picture(10 * number + place, extension=last if last in ("png", "webp") else "jpg")
+        made.append((f"{key}.{extension}", data))
+    return made
+
+
 @dataclass
 class Sample:
     """One sample of a test shard; None leaves a member or a json field out."""

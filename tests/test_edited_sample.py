@@ -25,10 +25,9 @@ from builder.edited_sample import (
     members_of,
     was_so,
 )
-from conftest import Workspace, picture, read_tar, write_tar
+from conftest import CAPTION, Workspace, members_like, picture, read_tar, write_tar
 
 Make = Callable[..., Workspace]
-CAPTION = "a man with a hat is standing in the street"
 #: Every sample gets a prompt and an image.
 STAGES = """\
 [stages.prompts]
@@ -39,24 +38,6 @@ width = 64
 height = 64
 quality = 80
 """
-
-
-def members_like(
-    key: str, *extensions: str, number: int = 0, fields: dict[str, Any] | None = None
-) -> list[tuple[str, bytes]]:
-    """The members of one sample."""
-    made: list[tuple[str, bytes]] = []
-    for place, extension in enumerate(extensions):
-        last = extension.lower().rpartition(".")[2]
-        if last == "json":
-            data = json.dumps({"uid": f"{number:032x}", "caption": CAPTION, "width": 48, **(fields or {})}).encode()
-        elif last == "txt":
-            data = CAPTION.encode()
-        else:
-            kind = last if last in ("png", "webp") else "jpg"
-            data = picture(10 * number + place, extension=kind)
-        made.append((f"{key}.{extension}", data))
-    return made
 
 
 @pytest.fixture

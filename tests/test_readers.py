@@ -14,10 +14,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from conftest import PIPELINE, Workspace, picture, write_tar
+from conftest import CAPTION, PIPELINE, Workspace, members_like, write_tar
 from tars import by_webdataset, gnu_tar
 
-CAPTION = "a man with a hat is standing in the street"
 #: Of each kind of shard, what its samples consist of, in turn.
 KINDS: dict[str, list[tuple[str, ...]]] = {
     "jpg": [("jpg", "json", "txt")],
@@ -65,27 +64,12 @@ print(json.dumps({path: read(path) for path in sys.argv[1:]}))
 """
 
 
-def members(kind: str, number: int) -> list[tuple[str, bytes]]:
-    made: list[tuple[str, bytes]] = []
-    samples = KINDS[kind]
-    for extension in samples[number % len(samples)]:
-        last = extension.lower().rpartition(".")[2]
-        if last == "json":
-            data = json.dumps({"uid": f"{number:032x}", "caption": CAPTION, "width": 48}).encode()
-        elif last in ("txt", "cls"):
-            data = CAPTION.encode() if last == "txt" else b"7"
-        else:
-            data = picture(number, extension=last)
-        made.append((f"{number:04d}.{extension}", data))
-    return made
-
-
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A shard of every kind, written and proven."""
     folder = tmp_path_factory.mktemp("readers")
-    for kind in KINDS:
-        parts = [members(kind, number) for number in range(COUNT)]
+    for kind, made_of in KINDS.items():
+        parts = [members_like(f"{n:04d}", *made_of[n % len(made_of)], number=n) for n in range(COUNT)]
         write_tar(folder / f"source/{kind}.tar", [member for part in parts for member in part])
     chosen = ", ".join(map(str, EDITED))
     (folder / "prompts.sql").write_text(
