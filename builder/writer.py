@@ -49,6 +49,10 @@ _TYPES = {
     "image_prompt": "varchar", "prompt": "varchar", "image_format": "varchar",
 }  # fmt: skip
 _SET = "set_"
+#: Words for types of SQL that json does not have, or that Arrow does not hold: it takes the largest UHUGEINT for -1.
+_NOT_IN_JSON = ("INTERVAL", "MAP(", "UNION(", "UHUGEINT")
+#: Digits of a number, at most: Arrow's decimals have no more, and a HUGEINT has one more.
+_DIGITS = 38
 #: Bytes that an edited sample's json and headers may grow by, for the disk's sake.
 _ADDED = 4096
 #: Bytes that are read at a time around an edited sample's headers: its json and txt lie next to each other.
@@ -241,7 +245,7 @@ def _check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql, rule
                 where=place,
                 fix="leave it out" if folded(name) != f"{_SET}caption" else "return the new caption as: caption",
             )
-        if name.startswith(_SET) and any(word in kind for word in ("INTERVAL", "MAP(", "UNION(")):
+        if name.startswith(_SET) and any(word in kind for word in _NOT_IN_JSON):
             raise ConfigError(
                 f"write SQL returned '{name}' of type {kind}, which json does not have",
                 where=place,
@@ -425,7 +429,7 @@ def _json_value(value: Any, name: str, row: dict[str, Any]) -> Any:
     """
     if isinstance(value, str | bool | int | None):
         return value
-    if isinstance(value, decimal.Decimal):
+    if isinstance(value, decimal.Decimal) and value.adjusted() < _DIGITS:
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, float) and math.isfinite(value):
         return value
@@ -435,8 +439,10 @@ def _json_value(value: Any, name: str, row: dict[str, Any]) -> Any:
         return [_json_value(item, name, row) for item in value]
     if isinstance(value, dict):
         return {key: _json_value(item, name, row) for key, item in value.items()}
+    is_long = isinstance(value, decimal.Decimal)
+    what = f"{value}, which has more than {_DIGITS} digits" if is_long else f"{value!r}, which json does not have"
     raise ConfigError(
-        f"write SQL returned '{name}' = {value!r}, which json does not have",
+        f"write SQL returned '{name}' = {what}",
         where={"shard": row["shard"], "row": row["row"]},
         fix=f"return null, a number, text or a list: cast({name} as varchar)",
     )

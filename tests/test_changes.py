@@ -327,7 +327,7 @@ def test_values_of_sql_become_json(workspace: Make) -> None:
     made.run("ingest")
     sql = made.folder / "w.sql"
     sql.write_text(
-        "select shard, row::varchar as row, uid, 5 as caption, 0.5 as set_score, 7::hugeint as set_large,"
+        "select shard, row::varchar as row, uid, 5 as caption, 0.5 as set_score, 99999999999999999999999999999999999999::hugeint as set_large,"
         " true as set_yes, date '2024-02-03' as set_day, [1, 2] as set_list, {'a': 'b'} as set_object, null as set_none"
         " from samples where row = 1"
     )
@@ -336,5 +336,5 @@ def test_values_of_sql_become_json(workspace: Make) -> None:
     made.run("verify", *sets)
     fields = json.loads(read_tar(made.root / "shards/a.tar")[f"{1:032x}-0.json"])
     names = ("caption", "score", "large", "yes", "day", "list", "object")
-    assert [fields[name] for name in names] == ["5", 0.5, 7, True, "2024-02-03", [1, 2], {"a": "b"}]
+    assert [fields[name] for name in names] == ["5", 0.5, 10**38 - 1, True, "2024-02-03", [1, 2], {"a": "b"}]
     assert "none" not in fields

@@ -426,6 +426,12 @@ def test_a_webp_with_a_long_name_is_replaced(workspace: Callable[..., Workspace]
         ("{'a': timestamp '-infinity'}", "outside the years 1 to 9999"),
         ("union_value(a := 1)", "of type UNION(a INTEGER), which json does not have"),
         ("[union_value(a := 1)]", "which json does not have"),
+        ("[340282366920938463463374607431768211455::uhugeint]", "of type UHUGEINT[], which json does not have"),
+        (
+            "170141183460469231731687303715884105727",
+            "0141183460469231731687303715884105727, which has more than 38 digits",
+        ),
+        ("{'a': 100000000000000000000000000000000000000}", "which has more than 38 digits"),
     ],
 )
 def test_values_that_json_does_not_have_are_told_with_their_row(value: str, told: str, dataset: Workspace) -> None:
