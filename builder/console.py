@@ -19,12 +19,17 @@ from builder.errors import ConfigError
 
 
 class _Steady(io.FileIO):
-    """A standard stream whose reader may go, as `| head -1` does: what is written after that goes nowhere."""
+    """A standard stream whose reader may go, as `| head -1` does: what is written after that goes nowhere.
+
+    So does what stderr cannot take for any other reason, such as a full disk: there is nobody left to tell.
+    """
 
     def write(self, data: object, /) -> int:
         try:
             return int(super().write(data) or 0)  # type: ignore[arg-type]
-        except BrokenPipeError:
+        except OSError as error:
+            if self.fileno() != 2 and not isinstance(error, BrokenPipeError):
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -34,7 +39,8 @@ class _Steady(io.FileIO):
 def steady_streams() -> None:
     """Makes standard streams of which none is an error, closed or not; no file that is opened later takes their place.
 
-    What a command does is worth more than what it says: it goes on where nobody listens. A full disk is an error still.
+    What a command does is worth more than what it says: it goes on where nobody listens. A full disk behind
+    stdout is an error still.
     """
     for number in (0, 1, 2):
         try:

@@ -327,7 +327,8 @@ def test_values_of_sql_become_json(workspace: Make) -> None:
     made.run("ingest")
     sql = made.folder / "w.sql"
     sql.write_text(
-        "select shard, row::varchar as row, uid, 5 as caption, 0.5 as set_score, 99999999999999999999999999999999999999::hugeint as set_large,"
+        "select shard, row::varchar as row, uid, 5 as caption, 0.5 as set_score,"
+        " 99999999999999999999999999999999999999::hugeint as set_large,"
         " true as set_yes, date '2024-02-03' as set_day, [1, 2] as set_list, {'a': 'b'} as set_object, null as set_none"
         " from samples where row = 1"
     )
