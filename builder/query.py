@@ -5,10 +5,10 @@ Owns every DuckDB connection of the package. Knows nothing of stages and runs.
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from builder import globs, machine, repeatable, schema
 from builder import layout as places
-from builder import machine, repeatable, schema
 from builder.errors import BuilderError, ConfigError, ShardError, TransientError
 from builder.layout import Layout
 from builder.schema import Column
@@ -403,9 +403,18 @@ def _rows_of(name: str, lookup: Lookup) -> str:
 
     Raises:
         ConfigError: there is no file, one is no parquet file, or lacks a column.
+        OSError: the machine does not list them.
     """
-    pattern = places.local(lookup.files)
-    paths = sorted(path for path in glob.glob(pattern) if os.path.isfile(path))  # noqa: PTH113, PTH207 - as given
+    paths = []
+    for path in globs.matching(places.local(lookup.files)):
+        if _is_file(path):
+            paths.append(path)
+        elif path.endswith(".parquet") or not os.path.isdir(path):  # noqa: PTH112 - as given
+            raise ConfigError(
+                "the parquet file cannot be read: it is a folder, a link to nothing or no regular file",
+                where={"file": path},
+                fix="mend it, or name other files",
+            )
     if not paths:
         raise ConfigError(
             f"no file matches '{lookup.files}', which '{name}' is to be read from",
@@ -415,6 +424,15 @@ def _rows_of(name: str, lookup: Lookup) -> str:
     for path in paths:
         alike.setdefault(_names_in(path, lookup), []).append(path)
     return " union all ".join(_selected(lookup, names, files) for names, files in alike.items())
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116 - as given
+    except OSError as error:
+        if machine.is_of_the_machine(error):
+            raise
+        return False
 
 
 def _names_in(path: str, lookup: Lookup) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from builder import files, machine, schema, tar
+from builder import files, globs, machine, schema, tar
 from builder.errors import ConfigError, SchemaError, ShardError
 from builder.layout import Layout, local, shard_name, shard_name_fault
 from builder.schema import SOURCE, Column
@@ -113,7 +113,7 @@ class _Folders:
             return [name], []
         if not glob.has_magic(name):
             return [], []
-        found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 - as given
+        found = globs.matching(name, recursive=True)
         files = [match for match in found if self._is_file(match)]
         others = [match for match in found if not self._is_file(match)] if len(files) < len(found) else []
         return files, [match for match in others if match.endswith(".tar") or not os.path.isdir(match)]  # noqa: PTH112
