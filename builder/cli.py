@@ -101,7 +101,7 @@ class _Group(click.Group):
 
 
 #: A command of ours inside a sentence, that a pipeline's options belong to.
-_COMMAND = re.compile(r"\bbuilder (ingest|stage|run|write|plan|status|sql|show|regen|verify|gc|fold|drop)\b")
+_COMMAND = re.compile(r"\bbuilder (ingest|stage|run|write|plan|status|sql|show|regen|verify|gc|fold|drop)\b(?! --help)")
 
 
 def _with_pipeline(error: BuilderError, arguments: Sequence[str]) -> None:

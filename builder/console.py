@@ -133,6 +133,8 @@ def misused(error: click.UsageError) -> ConfigError:
         options = [option for param in context.command.params for option in param.opts]
         near = difflib.get_close_matches(error.option_name, options, 1, 0.75)
         fix = ELSEWHERE.get((name, error.option_name)) or (f"did you mean {near[0]}?" if near else more)
+        if isinstance(context.command, click.Group) and _takes(context.command, error.option_name):
+            fix = f"options stand behind the command: builder COMMAND {error.option_name} ..."
         shown = ", ".join(option for option in options if option.startswith("--"))
         return ConfigError(f"{path} takes no option {error.option_name}", where={"its options": shown}, fix=fix)
     if isinstance(error, click.MissingParameter) and error.param is not None:
@@ -142,6 +144,11 @@ def misused(error: click.UsageError) -> ConfigError:
         words = extra[1].split()
         return ConfigError(f"{path} takes no more words: '{extra[1]}'", where=place, fix=_of_extra(name, words) or more)
     return ConfigError(_sentence(error), where=place, fix=more)
+
+
+def _takes(group: click.Group, option: str) -> bool:
+    """Whether a command of a group has an option."""
+    return any(option in param.opts for command in group.commands.values() for param in command.params)
 
 
 def _sentence(error: click.UsageError) -> str:

@@ -771,7 +771,22 @@ def test_advice_names_the_pipeline_that_was_given() -> None:
     assert told("builder ingest", "run") == "builder ingest"
     for fix in ("builder downloads no models", "builder init DIR", "builder run --pipeline 'my p.toml' --set 'a=b c'"):
         assert told(fix, *given) == fix
+    assert told("builder stage --help", *given) == "builder stage --help"
     assert told("builder gc", "gc", "--scale=large").endswith("with --scale=large)")
+
+
+def test_options_before_the_command() -> None:
+    for words in (("--pipeline", "x.toml", "run"), ("--json", "status")):
+        with pytest.raises(ConfigError, match=f"builder takes no option {words[0]}") as caught:
+            raise console.misused(click_error(*words))
+        assert caught.value.fix == f"options stand behind the command: builder COMMAND {words[0]} ..."
+    assert console.misused(click_error("--nothing")).fix == "builder --help"
+
+
+def click_error(*words: str) -> click.UsageError:
+    with pytest.raises(click.UsageError) as caught:
+        cli.main.make_context("builder", list(words))
+    return caught.value
 
 
 def test_each_command_that_takes_a_pipeline_is_known_to_the_advice() -> None:
@@ -843,6 +858,12 @@ def test_a_full_disk_behind_stdout_is_an_error(dataset: Workspace) -> None:
     done = _shell(f"$BUILDER sql 'select * from samples' --csv --pipeline {shlex.quote(str(dataset.file))} > /dev/full")
     assert done.returncode == 1
     assert "the disk is full" in done.stderr
+
+
+def test_a_full_disk_behind_stderr_is_no_error(dataset: Workspace) -> None:
+    pipeline = shlex.quote(str(dataset.file))
+    assert _shell(f"$BUILDER ingest --redo --pipeline {pipeline} 2> /dev/full").returncode == 0
+    assert _shell(f"$BUILDER show nothing --pipeline {pipeline} 2> /dev/full").returncode == 2
 
 
 @pytest.mark.skipif(
