@@ -955,7 +955,8 @@ def _collecting(problems: list[BuilderError]) -> Iterator[None]:
     try:
         yield
     except (ConfigError, SchemaError, StageError) as error:
-        problems.append(error)
+        if str(error) not in map(str, problems):  # one of the root or of a file stands in the way of several stages
+            problems.append(error)
 
 
 def _check_room(layout: Layout, found: tar_shards.Found) -> None:

@@ -5,6 +5,7 @@ Owns every DuckDB connection of the package. Knows nothing of stages and runs.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import secrets
@@ -74,10 +75,13 @@ def read_sql(name: str) -> Sql:
     relative = name.removeprefix("sql/")
     path, looked = (Path(name), [Path(name)]) if Path(name).is_file() else places.find("sql", relative)
     if path is None:
+        stems = sorted(file.stem for file in places.installed("sql").glob("*.sql"))
+        near = difflib.get_close_matches(Path(relative).stem, stems, 1)
+        names = ", ".join(f"{stem}.sql" for stem in stems)
         raise ConfigError(
             f"no SQL file '{name}'",
             where={"looked at": ", ".join(str(place) for place in looked)},
-            fix=f"write it, or copy the ones that come with builder: builder init DIR (then DIR/sql/{relative})",
+            fix=f"did you mean '{near[0]}.sql'?" if near else f"write it, or name one that comes with builder: {names}",
         )
     try:
         return Sql(path.read_text("utf-8-sig"), str(path))

@@ -76,6 +76,7 @@ def test_a_root_with_the_column_of_a_stage_that_comes_later(workspace: Callable[
     made.file.write_text(made.file.read_text() + "[stages.lang]\n")
     done = made.run("run", check=False)
     assert done.returncode == 2
+    assert done.stderr.startswith("error: stages 'source' and 'lang' both have a column 'lang'\n"), "once"
     assert "builder drop lang" in done.stderr
     made.run("drop", "LANG")
     option = ("--set", 'dataset.fields=[{name = "lang", type = "string", column = "json_lang"}]')

@@ -222,8 +222,12 @@ def test_no_such_sql(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_sql("sql/mine.sql")
     assert str(caught.value) == (
         f"no SQL file 'sql/mine.sql'\n  looked at: sql/mine.sql, {FOLDER / 'mine.sql'}\n"
-        "  fix: write it, or copy the ones that come with builder: builder init DIR (then DIR/sql/mine.sql)"
+        "  fix: write it, or name one that comes with builder: check.sql, faces.sql, faces_metadata.sql, generate.sql, "
+        "generate_aspect.sql, lang.sql, prompts.sql, prompts_groups.sql, stats.sql, write.sql"
     )
+    with pytest.raises(ConfigError, match=r"no SQL file 'sql/prompt\.sql'") as caught:
+        read_sql("sql/prompt.sql")
+    assert caught.value.fix == "did you mean 'prompts.sql'?"
 
 
 def test_sql_that_is_not_utf8(tmp_path: Path) -> None:

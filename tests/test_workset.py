@@ -141,7 +141,7 @@ def test_sql_that_does_not_exist_is_refused(workspace: Make) -> None:
     done = made.run("stage", "note", check=False, cwd=made.folder)
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "error: no SQL file 'nowhere.sql'"
-    assert done.stderr.splitlines()[-1].startswith("  fix: write it, or copy the ones that come with builder:")
+    assert done.stderr.splitlines()[-1].startswith("  fix: write it, or name one that comes with builder:")
 
 
 def test_values_that_do_not_fit_an_input_are_refused_with_duckdbs_words(layout: Layout) -> None:
