@@ -133,7 +133,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     try:
         return files.read_object(RunFiles(folder).description)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise errors.ConfigError(
             f"'{folder}' is no run directory",
             where={"looked for": RunFiles(folder).description},
