@@ -104,6 +104,7 @@ def open_inside(path: Path, flags: int) -> int:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP and path.is_symlink():
+            check_no_link(path / "inside")  # knows the root
             raise _behind_link(path, path.parent) from error
         raise
 

@@ -6,12 +6,14 @@ rows and the pipeline's rules alone; what an edited sample looks like is `builde
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -604,15 +606,31 @@ def _identity(descriptor: int) -> tuple[int, int, int]:
 
 
 def write_sizes(layout: Layout) -> None:
-    """Writes `sizes.json`, {tar name: samples}, of every hybrid shard: open_clip and DataComp read it."""
+    """Writes `sizes.json`, {tar name: samples}, of every hybrid shard: open_clip and DataComp read it.
+
+    Raises:
+        ShardError: what lies beside a hybrid shard does not say how many samples it holds.
+    """
     sizes = {}
     for path in sorted(layout.shards.glob("*_stats.json")):
-        name = path.name[: -len("_stats.json")] + ".tar"
-        if (layout.shards / name).exists():
-            sizes[name] = json.loads(path.read_text("utf-8"))["successes"]
+        hybrid = layout.hybrid(path.name[: -len("_stats.json")])
+        if hybrid.exists():
+            sizes[hybrid.name] = _samples_said(path, hybrid)
     text = json.dumps(sizes, indent=1).encode()
     if not layout.sizes().exists() or layout.sizes().read_bytes() != text:
         files.write_atomic(layout.sizes(), text)
+
+
+def _samples_said(statistics: Path, hybrid: Path) -> int:
+    with contextlib.suppress(ShardError):
+        found = files.read_object(statistics).get("successes")
+        if isinstance(found, int):
+            return found
+    raise ShardError(
+        f"'{statistics.name}' does not say how many samples its shard holds",
+        where={"file": statistics},
+        fix=f"rm {shlex.quote(str(hybrid))}, then builder write: a shard of the table is written again",
+    )
 
 
 class _Members:

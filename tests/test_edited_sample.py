@@ -309,6 +309,24 @@ def test_a_shard_is_new_where_a_rule_changes_it(sample: tuple[str, ...], sets: d
     assert was_so(sample, True, True, members) != is_new
 
 
+@pytest.mark.parametrize(
+    ("sample", "one", "other"),
+    [
+        (("jpg", "txt"), (), ("write.json=true",)),
+        (("jpg", "mask.png", "json", "txt"), ("write.other_pictures=keep",), ("write.other_pictures=drop",)),
+    ],
+)
+def test_a_shard_is_written_again_for_a_rule_that_gives_its_samples_other_members(
+    prompted: Make, sample: tuple[str, ...], one: tuple[str, ...], other: tuple[str, ...]
+) -> None:
+    made = prompted(sample)
+    first, second = ([word for rule in rules for word in ("--set", rule)] for rules in (one, other))
+    made.run("run", *first)
+    assert "nothing to do" in made.run("write", *first).stderr
+    assert "1 edited" in made.run("write", *second).stderr
+    made.run("verify", *second)
+
+
 WRITE_FORMAT = """
 select shard, row, uid, image_path, image_offset, image_size, image_width, image_height, image_sha256, image_seed,
        image_model, image_prompt, prompt, image_format

@@ -6,6 +6,8 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -219,8 +221,9 @@ def test_generated_bytes_are_not_read_behind_a_link(given: Given, where: str) ->
         hidden.write_bytes(SECRET)
     place.symlink_to(target)
     layout = given.made.load().layout
-    with EditsReader(given.root) as reader, pytest.raises(ShardError, match="is a link"):
+    with EditsReader(given.root) as reader, pytest.raises(ShardError, match="is a link") as caught:
         reader.read(row["image_path"], 0, 20)
+    assert (caught.value.where["root"], caught.value.where["leads to"]) == (given.root, target)
     with EditsReader(given.root) as reader, pytest.raises(ShardError, match="is a link"):
         reader.located(row["image_path"])
     with MemberReader(layout, row["shard"], ["edit"]) as reader, pytest.raises(ShardError, match="is a link"):
@@ -442,6 +445,23 @@ def test_a_description_of_a_run_that_is_damaged_is_told(given: Given, text: byte
     assert description.read_bytes() == text
     given.made.run("stage", "generate", "--redo")
     given.made.run("run")
+    given.made.run("verify")
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"successes": "all"}'])
+@pytest.mark.parametrize("shard", ["a", "of no table"])
+def test_statistics_that_are_damaged_are_told_with_a_fix_that_works(given: Given, shard: str, text: bytes) -> None:
+    layout = given.made.load().layout
+    if shard != "a":
+        shutil.copy(layout.hybrid("a"), layout.hybrid(shard))
+    layout.stats(shard).write_bytes(text)
+    ended = given.made.run("write", check=False)
+    assert ended.returncode == 1
+    assert f"'{shard}_stats.json' does not say how many samples its shard holds" in ended.stderr
+    [fix] = re.findall(r"fix: rm (.*), then builder write", ended.stderr)
+    [path] = shlex.split(fix)
+    Path(path).unlink()
+    given.made.run("write")
     given.made.run("verify")
 
 

@@ -518,6 +518,8 @@ def test_a_question_and_a_condition_may_use_what_the_machine_decides(text: str, 
         ("select list(uid order by shard) from samples", True),
         ("select mode(caption) from samples", True),
         ("select uid from samples order by shard limit 3", True),
+        ("select s.uid from samples s positional join samples t", True),
+        ("select s.uid from samples s asof join samples t on s.shard = t.shard and s.row >= t.row", True),
         ("select uid from samples limit 10%", True),
         ("select distinct on (shard) uid from samples", True),
         ("select uid from samples qualify row_number() over (partition by shard) = 1", True),
@@ -542,6 +544,14 @@ def test_every_session_has_one_time_zone_and_one_calendar(
 ) -> None:
     monkeypatch.setenv("TZ", place)
     time.tzset()
+    connect = duckdb.connect
+
+    def elsewhere() -> duckdb.DuckDBPyConnection:
+        connection = connect()
+        connection.execute("set calendar = 'buddhist'")
+        return connection
+
+    monkeypatch.setattr(duckdb, "connect", elsewhere)
     try:
         with pipelines.all_samples(dataset.load()) as asked:
             [row] = asked.rows(
