@@ -402,6 +402,7 @@ def test_a_stage_that_knows_no_formats_goes_on_working(workspace: Make, more: st
     assert {name[:2] for name in source if source[name] != hybrid[name]} == {edited}
     assert numbers(made)["write"]["kept"] == {OTHER_FORMAT: 1}
     assert f"builder stage paint --stale --pipeline {made.file}" in made.run("plan").stderr
+    assert made.run("regen", "a:0", "--check").stdout.splitlines()[-1] == "the same image, bit for bit"
 
 
 def test_new_pictures_of_every_format_are_looked_at_shown_and_saved(prompted: Make) -> None:
