@@ -351,6 +351,11 @@ def test_what_ingest_remembers_of_samples_that_changed(tmp_path: Path) -> None:
     found = root.made.rows(question)
     assert found[:2] == [(0, None, False), (1, was, True)]
     assert (found[2][1]["uid"], found[2][2]) == ("u2", True)
+    for step in (remove, nothing, put_back):  # two ingests do not have it
+        step(root, 1)
+        root.write()
+        pipelines.ingest(root.made.load(), QUIET)
+    assert root.made.rows(question)[1] == (1, was, True)
 
 
 def test_options_that_changed_make_nothing_out_of_date(tmp_path: Path) -> None:
