@@ -328,6 +328,32 @@ def test_a_read_that_fails_once_costs_nothing(
 
 
 @pytest.mark.parametrize("number", HICCUPS)
+def test_a_file_that_its_server_has_lost_is_opened_again(
+    own: Callable[..., Workspace], ask: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """What was open stays lost, however often it is read."""
+    made = own("Sized")
+    path, opened, read = made.folder / "source/00000001.tar", os.open, os.pread
+    descriptors: list[int] = []
+
+    def opening(name: Any, *arguments: Any, **options: Any) -> int:
+        descriptor = opened(name, *arguments, **options)
+        if str(name) == str(path):
+            descriptors.append(descriptor)
+        return descriptor
+
+    def pread(descriptor: int, size: int, offset: int) -> bytes:
+        if descriptors == [descriptor] and files.name_of(descriptor) == str(path):
+            raise OSError(number, os.strerror(number))
+        return read(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "pread", pread)
+    assert ask(made, "stage", "note") == Done(0, "", ["note: 12 rows, 12 ok"])
+    assert len(descriptors) == 2
+
+
+@pytest.mark.parametrize("number", HICCUPS)
 def test_a_row_whose_bytes_cannot_be_read_at_a_second_opening_fails_alone(
     own: Callable[..., Workspace], ask: Callable[..., Done], number: int
 ) -> None:
@@ -344,6 +370,23 @@ def test_a_row_whose_bytes_cannot_be_read_at_a_second_opening_fails_alone(
         assert ask(made, "stage", "note", "--retry", "failed:ReadError").talk == ["note: 1 rows, 1 ok"]
         for path in made.root.glob("columns/*/note.*"):
             path.unlink()  # as if it had never run
+
+
+@pytest.mark.parametrize("others", [(), (1,)])
+def test_a_row_for_which_a_descriptor_is_wanting_fails_not_though_others_are_read(
+    own: Callable[..., Workspace], ask: Callable[..., Done], others: tuple[int, ...]
+) -> None:
+    """Also behind one that the disk does not give."""
+    made = own("Sized")
+    path = made.folder / "source/00000001.tar"
+    with (
+        unreadable(path, {offset_of(made, row) for row in others}, errno.EIO),
+        unreadable(path, {offset_of(made, 2)}, errno.EMFILE),
+    ):
+        done = ask(made, "stage", "note", "--set", "stages.note.run.batch_rows=4")
+    assert (done.code, count(made, "note_status = 'failed'")) == (1, 0), done.talk
+    assert "left shard '00000001' as it is: this process has too many files open" in done.talk
+    assert ask(made, "stage", "note").talk == ["note: 4 rows, 4 ok"]
 
 
 @pytest.mark.parametrize(("rows", "row"), [(2, 1), (1, 3), (4, 0)])
