@@ -154,9 +154,12 @@ def members_of(
 def was_so(extensions: tuple[str, ...], has_image: bool, has_caption: bool, members: tuple[Member, ...]) -> bool:
     """Whether an edited sample had these members by the rules of the writer's version 3, before there were `Rules`.
 
-    They were: a json and a txt always, the picture as jpg, and no second jpg, jpeg, png or webp.
+    They were: a json and a txt always, the picture as jpg, and no second jpg, jpeg, png or webp. A json that was added
+    did not keep what the txt had said.
     """
     lower = [extension.lower() for extension in extensions]
+    if "txt" in lower and any(member.is_added for member in members):
+        return False
     own = formats.picture_of(extensions)
     before = []
     for place, extension in enumerate(extensions):
@@ -172,12 +175,16 @@ def was_so(extensions: tuple[str, ...], has_image: bool, has_caption: bool, memb
 # --- what it says ---
 
 
-def edited_json(raw: bytes | None, edit: Edit) -> bytes:
+def edited_json(raw: bytes | None, edit: Edit, txt: bytes | None = None) -> bytes:
     """A sample's json with its new caption and, for a new image, what describes it; indent 4, ASCII, as img2dataset.
 
     `original_caption` keeps the first caption; `provenance` keeps every replaced field.
+
+    Args:
+        raw: the json before; None for a sample that has none.
+        txt: the txt before, whose caption is the sample's where there was no json; None for a sample that has none.
     """
-    old: dict[str, Any] = _parsed(raw) if raw is not None else {}
+    old: dict[str, Any] = _parsed(raw) if raw is not None else _said_by(txt)
     new = dict(old)
     changes: dict[str, Any] = {}
     if edit.caption is not None:
@@ -218,8 +225,12 @@ def manifest_provenance(txt: bytes, edit: Edit) -> str:
     Args:
         txt: what its txt held before.
     """
-    before = {"caption": txt.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")}
-    return json.dumps(_provenance(edit, before))
+    return json.dumps(_provenance(edit, _said_by(txt)))
+
+
+def _said_by(txt: bytes | None) -> dict[str, Any]:
+    """What a sample without a json says of itself."""
+    return {} if txt is None else {"caption": txt.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")}
 
 
 def _field_in(fields: dict[str, Any], name: str) -> str:

@@ -501,8 +501,8 @@ class _Pair:
         if fields is None:
             self._provenance[edit.row] = manifest_provenance(self._source_body(old["txt"]), edit)
             return
-        raw = self._source_body(old["json"]) if "json" in old else None
-        self._check_json(edit, label, lower["json"], fields, edited_json(raw, edit))
+        raw, txt = (self._source_body(old[name]) if name in old else None for name in ("json", "txt"))
+        self._check_json(edit, label, lower["json"], fields, edited_json(raw, edit, txt))
 
     def _check_image(self, edit: Edit, label: str, picture: bytes, source: int, fields: dict[str, Any] | None) -> None:
         assert edit.image is not None

@@ -821,14 +821,17 @@ class _Splicer:
             yield member, content, digest
 
     def _json(self, edit: Edit, old: dict[int, tuple[bytes, Part]], member: edited_sample.Member) -> bytes:
-        raw = None if member.is_added else old[member.place][1]
-        assert not isinstance(raw, tuple)
+        raw = None if member.is_added else self._whole(old[member.place][1])
+        txt = next((self._whole(old[m.place][1]) for m in edit.members if m.extension.lower() == "txt"), None)
         try:
-            return edited_json(raw, edit)
+            return edited_json(raw, edit, txt)
         except (TypeError, ValueError) as error:  # the second of json, the first of json that is no object
             raise ShardError(
                 f"the json of an edited sample is not what was ingested: {error}", where={"row": edit.row}, fix=AGAIN
             ) from error
+
+    def _whole(self, content: Part) -> bytes:
+        return content if isinstance(content, bytes) else files.read_at(self._source, content[0], length(content))
 
     def _picture(self, edit: Edit) -> tuple[bytes, str]:
         """The new image and its sha256, which is the table's."""

@@ -164,6 +164,9 @@ def test_a_sample_with_neither_json_nor_txt_is_edited_where_it_gets_a_json(promp
     hybrid = tars(made)[1]
     assert list(hybrid) == ["s0.jpg", "s0.json", "s1.jpg", "s1.txt", "s1.json", "s2.jpg", "s2.json", "s2.txt"]
     assert json.loads(hybrid["s0.json"])["caption"] == f"A photo of {CAPTION}, natural light"
+    assert json.loads(hybrid["s0.json"])["original_caption"] is None
+    told = json.loads(hybrid["s1.json"])
+    assert told["original_caption"] == told["provenance"]["replaced"]["caption"] == CAPTION
     assert numbers(made, *json_too)["write"]["kept"] == {}
 
 
@@ -293,7 +296,7 @@ def test_no_rule_makes_a_shard_new_whose_bytes_it_leaves_as_they_were(prompted: 
         (("png", "json", "txt"), {"image": "jpg"}, False),
         (("JPG", "json", "txt"), {}, True),
         (("jpg", "txt"), {}, True),
-        (("jpg", "txt"), {"json": True}, False),
+        (("jpg", "txt"), {"json": True}, True),
         (("jpg", "json"), {}, True),
         (("jpg", "png", "json", "txt"), {"other_pictures": "drop"}, False),
         (("jpg", "png", "json", "txt"), {"other_pictures": "keep"}, True),
