@@ -309,6 +309,18 @@ def test_a_touch_makes_nothing_out_of_date(tmp_path: Path) -> None:
     assert counts(root.made, Choice(stale=True)) == {"looks": (0, 0), "words": (0, 0), "after": (0, 0)}
 
 
+@pytest.mark.parametrize(("kind", "value"), [("float64", float("nan")), ("list<float64>", [1.0, float("nan")])])
+def test_a_touch_changes_no_sample_whose_json_has_a_number_that_is_none(tmp_path: Path, kind: str, value: Any) -> None:
+    """NaN equals nothing."""
+    root = Root.over(tmp_path, [sample(i, score=value) for i in range(3)])
+    text = root.made.file.read_text().replace("fields = [", f'fields = [{{ name = "score", type = "{kind}" }}, ')
+    root.made.file.write_text(text)
+    root.run()
+    root.touch()
+    assert pipelines.ingest(root.made.load(), QUIET)["changed"] == 0
+    assert root.made.rows("select count(*) from samples where source_changed is not null") == [(0,)]
+
+
 def test_a_first_ingest_reads_no_picture_and_one_of_a_changed_shard_digests_them(tmp_path: Path) -> None:
     root = Root.over(tmp_path, [sample(0), sample(1)])
     real, read = files.read_at, []

@@ -90,7 +90,7 @@ def _are_same(old: pa.Table, new: pa.Table) -> list[bool]:
     for name in new.column_names:
         if name not in _NOT_COMPARED and types.get(name) == new[name].type and not old[name].equals(new[name]):
             pairs = zip(same, old[name].to_pylist(), new[name].to_pylist(), strict=True)
-            same = [is_same and a == b for is_same, a, b in pairs]
+            same = [is_same and (a == b or repr(a) == repr(b)) for is_same, a, b in pairs]  # NaN equals nothing
     sides = (side["source_members"].to_pylist() for side in (old, new))
     return [is_same and _sizes(a) == _sizes(b) for is_same, a, b in zip(same, *sides, strict=True)]
 
