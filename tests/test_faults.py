@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import resource
@@ -611,6 +612,30 @@ def test_a_folder_that_is_not_listed_makes_no_shard_vanish(
         done = ask(made, "stage", "note", "--redo")
         assert done.code == code, done.talk
     assert done.talk[0] == f"error: {machine.told(OSError(number, '')).what}"
+
+
+@pytest.mark.parametrize("step", ["group", "_digests"])
+def test_a_shard_that_changes_while_it_is_read_is_refused(
+    own: Callable[..., Workspace], ask: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """What was read of it is committed neither the first time nor behind what an ingest has read before."""
+    made = own(ingested=step == "_digests")
+    path, real = made.folder / "source/00000001.tar", getattr(tar_shards, step)
+    times = itertools.count(1)
+    os.utime(path, (1, next(times)))
+
+    def meanwhile(*arguments: Any) -> Any:
+        os.utime(path, (1, next(times)))
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_shards, step, meanwhile)
+        done = ask(made, "ingest")
+    assert done.code == 3
+    assert "refused shard '00000001': the shard changed while it was read" in done.talk
+    layout = made.load().layout
+    assert table.newest(layout, "00000001") == ({"source": 1} if step == "_digests" else {})
+    assert ask(made, "ingest").code == 0
 
 
 def test_a_page_that_is_not_there_is_told_and_kills_nothing(
