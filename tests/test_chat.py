@@ -22,7 +22,7 @@ from builder.models.chat import (
     read_usage,
     said,
 )
-from llm_server import LlmServer
+from llm_server import LlmServer, disconnect, text
 
 
 def body(**fields: Any) -> bytes:
@@ -107,6 +107,32 @@ def test_a_server_that_closes_kept_connections_without_a_word_costs_nothing() ->
 
     with LlmServer(is_closing=True) as server:
         asyncio.run(work(server.base_url))
+
+
+def test_a_request_is_sent_once_more_only_where_its_connection_had_been_used() -> None:
+    asked = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "a house"}]}).encode()
+
+    async def work(server: LlmServer) -> None:
+        http = Http(timeout_s=5)
+        try:
+            for _ in range(2):  # the second one finds it closed
+                status, _, _ = await http.request("POST", f"{server.base_url}/chat/completions", {}, asked)
+                assert status == 200
+        finally:
+            await http.close()
+        assert len(server.requests) == 3
+        server.script(disconnect())
+        http = Http(timeout_s=5)
+        try:
+            with pytest.raises(AskFailed, match="the connection was closed before an answer"):
+                await http.request("POST", f"{server.base_url}/chat/completions", {}, asked)
+        finally:
+            await http.close()
+        assert len(server.requests) == 4
+
+    with LlmServer() as server:
+        server.script(text("a red house"), disconnect(), text("a red house"))
+        asyncio.run(work(server))
 
 
 @pytest.mark.parametrize(

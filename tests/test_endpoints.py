@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from builder.config import Problems, Strict, check
 from builder.errors import StageError
 from builder.models.chat import Http
-from builder.models.endpoint import Served, probe
+from builder.models.endpoint import LIMITING_S, Request, Served, probe
 from builder.models.endpoints import AskFailed, Endpoint, Over, Pool, Reply, summary
 from llm_server import (
     LlmServer,
@@ -632,6 +632,18 @@ def test_a_pause_is_no_longer_than_its_bound_whatever_is_asked_for(serve: Serve)
         error = AskFailed("rate_limited", "no", status=429, retry_after=asked)
         one.failed(probe(), error, sent, sent + 0.5, rest_after=5, rest_s=30.0)
         assert one.opens() == sent + 0.5 + 30
+
+
+def test_an_endpoint_that_pushes_back_a_probe_is_limiting_for_a_while(serve: Serve) -> None:
+    """And so says nothing of the requests that it pushes back."""
+    one = Served(endpoint(serve()), "one", 0.0)
+    error = AskFailed("rate_limited", "no", status=429)
+    one.failed(Request([], {}, probe().cost), error, 1.0, 1.5, rest_after=5, rest_s=30.0)
+    assert not one.is_limiting(1.5)
+    one.failed(probe(), error, 2.0, 2.5, rest_after=5, rest_s=30.0)
+    assert one.is_limiting(2.5)
+    assert one.is_limiting(2.4 + LIMITING_S)
+    assert not one.is_limiting(2.6 + LIMITING_S)
 
 
 def test_an_endpoint_that_asks_for_ages_is_probed_and_used_again(serve: Serve) -> None:

@@ -9,6 +9,7 @@ import unicodedata
 import pytest
 
 from builder.errors import StageError
+from builder.models import language
 from builder.models.language import LANGUAGES_BY_LETTERS, MAX_CHARS, LanguageModel, clean
 
 CAPTIONS = {
@@ -81,6 +82,12 @@ def test_unsure_answer_has_a_low_score(model: LanguageModel) -> None:
 def test_chinese_characters_without_kana_are_chinese(model: LanguageModel) -> None:
     assert model.detect("東京都庁舎")[0] == "zh"
     assert model.detect("東京都庁舎です")[0] == "ja"
+    assert model.detect("Kyoto 京都 temple photo")[0] == "zh", "too few to decide, and the model says Japanese"
+
+
+def test_a_letter_of_han_or_hangul_says_as_much_as_three_of_latin() -> None:
+    for text, code in {"Nike shoes 球鞋": "", "Nike 球鞋": "zh", "Puma 신발": "ko", "Puma shoes 신발": ""}.items():
+        assert language._decided(language._letters(language.clean(text)), "en")[0] == code
 
 
 @pytest.mark.parametrize(

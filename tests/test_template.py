@@ -29,6 +29,8 @@ CLEANED = [
     ("20190807_121314 family", "family"),
     ("see www.foo.com/x?y=1 for red shoes", "see for red shoes"),
     ("kitten https://example.com/a/b.jpg", "kitten"),
+    ("kitten bit.ly/3xyz in a basket", "kitten in a basket"),
+    ("kitten ftp://a.example/b", "kitten"),
     ("#sunset #beach with my #1 dad", "sunset beach with my #1 dad"),
     ("“Hello” said the 'cat' and \"dog\", don't", "Hello said the cat and dog, don't"),
     ("O'Neill &amp; Sons &quot;pub&quot;", "O'Neill & Sons pub"),
