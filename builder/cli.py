@@ -112,6 +112,12 @@ def _with_pipeline(error: BuilderError, arguments: Sequence[str]) -> None:
         error.fix += f" (each builder command with {shlex.join(given)})"
 
 
+def _options_of(loaded: Pipeline, texts: Iterable[str]) -> str:
+    """What to say of the commands in texts that name no pipeline; empty where there is none."""
+    is_needed = loaded.named and any(_COMMAND.search(text) for text in texts)
+    return f"(each builder command with {shlex.join(loaded.named)})" if is_needed else ""
+
+
 def _pipeline_words(arguments: Sequence[str]) -> list[str]:
     """The options of a command line that name its pipeline, as they were given."""
     found: list[str] = []
@@ -262,7 +268,7 @@ def ingest(scale: str | None, pipeline: str | None, sets: Sequence[str], redo: b
     talk = Talk()
     loaded = _load(scale, pipeline, sets)
     outcome = pipelines.ingest(loaded, talk, redo=redo)
-    _tell("ingest", outcome, talk)
+    _tell(loaded, "ingest", outcome, talk)
     _tell_failed(loaded, {"ingest": outcome}, talk)
     sys.exit(_exit_code([outcome]))
 
@@ -316,7 +322,7 @@ def stage(
     if tried is not None:
         sys.exit(_try_stage(loaded, name, choice, tried, save))
     outcome = pipelines.run_stage(loaded, name, choice, talk)
-    _tell(name, outcome, talk)
+    _tell(loaded, name, outcome, talk)
     _tell_failed(loaded, {name: outcome}, talk)
     sys.exit(_exit_code([outcome]))
 
@@ -367,7 +373,7 @@ def run(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
     loaded = _load(scale, pipeline, sets)
     outcomes = {}
     for name, outcome in pipelines.run(loaded, talk):
-        _tell(name, outcome, talk)
+        _tell(loaded, name, outcome, talk)
         outcomes[name] = outcome
     _tell_failed(loaded, outcomes, talk)
     if outcomes["write"].counts:
@@ -387,8 +393,9 @@ def write(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
     from builder import pipeline as pipelines
 
     talk = Talk()
-    outcome = pipelines.write(_load(scale, pipeline, sets), talk)
-    _tell("write", outcome, talk)
+    loaded = _load(scale, pipeline, sets)
+    outcome = pipelines.write(loaded, talk)
+    _tell(loaded, "write", outcome, talk)
     sys.exit(_exit_code([outcome]))
 
 
@@ -748,6 +755,8 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
         print_facts("verify", summary(proof))
         for problem in proof.problems:
             _hint(f"wrong: {plain(problem)}")
+        if options := _options_of(loaded, proof.problems):
+            _hint(options)
         for shard in proof.unread:
             _hint(f"not proven, not read: {shard}")
     if proof.unread and not proof.problems:
@@ -887,7 +896,7 @@ def task(run_folder: Path, number: int) -> None:
 # --- what people read ---
 
 
-def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
+def _tell(loaded: Pipeline, name: str, outcome: Outcome, talk: Talk) -> None:
     """One line on what a command did, and one a refused shard."""
     if outcome.counts:
         shown = ("shards", "rows", "changed", "ok", "failed", "kept", "dropped", "edited")
@@ -915,6 +924,8 @@ def _tell(name: str, outcome: Outcome, talk: Talk) -> None:
         talk.say(f"left shard '{plain(shard)}' as it is: {reason}")
     if outcome.unfinished is not None:
         talk.say(f"{name}: not finished: {outcome.unfinished}")
+    if options := _options_of(loaded, [*outcome.refused.values(), *outcome.left.values(), str(outcome.unfinished)]):
+        talk.say(options)
 
 
 _WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered by another run or left out"}

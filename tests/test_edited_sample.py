@@ -214,6 +214,17 @@ def test_several_pictures_of_one_sample(prompted: Make, choice: str | None, left
         assert "1 new images are left out by write, of samples with several pictures" in made.run("status").stdout
 
 
+def test_advice_on_a_shard_that_is_refused_says_how_the_pipeline_is_named(prompted: Make) -> None:
+    made = prompted(("jpg", "json", "txt"))
+    made.run("run")
+    [(path,)] = made.rows("select image_path from samples")
+    (made.root / path).unlink()
+    other = ("--set", "dataset.boxes=retina")  # another digest: the shard is not up to date
+    for verb in ("write", "verify"):
+        said = made.run(verb, *other, check=False).stderr
+        assert said.splitlines()[-1] == f"(each builder command with --pipeline {made.file} {' '.join(other)})"
+
+
 # --- roots of before ---
 
 
