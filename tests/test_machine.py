@@ -26,7 +26,7 @@ from builder.stage import find
 from conftest import Done, Workspace, ingest_here, make_shard, picture, samples
 from faults import Fault, armed
 from planned import SQL, section
-from stages import SAID
+from stages import SAID, Note, Options
 
 Make = Callable[..., Workspace]
 ROWS = 4
@@ -221,6 +221,26 @@ def test_a_shard_of_which_no_row_is_answered_is_left_though_others_are(
     ]  # fmt: skip
     path.write_text(path.read_text().replace("EIO", "memory"))
     assert first(ask(made, "stage", "note", "--redo")) == "note: 8 rows, 4 ok, 4 failed"
+
+
+class _Full(Note):
+    """Too little memory for two rows, and a full disk at the second."""
+
+    def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        if batch.num_rows > 1:
+            raise MemoryError
+        if batch.column("key").to_pylist() == ["b"]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().process(batch)
+
+
+def test_a_full_disk_fails_no_row_that_was_short_of_memory_before() -> None:
+    """Though others were answered in between."""
+    batch = pa.RecordBatch.from_pydict({name: ["a", "b"] for name in ("uid", "key", "text")})
+    [(_, found), (row, left)] = answering.answer(_Full(Options()), batch)
+    assert isinstance(found, pa.RecordBatch)
+    assert isinstance(left, answering.Left)
+    assert (row, left.is_final, left.why.what if left.why else "") == (1, True, "the disk is full")
 
 
 def test_a_row_alone_in_its_work_is_left(
