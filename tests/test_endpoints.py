@@ -1069,6 +1069,13 @@ def test_a_server_that_answers_under_another_name_is_told_once(serve: Serve) -> 
     run(work)
 
 
+def test_names_that_are_kept_of_other_models_are_few(serve: Serve) -> None:
+    one = Served(endpoint(serve()), "one", 0.0)
+    told = [one.heard(f"model {i}") is not None for i in range(50)]
+    assert told == [True] * 5 + [False] * 45
+    assert len(one.totals()["answered_as"]) == 5
+
+
 @pytest.mark.parametrize("by_endpoint", [False, True])
 def test_another_name_is_refused_where_names_are_exact(
     serve: Serve, by_endpoint: bool, monkeypatch: pytest.MonkeyPatch
