@@ -35,6 +35,12 @@ STAGES = Path(__file__).parent / "stages.py"
 #: mtime of the test tars' members; the fraction makes tarfile write a pax header for each, as webdataset's writer does.
 PAX_MTIME, USTAR_MTIME = 1_700_000_000.5, 1_700_000_000
 
+#: Of tests that start Python under a locale that knows ASCII alone.
+starts_in_ascii = pytest.mark.skipif(
+    not f"{sys.executable}{__file__}".isascii(),
+    reason="under such a locale Python itself does not start from this path",
+)
+
 
 @lru_cache
 def picture(seed: int = 0, *, extension: str = "jpg", width: int = 48, height: int = 32) -> bytes:

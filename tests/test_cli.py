@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from builder import cli, console, table, writer
 from builder.errors import ConfigError
-from conftest import STAGES, Sample, Workspace, builder, make_shard, make_workspace, picture, samples
+from conftest import STAGES, Sample, Workspace, builder, make_shard, make_workspace, picture, samples, starts_in_ascii
 from stages import cannot
 
 Make = Callable[..., Workspace]
@@ -866,10 +866,7 @@ def test_a_full_disk_behind_stderr_is_no_error(dataset: Workspace) -> None:
     assert _shell(f"$BUILDER show nothing --pipeline {pipeline} 2> /dev/full").returncode == 2
 
 
-@pytest.mark.skipif(
-    not f"{sys.executable}{__file__}".isascii(),
-    reason="under such a locale Python itself does not start from this path",
-)
+@starts_in_ascii
 @pytest.mark.parametrize(
     "environment",
     [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}],

@@ -546,13 +546,13 @@ def vanish(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, path: Path) -
         (
             ("stage", "note"), table, "commit", "note: 8 rows, 8 ok",
             ["the source shard cannot be read: No such file or directory", "  file: {path}",
-             "  fix: put it back, or ingest it as it is now: builder ingest"],
+             "  fix: put it back, or ingest it as it is now: builder ingest --pipeline {pipeline}"],
             "note: 4 rows, 4 ok",
         ),
         (
             ("write",), runs.writer, "write_shard", "write: 2 shards, 8 rows, 2 edited",
             ["the source shard cannot be read: No such file or directory", "  shard: 00000001", "  file: {path}",
-             "  fix: put it back, or ingest it as it is now: builder ingest"],
+             "  fix: put it back, or ingest it as it is now: builder ingest --pipeline {pipeline}"],
             "write: 1 shards, 4 rows, 1 edited",
         ),
     ],
@@ -565,7 +565,7 @@ def test_a_shard_that_vanishes_in_the_middle(
     path = made.folder / "source/00000001.tar"
     aside = vanish(monkeypatch, owner, name, path)
     done = ask(made, *words)
-    lines = [line.format(path=path) for line in said]
+    lines = [line.format(path=path, pipeline=made.file) for line in said]
     assert (done.code, done.talk) == (3, [first, f"refused shard '00000001': {lines[0]}", *lines[1:]])
     aside.rename(path)
     assert ask(made, *words).talk == [rest]

@@ -21,7 +21,7 @@ from builder.repeatable import examine
 from builder.stage import columns_of, find
 from builder.stages.faces import Faces, FacesOptions
 from builder.workset import Choice
-from conftest import Workspace, ingest_here, metadata, samples
+from conftest import Workspace, ingest_here, metadata, samples, starts_in_ascii
 
 FOLDER = layout.installed("sql")
 FILES = sorted(path.name for path in FOLDER.glob("*.sql"))
@@ -567,6 +567,7 @@ def test_every_session_has_one_time_zone_and_one_calendar(
     assert row == ("UTC", "gregorian", "2020-06-01 12:00:00+00", 12)
 
 
+@starts_in_ascii
 def test_the_writer_s_bytes_do_not_depend_on_time_zone_and_locale(dataset: Workspace) -> None:
     (dataset.folder / "write.sql").write_text(
         "select shard, row, uid, make_timestamptz(2020, 6, 1, 12, 0, 0) as set_made, "
