@@ -546,13 +546,15 @@ def vanish(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, path: Path) -
         (
             ("stage", "note"), table, "commit", "note: 8 rows, 8 ok",
             ["the source shard cannot be read: No such file or directory", "  file: {path}",
-             "  fix: put it back, or ingest it as it is now: builder ingest --pipeline {pipeline}"],
+             "  fix: put it back, or ingest it as it is now: builder ingest",
+             "(each builder command with --pipeline {pipeline})"],
             "note: 4 rows, 4 ok",
         ),
         (
             ("write",), runs.writer, "write_shard", "write: 2 shards, 8 rows, 2 edited",
             ["the source shard cannot be read: No such file or directory", "  shard: 00000001", "  file: {path}",
-             "  fix: put it back, or ingest it as it is now: builder ingest --pipeline {pipeline}"],
+             "  fix: put it back, or ingest it as it is now: builder ingest",
+             "(each builder command with --pipeline {pipeline})"],
             "write: 1 shards, 4 rows, 1 edited",
         ),
     ],
