@@ -116,7 +116,7 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def cold(path: Path, measure: Callable[[], float]) -> float:
+def uncached(path: Path, measure: Callable[[], float]) -> float:
     """What is measured with a file that is not in the page cache."""
     forget(path)
     return measure()
@@ -142,8 +142,8 @@ def measure_ingest(folder: Path, rounds: int, samples: int) -> list[Result]:
         lambda: shell(f"cat {pax[0]} >/dev/null"),
         lambda: shell(*(f"cat {path} >/dev/null" for path in pax)),
         lambda: seconds(*(("ingest", root, path) for root, path in zip(roots, pax, strict=True))),
-        lambda: cold(pax[0], lambda: seconds(("ingest", roots[0], pax[0]))),
-        lambda: cold(pax[0], lambda: shell(f"cat {pax[0]} >/dev/null")),
+        lambda: uncached(pax[0], lambda: seconds(("ingest", roots[0], pax[0]))),
+        lambda: uncached(pax[0], lambda: shell(f"cat {pax[0]} >/dev/null")),
     )
     ours, peer, ours_ustar, peer_ustar, listed, cat, cat_two, ours_two, cold, cat_cold = values
     check_ingest(roots[0], pax[0])
