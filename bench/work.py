@@ -101,11 +101,10 @@ def commit(root: str, shard: str) -> Work:
     run = f"bench-{os.getpid()}"
     values = {
         "lang": ["en", "de"] * (count // 2), "lang_score": [0.9, 0.8] * (count // 2), "lang_status": ["ok"] * count,
-        "lang_error": [None] * count, "lang_run": [run] * count, "lang_inputs": range(count),
-        "lang_sample": [None] * count, "row": range(count),
+        "lang_run": [run] * count, "lang_inputs": range(count), "row": range(count),
     }  # fmt: skip
     kinds = {column.name: column.type for column in lang} | {"row": pa.int64()}
-    done = pa.table({name: pa.array(values[name], kind) for name, kind in kinds.items()})
+    done = pa.table({name: pa.array(values.get(name, [None] * count), kind) for name, kind in kinds.items()})
     have, _ = table.read_partition(layout, shard, ["lang_run"])
     previous = have["lang_run"].to_pylist()
 
