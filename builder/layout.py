@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from builder import files
@@ -81,32 +82,32 @@ class Layout:
             if folder.exists() and not folder.is_dir():
                 raise ConfigError(f"'{folder}' is no folder", where={"root": self.root}, fix="move it out of the root")
 
-    @property
+    @cached_property
     def samples(self) -> Path:
         return self.root / "samples"
 
-    @property
+    @cached_property
     def columns(self) -> Path:
         return self.root / "columns"
 
-    @property
+    @cached_property
     def edits(self) -> Path:
         return self.root / EDITS
 
-    @property
+    @cached_property
     def schema(self) -> Path:
         return self.root / "schema"
 
-    @property
+    @cached_property
     def runs(self) -> Path:
         return self.root / "runs"
 
-    @property
+    @cached_property
     def shards(self) -> Path:
         """Where hybrid shards go."""
         return self.root / "shards" if self.output is None else self.output
 
-    @property
+    @cached_property
     def manifests(self) -> Path:
         return self.shards / "manifest"
 

@@ -678,9 +678,18 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
             f"count(*) filter ({name}_status = 'ok'), count(*) filter ({name}_status = 'failed')" for name in stages
         )
         of_a_shard = f"max(source_notes) filter (starts_with(source_notes, '{tar_shards.OF_SHARD}'))"
-        others = f"count(source_notes), coalesce({of_a_shard}, max(source_notes)), count(distinct shard)"
-        *row, noted, note, with_rows = samples.fixed(f"select count(*), {counts}, {others} from samples")[0]
-        late = _out_of_date(pipeline, samples, shards)
+        others = (
+            f"count(source_notes), coalesce({of_a_shard}, max(source_notes)), count(distinct shard), count(image_path)"
+        )
+        suspects = "".join(
+            f", count(*) filter ({outdated.suspicion(use.stage)} <> {outdated.SAME})"
+            for use in pipeline.stages.values()
+        )
+        all_of_it = f"select count(*), {counts}, {others}{suspects} from samples s"  # one pass: partitions are many
+        answer = samples.fixed(all_of_it)[0]
+        row, rest = answer[: 1 + 2 * len(stages)], answer[1 + 2 * len(stages) :]
+        noted, note, with_rows, images, *doubtful = rest
+        late = _out_of_date(pipeline, doubtful, shards)
         result["rows"] = row[0]
         result["notes"] = {"rows": noted, "example": note}
         result["no_sample"] = []
@@ -689,7 +698,7 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
             result["no_sample"] = [shard for shard in shards if shard not in have]
         for i, name in enumerate(stages):
             ok, failed = row[1 + 2 * i], row[2 + 2 * i]
-            classes = _classes(samples, name)
+            classes = _classes(samples, name) if failed else []
             result["stages"][name] = {
                 "ok": ok,
                 "failed": failed,
@@ -697,7 +706,7 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
                 "out_of_date": late.get(name),
                 "errors": [{"class": kind, "rows": count, "example": example} for kind, count, example in classes],
             }
-        result["left_out"] = dict(_left_out(samples, known, pipeline.editing))
+        result["left_out"] = dict(_left_out(samples, known, pipeline.editing)) if images else {}
     result["hybrid_shards"] = sum(name.endswith(".tar") for name in names(layout.shards))
     result["runs"] = len(names(layout.runs))
     return result
@@ -718,16 +727,15 @@ def _left_out(samples: Samples, columns: Sequence[Column], editing: Rules) -> Co
     return found
 
 
-def _out_of_date(pipeline: Pipeline, samples: Samples, shards: Sequence[str]) -> dict[str, int]:
-    """How many answers of each stage of the pipeline are out of date; inputs are read only where samples changed."""
-    uses = list(pipeline.stages.values())
-    if not uses:
-        return {}
-    counts = ", ".join(f"count(*) filter ({outdated.suspicion(use.stage)} <> {outdated.SAME})" for use in uses)
+def _out_of_date(pipeline: Pipeline, suspects: Sequence[int], shards: Sequence[str]) -> dict[str, int]:
+    """How many answers of each stage of the pipeline are out of date; inputs are read only where samples changed.
+
+    Args:
+        suspects: of each stage in order, answers whose sample changed.
+    """
     found = {}
-    for use, suspects in zip(uses, samples.fixed(f"select {counts} from samples s")[0], strict=True):
-        name = use.stage.name
-        if not suspects:
+    for name, count in zip(pipeline.stages, suspects, strict=True):
+        if not count:
             found[name] = 0
             continue
         with contextlib.suppress(ConfigError):  # its own command says what is wrong with the SQL

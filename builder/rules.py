@@ -49,18 +49,17 @@ def of_stages(layout: Layout, samples: Samples, stages: Sequence[Stage]) -> list
 
     A row whose run is gone from `runs/`, or damaged, counts as one of an unknown version: every change is told.
     """
+    changed = [stage for stage in stages if getattr(stage, "changes", {})]
+    if not changed:
+        return []
+    by_run = ", ".join(f"histogram(coalesce({s.name}_run, '')) filter ({s.name}_status is not null)" for s in changed)
+    [answers] = samples.fixed(f"select {by_run} from samples")  # one pass: partitions are many
     found: list[OlderRule] = []
-    for stage in stages:
-        changes: Mapping[str, str] = getattr(stage, "changes", {})
-        if not changes:
-            continue
-        answers = samples.fixed(
-            f"select {stage.name}_run, count(*) from samples where {stage.name}_status is not null group by 1"
-        )
+    for stage, runs_of in zip(changed, answers, strict=True):
         counts: Counter[str] = Counter()
-        for run, rows in answers:
+        for run, rows in (runs_of or {}).items():
             counts[_version_of(layout, run)] += rows
-        found += _older(stage.name, counts, changes, f"stage {stage.name} --stale")
+        found += _older(stage.name, counts, getattr(stage, "changes", {}), f"stage {stage.name} --stale")
     return found
 
 

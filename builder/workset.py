@@ -220,8 +220,11 @@ def _counted_with_inputs(
 
 
 def _has_suspects(work: Work, state: pa.Table, wanted: pa.Table) -> bool:
+    is_suspect = state[f"{work.stage.name}_suspect"].to_numpy() == outdated.SUSPECT
+    if not is_suspect.any():
+        return False
     at, _ = _places(state, wanted)
-    return bool((state[f"{work.stage.name}_suspect"].to_numpy()[at] == outdated.SUSPECT).any())
+    return bool(is_suspect[at].any())
 
 
 def _added(
