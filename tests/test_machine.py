@@ -402,16 +402,22 @@ def test_a_count_beside_a_shard_that_the_machine_does_not_give_is_no_note(
 # --- a stage of one's own that raises ---
 
 
-def test_a_failed_row_names_the_line_of_the_stage_and_the_log_has_the_traceback(
-    workspace: Make,
-    ask: Callable[..., Done],
-) -> None:
-    made = workspace({"00000000": samples(3)}, stages="""
+def with_stage_of_ones_own(workspace: Make, rows: int) -> Workspace:
+    """A dataset whose stage `mine` is to be written to my_stage.py."""
+    made = workspace({"00000000": samples(rows)}, stages="""
 [stages.mine]
 python = "my_stage.py:Mine"
 sql = "mine.sql"
 """)  # fmt: skip
     (made.folder / "mine.sql").write_text("select shard, row, uid, caption as text from samples")
+    return made
+
+
+def test_a_failed_row_names_the_line_of_the_stage_and_the_log_has_the_traceback(
+    workspace: Make,
+    ask: Callable[..., Done],
+) -> None:
+    made = with_stage_of_ones_own(workspace, 3)
     (made.folder / "my_stage.py").write_text("""
 import pyarrow as pa
 from builder import Resources, Strict, output
@@ -467,12 +473,7 @@ class Mine:
 def test_whatever_a_stage_of_ones_own_raises_names_its_line(
     workspace: Make, ask: Callable[..., Done], method: str, command: tuple[str, ...], raises: str
 ) -> None:
-    made = workspace({"00000000": samples(2)}, stages="""
-[stages.mine]
-python = "my_stage.py:Mine"
-sql = "mine.sql"
-""")  # fmt: skip
-    (made.folder / "mine.sql").write_text("select shard, row, uid, caption as text from samples")
+    made = with_stage_of_ones_own(workspace, 2)
     raised = "sys.exit(3)" if raises == "SystemExit: 3" else "{}['boom']"
     (made.folder / "my_stage.py").write_text(f"""
 import sys
