@@ -28,7 +28,7 @@ from builder import files, formats, machine, outdated, rules, runs, schema, tabl
 from builder.config import Config
 from builder.edited_sample import NO_TEXT, REASONS, SEVERAL_PICTURES, Rules, members_of
 from builder.errors import LASTING, BuilderError, ConfigError, SchemaError, StageError, TransientError
-from builder.layout import Layout, RunFiles, names, shard_name
+from builder.layout import Layout, RunFiles, names
 from builder.members import MemberReader, place_of
 from builder.progress import Talk
 from builder.query import Samples, Sql, parameters, read_sql
@@ -178,6 +178,7 @@ class IngestPlan:
         missing: files that the pattern names and that do not exist.
         vanished: shards of the table that the pipeline names no more.
         changed: of todo, shards that are not as they were on disk: their members are read, too.
+        versions: of ingest, how many of the shards that the table has each has read.
     """
 
     found: tar_shards.Found
@@ -185,6 +186,7 @@ class IngestPlan:
     missing: list[Path]
     vanished: list[str]
     changed: list[str]
+    versions: Counter[str]
 
 
 def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
@@ -192,11 +194,21 @@ def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
     found = tar_shards.find(pipeline.config.patterns)
     layout, reading = pipeline.layout, pipeline.reading
     writer.check_apart(layout, list(found.paths.values()))
-    todo = [
-        path for shard, path in found.paths.items() if redo or not tar_shards.is_ingested(layout, shard, path, reading)
-    ]
-    changed = [shard_name(path) for path in todo if tar_shards.is_changed(layout, path, reading)]
-    return IngestPlan(found, todo, found.missing, tar_shards.vanished(layout, found), changed)
+    todo: list[Path] = []
+    changed: list[str] = []
+    versions: Counter[str] = Counter()
+    for shard, path in found.paths.items():
+        before = tar_shards.ingested(layout, path)
+        if before is None:
+            todo.append(path)
+            continue
+        versions[before.version] += 1
+        now = tar_shards.identify(path, reading)
+        if redo or before != now:
+            todo.append(path)
+            if not tar_shards.is_same_on_disk(before, now):
+                changed.append(shard)
+    return IngestPlan(found, todo, found.missing, tar_shards.vanished(layout, found), changed, versions)
 
 
 def ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
@@ -510,9 +522,7 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: boo
                 continue
             size, more = writer.sizes_of(layout, shard)
             plan.needed, largest, plan.bytes = plan.needed + more, max(largest, size), plan.bytes + size
-            state = table.partition_state(layout, shard.shard)
-            assert state is not None
-            plan.todo.append(Slice(shard.shard, position, len(shard.frozen), state.rows))
+            plan.todo.append(Slice(shard.shard, position, len(shard.frozen), shard.rows))
             position += len(shard.frozen)
             if freeze is not None and shard.frozen:
                 rows = pa.Table.from_pylist(shard.frozen, schema=shard.frozen_schema)
@@ -645,19 +655,14 @@ def plan(pipeline: Pipeline, choice: Choice) -> Plan:
     layout = pipeline.layout
     shards = shards_of(pipeline)
     table.heal(layout, shards)
-    counts = workset.count(layout, [work_of(pipeline, name, choice, shards) for name in pipeline.stages])
+    by_run: dict[str, Counter[str]] = {}
+    works = [work_of(pipeline, name, choice, shards) for name in pipeline.stages]
+    counts = workset.count(layout, works, by_run)
+    older = rules.of_ingest(ingest_plan.versions, tar_shards.CHANGES)
+    for use in pipeline.stages.values():
+        older += rules.of_stage(layout, use.stage, by_run[use.stage.name])
     write_plan = plan_write(pipeline, is_healed=True)
-    return Plan(ingest_plan, dict(zip(pipeline.stages, counts, strict=True)), write_plan, _older(pipeline, shards))
-
-
-def _older(pipeline: Pipeline, shards: Sequence[str]) -> list[rules.OlderRule]:
-    """Answers of the pipeline's shards that older versions of ingest and of its stages gave."""
-    layout = pipeline.layout
-    states = (table.partition_state(layout, shard) for shard in shards)
-    versions = [state.source.version for state in states if state is not None]
-    with Samples(layout, pipeline.columns(), shards) as samples:
-        stages = [use.stage for use in pipeline.stages.values()]
-        return rules.of_ingest(versions, tar_shards.CHANGES) + rules.of_stages(layout, samples, stages)
+    return Plan(ingest_plan, dict(zip(pipeline.stages, counts, strict=True)), write_plan, older)
 
 
 def status(pipeline: Pipeline) -> dict[str, Any]:

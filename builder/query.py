@@ -117,7 +117,7 @@ class Samples:
     ) -> None:
         names = frozenset(column.name for column in columns)
         by_order = [_check_repeatable(sql, names).by_order for sql in deciding]
-        paths = [str(layout.partition(shard)) for shard in shards]
+        paths = layout.partition_files(shards)
         self._connection = duckdb.connect()
         try:
             if any(by_order):

@@ -6,13 +6,12 @@ A raised version starts nothing: answers stay until somebody asks for new ones. 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from builder import runs
 from builder.errors import ConfigError
 from builder.layout import Layout
-from builder.query import Samples
 from builder.stage import Stage
 
 
@@ -35,32 +34,30 @@ class OlderRule:
     command: str
 
 
-def of_ingest(versions: Iterable[str], changes: Mapping[str, str]) -> list[OlderRule]:
+def of_ingest(versions: Mapping[str, int], changes: Mapping[str, str]) -> list[OlderRule]:
     """Shards that an older version of ingest has read.
 
     Args:
-        versions: of each shard of the table.
+        versions: how many shards of the table each version has read.
     """
-    return _older("ingest", Counter(versions), changes, "ingest --redo")
+    return _older("ingest", versions, changes, "ingest --redo")
 
 
-def of_stages(layout: Layout, samples: Samples, stages: Sequence[Stage]) -> list[OlderRule]:
-    """Rows that older versions of these stages have answered, by stage and version.
+def of_stage(layout: Layout, stage: Stage, by_run: Mapping[str, int]) -> list[OlderRule]:
+    """Rows that older versions of a stage have answered, by version.
 
     A row whose run is gone from `runs/`, or damaged, counts as one of an unknown version: every change is told.
+
+    Args:
+        by_run: how many rows each run has answered.
     """
-    changed = [stage for stage in stages if getattr(stage, "changes", {})]
-    if not changed:
+    changes: Mapping[str, str] = getattr(stage, "changes", {})
+    if not changes:
         return []
-    by_run = ", ".join(f"histogram(coalesce({s.name}_run, '')) filter ({s.name}_status is not null)" for s in changed)
-    [answers] = samples.fixed(f"select {by_run} from samples")  # one pass: partitions are many
-    found: list[OlderRule] = []
-    for stage, runs_of in zip(changed, answers, strict=True):
-        counts: Counter[str] = Counter()
-        for run, rows in (runs_of or {}).items():
-            counts[_version_of(layout, run)] += rows
-        found += _older(stage.name, counts, getattr(stage, "changes", {}), f"stage {stage.name} --stale")
-    return found
+    counts: Counter[str] = Counter()
+    for run, rows in by_run.items():
+        counts[_version_of(layout, run)] += rows
+    return _older(stage.name, counts, changes, f"stage {stage.name} --stale")
 
 
 def _version_of(layout: Layout, run: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -169,10 +170,14 @@ def _lookups_of(works: Sequence[Work]) -> dict[str, Lookup]:
     return found
 
 
-def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
+def count(layout: Layout, works: Sequence[Work], by_run: dict[str, Counter[str]] | None = None) -> list[Counts]:
     """Counts the rows of several stages' works, over the same shards and with one choice; starts nothing.
 
     In one pass that reads no inputs; a second one reads those of shards that hold samples that changed.
+
+    Args:
+        by_run: takes of each stage how many of its answers each run gave, `''` for none, among the rows that the
+            choice's condition leaves and whose source is fine.
     """
     if not works:
         return []
@@ -182,7 +187,7 @@ def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
     with Samples(layout, columns, sorted(first.shards), _lookups_of(works), deciding=deciding) as samples:
         for work in works:
             _check_columns(samples, work)
-        counts, put_off = _in_order(partial(_counted, layout, samples, works))
+        counts, put_off = _in_order(partial(_counted, layout, samples, works, by_run))
         for place, work in enumerate(works):
             if put_off[place]:
                 count_rest = partial(_counted_with_inputs, layout, samples, work, put_off[place], counts[place])
@@ -191,13 +196,21 @@ def count(layout: Layout, works: Sequence[Work]) -> list[Counts]:
 
 
 def _counted(
-    layout: Layout, samples: Samples, works: Sequence[Work], sort: set[str]
+    layout: Layout,
+    samples: Samples,
+    works: Sequence[Work],
+    by_run: dict[str, Counter[str]] | None,
+    sort: set[str],
 ) -> tuple[list[Counts], list[list[str]]]:
     """The counts of every work; for each the shards that are put off, since answers in it have to be compared."""
     found = [Counts() for _ in works]
     put_off: list[list[str]] = [[] for _ in works]
-    with_inputs = works[0].choice.stale
-    for shard, state, wanted in _side_by_side(samples, works, sort, with_inputs=with_inputs):
+    with_inputs, with_runs = works[0].choice.stale, by_run is not None
+    if by_run is not None:
+        by_run.update((work.stage.name, Counter()) for work in works)  # anew, where the rows are read again in order
+    for shard, state, wanted in _side_by_side(samples, works, sort, with_inputs=with_inputs, with_runs=with_runs):
+        for name, runs in (by_run or {}).items():
+            _tally(runs, state[f"{name}_given_by"])
         for place, (work, rows) in enumerate(zip(works, wanted, strict=True)):
             if rows is None:
                 answered = int(np.count_nonzero(state[f"{work.stage.name}_state"].to_numpy() == _OK))
@@ -217,6 +230,12 @@ def _counted_with_inputs(
         if rows is not None:
             counts = _added(layout, counts, work, state, rows, with_inputs=True)
     return counts
+
+
+def _tally(runs: Counter[str], given_by: pa.ChunkedArray) -> None:
+    for found in pc.value_counts(given_by).to_pylist():
+        if found["values"] is not None:
+            runs[found["values"]] += found["counts"]
 
 
 def _has_suspects(work: Work, state: pa.Table, wanted: pa.Table) -> bool:
@@ -375,6 +394,7 @@ def _side_by_side(
     sort: set[str],
     *,
     with_inputs: bool,
+    with_runs: bool = False,
     only: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, pa.Table, list[pa.Table | None]]]:
     """For every shard its name, the state of its rows, and the rows that the SQL of each work returns of it.
@@ -385,6 +405,7 @@ def _side_by_side(
     Args:
         sort: what DuckDB sorts, since it comes in another order.
         with_inputs: with the stages' inputs, and what rows have recorded of those of their answers.
+        with_runs: with the run that gave each answer, as `<stage>_given_by`.
         only: the shards to look at, of those that the SQL is evaluated over; all if absent.
 
     Raises:
@@ -399,7 +420,7 @@ def _side_by_side(
         _Answer(_answer(samples, work, place, sort=work.stage.name in sort, with_inputs=with_inputs, these=these))
         for work in works
     ]
-    states = _states(samples, works, sort, with_inputs=with_inputs, these=these)
+    states = _states(samples, works, sort, with_inputs=with_inputs, with_runs=with_runs, these=these)
     for number, state in _shard_by_shard(states, place, _TABLE):
         yield shards[number], state, [answer.of(number) for answer in answers]
     for answer in answers:
@@ -458,7 +479,7 @@ def _shard_by_shard(
     """
 
     def whole() -> tuple[int, pa.Table]:
-        table = pa.concat_tables(waiting)
+        table = waiting[0] if len(waiting) == 1 else pa.concat_tables(waiting)
         if (np.diff(table["row"].to_numpy()) < 0).any():
             raise _Unordered(name)
         return current, table
@@ -488,7 +509,7 @@ _OK, _FAILED, _RETRIED = 1, 2, 3
 
 
 def _states(
-    samples: Samples, works: Sequence[Work], sort: set[str], *, with_inputs: bool, these: str
+    samples: Samples, works: Sequence[Work], sort: set[str], *, with_inputs: bool, with_runs: bool, these: str
 ) -> Iterator[pa.RecordBatch]:
     """Of every row whose source is fine: shard, row, its state in each stage, and whether its answer is suspected."""
     choice = works[0].choice
@@ -504,6 +525,10 @@ def _states(
             f" case when {retried} then {_RETRIED} else {_FAILED} end else 0 end)::utinyint as {name}_state"
         )
         parts.append(f"{outdated.suspicion(work.stage)} as {name}_suspect")
+        if with_runs:
+            parts.append(
+                f"case when s.{name}_status is not null then coalesce(s.{name}_run, '') end as {name}_given_by"
+            )
         if with_inputs:
             parts += ["s.source_changed", *outdated.recorded(work.stage), *_format_of(work)]
     narrowed = _where(choice.where or "true")

@@ -79,6 +79,7 @@ class ShardPlan:
         stale: edited samples whose image is older than their prompt: image and caption stay the pair they were made as.
         refused: samples that the SQL returns and that are never edited, since their source is bad.
         kept: samples that the SQL returns and that stay the source's, by the reason (`edited_sample.REASONS`).
+        rows: identity of the shard's rows (`table.rows_hash`) that the edits follow.
         frozen: the rows of the write SQL that it was made from.
     """
 
@@ -87,6 +88,7 @@ class ShardPlan:
     on_disk: tuple[int, int]
     edits: dict[int, Edit]
     digest: str
+    rows: str
     stale: int = 0
     refused: int = 0
     kept: Counter[str] = field(default_factory=Counter)
@@ -328,7 +330,7 @@ def plan_shard(
     Args:
         stage: the stage that made the images, whose runs say how.
     """
-    plan = ShardPlan(shard, state.source, _on_disk(state.source), {}, "", frozen=rows)
+    plan = ShardPlan(shard, state.source, _on_disk(state.source), {}, "", state.rows, frozen=rows)
     made_of = [VERSION, state.rows, state.source.size]
     if not state.source.end_mark:
         made_of.append("no end mark")

@@ -312,16 +312,10 @@ def _real_folder(folder: Path) -> str:
     return os.path.realpath(folder).rstrip("/")
 
 
-def is_ingested(layout: Layout, shard: str, path: Path, reading: Reading) -> bool:
-    """Whether the table has this shard as it is now."""
-    state = None if shard_name_fault(path) else partition_state(layout, shard)
-    return state is not None and state.source == identify(path, reading)
-
-
-def is_changed(layout: Layout, path: Path, reading: Reading) -> bool:
-    """Whether the table has this shard, and of other bytes than it has now."""
+def ingested(layout: Layout, path: Path) -> SourceShard | None:
+    """What a shard was when the table's rows of it were read; None if it has none."""
     state = None if shard_name_fault(path) else partition_state(layout, shard_name(path))
-    return state is not None and not is_same_on_disk(state.source, identify(path, reading))
+    return None if state is None else state.source
 
 
 # --- one shard ---
