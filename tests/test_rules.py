@@ -66,6 +66,15 @@ def test_a_raised_version_starts_nothing_unasked(noted: Workspace) -> None:
     assert json.loads(noted.run("plan", "--json").stdout)["older"] == []
 
 
+def test_each_answer_counts_once_and_where_the_condition_leaves_it(noted: Workspace) -> None:
+    with_version(noted, "2", v2="blanks are trimmed")
+    sql = noted.folder / "note.sql"
+    sql.write_text(f"{sql.read_text('utf-8')} order by shard desc, row", "utf-8")  # the rows are read again, in order
+    assert [rule["count"] for rule in json.loads(noted.run("plan", "--json").stdout)["older"]] == [8]
+    in_b = json.loads(noted.run("plan", "--json", "--where", "shard = 'b'").stdout)
+    assert [rule["count"] for rule in in_b["older"]] == [3]
+
+
 def test_answers_whose_run_is_gone_are_told_too(noted: Workspace) -> None:
     with_version(noted, "2", v2="blanks are trimmed")
     for run in (noted.root / "runs").iterdir():
