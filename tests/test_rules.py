@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from builder.sources import shards as tar_shards
 from conftest import STAGES, Workspace, samples
 
 Make = Callable[..., Workspace]
+SQL = "select shard, row, uid, key, caption as text from samples"
 STAGE = """\
 import sys
 
@@ -35,9 +37,16 @@ def with_version(made: Workspace, version: str, **changes: str) -> None:
 @pytest.fixture
 def noted(workspace: Make, tmp_path: Path) -> Workspace:
     """A dataset whose eight samples version 1 of a stage has answered."""
-    (tmp_path / "note.sql").write_text("select shard, row, uid, key, caption as text from samples", "utf-8")
-    stages = f'[stages.note]\npython = "{tmp_path}/own.py:Note"\nsql = "{tmp_path}/note.sql"\n'
-    made = workspace({"a": samples(5), "b": samples(3, start=5)}, stages=stages)
+    return answered(workspace, tmp_path, a=5, b=3)
+
+
+def answered(workspace: Make, folder: Path, **rows: int) -> Workspace:
+    """A dataset of shards with so many samples, which version 1 of a stage has answered."""
+    (folder / "note.sql").write_text(SQL, "utf-8")
+    stages = f'[stages.note]\npython = "{folder}/own.py:Note"\nsql = "{folder}/note.sql"\n'
+    starts = itertools.accumulate(rows.values(), initial=0)
+    shards = {name: samples(count, start=start) for (name, count), start in zip(rows.items(), starts, strict=False)}
+    made = workspace(shards, stages=stages)
     with_version(made, "1")
     made.run("ingest")
     made.run("stage", "note")
@@ -66,12 +75,13 @@ def test_a_raised_version_starts_nothing_unasked(noted: Workspace) -> None:
     assert json.loads(noted.run("plan", "--json").stdout)["older"] == []
 
 
-def test_each_answer_counts_once_and_where_the_condition_leaves_it(noted: Workspace) -> None:
-    with_version(noted, "2", v2="blanks are trimmed")
-    sql = noted.folder / "note.sql"
-    sql.write_text(f"{sql.read_text('utf-8')} order by shard desc, row", "utf-8")  # the rows are read again, in order
-    assert [rule["count"] for rule in json.loads(noted.run("plan", "--json").stdout)["older"]] == [8]
-    in_b = json.loads(noted.run("plan", "--json", "--where", "shard = 'b'").stdout)
+def test_each_answer_counts_once_where_the_sql_is_read_again_sorted(workspace: Make, tmp_path: Path) -> None:
+    made = answered(workspace, tmp_path, a=5, b=3, c=2, d=1)
+    with_version(made, "2", v2="blanks are trimmed")
+    shuffled = " union all ".join(f"{SQL} where shard = '{shard}'" for shard in "abdc")
+    (tmp_path / "note.sql").write_text(shuffled, "utf-8")
+    assert [rule["count"] for rule in json.loads(made.run("plan", "--json").stdout)["older"]] == [11]
+    in_b = json.loads(made.run("plan", "--json", "--where", "shard = 'b'").stdout)
     assert [rule["count"] for rule in in_b["older"]] == [3]
 
 
