@@ -6,7 +6,7 @@ Owns which functions, tables and clauses those are, out of DuckDB's own lists. K
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -64,12 +64,12 @@ def examine(text: str, columns: frozenset[str] = frozenset()) -> Finding:
     Args:
         columns: names that are columns, even where they are words of SQL.
     """
-    tree = _tree(text)
+    tree = parsed(text)
     if tree is None:
         return Finding()
     by_order = False
-    own = {str(entry["key"]).lower() for node in _nodes(tree) for entry in (node.get("cte_map") or {}).get("map", [])}
-    for node in _nodes(tree):
+    own = {str(entry["key"]).lower() for node in nodes(tree) for entry in (node.get("cte_map") or {}).get("map", [])}
+    for node in nodes(tree):
         if (what := _of_the_machine(node, columns, own)) is not None:
             at = node.get("query_location")
             is_known = isinstance(at, int) and at < len(text.encode())
@@ -80,7 +80,7 @@ def examine(text: str, columns: frozenset[str] = frozenset()) -> Finding:
     return Finding(by_order=by_order)
 
 
-def _tree(text: str) -> Any:
+def parsed(text: str) -> Any:
     """DuckDB's parse tree of one SELECT; None of anything else."""
     try:
         found = _connection().execute("select json_serialize_sql(?)", [text]).fetchall()[0][0]
@@ -89,13 +89,19 @@ def _tree(text: str) -> Any:
     return _parsed(found)
 
 
+def text_of(statement: dict[str, Any]) -> str:
+    """The SQL of a statement's parse tree."""
+    tree = json.dumps({"error": False, "statements": [statement]})
+    return str(_connection().execute("select json_deserialize_sql(?)", [tree]).fetchall()[0][0])
+
+
 def _parsed(serialized: str) -> Any:
     """What `json_serialize_sql` gives; None where it could not parse the text."""
     tree = json.loads(serialized)
     return None if tree["error"] else tree["statements"]
 
 
-def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+def nodes(tree: Any) -> Iterator[dict[str, Any]]:
     """Every object of a parse tree."""
     waiting = [tree]
     while waiting:
@@ -147,13 +153,13 @@ def _hangs_on_order(node: dict[str, Any]) -> bool:
 
 @lru_cache(maxsize=1)
 def _aggregates() -> frozenset[str]:
-    return _listed("select distinct function_name from duckdb_functions() where function_type = 'aggregate'")
+    return listed("select distinct function_name from duckdb_functions() where function_type = 'aggregate'")
 
 
 @lru_cache(maxsize=1)
 def _catalog() -> frozenset[str]:
     """Tables of DuckDB's own that are found without a schema."""
-    return _listed("select view_name from duckdb_views() where internal and schema_name <> 'information_schema'")
+    return listed("select view_name from duckdb_views() where internal and schema_name <> 'information_schema'")
 
 
 @lru_cache(maxsize=1)
@@ -163,19 +169,23 @@ def _functions() -> frozenset[str]:
 
     A function that is given a time differs by the session's time zone alone, which is pinned.
     """
-    found = set(_UNTOLD) | _listed(
+    found = set(_UNTOLD) | listed(
         "select distinct function_name from duckdb_functions() where stability = 'VOLATILE' or "
         "(stability = 'CONSISTENT_WITHIN_QUERY' and list_has_all(['VARCHAR', 'BOOLEAN'], parameter_types))"
     )
-    found -= _HARMLESS
+    return with_macros((found - _HARMLESS) | _WORDS) - _WORDS
+
+
+def with_macros(names: Collection[str]) -> frozenset[str]:
+    """These functions and words, and every macro that uses one of them or such a macro."""
     query = (
         "select function_name, json_serialize_sql('select ' || macro_definition) from duckdb_functions() "
         "where function_type = 'macro'"
     )
     bodies = [(name, _names(_parsed(tree))) for name, tree in _connection().execute(query).fetchall()]
-    more = True
+    found, more = set(names), True
     while more:
-        new = {name for name, called in bodies if called & (found | _WORDS)} - found
+        new = {name for name, called in bodies if called & found} - found
         found, more = found | new, bool(new)
     return frozenset(found)
 
@@ -183,7 +193,7 @@ def _functions() -> frozenset[str]:
 def _names(tree: Any) -> set[str]:
     """Names of functions and columns in a parse tree."""
     found = set()
-    for node in _nodes(tree):
+    for node in nodes(tree):
         if node.get("class") in ("FUNCTION", "WINDOW"):
             found.add(str(node["function_name"]).lower())
         elif node.get("class") == "COLUMN_REF" and node["column_names"]:
@@ -191,7 +201,7 @@ def _names(tree: Any) -> set[str]:
     return found
 
 
-def _listed(query: str) -> frozenset[str]:
+def listed(query: str) -> frozenset[str]:
     return frozenset(str(name).lower() for (name,) in _connection().execute(query).fetchall())
 
 

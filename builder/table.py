@@ -649,10 +649,10 @@ def read_partition(layout: Layout, shard: str, columns: Sequence[str]) -> tuple[
     """
 
     def read() -> tuple[pa.Table, State]:
-        with pq.ParquetFile(layout.partition(shard)) as file:
-            have = set(file.schema_arrow.names)
+        with pq.ParquetFile(layout.partition(shard), pre_buffer=True) as file:
+            found = file.read(columns=list(columns), use_threads=False)  # a name that the file lacks is left out
+            have = set(found.column_names)
             tops = {name: name if name in have else name.partition(".")[0] for name in columns}
-            found = file.read(columns=[name for name, top in tops.items() if top in have])
             nothing = pa.nulls(file.metadata.num_rows)
             table = pa.table({name: found[top] if top in have else nothing for name, top in tops.items()})
             state = _state(dict(file.metadata.metadata or {}))

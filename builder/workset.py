@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,6 +24,7 @@ from builder import files, formats, outdated, schema
 from builder.errors import ConfigError, ConflictError
 from builder.layout import Layout, RunFiles
 from builder.query import Lookup, Samples, Sql
+from builder.rowwise import Condition, condition_of
 from builder.schema import Column
 from builder.stage import Stage, formats_asked
 from builder.table import partition_state
@@ -187,12 +188,99 @@ def count(layout: Layout, works: Sequence[Work], by_run: dict[str, Counter[str]]
     with Samples(layout, columns, sorted(first.shards), _lookups_of(works), deciding=deciding) as samples:
         for work in works:
             _check_columns(samples, work)
-        counts, put_off = _in_order(partial(_counted, layout, samples, works, by_run))
+        counts, put_off = _counted_by_shard(layout, samples, works, columns, by_run)
         for place, work in enumerate(works):
             if put_off[place]:
                 count_rest = partial(_counted_with_inputs, layout, samples, work, put_off[place], counts[place])
                 counts[place] = _in_order(count_rest)
         return counts
+
+
+def _counted_by_shard(
+    layout: Layout,
+    samples: Samples,
+    works: Sequence[Work],
+    columns: Sequence[Column],
+    by_run: dict[str, Counter[str]] | None,
+) -> tuple[list[Counts], list[list[str]]]:
+    """What `_counted` says; of works whose SQL looks at every row on its own in one pass for all of them."""
+    names = {column.name for column in columns}
+    conditions: dict[int, Condition] = {}
+    for place, work in enumerate(works):
+        condition = condition_of(work.sql.text, names, work.params, f"of_{place}")
+        if condition is not None and not work.choice.stale:
+            conditions[place] = condition
+    try:
+        found = _counted_at_once(samples, works, conditions, by_run) if conditions else {}
+    except ConfigError:
+        found = {}  # a stage's own SQL says what is wrong with it
+    others = [place for place in range(len(works)) if place not in found]
+    if others:
+        counts, put_off = _in_order(partial(_counted, layout, samples, [works[place] for place in others], by_run))
+        found |= dict(zip(others, zip(counts, put_off, strict=True), strict=True))
+    ordered = [found[place] for place in range(len(works))]
+    return [counts for counts, _ in ordered], [put_off for _, put_off in ordered]
+
+
+def _counted_at_once(
+    samples: Samples,
+    works: Sequence[Work],
+    conditions: Mapping[int, Condition],
+    by_run: dict[str, Counter[str]] | None,
+) -> dict[int, tuple[Counts, list[str]]]:
+    """The counts of the works that have a condition, and the shards of each that are put off."""
+    rows, sums = ["s.shard"], ["shard"]
+    for place in conditions:
+        work, of = works[place], f"filter (is_covered_{place}"
+        state, suspect = f"state_{place}", f"suspect_{place}"
+        late = f"{suspect} = {outdated.OTHER_BYTES}"
+        rows += [
+            f"coalesce(s.is_covered_{place}, false) as is_covered_{place}",
+            f"{_state_of(work)} as {state}",
+            f"{outdated.suspicion(work.stage)} as {suspect}",
+        ]
+        sums += [
+            f"count(*) {of})",
+            f"count(*) {of} and {_is_open_in_sql(state, late, work.choice)})",
+            f"count(*) {of} and {state} = {_OK})",
+            f"count(*) {of} and {state} >= {_FAILED})",
+            f"count(*) filter (not is_covered_{place} and {state} = {_OK})",
+            f"count(*) {of} and {late})",
+            f"count(*) {of} and {suspect} = {outdated.SUSPECT})",
+        ]
+        if by_run is not None:
+            rows.append(f"{_given_by(work.stage.name)} as given_by_{place}")
+            sums.append(f"histogram(given_by_{place}) filter (given_by_{place} is not null)")
+    around = (
+        f"select {', '.join(sums)} from (select {', '.join(rows)} from {{}} s where s.source_status = 'ok') "
+        "group by shard order by shard"
+    )
+    params = {name: value for condition in conditions.values() for name, value in condition.params.items()}
+    covered = ", ".join(f"({condition.text}) as is_covered_{place}" for place, condition in conditions.items())
+    narrowed = _where(works[0].choice.where or "true")
+    asked = Sql(f"select *, {covered} from ({narrowed.text})", narrowed.origin)
+    answer = samples.rows(asked, params, around=around)
+    found = {place: (Counts(), list[str]()) for place in conditions}
+    tallies = {place: Counter[str]() for place in conditions}
+    for shard, *values in answer:
+        for place in conditions:
+            rows_covered, todo, ok, failed, outside, late_ones, suspects = values[:7]
+            values = values[7:]
+            counts, put_off = found[place]
+            if by_run is not None:
+                tallies[place].update(values.pop(0) or {})
+            if suspects:
+                put_off.append(shard)
+                continue
+            new = Counts(rows_covered, todo, ok, failed, outside, bool(todo), late_ones)
+            found[place] = _sum(counts, new), put_off
+    if by_run is not None:
+        by_run.update((works[place].stage.name, tally) for place, tally in tallies.items())
+    return found
+
+
+def _sum(one: Counts, other: Counts) -> Counts:
+    return Counts(*(getattr(one, field.name) + getattr(other, field.name) for field in fields(Counts)))
 
 
 def _counted(
@@ -512,30 +600,37 @@ def _states(
     samples: Samples, works: Sequence[Work], sort: set[str], *, with_inputs: bool, with_runs: bool, these: str
 ) -> Iterator[pa.RecordBatch]:
     """Of every row whose source is fine: shard, row, its state in each stage, and whether its answer is suspected."""
-    choice = works[0].choice
     parts = ["s.shard", "s.row"]
     for work in works:
         name = work.stage.name
-        retried = "false"
-        if choice.retry_class:
-            kind = choice.retry_class.replace("'", "''")
-            retried = "true" if kind == "failed" else f"starts_with(s.{name}_error, '{kind}:')"
-        parts.append(
-            f"(case s.{name}_status when 'ok' then {_OK} when 'failed' then"
-            f" case when {retried} then {_RETRIED} else {_FAILED} end else 0 end)::utinyint as {name}_state"
-        )
+        parts.append(f"{_state_of(work)} as {name}_state")
         parts.append(f"{outdated.suspicion(work.stage)} as {name}_suspect")
         if with_runs:
-            parts.append(
-                f"case when s.{name}_status is not null then coalesce(s.{name}_run, '') end as {name}_given_by"
-            )
+            parts.append(f"{_given_by(name)} as {name}_given_by")
         if with_inputs:
             parts += ["s.source_changed", *outdated.recorded(work.stage), *_format_of(work)]
-    narrowed = _where(choice.where or "true")
+    narrowed = _where(works[0].choice.where or "true")
     order = " order by s.shard, s.row" if _TABLE in sort else ""
     columns = ", ".join(dict.fromkeys(parts))
     around = f"select {columns} from {{}} s where s.source_status = 'ok'{these.format('s')}{order}"
     return samples.stream(narrowed, around=around, rows=_CHUNK)
+
+
+def _state_of(work: Work) -> str:
+    """SQL over `samples s`: the state of a row in a stage."""
+    name, kind = work.stage.name, work.choice.retry_class
+    retried = "false"
+    if kind:
+        retried = "true" if kind == "failed" else f"starts_with(s.{name}_error, {_quoted(kind + ':')})"
+    return (
+        f"(case s.{name}_status when 'ok' then {_OK} when 'failed' then"
+        f" case when {retried} then {_RETRIED} else {_FAILED} end else 0 end)::utinyint"
+    )
+
+
+def _given_by(name: str) -> str:
+    """SQL over `samples s`: the run that gave a row's answer in a stage."""
+    return f"case when s.{name}_status is not null then coalesce(s.{name}_run, '') end"
 
 
 def _format_of(work: Work) -> list[str]:
@@ -579,6 +674,14 @@ def _is_open(states: np.ndarray, late: np.ndarray, choice: Choice) -> np.ndarray
     is_retried = states == _RETRIED
     is_alone = choice.retry_class not in (None, "failed")
     return np.asarray(is_retried if is_alone else is_retried | (states == 0) | late)
+
+
+def _is_open_in_sql(state: str, late: str, choice: Choice) -> str:
+    """`_is_open`, and all rows of a choice to do them again."""
+    if choice.redo:
+        return "true"
+    is_alone = choice.retry_class not in (None, "failed")
+    return f"{state} = {_RETRIED}" if is_alone else f"({state} in (0, {_RETRIED}) or {late})"
 
 
 def _tried(work: Work, covered: pa.Table, late: np.ndarray) -> np.ndarray:

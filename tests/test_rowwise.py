@@ -1,0 +1,153 @@
+"""Work sets counted in one pass: SQL that looks at every row on its own is told from other SQL, and counts the same."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder import workset
+from builder.errors import ConfigError
+from builder.layout import Layout, installed
+from builder.rowwise import condition_of
+from builder.schema import IDENTITY
+from builder.stage import columns_of, find
+from builder.workset import Choice
+from conftest import Workspace, make_shard, samples
+from planned import SQL, section, work_of
+from stages import Note, Options
+
+STAGES = ("faces", "lang", "prompts", "generate", "check")
+COLUMNS = ("shard", "row", "uid", "caption", "lang", "face_count", "face_scores", "source_digests")
+
+
+@pytest.mark.parametrize(
+    ("sql", "condition"),
+    [
+        ("select shard, row, uid, caption as text from samples", "true"),
+        ("from samples select shard, row", "true"),
+        ("select shard, row from samples where caption is not null", "(caption IS NOT NULL)"),
+        ('select s."row", s.shard from Samples as S where s.face_count > 1', "(face_count > 1)"),
+        ("select shard, row, if(lang = 'en', 1, 2) as one from samples where \"Lang\" = 'it''s'", "(Lang = 'it''s')"),
+        ("select shard, row from samples where source_digests.image = 3", "(source_digests.image = 3)"),
+        ("select shard, row from samples where list_max(face_scores) > 0.9", "(list_max(face_scores) > 0.9)"),
+        ("select shard, row from samples where lang = $lang;", "(lang = $a_lang)"),
+    ],
+)
+def test_a_condition_is_taken_out_of_sql_that_looks_at_every_row_alone(sql: str, condition: str) -> None:
+    found = condition_of(sql, COLUMNS, {"lang": "en", "unused": 1}, "a")
+    assert found is not None
+    assert found.text == condition
+    assert found.params == ({"a_lang": "en"} if "$lang" in sql else {})
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "select shard, row, max(uid) as uid from samples",
+        "select shard, row, geomean(face_count) as text from samples",  # a macro over an aggregate
+        "select shard, row, unnest([1, 2]) as text from samples",
+        "select shard, row, row_number() over () as text from samples",
+        "select shard, row, (select 1) as text from samples",
+        "select distinct shard, row from samples",
+        "select shard, row from samples limit 3",
+        "select shard, row from samples order by uid",
+        "select shard, row from samples group by all",
+        "select shard, row from samples qualify row_number() over (partition by uid) = 1",
+        "select shard, row from samples tablesample 10 rows repeatable (1)",
+        "select shard, row from samples, samples b",
+        "select shard, row from samples union all select shard, row from samples",
+        "with samples as (select 'a' as shard, 1 as row) select shard, row from samples",
+        "select shard, row from (select * from samples)",
+        "select shard, row from samples where uid in (select uid from other)",
+        "select shard, row, caption as text from samples where text is not null",  # the name of an output
+        "select shard, row + 1 as row from samples",
+        "select upper(shard) as shard, row from samples",
+        "select row as shard, shard as row from samples",
+        "select * from samples",
+        "select columns('shard|row') from samples",
+        "select shard, row from other",
+        "select shard, row from samples as samples(a, b)",
+        "select 1; select 2",
+        "no sql",
+    ],
+)
+def test_other_sql_has_no_condition(sql: str) -> None:
+    assert condition_of(sql, COLUMNS, {}, "a") is None
+
+
+@pytest.fixture
+def layout(workspace: Callable[..., Workspace], tmp_path: Path) -> Layout:
+    """Two shards of eight samples: some have an answer, some have failed, some are open, and three changed since."""
+    sql = tmp_path / "note.sql"
+    sql.write_text(SQL, "utf-8")
+    bad = [sample.key for sample in samples(16)][1::8]
+    made = workspace(stages=section("Fails", str(sql), bad=json.dumps(bad)))
+    made.run("ingest")
+    assert made.run("stage", "note", "--where", "row < 3 or row in (4, 5)", check=False).returncode == 3
+    changed = samples(8)
+    for row in (0, 1, 6):
+        changed[row] = replace(changed[row], caption="another caption")
+    make_shard(made.folder / "source" / "00000000.tar", changed)
+    made.run("ingest")
+    return made.load().layout
+
+
+@pytest.mark.parametrize("where", [None, "row <> 1", "row in (select row from samples where shard = '00000001')"])
+@pytest.mark.parametrize(
+    "choice", [{}, {"retry": "failed"}, {"retry": "failed:ValueError"}, {"retry": "failed:OSError"}, {"redo": True}]
+)
+def test_one_pass_counts_what_many_passes_count(
+    layout: Layout, choice: dict[str, Any], where: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Choice(**choice, where=where)
+    texts = [
+        SQL,
+        f"{SQL} where row < $first",
+        f"{SQL} where row > $first",
+        f"{SQL} where null",
+        f"{SQL} where row = 99",
+    ]
+    works = [
+        work_of(layout, Note(Options()), asked, text, **({"first": 2 + at} if "$first" in text else {}))
+        for at, text in enumerate(texts)
+    ]
+    expected_runs: dict[str, Counter[str]] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(workset, "condition_of", lambda *_: None)
+        expected = workset.count(layout, works, expected_runs)
+    by_run: dict[str, Counter[str]] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(workset, "_counted", None)  # the many passes
+        assert (workset.count(layout, works, by_run), by_run) == (expected, expected_runs)
+    assert expected[0].ok > 0
+    assert expected[0].out_of_date > 0
+    assert sum(by_run["note"].values()) > 0
+
+
+def test_sql_with_a_condition_and_other_sql_are_counted_side_by_side(layout: Layout) -> None:
+    texts = [f"{SQL} order by row", SQL, f"{SQL} where row in (select 2)", f"{SQL} where row = 2"]
+    works = [work_of(layout, Note(Options()), sql=text) for text in texts]
+    found = workset.count(layout, works)
+    assert [counts.covered for counts in found] == [16, 16, 2, 2]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+
+
+def test_a_condition_that_cannot_be_evaluated_is_told_with_its_file(layout: Layout) -> None:
+    work = work_of(layout, Note(Options()), sql=f"{SQL} where cast(caption as int) > 1")
+    with pytest.raises(ConfigError, match="DuckDB refuses the SQL: Conversion Error") as refused:
+        workset.count(layout, [work_of(layout, Note(Options())), work])
+    assert refused.value.where["file"] == "work.sql"
+
+
+def test_all_sql_that_comes_with_the_stages_is_counted_in_one_pass() -> None:
+    columns = {column.name for column in (*IDENTITY, *(one for name in STAGES for one in columns_of(find(name))))}
+    for name in STAGES:
+        text = (installed("sql") / f"{name}.sql").read_text("utf-8")
+        assert condition_of(text, columns, {}, "a") is not None, name
