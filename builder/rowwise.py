@@ -1,4 +1,4 @@
-"""SQL that looks at every row of the table on its own: its condition, so that one pass can ask several of them.
+"""SQL that looks at every row of the table on its own, in pieces, so that one pass can ask several of them.
 
 A pass over a table of many partitions costs about as much for one question as for ten: most of it is their footers.
 Knows nothing of stages and of the table.
@@ -6,7 +6,7 @@ Knows nothing of stages and of the table.
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,15 +23,26 @@ _SOURCE = ("catalog_name", "schema_name", "at_clause", "sample", "column_name_al
 
 
 @dataclass(frozen=True)
-class Condition:
-    """When a SELECT returns a row of the table: SQL over its columns, and the values of its parameters."""
+class Rowwise:
+    """A SELECT that looks at every row on its own, in pieces of SQL over the table's columns.
 
-    text: str
+    Attributes:
+        condition: when it returns a row.
+        values: what it returns of one, by name, in lower case.
+        params: values of the parameters that these pieces use.
+    """
+
+    condition: str
+    values: dict[str, str]
     params: dict[str, Any]
 
+    def params_in(self, sql: str) -> dict[str, Any]:
+        """The parameters that SQL with some of the pieces uses."""
+        return {name: value for name, value in self.params.items() if re.search(rf"\${name}\b", sql, re.IGNORECASE)}
 
-def condition_of(text: str, columns: Collection[str], params: Mapping[str, Any], prefix: str) -> Condition | None:
-    """The condition of a SELECT from `samples` alone that returns `shard` and `row` as they are, at most once each.
+
+def rowwise(text: str, columns: Collection[str], params: Mapping[str, Any], prefix: str = "of") -> Rowwise | None:
+    """The pieces of a SELECT from `samples` alone that returns `shard` and `row` as they are, at most once each.
 
     Args:
         columns: of the table.
@@ -43,31 +54,24 @@ def condition_of(text: str, columns: Collection[str], params: Mapping[str, Any],
     node = _select(text)
     if node is None:
         return None
-    source = node["from_table"]
     names = {folded(name) for name in columns}
-    own = folded(source["alias"] or source["table_name"])
-    chosen = {_plain_name(item, own) for item in node["select_list"]}
-    if not {"shard", "row"} <= chosen or not all(_is_of_one_row(item) for item in node["select_list"]):
+    own = folded(node["from_table"]["alias"] or node["from_table"]["table_name"])
+    items, where = node["select_list"], node["where_clause"]
+    if not all(_is_of_one_row(part, names, own) for part in (*items, where)):
         return None
-    where = node["where_clause"]
-    if where is None:
-        return Condition("true", {})
-    where, used = copy.deepcopy(where), set()
-    for part in repeatable.nodes(where):
-        if part.get("class") in _OTHER_ROWS:
-            return None
-        if part.get("class") == "COLUMN_REF":
+    used: set[str] = set()
+    for part in repeatable.nodes([items, where]):
+        if part.get("class") == "COLUMN_REF" and len(part["column_names"]) > 1:
             head, *rest = part["column_names"]
-            if rest and folded(head) == own:
-                part["column_names"] = rest
-                head = rest[0]
-            if folded(head) not in names:
-                return None
+            part["column_names"] = rest if folded(head) == own else [head, *rest]
         if part.get("class") == "PARAMETER":
             used.add(folded(part["identifier"]))
             part["identifier"] = f"{prefix}_{part['identifier']}"
-    values = {f"{prefix}_{name}": value for name, value in params.items() if folded(name) in used}
-    return Condition(_as_text(where), values)
+    if not all(any(_is_column(item, name) for item in items) for name in ("shard", "row")):
+        return None
+    values = {folded(item["alias"] or item.get("column_names", [""])[-1]): _as_text(item) for item in items}
+    given = {f"{prefix}_{name}": value for name, value in params.items() if folded(name) in used}
+    return Rowwise("true" if where is None else _as_text(where), values, given)
 
 
 def _select(text: str) -> dict[str, Any] | None:
@@ -83,20 +87,28 @@ def _select(text: str) -> dict[str, Any] | None:
     return node
 
 
-def _plain_name(item: dict[str, Any], own: str) -> str | None:
-    """The name of a column that a SELECT returns as it is and under its own name."""
+def _is_column(item: dict[str, Any], name: str) -> bool:
+    """Whether a SELECT returns the column of this name as it is, under its own name."""
     if item.get("class") != "COLUMN_REF":
-        return None
-    *head, name = map(folded, item["column_names"])
-    return name if head in ([], [own]) and folded(item["alias"] or name) == name else None
+        return False
+    return [folded(part) for part in item["column_names"]] == [name] == [folded(item["alias"] or name)]
 
 
-def _is_of_one_row(item: dict[str, Any]) -> bool:
-    for part in repeatable.nodes(item):
+def _is_of_one_row(expression: dict[str, Any] | None, columns: Collection[str], own: str) -> bool:
+    """Whether an expression is a value of one row, made of columns of the table alone.
+
+    Args:
+        own: the name that the table has in the SELECT.
+    """
+    for part in repeatable.nodes(expression):
         if part.get("class") in _OTHER_ROWS:
             return False
         if part.get("class") == "FUNCTION" and folded(part["function_name"]) in _not_plain():
             return False
+        if part.get("class") == "COLUMN_REF":
+            head, *rest = map(folded, part["column_names"])
+            if (rest[0] if rest and head == own else head) not in columns:
+                return False
     return True
 
 
@@ -109,5 +121,5 @@ def _not_plain() -> frozenset[str]:
 
 def _as_text(expression: dict[str, Any]) -> str:
     [statement] = repeatable.parsed("select 1")
-    statement["node"]["select_list"] = [expression]
+    statement["node"]["select_list"] = [{**expression, "alias": ""}]
     return repeatable.text_of(statement).removeprefix("SELECT ")

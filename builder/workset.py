@@ -24,7 +24,7 @@ from builder import files, formats, outdated, schema
 from builder.errors import ConfigError, ConflictError
 from builder.layout import Layout, RunFiles
 from builder.query import Lookup, Samples, Sql
-from builder.rowwise import Condition, condition_of
+from builder.rowwise import Rowwise, rowwise
 from builder.schema import Column
 from builder.stage import Stage, formats_asked
 from builder.table import partition_state
@@ -205,13 +205,13 @@ def _counted_by_shard(
 ) -> tuple[list[Counts], list[list[str]]]:
     """What `_counted` says; of works whose SQL looks at every row on its own in one pass for all of them."""
     names = {column.name for column in columns}
-    conditions: dict[int, Condition] = {}
+    pieces: dict[int, Rowwise] = {}
     for place, work in enumerate(works):
-        condition = condition_of(work.sql.text, names, work.params, f"of_{place}")
-        if condition is not None and not work.choice.stale:
-            conditions[place] = condition
+        taken = rowwise(work.sql.text, names, work.params, f"of_{place}")
+        if taken is not None and not work.choice.stale:
+            pieces[place] = taken
     try:
-        found = _counted_at_once(samples, works, conditions, by_run) if conditions else {}
+        found = _counted_at_once(samples, works, pieces, by_run) if pieces else {}
     except ConfigError:
         found = {}  # a stage's own SQL says what is wrong with it
     others = [place for place in range(len(works)) if place not in found]
@@ -225,12 +225,12 @@ def _counted_by_shard(
 def _counted_at_once(
     samples: Samples,
     works: Sequence[Work],
-    conditions: Mapping[int, Condition],
+    pieces: Mapping[int, Rowwise],
     by_run: dict[str, Counter[str]] | None,
 ) -> dict[int, tuple[Counts, list[str]]]:
-    """The counts of the works that have a condition, and the shards of each that are put off."""
+    """The counts of these works by place, and the shards of each that are put off."""
     rows, sums = ["s.shard"], ["shard"]
-    for place in conditions:
+    for place in pieces:
         work, of = works[place], f"filter (is_covered_{place}"
         state, suspect = f"state_{place}", f"suspect_{place}"
         late = f"{suspect} = {outdated.OTHER_BYTES}"
@@ -255,15 +255,17 @@ def _counted_at_once(
         f"select {', '.join(sums)} from (select {', '.join(rows)} from {{}} s where s.source_status = 'ok') "
         "group by shard order by shard"
     )
-    params = {name: value for condition in conditions.values() for name, value in condition.params.items()}
-    covered = ", ".join(f"({condition.text}) as is_covered_{place}" for place, condition in conditions.items())
+    params: dict[str, Any] = {}
+    for taken in pieces.values():
+        params |= taken.params_in(taken.condition)
+    covered = ", ".join(f"({taken.condition}) as is_covered_{place}" for place, taken in pieces.items())
     narrowed = _where(works[0].choice.where or "true")
     asked = Sql(f"select *, {covered} from ({narrowed.text})", narrowed.origin)
     answer = samples.rows(asked, params, around=around)
-    found = {place: (Counts(), list[str]()) for place in conditions}
-    tallies = {place: Counter[str]() for place in conditions}
+    found = {place: (Counts(), list[str]()) for place in pieces}
+    tallies = {place: Counter[str]() for place in pieces}
     for shard, *values in answer:
-        for place in conditions:
+        for place in pieces:
             rows_covered, todo, ok, failed, outside, late_ones, suspects = values[:7]
             values = values[7:]
             counts, put_off = found[place]

@@ -14,7 +14,7 @@ import pytest
 from builder import workset
 from builder.errors import ConfigError
 from builder.layout import Layout, installed
-from builder.rowwise import condition_of
+from builder.rowwise import rowwise
 from builder.schema import IDENTITY
 from builder.stage import columns_of, find
 from builder.workset import Choice
@@ -40,9 +40,9 @@ COLUMNS = ("shard", "row", "uid", "caption", "lang", "face_count", "face_scores"
     ],
 )
 def test_a_condition_is_taken_out_of_sql_that_looks_at_every_row_alone(sql: str, condition: str) -> None:
-    found = condition_of(sql, COLUMNS, {"lang": "en", "unused": 1}, "a")
+    found = rowwise(sql, COLUMNS, {"lang": "en", "unused": 1}, "a")
     assert found is not None
-    assert found.text == condition
+    assert found.condition == condition
     assert found.params == ({"a_lang": "en"} if "$lang" in sql else {})
 
 
@@ -78,7 +78,7 @@ def test_a_condition_is_taken_out_of_sql_that_looks_at_every_row_alone(sql: str,
     ],
 )
 def test_other_sql_has_no_condition(sql: str) -> None:
-    assert condition_of(sql, COLUMNS, {}, "a") is None
+    assert rowwise(sql, COLUMNS, {}) is None
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_one_pass_counts_what_many_passes_count(
     ]
     expected_runs: dict[str, Counter[str]] = {}
     with monkeypatch.context() as patch:
-        patch.setattr(workset, "condition_of", lambda *_: None)
+        patch.setattr(workset, "rowwise", lambda *_: None)
         expected = workset.count(layout, works, expected_runs)
     by_run: dict[str, Counter[str]] = {}
     with monkeypatch.context() as patch:
@@ -150,4 +150,4 @@ def test_all_sql_that_comes_with_the_stages_is_counted_in_one_pass() -> None:
     columns = {column.name for column in (*IDENTITY, *(one for name in STAGES for one in columns_of(find(name))))}
     for name in STAGES:
         text = (installed("sql") / f"{name}.sql").read_text("utf-8")
-        assert condition_of(text, columns, {}, "a") is not None, name
+        assert rowwise(text, columns, {}) is not None, name
