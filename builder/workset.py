@@ -6,6 +6,7 @@ one run will try.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -375,7 +376,7 @@ def freeze(layout: Layout, path: Path, work: Work) -> list[Slice]:
         with Samples(layout, work.columns, sorted(work.shards), work.lookups, deciding=[work.sql]) as samples:
             _check_columns(samples, work)
             before = {shard: _rows_of(layout, shard) for shard in work.shards}
-            slices = _in_order(partial(_frozen_to, layout, path, samples, work, before))
+            slices = _in_one_pass_or_two(work, partial(_frozen_to, layout, path, samples, work, before))
         if all(_rows_of(layout, part.shard) == part.rows for part in slices):
             return slices
     raise ConflictError("shards were ingested again while the work set was frozen", fix="run the same command again")
@@ -391,35 +392,67 @@ def first_rows(layout: Layout, work: Work, count: int, *, repeatable: bool = Tru
     with Samples(layout, work.columns, sorted(work.shards), work.lookups, deciding=deciding) as samples:
         _check_columns(samples, work)
 
-        def read(sort: set[str]) -> list[pa.Table]:
+        def read(taken: Rowwise | None, sort: set[str]) -> list[pa.Table]:
             parts: list[pa.Table] = []
-            for part, _ in _frozen(layout, samples, work, sort):
+            for part, _ in _frozen(layout, samples, work, taken, sort):
                 parts.append(part)
                 if sum(table.num_rows for table in parts) >= count:
                     break
             return parts
 
-        parts = _in_order(read)
+        parts = _in_one_pass_or_two(work, read)
     return pa.concat_tables(parts).slice(0, count) if parts else pa.table({})
 
 
+def _in_one_pass_or_two(work: Work, read: Callable[[Rowwise | None, set[str]], T]) -> T:
+    """Reads the rows that a work's SQL covers.
+
+    Args:
+        read: is given the pieces of SQL that looks at every row alone, which is read with the table's rows in one pass,
+            and what to sort; None for other SQL, and where DuckDB refuses a piece: then it says itself what is wrong.
+    """
+    taken = rowwise(work.sql.text, {column.name for column in work.columns}, work.params)
+    if taken is not None:
+        with contextlib.suppress(ConfigError):
+            return _in_order(partial(read, taken))
+    return _in_order(partial(read, None))
+
+
 def _frozen_to(
-    layout: Layout, path: Path, samples: Samples, work: Work, rows: dict[str, str], sort: set[str]
+    layout: Layout,
+    path: Path,
+    samples: Samples,
+    work: Work,
+    rows: dict[str, str],
+    taken: Rowwise | None,
+    sort: set[str],
 ) -> list[Slice]:
-    return _write(_frozen(layout, samples, work, sort), path, rows)
+    return _write(_frozen(layout, samples, work, taken, sort), path, rows)
 
 
-def _frozen(layout: Layout, samples: Samples, work: Work, sort: set[str]) -> Iterator[tuple[pa.Table, int]]:
+def _frozen(
+    layout: Layout, samples: Samples, work: Work, taken: Rowwise | None, sort: set[str]
+) -> Iterator[tuple[pa.Table, int]]:
     """The rows to try, shard by shard, as the work set holds them, and how many of them are out of date."""
-    for _, state, (wanted,) in _side_by_side(samples, [work], sort, with_inputs=True):
-        if wanted is None:
-            continue
-        covered = _covered(state, wanted)
+    for covered in _rows_covered(samples, work, taken, sort):
         late = outdated.are_out_of_date(covered, work.stage, work.signature, layout)
         tried = _tried(work, covered, late)
         if tried.any():
             rows = covered.filter(pa.array(tried))
             yield _as_work(rows, work), int(np.count_nonzero(late & tried))
+
+
+def _rows_covered(samples: Samples, work: Work, taken: Rowwise | None, sort: set[str]) -> Iterator[pa.Table]:
+    """The rows of each shard that a work's SQL returns, with their state and the stage's inputs."""
+    if taken is None:
+        for _, state, (wanted,) in _side_by_side(samples, [work], sort, with_inputs=True):
+            if wanted is not None:
+                yield _covered(state, wanted)
+        return
+    place = {shard: number for number, shard in enumerate(sorted(work.shards))}
+    states = _states(samples, [work], sort, with_inputs=True, taken=taken)
+    for _, covered in _shard_by_shard(states, place, _TABLE):
+        yield covered
 
 
 def _rows_of(layout: Layout, shard: str) -> str:
@@ -599,9 +632,20 @@ _OK, _FAILED, _RETRIED = 1, 2, 3
 
 
 def _states(
-    samples: Samples, works: Sequence[Work], sort: set[str], *, with_inputs: bool, with_runs: bool, these: str
+    samples: Samples,
+    works: Sequence[Work],
+    sort: set[str],
+    *,
+    with_inputs: bool,
+    with_runs: bool = False,
+    these: str = "",
+    taken: Rowwise | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Of every row whose source is fine: shard, row, its state in each stage, and whether its answer is suspected."""
+    """Of every row whose source is fine: shard, row, its state in each stage, and whether its answer is suspected.
+
+    Args:
+        taken: the pieces of the only work's SQL: only rows that it returns, and the stage's inputs of them.
+    """
     parts = ["s.shard", "s.row"]
     for work in works:
         name = work.stage.name
@@ -612,10 +656,21 @@ def _states(
         if with_inputs:
             parts += ["s.source_changed", *outdated.recorded(work.stage), *_format_of(work)]
     narrowed = _where(works[0].choice.where or "true")
+    params: dict[str, Any] = {}
+    if taken is not None:
+        have = {part.rpartition(" as ")[2].removeprefix("s.") for part in parts}
+        inputs = [field for field in works[0].stage.inputs if field.name not in have]
+        parts += [f"s.input_{number} as {schema.quoted(field.name)}" for number, field in enumerate(inputs)]
+        values = "".join(
+            f", cast({taken.values[field.name]} as {schema.duckdb_type(field.type)}) as input_{number}"
+            for number, field in enumerate(inputs)
+        )
+        text = f"select *{values} from ({narrowed.text}) where ({taken.condition})"
+        narrowed, params = Sql(text, narrowed.origin), taken.params_in(text)
     order = " order by s.shard, s.row" if _TABLE in sort else ""
     columns = ", ".join(dict.fromkeys(parts))
     around = f"select {columns} from {{}} s where s.source_status = 'ok'{these.format('s')}{order}"
-    return samples.stream(narrowed, around=around, rows=_CHUNK)
+    return samples.stream(narrowed, params, around=around, rows=_CHUNK)
 
 
 def _state_of(work: Work) -> str:

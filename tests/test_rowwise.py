@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from builder import workset
@@ -128,6 +129,36 @@ def test_one_pass_counts_what_many_passes_count(
     assert expected[0].ok > 0
     assert expected[0].out_of_date > 0
     assert sum(by_run["note"].values()) > 0
+
+
+@pytest.mark.parametrize("where", [None, "row <> 1", "row in (select row from samples where shard = '00000001')"])
+@pytest.mark.parametrize("choice", [{}, {"retry": "failed"}, {"redo": True}, {"stale": True}])
+def test_one_pass_freezes_what_two_freeze(
+    layout: Layout, choice: dict[str, Any], where: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = (
+        "select s.shard, s.row, s.uid, if(s.row > $first, upper(s.key), key) as key, s.row::varchar || $tail as text "
+        "from samples s where s.caption is not null or s.row < $first"
+    )
+    for sql, params in [(SQL, {}), (own, {"first": 3, "tail": "x"})]:
+        work = work_of(layout, Note(Options()), Choice(**choice, where=where), sql, **params)
+        with monkeypatch.context() as patch:
+            patch.setattr(workset, "rowwise", lambda *_: None)
+            expected = workset.first_rows(layout, work, 99)
+        with monkeypatch.context() as patch:
+            patch.setattr(workset, "_side_by_side", None)  # the two passes
+            found = workset.first_rows(layout, work, 99)
+            slices = workset.freeze(layout, layout.root / "frozen.parquet", work)
+        assert found.equals(expected)
+        assert found.equals(pq.read_table(layout.root / "frozen.parquet"))
+        assert sum(part.count for part in slices) == found.num_rows > 0
+
+
+def test_values_that_cannot_be_evaluated_are_told_with_their_file(layout: Layout) -> None:
+    work = work_of(layout, Note(Options()), sql=SQL.replace("caption as text", "cast(caption as int)::text as text"))
+    with pytest.raises(ConfigError, match="DuckDB refuses the SQL: Conversion Error") as refused:
+        workset.freeze(layout, layout.root / "frozen.parquet", work)
+    assert refused.value.where["file"] == "work.sql"
 
 
 def test_sql_with_a_condition_and_other_sql_are_counted_side_by_side(layout: Layout) -> None:
