@@ -178,7 +178,7 @@ class IngestPlan:
         missing: files that the pattern names and that do not exist.
         vanished: shards of the table that the pipeline names no more.
         changed: of todo, shards that are not as they were on disk: their members are read, too.
-        versions: of ingest, how many of the shards that the table has each has read.
+        versions: how many shards of the table each version of ingest has read.
     """
 
     found: tar_shards.Found

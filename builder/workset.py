@@ -300,8 +300,9 @@ def _counted(
     if by_run is not None:
         by_run.update((work.stage.name, Counter()) for work in works)  # anew, where the rows are read again in order
     for shard, state, wanted in _side_by_side(samples, works, sort, with_inputs=with_inputs, with_runs=with_runs):
-        for name, runs in (by_run or {}).items():
-            _tally(runs, state[f"{name}_given_by"])
+        if by_run is not None:
+            for name in {work.stage.name for work in works}:  # others are counted in one pass
+                _tally(by_run[name], state[f"{name}_given_by"])
         for place, (work, rows) in enumerate(zip(works, wanted, strict=True)):
             if rows is None:
                 answered = int(np.count_nonzero(state[f"{work.stage.name}_state"].to_numpy() == _OK))

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from builder import pipeline as pipelines
 from builder import workset
 from builder.errors import ConfigError
 from builder.layout import Layout, installed
@@ -168,6 +169,21 @@ def test_sql_with_a_condition_and_other_sql_are_counted_side_by_side(layout: Lay
     assert [counts.covered for counts in found] == [16, 16, 2, 2]
     assert found[0] == found[1]
     assert found[2] == found[3]
+
+
+def test_plan_counts_the_runs_of_stages_that_are_counted_in_one_pass_and_of_others(
+    workspace: Callable[..., Workspace], tmp_path: Path
+) -> None:
+    (tmp_path / "note.sql").write_text(f"{SQL} where row in (select 2)", "utf-8")
+    made = workspace(stages=section("Note", str(tmp_path / "note.sql")) + "[stages.lang]\n")
+    made.run("ingest")
+    made.run("stage", "note")
+    loaded = made.load()
+    shards = loaded.layout.shard_names()
+    works = [pipelines.work_of(loaded, name, Choice(), shards) for name in ("lang", "note")]
+    by_run: dict[str, Counter[str]] = {}
+    assert [counts.covered for counts in workset.count(loaded.layout, works, by_run)] == [16, 2]
+    assert {name: list(runs.values()) for name, runs in by_run.items()} == {"lang": [], "note": [2]}
 
 
 def test_a_condition_that_cannot_be_evaluated_is_told_with_its_file(layout: Layout) -> None:
