@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import functools
 import importlib.util
 import json
 import re
@@ -250,7 +251,9 @@ def _is_out_of_quota(body: bytes) -> bool:
 
 def shown(text: str, most: int) -> str:
     """A server's words for people: printable, on one line, of at most so many characters."""
-    clean = "".join(char if char.isprintable() else " " for char in text[: 4 * most])
+    clean = text[: 4 * most]
+    if not clean.isprintable():
+        clean = "".join(char if char.isprintable() else " " for char in clean)
     clean = " ".join(clean.split())
     return clean if len(clean) <= most else clean[: most - 3] + "..."
 
@@ -341,16 +344,17 @@ def _tokens(usage: Any, size: int, most: tuple[int, int] | None) -> tuple[int | 
     A token of text has a byte at least, and of what is not shown there are no more than the request allowed.
     """
     bytes_in, most_out = most or (2**31, 2**31)
-    limits = {"prompt_tokens": bytes_in + _FRAME_TOKENS, "completion_tokens": max(most_out, size)}
-    counts = [_count(usage, key, min(limit, 2**31 - 1)) for key, limit in limits.items()]
-    return counts[0], counts[1]
+    counts = usage if isinstance(usage, dict) else {}
+    tokens_in = _count(counts.get("prompt_tokens"), bytes_in + _FRAME_TOKENS)
+    return tokens_in, _count(counts.get("completion_tokens"), max(most_out, size))
 
 
-def _count(usage: Any, key: str, most: int) -> int | None:
-    value = usage.get(key) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most else None
+def _count(value: Any, most: int) -> int | None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= min(most, 2**31 - 1)
+    return value if is_count else None
 
 
+@functools.lru_cache
 def is_same_model(asked: str, said: str) -> bool:
     """Whether a server that says `said` serves the model `asked`.
 
