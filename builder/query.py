@@ -218,7 +218,7 @@ class Samples:
         before, _, after = around.partition("{}")
         try:
             relation = self._connection.cursor().sql(f"{before}(\n{text}\n){after}", params=params or None)
-            yield from relation.to_arrow_reader(rows)
+            yield from batches(relation.to_arrow_reader(rows))
         except duckdb.Error as error:
             raise _refused(sql, error, before.count("\n") + 1) from error
 
@@ -247,6 +247,21 @@ def _check_repeatable(sql: Sql, columns: frozenset[str]) -> repeatable.Finding:
             fix=f"{found.fix}; builder sql and --where may use it",
         )
     return found
+
+
+def batches(reader: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The batches of an answer.
+
+    Raises:
+        DuckError: what DuckDB says of a row that is not among the first; Arrow passes its words on as an OSError.
+    """
+    try:
+        yield from reader
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        kinds = {"IO Error": duckdb.IOException, "Out of Memory Error": duckdb.OutOfMemoryException}
+        raise kinds.get(str(error).partition(":")[0], duckdb.Error)(str(error)) from error
 
 
 def guarded(sql: Sql, error: duckdb.Error) -> BuilderError:

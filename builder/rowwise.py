@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import duckdb
+
 from builder import repeatable
 from builder.schema import folded
 
 #: What a SELECT of rows, one for each of the table, has none of.
 _PARTS = ("group_expressions", "group_sets", "having", "modifiers", "qualify", "sample")
-#: Rows of the answer are not rows of the table where a column has one of these, or a function that is no plain one.
-_OTHER_ROWS = ("STAR", "SUBQUERY", "WINDOW")
+#: An expression with one of these is not a value of one row, or has names of its own, as a lambda's parameters are.
+_OTHER = ("LAMBDA", "STAR", "SUBQUERY", "WINDOW")
 _SOURCE = ("catalog_name", "schema_name", "at_clause", "sample", "column_name_alias")
 
 
@@ -49,7 +51,7 @@ def rowwise(text: str, columns: Collection[str], params: Mapping[str, Any], pref
         prefix: goes before the names of parameters, so that those of several SELECTs stay apart.
 
     Returns:
-        None where the SELECT is any other, such as a join, or compares rows with each other.
+        None where the SELECT is any other, such as a join, compares rows with each other, or is nested too deeply.
     """
     node = _select(text)
     if node is None:
@@ -69,9 +71,13 @@ def rowwise(text: str, columns: Collection[str], params: Mapping[str, Any], pref
             part["identifier"] = f"{prefix}_{part['identifier']}"
     if not all(any(_is_column(item, name) for item in items) for name in ("shard", "row")):
         return None
-    values = {folded(item["alias"] or item.get("column_names", [""])[-1]): _as_text(item) for item in items}
+    try:
+        values = {folded(item["alias"] or item.get("column_names", [""])[-1]): _as_text(item) for item in items}
+        condition = "true" if where is None else _as_text(where)
+    except duckdb.SerializationException:  # DuckDB makes no text of a tree of more than 256 levels
+        return None
     given = {f"{prefix}_{name}": value for name, value in params.items() if folded(name) in used}
-    return Rowwise("true" if where is None else _as_text(where), values, given)
+    return Rowwise(condition, values, given)
 
 
 def _select(text: str) -> dict[str, Any] | None:
@@ -101,7 +107,7 @@ def _is_of_one_row(expression: dict[str, Any] | None, columns: Collection[str], 
         own: the name that the table has in the SELECT.
     """
     for part in repeatable.nodes(expression):
-        if part.get("class") in _OTHER_ROWS:
+        if part.get("class") in _OTHER:
             return False
         if part.get("class") == "FUNCTION" and folded(part["function_name"]) in _not_plain():
             return False
@@ -114,9 +120,10 @@ def _is_of_one_row(expression: dict[str, Any] | None, columns: Collection[str], 
 
 @lru_cache(maxsize=1)
 def _not_plain() -> frozenset[str]:
-    """Functions that make another number of rows: aggregates, those that unnest, and macros that use one of these."""
+    """Functions that make another number of rows (aggregates, those that unnest), or that tell the name of a value, and
+    macros that use one of these."""
     others = "select distinct function_name from duckdb_functions() where function_type not in ('scalar', 'macro')"
-    return repeatable.with_macros(repeatable.listed(others) | {"unnest", "unlist"})
+    return repeatable.with_macros(repeatable.listed(others) | {"unnest", "unlist", "alias"})
 
 
 def _as_text(expression: dict[str, Any]) -> str:

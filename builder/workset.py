@@ -230,13 +230,14 @@ def _counted_at_once(
     by_run: dict[str, Counter[str]] | None,
 ) -> dict[int, tuple[Counts, list[str]]]:
     """The counts of these works by place, and the shards of each that are put off."""
+    covers = _unused("is_covered", (column.name for work in works for column in work.columns))
     rows, sums = ["s.shard"], ["shard"]
     for place in pieces:
-        work, of = works[place], f"filter (is_covered_{place}"
+        work, of = works[place], f"filter ({covers}_{place}"
         state, suspect = f"state_{place}", f"suspect_{place}"
         late = f"{suspect} = {outdated.OTHER_BYTES}"
         rows += [
-            f"coalesce(s.is_covered_{place}, false) as is_covered_{place}",
+            f"coalesce(s.{covers}_{place}, false) as {covers}_{place}",
             f"{_state_of(work)} as {state}",
             f"{outdated.suspicion(work.stage)} as {suspect}",
         ]
@@ -245,7 +246,7 @@ def _counted_at_once(
             f"count(*) {of} and {_is_open_in_sql(state, late, work.choice)})",
             f"count(*) {of} and {state} = {_OK})",
             f"count(*) {of} and {state} >= {_FAILED})",
-            f"count(*) filter (not is_covered_{place} and {state} = {_OK})",
+            f"count(*) filter (not {covers}_{place} and {state} = {_OK})",
             f"count(*) {of} and {late})",
             f"count(*) {of} and {suspect} = {outdated.SUSPECT})",
         ]
@@ -259,7 +260,7 @@ def _counted_at_once(
     params: dict[str, Any] = {}
     for taken in pieces.values():
         params |= taken.params_in(taken.condition)
-    covered = ", ".join(f"({taken.condition}) as is_covered_{place}" for place, taken in pieces.items())
+    covered = ", ".join(f"({taken.condition}) as {covers}_{place}" for place, taken in pieces.items())
     narrowed = _where(works[0].choice.where or "true")
     asked = Sql(f"select *, {covered} from ({narrowed.text})", narrowed.origin)
     answer = samples.rows(asked, params, around=around)
@@ -661,9 +662,10 @@ def _states(
     if taken is not None:
         have = {part.rpartition(" as ")[2].removeprefix("s.") for part in parts}
         inputs = [field for field in works[0].stage.inputs if field.name not in have]
-        parts += [f"s.input_{number} as {schema.quoted(field.name)}" for number, field in enumerate(inputs)]
+        own = _unused("input", (column.name for column in works[0].columns))
+        parts += [f"s.{own}_{number} as {schema.quoted(field.name)}" for number, field in enumerate(inputs)]
         values = "".join(
-            f", cast({taken.values[field.name]} as {schema.duckdb_type(field.type)}) as input_{number}"
+            f", cast({taken.values[field.name]} as {schema.duckdb_type(field.type)}) as {own}_{number}"
             for number, field in enumerate(inputs)
         )
         text = f"select *{values} from ({narrowed.text}) where ({taken.condition})"
@@ -766,6 +768,14 @@ def _as_work(rows: pa.Table, work: Work) -> pa.Table:
         result = result.append_column(name, rows[f"{work.stage.name}_format_asked"])
     names = [*(field.name for field in work.stage.inputs), *formats_asked(work.stage)]
     return result.select([*_KEYS, *names, "previous_run", "inputs", "source_changed"])
+
+
+def _unused(name: str, columns: Iterable[str]) -> str:
+    """A name with which no column begins: SQL that adds a column to all of the table would find two of one name."""
+    taken = {schema.folded(column) for column in columns}
+    while any(column.startswith(name) for column in taken):
+        name += "_"
+    return name
 
 
 def _quoted(text: str) -> str:

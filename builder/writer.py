@@ -305,7 +305,7 @@ def _texts(column: pa.ChunkedArray) -> list[str | None]:
 def _by_shard(reader: pa.RecordBatchReader, sql: Sql) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     shard: str | None = None
     rows: list[dict[str, Any]] = []
-    for batch in reader:
+    for batch in query.batches(reader):
         for row in _in_python(batch, sql):
             if row["shard"] != shard:
                 if shard is not None:

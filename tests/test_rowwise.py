@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,7 +18,7 @@ from builder import workset
 from builder.errors import ConfigError
 from builder.layout import Layout, installed
 from builder.rowwise import rowwise
-from builder.schema import IDENTITY
+from builder.schema import IDENTITY, Column
 from builder.stage import columns_of, find
 from builder.workset import Choice
 from conftest import Workspace, make_shard, samples
@@ -75,6 +76,11 @@ def test_a_condition_is_taken_out_of_sql_that_looks_at_every_row_alone(sql: str,
         "select columns('shard|row') from samples",
         "select shard, row from other",
         "select shard, row from samples as samples(a, b)",
+        "select shard, row, list_transform([1, 2], lambda row: row + samples.row) as text from samples",
+        "select shard, row from samples where list_contains([row + samples.row for row in [1, 2]], 4)",
+        "select shard, row, alias(row) as text from samples",  # the name that the value gets
+        f"select shard, row, {' || '.join(['uid'] * 99)} as text from samples",  # DuckDB writes no tree as deep
+        f"select shard, row from samples where {' + '.join(['row'] * 99)} > 20",
         "select 1; select 2",
         "no sql",
     ],
@@ -155,11 +161,35 @@ def test_one_pass_freezes_what_two_freeze(
         assert sum(part.count for part in slices) == found.num_rows > 0
 
 
+def test_columns_of_the_names_that_one_pass_uses_are_left_alone(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [Column(f"{name}_{at}", pa.bool_(), "source") for name in ("input", "is_covered") for at in range(3)]
+    work = work_of(layout, Note(Options()), sql=f"{SQL} where row > 1")
+    work = replace(work, columns=(*work.columns, *more))
+    with monkeypatch.context() as patch:
+        patch.setattr(workset, "rowwise", lambda *_: None)
+        expected = workset.count(layout, [work, work]), workset.first_rows(layout, work, 99)
+    counts, rows = workset.count(layout, [work, work]), workset.first_rows(layout, work, 99)
+    assert counts == expected[0]
+    assert counts[0].ok > 0
+    assert rows.equals(expected[1])
+
+
 def test_values_that_cannot_be_evaluated_are_told_with_their_file(layout: Layout) -> None:
     work = work_of(layout, Note(Options()), sql=SQL.replace("caption as text", "cast(caption as int)::text as text"))
     with pytest.raises(ConfigError, match="DuckDB refuses the SQL: Conversion Error") as refused:
         workset.freeze(layout, layout.root / "frozen.parquet", work)
     assert refused.value.where["file"] == "work.sql"
+
+
+def test_an_error_of_a_late_row_is_told_with_its_file(layout: Layout) -> None:
+    late = f"{SQL} where case when shard > '00000000' and row = 7 then error('late') else true end"
+    for sql in (late, f"{late} order by row"):
+        work = work_of(layout, Note(Options()), sql=sql)
+        with pytest.raises(ConfigError, match="DuckDB refuses the SQL: Invalid Input Error: late") as refused:
+            workset.freeze(layout, layout.root / "frozen.parquet", work)
+        assert refused.value.where["file"] == "work.sql"
 
 
 def test_sql_with_a_condition_and_other_sql_are_counted_side_by_side(layout: Layout) -> None:

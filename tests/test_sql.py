@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pytest
 
 from builder import layout, schema
 from builder import pipeline as pipelines
 from builder.errors import ConfigError
 from builder.progress import Talk
-from builder.query import Samples, Sql, checked, read_sql
+from builder.query import Samples, Sql, batches, checked, read_sql
 from builder.repeatable import examine
 from builder.stage import columns_of, find
 from builder.stages.faces import Faces, FacesOptions
@@ -585,3 +586,25 @@ def test_the_writer_s_bytes_do_not_depend_on_time_zone_and_locale(dataset: Works
         )  # two nodes rewrite nothing of each other
     assert made[0] == made[1] == made[2]
     assert b"2020-06-01T12:00:00" in made[0][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("Conversion Error: no int", duckdb.Error),
+        ("IO Error: no space", duckdb.IOException),
+        ("Out of Memory Error: no block", duckdb.OutOfMemoryException),
+    ],
+)
+def test_what_duckdb_says_within_an_answer_keeps_its_kind(words: str, kind: type[Exception]) -> None:
+    def late() -> Iterator[pa.RecordBatch]:
+        yield pa.RecordBatch.from_pydict({"row": [1]})
+        raise OSError(words)
+
+    with pytest.raises(kind, match=words) as found:
+        list(batches(late()))
+    assert type(found.value) is kind
+    connection = duckdb.connect()
+    rows = connection.sql("select if(i = 50000, error('late'), i) from range(100000) t(i)").to_arrow_reader(1000)
+    with pytest.raises(duckdb.Error, match="Invalid Input Error: late"):
+        list(batches(rows))
