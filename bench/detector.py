@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from builder.models.mtcnn import Mtcnn
+from builder.models.faces.mtcnn import Mtcnn
 from builder.models.pictures import Pixels
 
 

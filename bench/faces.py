@@ -2,8 +2,8 @@
 
     python -m bench.faces [--rounds 5] [--samples 1200] [--shards DIR]
 
-**The cascade**: `builder.models.mtcnn` and `bench.plain_mtcnn` on the same decoded pictures in one process and one
-thread, in turn; images per second of CPU time. Both count the same faces, or there is no figure.
+**The cascade**: `builder.models.faces.mtcnn` and `bench.plain_mtcnn` on the same decoded pictures in one process and
+one thread, in turn; images per second of CPU time. Both count the same faces, or there is no figure.
 
 **The stage**: `builder stage faces --redo` over two shards with two workers, against two detector loops over the same
 pictures, decoded before and held in memory. The same two processes do both in turn: they wait with everything imported,
@@ -38,7 +38,7 @@ from builder import pipeline as pipelines
 from builder import runs
 from builder.demo_shards import make_demo_shards
 from builder.executors import local
-from builder.models.mtcnn import Mtcnn
+from builder.models.faces.mtcnn import Mtcnn
 from builder.models.pictures import decode
 from builder.progress import Talk
 from builder.workset import Choice

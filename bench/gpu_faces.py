@@ -41,7 +41,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from builder.models import pictures
-from builder.models.mtcnn import suppress
+from builder.models.faces.mtcnn import suppress
 
 #: Images per second of the whole path on a GPU of the H200's class with 16 cores.
 TARGET = 1500.0

@@ -33,7 +33,7 @@ from unittest import mock
 import pyarrow as pa
 import torch
 
-from builder.models import diffusion
+from builder.models.images import diffusion
 from builder.stages.generate import Generate, GenerateOptions
 from tests.tiny_diffusers import clip_tokenizer, t5_tokenizer
 

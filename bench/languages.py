@@ -15,7 +15,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from builder.models.language import UNDETERMINED, LanguageModel
+from builder.models.text.language import UNDETERMINED, LanguageModel
 
 
 def read_sentences(folder: Path, per_file: int | None) -> list[tuple[str, str]]:

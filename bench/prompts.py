@@ -2,7 +2,7 @@
 
     python -m bench.prompts [--rounds 5] [--requests 2000]
 
-**Requests per second**: one server that answers at once, in a process of its own; `builder.models.endpoints.Pool`, a
+**Requests per second**: one server that answers at once, in a process of its own; `builder.models.llm.pool.Pool`, a
 bare loop over aiohttp and a bare loop over `AsyncOpenAI`, as many requests in flight each, in turn.
 
 **A fast and a slow endpoint**, 4 times apart: servers with a fixed latency and a fixed number of slots. Requests per
@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from bench.report import Result, compared, peak_mb, rounds_of, table
-from builder.models.endpoints import Endpoint, Pool
+from builder.models.llm.pool import Endpoint, Pool
 
 #: Requests in flight of all comparisons.
 CONCURRENCY = 64

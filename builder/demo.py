@@ -16,11 +16,11 @@ from builder.demo_shards import TRUTH, faces_placed, make_demo_shards
 from builder.errors import ConfigError
 from builder.files import write_atomic
 from builder.members import MemberReader
-from builder.models.contact_sheet import contact_sheet
 from builder.pipeline import Pipeline
 from builder.progress import Talk
 from builder.query import Sql
 from builder.verify import Proof, summary
+from builder.view.contact_sheet import contact_sheet
 
 #: Pairs on the contact sheet.
 _PAIRS = 8

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from builder.errors import ConfigError
-from builder.models import answers
-from builder.models.answers import Accepted, Contract, Rejected, Request
-from builder.models.language import LanguageModel
-from builder.models.refusals import refusal_in
-from builder.models.rewrites import Rewrites
-from builder.models.texts import legible
+from builder.models.llm import contract as answers
+from builder.models.llm.contract import Accepted, Contract, Rejected, Request
+from builder.models.llm.conversation import Rewrites
+from builder.models.llm.refusals import refusal_in
+from builder.models.text.language import LanguageModel
+from builder.models.text.legible import legible
 
 CAPTION = "a person with a hat in the street"
 GROUP = ("Black", "woman")

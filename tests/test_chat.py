@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from builder.models.chat import (
+from builder.models.llm.http import (
     AskFailed,
     Http,
     Reply,

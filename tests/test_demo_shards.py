@@ -19,7 +19,7 @@ from PIL import Image
 
 from builder.demo_shards import faces_placed, make_demo_shards
 from builder.errors import ConfigError, StageError
-from builder.models.mtcnn import Mtcnn
+from builder.models.faces.mtcnn import Mtcnn
 
 FIELDS = [
     "uid", "caption", "url", "key", "status", "error_message",

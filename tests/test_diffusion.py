@@ -27,7 +27,7 @@ from builder import table
 from builder.answering import check_alone, error_text
 from builder.errors import StageError
 from builder.machine import is_out_of_memory
-from builder.models.diffusion import Diffusion, name_of
+from builder.models.images.diffusion import Diffusion, name_of
 from builder.stage import Preparing, RowsFailed
 from builder.stages.generate import Generate, GenerateOptions, nearest, seed_of
 from builder.workset import Choice
@@ -856,7 +856,7 @@ def test_a_lora_is_fused_at_its_scale(start: Callable[..., Generate], models: di
 def test_a_pipeline_of_another_class_encodes_prompts_itself(
     start: Callable[..., Generate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from builder.models import diffusion
+    from builder.models.images import diffusion
 
     rows = batch(range(5))
     first = images(start().process(rows))
@@ -945,7 +945,7 @@ def test_an_image_that_comes_out_otherwise_is_told_with_what_is_not_as_it_was(
     data["packages"] |= {"torch": "1.0"}
     data["options"]["steps"] = 3
     description.write_text(json.dumps(data))
-    monkeypatch.setattr("builder.models.diffusion._device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr("builder.models.images.diffusion._device_name", lambda device: "NVIDIA H200")
     out_of_memory_above(2, monkeypatch)
     again = pictured.run("regen", "00000000:1", "--check", check=False)
     [pixels] = re.findall(r"pixels differ by .* of 255 on average, \d+ at most", again.stdout)

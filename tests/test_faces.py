@@ -20,8 +20,8 @@ from PIL import ExifTags, Image
 from builder import query
 from builder.answering import answer, check_alone
 from builder.errors import ConfigError, StageError
-from builder.models import detectors
-from builder.models.detectors import DETECTORS, DetectorOptions, nearness
+from builder.models.faces import finder
+from builder.models.faces.finder import DETECTORS, DetectorOptions, nearness
 from builder.schema import BOXES
 from builder.stage import Preparing, RowsFailed, options_hash
 from builder.stages.check import Check, CheckOptions
@@ -80,7 +80,7 @@ def test_pictures_are_decoded_ahead(stage: Faces) -> None:
 def test_what_is_decoded_ahead_is_bounded_and_changes_no_answer(
     monkeypatch: pytest.MonkeyPatch, limit: int, ahead: int, threads: int | None
 ) -> None:
-    monkeypatch.setattr(detectors, "AHEAD_PIXELS", limit)
+    monkeypatch.setattr(finder, "AHEAD_PIXELS", limit)
     stage = Faces(FacesOptions(decode_threads=threads))
     stage.setup("cpu")
     rows = batch(astronaut(), None, astronaut(), picture())
@@ -98,7 +98,7 @@ def test_what_is_decoded_ahead_is_bounded_and_changes_no_answer(
 
 @pytest.mark.parametrize("limit", [1, 10**9])
 def test_bytes_that_do_not_decode_fail_alone(stage: Faces, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(detectors, "AHEAD_PIXELS", limit)
+    monkeypatch.setattr(finder, "AHEAD_PIXELS", limit)
     cut_short = astronaut()[:5000]  # its header is whole
     rows = batch(astronaut(), b"no picture", None, cut_short, picture())
     for prepared in (stage.prepare(rows), None):
@@ -186,10 +186,10 @@ def test_a_large_picture_is_shrunk_and_one_at_the_limit_is_not(monkeypatch: pyte
     picture = Image.fromarray(skimage.data.astronaut())
     answers = []
     for most in (512 * 512, 512 * 512 - 1):
-        monkeypatch.setattr(detectors, "MOST_PIXELS", most)
+        monkeypatch.setattr(finder, "MOST_PIXELS", most)
         answers.append(found(stage, astronaut(), saved(picture, "PNG")))
     assert looked == [(512, 512, 3)] * 2 + [(256, 256, 3)] * 2
-    monkeypatch.setattr(detectors, "MOST_PIXELS", 10**9)
+    monkeypatch.setattr(finder, "MOST_PIXELS", 10**9)
     assert answers[0] == found(stage, astronaut(), saved(picture, "PNG"))
     for whole, shrunk in zip(*answers, strict=True):
         assert whole["face_count"] == shrunk["face_count"] == 1
@@ -199,7 +199,7 @@ def test_a_large_picture_is_shrunk_and_one_at_the_limit_is_not(monkeypatch: pyte
 
 def test_a_picture_of_megapixels_is_bounded_work(stage: Faces) -> None:
     """The limit is in pixels and fits common pictures: above it, between a quarter of it and all of it is left."""
-    assert detectors.MOST_PIXELS == 8_000_000
+    assert finder.MOST_PIXELS == 8_000_000
     side = 3000
     picture = Image.fromarray(skimage.data.astronaut()).resize((side, side))
     prepared = stage.prepare(batch(saved(picture)))
@@ -730,7 +730,7 @@ def test_a_third_detector_has_options_of_its_own(
 
 
 def test_no_insightface_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from builder.models import scrfd
+    from builder.models.faces import scrfd
 
     monkeypatch.setattr(scrfd.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StageError) as caught:

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from builder.errors import ConfigError
-from builder.models.groups import Groups, text_of
+from builder.models.llm.groups import Groups, text_of
 
 ETHNICITY = ["Black", "white", "Asian", "Latino", "Middle Eastern", "Indian"]
 GENDER = ["man", "woman"]

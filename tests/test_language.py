@@ -9,8 +9,8 @@ import unicodedata
 import pytest
 
 from builder.errors import StageError
-from builder.models import language
-from builder.models.language import LANGUAGES_BY_LETTERS, MAX_CHARS, LanguageModel, clean
+from builder.models.text import language
+from builder.models.text.language import LANGUAGES_BY_LETTERS, MAX_CHARS, LanguageModel, clean
 
 CAPTIONS = {
     "ar": "كلب صغير يركض على الشاطئ وفي فمه عصا",

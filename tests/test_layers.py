@@ -8,7 +8,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -40,13 +40,15 @@ def layers() -> list[tuple[int, str]]:
     return [(int(layer), name) for layer, names in rows for name in re.findall(r"`([^`]+)`", names)]
 
 
-def imports(source: str) -> Iterator[str]:
-    """Modules of the package that a source imports, anywhere in it, as paths."""
+def imports(source: str, known: Collection[str]) -> Iterator[str]:
+    """What a source imports of the package, anywhere in it, as paths: modules out of `known`, or folders."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == "builder":
             yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("builder."):
-            yield str(node.module).removeprefix("builder.").replace(".", "/")
+            parent = str(node.module).removeprefix("builder.").replace(".", "/")
+            inside = {f"{parent}/{alias.name}" for alias in node.names}
+            yield from sorted(inside) if inside <= set(known) else [parent]
         elif isinstance(node, ast.Import):
             yield from (
                 a.name.removeprefix("builder.").replace(".", "/") for a in node.names if a.name[:8] == "builder."
@@ -55,7 +57,6 @@ def imports(source: str) -> Iterator[str]:
 
 def upward(sources: dict[str, str], order: list[tuple[int, str]]) -> list[str]:
     """`table.py imports pipeline` for every import that does not go to a lower layer, or to the left in its own."""
-    folders = {name.split("/")[0] for name in sources if "/" in name}
 
     def place(module: str) -> int:
         found = [i for i, (_, pattern) in enumerate(order) if fnmatch(module, pattern)]
@@ -64,8 +65,8 @@ def upward(sources: dict[str, str], order: list[tuple[int, str]]) -> list[str]:
 
     wrong = []
     for module, source in sorted(sources.items()):
-        for target in imports(source):
-            names = [target] if target not in folders else [name for name in sources if name.startswith(target + "/")]
+        for target in imports(source, sources):
+            names = [name for name in sources if name.startswith(target + "/")] or [target]
             if any(place(name) >= place(module) for name in names):
                 wrong.append(f"{module}.py imports {target}")
     return wrong
@@ -88,7 +89,7 @@ def test_an_import_upward_is_told() -> None:
     bad = {**good, "table": "def f():\n    from builder.pipeline import run", "errors": "import builder.table"}
     assert upward(bad, order) == ["errors.py imports table", "table.py imports pipeline"]
     beside = {**good, "stages/faces": "", "stages/lang": "from builder.stages import faces"}
-    assert upward(beside, order) == ["stages/lang.py imports stages"]
+    assert upward(beside, order) == ["stages/lang.py imports stages/faces"]
 
 
 def test_the_table_of_layers_is_of_this_package() -> None:

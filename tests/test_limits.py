@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from builder.models.limits import START, Bucket, Concurrency
+from builder.models.llm.limits import START, Bucket, Concurrency
 
 
 def grown(limit: Concurrency, answers: int) -> int:

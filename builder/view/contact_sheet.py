@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 from builder.models.pictures import decode
-from builder.models.sketch import Color, fit, font, line_px, readable, text_px
+from builder.view.lettering import Color, fit, font, line_px, readable, text_px
 
 #: What one image is fitted into, pixels.
 TILE_PX = 256

@@ -12,7 +12,7 @@ import string
 import unicodedata
 
 from builder.errors import ConfigError, RowError
-from builder.models.texts import DOMAIN, address_in, legible
+from builder.models.text.legible import DOMAIN, address_in, legible
 
 #: What a prompt is made of where the pipeline does not say.
 DEFAULT_STYLE = "A photo of {caption}, natural light"

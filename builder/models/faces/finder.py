@@ -19,11 +19,11 @@ from pydantic import Field
 
 from builder.config import Strict
 from builder.errors import ConfigError
-from builder.models.mtcnn import Mtcnn
-from builder.models.mtcnn_nets import check_installed as check_mtcnn
+from builder.models.faces.mtcnn import Mtcnn
+from builder.models.faces.mtcnn_networks import check_installed as check_mtcnn
+from builder.models.faces.scrfd import GRAIN_PX, LICENCE, Scrfd
+from builder.models.faces.scrfd import check_installed as check_scrfd
 from builder.models.pictures import Pixels, decode, pixels_of
-from builder.models.scrfd import GRAIN_PX, LICENCE, Scrfd
-from builder.models.scrfd import check_installed as check_scrfd
 from builder.stage import Resources
 
 #: Digits of a coordinate in 0..1: finer than a pixel of any picture.

@@ -25,7 +25,7 @@ from pydantic.config import JsonDict
 
 from builder.config import Strict
 from builder.errors import StageError
-from builder.models.chat import (
+from builder.models.llm.http import (
     MAX_BYTES_LISTED,
     MAX_SAID,
     AskFailed,
@@ -37,7 +37,7 @@ from builder.models.chat import (
     read_usage,
     shown,
 )
-from builder.models.limits import Bucket, Concurrency
+from builder.models.llm.limits import Bucket, Concurrency
 
 #: Seconds of the first pause where a server does not say how long; doubled for each further one, up to the other. No
 #: pause is longer, whatever a server asks for.

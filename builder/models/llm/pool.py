@@ -14,8 +14,7 @@ from typing import Any, Literal, TypeAlias
 import orjson
 
 from builder.errors import StageError
-from builder.models.chat import AskFailed, Http, Over, Reply, read_reply, read_status
-from builder.models.endpoint import (
+from builder.models.llm.endpoint import (
     BACK_OFF_S,
     LONGEST_BACK_OFF_S,
     Cost,
@@ -27,6 +26,7 @@ from builder.models.endpoint import (
     probe,
     say_hello,
 )
+from builder.models.llm.http import AskFailed, Http, Over, Reply, read_reply, read_status
 
 __all__ = ["AskFailed", "Endpoint", "Over", "Pool", "Reply"]
 

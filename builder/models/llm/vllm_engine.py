@@ -14,9 +14,9 @@ from typing import Any
 
 from builder import machine
 from builder.errors import StageError, missing_extra
-from builder.models.answers import Rejected
-from builder.models.chat import AskFailed
-from builder.models.rewrites import Answer, Messages, Talk
+from builder.models.llm.contract import Rejected
+from builder.models.llm.conversation import Answer, Messages, Talk
+from builder.models.llm.http import AskFailed
 
 #: The engine's own process is left out, so that what kills the worker leaves nothing behind; nothing is reported home.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}

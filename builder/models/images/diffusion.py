@@ -1,7 +1,7 @@
 """Images of prompts by a diffusers pipeline: loading, text encoding, denoising.
 
 Owns what differs between pipeline classes: how the options are called there, and what `encode_prompt` returns. Knows no
-table, no threads and no JPEG; who batches, pads and halves is `builder.models.image_queue`.
+table, no threads and no JPEG; who batches, pads and halves is `builder.models.images.queue`.
 """
 
 from __future__ import annotations

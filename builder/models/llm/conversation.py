@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from builder.errors import ConfigError
-from builder.models.answers import Accepted, Contract, Rejected, Request
-from builder.models.groups import text_of
-from builder.models.texts import legible
+from builder.models.llm.contract import Accepted, Contract, Rejected, Request
+from builder.models.llm.groups import text_of
+from builder.models.text.legible import legible
 
 #: Where groups are given: the caption's meaning stays, the people in it are those of the group.
 GROUP_SYSTEM = (

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from builder.errors import ConfigError, missing_extra
-from builder.models.refusals import refusal_in, remark_in
-from builder.models.texts import address_in, hidden_in, visible
+from builder.models.llm.refusals import refusal_in, remark_in
+from builder.models.text.legible import address_in, hidden_in, visible
 
 #: Score from which an answer counts as being in another language: at it 0.4 % of sentences are told wrong, and short
 #: prompts with names in them stay. Source: bench/languages.py.
@@ -270,7 +270,7 @@ class Contract:
         return code if score >= _TOLD else _UNDETERMINED
 
 
-#: Under this score a language is not told. Source: builder.models.language.LanguageModel.detect.
+#: Under this score a language is not told. Source: builder.models.text.language.LanguageModel.detect.
 _TOLD = 0.5
 #: ISO 639-2's code for a language that could not be told.
 _UNDETERMINED = "und"

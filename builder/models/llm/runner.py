@@ -13,8 +13,8 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from builder.errors import StageError
-from builder.models.endpoints import Over, Pool
-from builder.models.rewrites import Answer, Talk
+from builder.models.llm.conversation import Answer, Talk
+from builder.models.llm.pool import Over, Pool
 
 #: What came of a talk.
 Outcome = Answer | Exception

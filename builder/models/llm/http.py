@@ -1,7 +1,7 @@
 """One chat request over HTTP: sent, waited for, and its answer held to the protocol.
 
 Owns what counts as an answer of an OpenAI-compatible server, and the classes of failure. Knows no limits and no choice
-between endpoints: see `builder.models.endpoints`.
+between endpoints: see `builder.models.llm.pool`.
 """
 
 from __future__ import annotations
