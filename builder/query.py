@@ -253,7 +253,7 @@ def batches(reader: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The batches of an answer.
 
     Raises:
-        DuckError: what DuckDB says of a row that is not among the first; Arrow passes its words on as an OSError.
+        DuckError: DuckDB failed after the first batch. Arrow reports that as an OSError with DuckDB's message.
     """
     try:
         yield from reader
