@@ -32,13 +32,13 @@ import pyarrow.parquet as pq
 
 from bench import corpus, faces, images, prompts, tables, work
 from bench.report import Result, compared, rounds_of, table, write
-from builder import table as tables_of
-from builder.edits import EditsTar
 from builder.executors.local import DEFAULTS
-from builder.layout import Layout
-from builder.sources import shards as tar_shards
-from builder.stage import columns_of
-from builder.stage import find as find_stage
+from builder.sources.tars import shards as tar_shards
+from builder.stages.contract import columns_of
+from builder.stages.contract import find as find_stage
+from builder.store.layout import Layout
+from builder.table import column_files as tables_of
+from builder.table.edits import EditsTar
 
 #: Share of the samples that are edited.
 EDITED = 0.15

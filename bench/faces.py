@@ -34,14 +34,14 @@ import numpy as np
 
 from bench.plain_mtcnn import PlainMtcnn
 from bench.report import Result, compared, rounds_of, table
-from builder import pipeline as pipelines
-from builder import runs
-from builder.demo_shards import make_demo_shards
+from builder.demo.shards import make_demo_shards
+from builder.engine import runs
+from builder.engine.workset import Choice
 from builder.executors import local
 from builder.models.faces.mtcnn import Mtcnn
 from builder.models.pictures import decode
 from builder.progress import Talk
-from builder.workset import Choice
+from builder.verbs import pipeline as pipelines
 
 WORKERS = 2
 #: Samples of shards that are made.

@@ -28,12 +28,12 @@ from unittest import mock
 
 from bench import corpus
 from bench.report import Result, compared, table
-from builder import pipeline as pipelines
-from builder import runs
+from builder.engine import runs
+from builder.engine.workset import Choice
 from builder.executors import local
 from builder.progress import Talk
-from builder.query import Sql
-from builder.workset import Choice
+from builder.table.query import Sql
+from builder.verbs import pipeline as pipelines
 from tests import tiny_diffusers
 
 #: Images of a round, the model's batch and steps, and the side of the image, px.

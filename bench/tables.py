@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.corpus import SEED
-from builder import pipeline as pipelines
-from builder import table
-from builder.layout import Layout
-from builder.pipeline import Pipeline
-from builder.schema import SOURCE
-from builder.sources import shards as tar_shards
+from builder.sources.tars import shards as tar_shards
+from builder.store.layout import Layout
+from builder.table import column_files as table
+from builder.table.schema import SOURCE
+from builder.verbs import pipeline as pipelines
+from builder.verbs.pipeline import Pipeline
 
 #: Share of rows with an answer, by stage.
 DONE = {"faces": 1.0, "lang": 1.0, "prompts": 0.0, "generate": 0.0}

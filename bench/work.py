@@ -21,15 +21,18 @@ import pyarrow.parquet as pq
 
 from bench import corpus, tables
 from bench.report import peak_mb
-from builder import pipeline as pipelines
-from builder import schema, table, workset, writer
-from builder.edited_sample import Rules
-from builder.layout import Layout
-from builder.query import Samples, read_sql
-from builder.sources import shards as tar_shards
-from builder.stage import columns_of
-from builder.stage import find as find_stage
-from builder.workset import Choice
+from builder.engine import workset
+from builder.engine.workset import Choice
+from builder.hybrid import writer
+from builder.hybrid.edited_sample import Rules
+from builder.sources.tars import shards as tar_shards
+from builder.stages.contract import columns_of
+from builder.stages.contract import find as find_stage
+from builder.store.layout import Layout
+from builder.table import column_files as table
+from builder.table import schema
+from builder.table.query import Samples, read_sql
+from builder.verbs import pipeline as pipelines
 
 #: Every json field of DataComp and img2dataset is carried.
 READING = tar_shards.Reading(dict(schema.FIELD_TYPES))

@@ -8,12 +8,16 @@ __all__ = ["Dataset", "Resources", "Strict", "__version__", "open_dataset", "out
 if TYPE_CHECKING:
     from builder.config import Strict
     from builder.dataset import Dataset, open_dataset
-    from builder.schema import output
-    from builder.stage import Resources
+    from builder.stages.contract import Resources
+    from builder.table.schema import output
 
 _WHERE = {
-    "Dataset": "dataset", "open_dataset": "dataset", "Strict": "config", "output": "schema", "Resources": "stage",
-}  # fmt: skip
+    "Dataset": "dataset",
+    "open_dataset": "dataset",
+    "Strict": "config",
+    "output": "table.schema",
+    "Resources": "stages.contract",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,8 +19,10 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from builder import layout, machine, schema
+from builder import machine
 from builder.errors import ConfigError, SchemaError
+from builder.store import layout
+from builder.table import schema
 
 #: Executors that this version carries.
 EXECUTORS = ("local",)

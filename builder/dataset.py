@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import machine, table
+from builder import machine
 from builder.errors import ConfigError
-from builder.layout import Layout
-from builder.members import MemberReader
-from builder.query import DuckError, Samples, Sql, guarded
-from builder.schema import arrow_schema
-from builder.stage import with_built_in
+from builder.sources.members import MemberReader
+from builder.stages.contract import with_built_in
+from builder.store.layout import Layout
+from builder.table import column_files as table
+from builder.table.query import DuckError, Samples, Sql, guarded
+from builder.table.schema import arrow_schema
 
 if TYPE_CHECKING:
     import polars

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.schema import IMAGE_EXTENSIONS
+from builder.table.schema import IMAGE_EXTENSIONS
 
 #: Formats in which a stage may be asked for a picture.
 JPG, PNG, WEBP = "jpg", "png", "webp"

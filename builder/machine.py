@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from builder.errors import MachineError
-from builder.files import ReadError, file_system, strerror
+from builder.store.files import ReadError, file_system, strerror
 
 T = TypeVar("T")
 #: Seconds before a disk or a server that did not answer is asked again.

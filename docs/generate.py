@@ -20,9 +20,10 @@ from typing import Any, get_args
 import click
 from pydantic import BaseModel
 
-from builder import config, schema
+from builder import config
 from builder.cli import main as command_line
-from builder.stage import Stage, find
+from builder.stages.contract import Stage, find
+from builder.table import schema
 
 DOCS = Path(__file__).parent
 #: The built-in stages in the order of the pipelines that come with builder.

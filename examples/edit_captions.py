@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from builder.demo_shards import make_demo_shards
+from builder.demo.shards import make_demo_shards
 
 folder = Path(sys.argv[1])
 make_demo_shards(folder / "source", samples=40)  # or your own shards

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import builder
-from builder.demo_shards import make_demo_shards
+from builder.demo.shards import make_demo_shards
 
 folder = Path(sys.argv[1])
 make_demo_shards(folder / "source", samples=40)

@@ -22,12 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from builder import pipeline as pipelines
-from builder import runs, table
+from builder.engine import runs
 from builder.executors import local
-from builder.pipeline import Pipeline
-from builder.schema import BOXES
-from builder.sources import shards as tar_shards
+from builder.sources.tars import shards as tar_shards
+from builder.table import column_files as table
+from builder.table.schema import BOXES
+from builder.verbs import pipeline as pipelines
+from builder.verbs.pipeline import Pipeline
 from here import builder_here
 
 local.as_a_worker()  # before a library counts its threads

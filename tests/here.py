@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from builder import cli, runs
+from builder.cli import app as cli
+from builder.engine import runs
 from builder.executors import local
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -34,17 +34,18 @@ import pyarrow as pa
 from click.testing import CliRunner, Result
 from PIL import ExifTags, Image
 
-from builder import table, tar
-from builder.answering import MAX_ERROR, answer
 from builder.cli import main as builder_command
-from builder.edits import EditsTar
+from builder.engine.batches import MAX_ERROR, answer
+from builder.engine.task import read_once
 from builder.errors import RowError, ShardError
-from builder.layout import Layout
 from builder.models import pictures
 from builder.models.pictures import decode
 from builder.progress import plain
 from builder.stages.faces import Faces, FacesOptions
-from builder.task import read_once
+from builder.store.layout import Layout
+from builder.table import column_files as table
+from builder.table.edits import EditsTar
+from builder.tar import index as tar
 from conftest import PIPELINE, Sample, Workspace, ingest_here, picture, write_tar
 from tars import by_builder, by_webdataset, rows_of
 

@@ -32,15 +32,18 @@ import pyarrow as pa
 import pyarrow.dataset  # likewise, by read_table
 import pyarrow.parquet as pq
 
-from builder import cli, runs, table, writer
-from builder import pipeline as pipelines
+from builder.cli import app as cli
+from builder.engine import runs
+from builder.engine.workset import Choice
 from builder.executors import local
-from builder.files import TEMP_SUFFIX, temp_path
-from builder.layout import Layout, names
+from builder.hybrid import writer
 from builder.progress import Talk
-from builder.schema import SOURCE
-from builder.sources import shards as tar_shards
-from builder.workset import Choice
+from builder.sources.tars import shards as tar_shards
+from builder.store.files import TEMP_SUFFIX, temp_path
+from builder.store.layout import Layout, names
+from builder.table import column_files as table
+from builder.table.schema import SOURCE
+from builder.verbs import pipeline as pipelines
 from conftest import PIPELINE, Workspace, make_shard, samples
 from faults import HALVES, READS, Fault, Point, arm
 from planned import SQL, section

@@ -6,14 +6,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from builder import pipeline as pipelines
-from builder import runs, schema, table, workset
-from builder.layout import Layout, RunFiles
-from builder.pipeline import Pipeline
-from builder.query import Sql
-from builder.stage import Stage, columns_of, options_hash
-from builder.task import Result, TaskSettings, run_stage_task
-from builder.workset import Choice, Work
+from builder.engine import runs, workset
+from builder.engine.task import Result, TaskSettings, run_stage_task
+from builder.engine.workset import Choice, Work
+from builder.stages.contract import Stage, columns_of, options_hash
+from builder.store.layout import Layout, RunFiles
+from builder.table import column_files as table
+from builder.table import schema
+from builder.table.query import Sql
+from builder.verbs import pipeline as pipelines
+from builder.verbs.pipeline import Pipeline
 from conftest import STAGES
 
 #: Work SQL of the stages of tests/stages.py.

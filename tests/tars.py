@@ -10,8 +10,8 @@ from typing import Any
 
 import webdataset
 
-from builder import tar
-from builder.sources.shards import Reading, read_shard
+from builder.sources.tars.shards import Reading, read_shard
+from builder.tar import index as tar
 
 BLOCK = 512
 END = bytes(2 * BLOCK)

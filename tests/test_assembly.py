@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from builder import assembly
-from builder.assembly import Assembly
 from builder.errors import ShardError
+from builder.hybrid import assembly
+from builder.hybrid.assembly import Assembly
 
 Writev = Callable[[int, Sequence[Any]], int]
 SOURCE = random.Random(5).randbytes(300_000)

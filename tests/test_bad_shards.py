@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from builder import pipeline as pipelines
 from builder.cli import main
+from builder.engine.workset import Choice
 from builder.errors import ConfigError, TransientError
 from builder.progress import Talk
-from builder.workset import Choice
+from builder.verbs import pipeline as pipelines
 from conftest import (
     PIPELINE,
     STANDARD_STAGES,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import boxes
+from builder.table import boxes
 
 GOOD = [0.1, 0.1, 0.5, 0.9]
 

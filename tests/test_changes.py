@@ -15,12 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 import planned
-from builder import output, table, workset
-from builder import pipeline as pipelines
+from builder import output
 from builder.cli import main
+from builder.engine import workset
+from builder.engine.workset import Choice
 from builder.errors import ConfigError, ShardError
 from builder.progress import Talk
-from builder.workset import Choice
+from builder.table import column_files as table
+from builder.verbs import pipeline as pipelines
 from conftest import (
     STAGES,
     Workspace,

@@ -14,8 +14,8 @@ import skimage.data
 from PIL import Image
 
 from builder.errors import StageError
-from builder.stage import RowsFailed
 from builder.stages.check import Check, CheckOptions, grey_std
+from builder.stages.contract import RowsFailed
 from conftest import STANDARD_STAGES, Workspace
 from toy_scrfd import magenta, write_toy
 

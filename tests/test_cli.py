@@ -20,8 +20,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from builder import cli, console, table, writer
+from builder.cli import app as cli
+from builder.cli import console
 from builder.errors import ConfigError
+from builder.hybrid import writer
+from builder.table import column_files as table
 from conftest import STAGES, Sample, Workspace, builder, make_shard, make_workspace, picture, samples, starts_in_ascii
 from stages import cannot
 

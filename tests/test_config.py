@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from builder import config
-from builder import pipeline as pipelines
 from builder.errors import ConfigError
+from builder.verbs import pipeline as pipelines
 
 GOOD = """\
 [dataset]
@@ -384,21 +384,21 @@ def test_an_own_stage_whose_file_raises(file: Path) -> None:
         (
             'version, members = "mine", "1"', 'version, members = "mine", 1',
             "stage 'mine': attribute 'version' is int, not str",
-            "set version on the class, as builder.stage.Stage shows",
+            "set version on the class, as builder.stages.contract.Stage shows",
         ),
         (
             "    resources = Resources()\n", "",
             "stage 'mine': attribute 'resources' is missing, not Resources",
-            "set resources on the class, as builder.stage.Stage shows",
+            "set resources on the class, as builder.stages.contract.Stage shows",
         ),
         (
             "    def close(self): ...\n", "",
-            "stage 'mine' has no method 'close'", "write def close, as builder.stage.Stage shows",
+            "stage 'mine' has no method 'close'", "write def close, as builder.stages.contract.Stage shows",
         ),
         (
             "    def close(self): ...\n", "    def close(self): ...\n    def prepare(self, batch): ...\n",
             "stage 'mine' has 'prepare', but its 'process' does not take what it returns",
-            "write def process(self, batch, prepared=None), as builder.stage.Preparing shows",
+            "write def process(self, batch, prepared=None), as builder.stages.contract.Preparing shows",
         ),
         (
             "Options = Strict", "Options = dict",

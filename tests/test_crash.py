@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 
-from builder import pipeline as pipelines
-from builder import table
-from builder.layout import RunFiles
+from builder.engine.workset import Choice
 from builder.progress import Talk
-from builder.workset import Choice
+from builder.store.layout import RunFiles
+from builder.table import column_files as table
+from builder.verbs import pipeline as pipelines
 from conftest import ingest_here
 from kills import NOBODY, check_proven, check_swept, make, run, seen, start, table_of, wait_for
 from planned import described

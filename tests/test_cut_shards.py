@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder import table, tar
-from builder.edited_sample import Rules
-from builder.query import Sql
-from builder.writer import plan_shard
+from builder.hybrid.edited_sample import Rules
+from builder.hybrid.writer import plan_shard
+from builder.table import column_files as table
+from builder.table.query import Sql
+from builder.tar import index as tar
 from conftest import Workspace, picture, write_tar
 from tars import END, by_webdataset, gnu_tar, pax, pax_record, record, written
 

@@ -17,7 +17,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from builder.demo_shards import faces_placed, make_demo_shards
+from builder.demo.shards import faces_placed, make_demo_shards
 from builder.errors import ConfigError, StageError
 from builder.models.faces.mtcnn import Mtcnn
 

@@ -23,14 +23,14 @@ from pydantic import ValidationError
 
 import planned
 import tiny_diffusers
-from builder import table
-from builder.answering import check_alone, error_text
+from builder.engine.batches import check_alone, error_text
+from builder.engine.workset import Choice
 from builder.errors import StageError
 from builder.machine import is_out_of_memory
 from builder.models.images.diffusion import Diffusion, name_of
-from builder.stage import Preparing, RowsFailed
+from builder.stages.contract import Preparing, RowsFailed
 from builder.stages.generate import Generate, GenerateOptions, nearest, seed_of
-from builder.workset import Choice
+from builder.table import column_files as table
 from conftest import Workspace, ingest_here, read_tar, samples
 
 ROOT = Path(__file__).parent.parent

@@ -16,10 +16,11 @@ from types import ModuleType
 import click
 import pytest
 
-from builder import __version__, config, schema
+from builder import __version__, config
 from builder.cli import main
-from builder.demo_shards import make_demo_shards
-from builder.stage import columns_of, find
+from builder.demo.shards import make_demo_shards
+from builder.stages.contract import columns_of, find
+from builder.table import schema
 from here import builder_here
 
 ROOT = Path(__file__).parent.parent

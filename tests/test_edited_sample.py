@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from builder import formats, table
-from builder import pipeline as pipelines
-from builder.edited_sample import (
+from builder import formats
+from builder.hybrid.edited_sample import (
     NO_TEXT,
     OTHER_FORMAT,
     REASONS,
@@ -25,6 +24,8 @@ from builder.edited_sample import (
     members_of,
     was_so,
 )
+from builder.table import column_files as table
+from builder.verbs import pipeline as pipelines
 from conftest import CAPTION, Workspace, members_like, picture, read_tar, write_tar
 
 Make = Callable[..., Workspace]
@@ -360,7 +361,7 @@ import io
 import pyarrow as pa
 from PIL import Image
 from builder import Resources, Strict, output
-from builder.schema import GENERATED
+from builder.table.schema import GENERATED
 
 class Paint:
     name, version, Options, members = "paint", "1", Strict, ()

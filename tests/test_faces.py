@@ -17,15 +17,15 @@ import pytest
 import skimage.data
 from PIL import ExifTags, Image
 
-from builder import query
-from builder.answering import answer, check_alone
+from builder.engine.batches import answer, check_alone
 from builder.errors import ConfigError, StageError
 from builder.models.faces import finder
 from builder.models.faces.finder import DETECTORS, DetectorOptions, nearness
-from builder.schema import BOXES
-from builder.stage import Preparing, RowsFailed, options_hash
 from builder.stages.check import Check, CheckOptions
+from builder.stages.contract import Preparing, RowsFailed, options_hash
 from builder.stages.faces import Faces, FacesOptions
+from builder.table import query
+from builder.table.schema import BOXES
 from conftest import Sample, Workspace, make_workspace, metadata, picture, samples
 from toy_scrfd import magenta, write_toy
 

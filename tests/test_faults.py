@@ -20,14 +20,18 @@ from typing import Any
 
 import pytest
 
-from builder import files, machine, runs, table, tar
-from builder.edits import EditsTar
+from builder import machine
+from builder.engine import runs
 from builder.errors import TransientError
 from builder.executors import local
 from builder.executors.local import Ended
-from builder.layout import Layout
-from builder.query import Samples, Sql
-from builder.sources import shards as tar_shards
+from builder.sources.tars import shards as tar_shards
+from builder.store import files
+from builder.store.layout import Layout
+from builder.table import column_files as table
+from builder.table.edits import EditsTar
+from builder.table.query import Samples, Sql
+from builder.tar import index as tar
 from conftest import Done, Workspace, ingest_here, samples, talk, write_tar
 from faults import Fault, armed, environment
 from planned import SQL, section

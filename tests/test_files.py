@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from builder import files
 from builder.errors import ConfigError, ShardError, TransientError
+from builder.store import files
 
 
 def everything(folder: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from builder import tar
+from builder.tar import index as tar
 from conftest import PIPELINE, STANDARD_STAGES, USTAR_MTIME, Workspace, picture, samples, write_tar
 from tars import Samples, by_builder, by_webdataset, gnu_tar, rows_of
 

@@ -18,17 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder import files, table
-from builder import pipeline as pipelines
-from builder.edits import EditsReader
+from builder.engine.workset import Choice
 from builder.errors import BuilderError, ConfigError, ShardError
-from builder.layout import Layout, RunFiles
-from builder.members import MemberReader
 from builder.progress import Talk
-from builder.query import Samples, Sql
-from builder.regen import regenerate
-from builder.schema import Column
-from builder.workset import Choice
+from builder.sources.members import MemberReader
+from builder.store import files
+from builder.store.layout import Layout, RunFiles
+from builder.table import column_files as table
+from builder.table.edits import EditsReader
+from builder.table.query import Samples, Sql
+from builder.table.schema import Column
+from builder.verbs import pipeline as pipelines
+from builder.verbs.regen import regenerate
 from conftest import PIPELINE, STANDARD_STAGES, Workspace, make_workspace, samples
 
 PACKAGE = Path(files.__file__).parent
@@ -319,7 +320,7 @@ def test_the_write_task_of_a_run_without_a_folder_writes_below_the_root(given: G
     (run / "run.json").write_text(json.dumps(data))
     (given.root / "shards/a.tar").unlink()
     given.made.run("task", str(run), "0", check=False)
-    from builder import runs
+    from builder.engine import runs
 
     assert runs.run_task(run, 0) == 0
     assert (given.root / "shards/a.tar").exists()

@@ -11,7 +11,7 @@ import pytest
 
 from builder.errors import ConfigError
 from builder.progress import Talk
-from builder.sources import shards as tar_shards
+from builder.sources.tars import shards as tar_shards
 from conftest import Workspace, picture, read_tar, samples, write_tar
 
 # --- which shards ---

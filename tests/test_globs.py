@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from builder import globs, machine
-from builder.sources import shards as tar_shards
+from builder import machine
+from builder.sources.tars import shards as tar_shards
+from builder.store import globs
 from conftest import Done, Sample, Workspace, ingest_here, metadata, picture
 
 PATTERNS = (

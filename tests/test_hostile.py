@@ -30,16 +30,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import hostile
-from builder import pipeline as pipelines
-from builder import tar, writer
 from builder.cli import main
-from builder.edits import EditsReader, EditsTar
 from builder.errors import ConfigError, ShardError
-from builder.layout import MAX_SHARD_NAME, Layout, shard_name_fault
+from builder.hybrid import writer
 from builder.models.pictures import decode
 from builder.progress import Talk, plain
-from builder.query import Sql
-from builder.sources.samples import MAX_ERROR, MAX_TEXT
+from builder.sources.tars.samples import MAX_ERROR, MAX_TEXT
+from builder.store.layout import MAX_SHARD_NAME, Layout, shard_name_fault
+from builder.table.edits import EditsReader, EditsTar
+from builder.table.query import Sql
+from builder.tar import index as tar
+from builder.verbs import pipeline as pipelines
 from conftest import STANDARD_STAGES, Sample, Workspace, ingest_here, make_shard, picture, samples
 from tars import (
     BLOCK,
@@ -305,7 +306,7 @@ def test_tars_that_declare_60_gb_take_no_memory(tmp_path: Path) -> None:
     paths = [written(tmp_path / f"{i}.tar", *KINDS[kind].parts) for i, kind in enumerate(kinds)]
     code = """
 from pathlib import Path
-from builder import tar
+from builder.tar import index as tar
 from builder.errors import ShardError
 import resource
 for path in sys.argv[1:]:

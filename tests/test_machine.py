@@ -16,13 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL.JpegImagePlugin import JpegImageFile
 
-from builder import answering, machine, runs
+from builder import machine
+from builder.engine import batches as answering
+from builder.engine import runs
 from builder.errors import ShardError, StageError, TransientError
-from builder.files import ReadError
 from builder.machine import Sort, sort_of
 from builder.models import pictures
-from builder.sources import shards as tar_shards
-from builder.stage import find
+from builder.sources.tars import shards as tar_shards
+from builder.stages.contract import find
+from builder.store.files import ReadError
 from conftest import Done, Workspace, ingest_here, make_shard, picture, samples
 from faults import Fault, armed
 from planned import SQL, section

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder import schema
-from builder.edited_sample import Edit, edited_json
 from builder.errors import ConfigError, SchemaError
-from builder.query import Lookup, Samples
-from builder.schema import Column
-from builder.sources.shards import Reading, read_shard
+from builder.hybrid.edited_sample import Edit, edited_json
+from builder.sources.tars.shards import Reading, read_shard
+from builder.table import schema
+from builder.table.query import Lookup, Samples
+from builder.table.schema import Column
 from conftest import Sample, Workspace, make_shard, picture, read_tar, samples, write_tar
 
 

@@ -21,12 +21,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 import make_root
 import old_root
 import planned
-from builder import files, table, workset
-from builder import pipeline as pipelines
+from builder.engine import workset
+from builder.engine.workset import Choice
 from builder.executors import local
-from builder.members import digest_of
 from builder.progress import Talk
-from builder.workset import Choice
+from builder.sources.members import digest_of
+from builder.store import files
+from builder.table import column_files as table
+from builder.verbs import pipeline as pipelines
 from conftest import STAGES, Sample, Workspace, make_shard, make_workspace, read_tar, samples
 from here import tasks_here
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from builder import layout
-from builder import pipeline as pipelines
 from builder.errors import ConfigError
-from builder.sources.shards import expand_braces
+from builder.sources.tars.shards import expand_braces
+from builder.store import layout
+from builder.verbs import pipeline as pipelines
 
 FOLDER = layout.installed("pipelines")
 SCALES = ("small", "large")

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pytest
 
 import llm_server as llm
-from builder import table
 from builder.config import Problems, check
 from builder.errors import ConfigError, ShardError, StageError
-from builder.layout import Layout
 from builder.models.llm.conversation import GROUP_SYSTEM, Rewrites, Template
-from builder.stage import RowsFailed, find, options_hash
+from builder.stages.contract import RowsFailed, find, options_hash
 from builder.stages.prompts import Prompts, PromptsOptions
+from builder.store.layout import Layout
+from builder.table import column_files as table
 from conftest import Workspace, ingest_here, samples
 from llm_server import LlmServer, Play, disconnect, hang
 from planned import do, plan

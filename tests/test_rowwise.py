@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder import pipeline as pipelines
-from builder import workset
+from builder.engine import workset
+from builder.engine.workset import Choice
 from builder.errors import ConfigError
-from builder.layout import Layout, installed
-from builder.rowwise import rowwise
-from builder.schema import IDENTITY, Column
-from builder.stage import columns_of, find
-from builder.workset import Choice
+from builder.stages.contract import columns_of, find
+from builder.store.layout import Layout, installed
+from builder.table.rowwise import rowwise
+from builder.table.schema import IDENTITY, Column
+from builder.verbs import pipeline as pipelines
 from conftest import Workspace, make_shard, samples
 from planned import SQL, section, work_of
 from stages import Note, Options

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.sources import shards as tar_shards
+from builder.sources.tars import shards as tar_shards
 from conftest import STAGES, Workspace, samples
 
 Make = Callable[..., Workspace]

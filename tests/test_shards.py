@@ -18,11 +18,11 @@ from braceexpand import braceexpand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder import schema
 from builder.errors import ConfigError
-from builder.sources import samples as sample_columns
-from builder.sources import shards as tar_shards
-from builder.sources.shards import Reading
+from builder.sources.tars import samples as sample_columns
+from builder.sources.tars import shards as tar_shards
+from builder.sources.tars.shards import Reading
+from builder.table import schema
 from conftest import Sample, Workspace, builder, make_shard, picture, samples, write_tar
 
 JPG = picture()

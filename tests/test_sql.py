@@ -13,15 +13,16 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from builder import layout, schema
-from builder import pipeline as pipelines
+from builder.engine.workset import Choice
 from builder.errors import ConfigError
 from builder.progress import Talk
-from builder.query import Samples, Sql, batches, checked, read_sql
-from builder.repeatable import examine
-from builder.stage import columns_of, find
+from builder.stages.contract import columns_of, find
 from builder.stages.faces import Faces, FacesOptions
-from builder.workset import Choice
+from builder.store import layout
+from builder.table import schema
+from builder.table.query import Samples, Sql, batches, checked, read_sql
+from builder.table.repeatable import examine
+from builder.verbs import pipeline as pipelines
 from conftest import Workspace, ingest_here, metadata, samples, starts_in_ascii
 
 FOLDER = layout.installed("sql")

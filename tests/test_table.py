@@ -27,13 +27,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
-from builder import files, schema, table
-from builder.edits import EditsTar
 from builder.errors import ConflictError, SchemaError
-from builder.layout import Layout
-from builder.schema import SOURCE, Column
-from builder.sources.shards import Reading
-from builder.table import SourceShard, Sweep, Swept
+from builder.sources.tars.shards import Reading
+from builder.store import files
+from builder.store.layout import Layout
+from builder.table import column_files as table
+from builder.table.column_files import SourceShard, Sweep, Swept, schema
+from builder.table.edits import EditsTar
+from builder.table.schema import SOURCE, Column
 
 SHARD = "00000000"
 TEXT = pa.string()

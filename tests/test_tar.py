@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from builder import tar
 from builder.errors import ShardError
+from builder.tar import index as tar
 from conftest import PAX_MTIME, USTAR_MTIME, write_tar
 from tars import (
     BLOCK,

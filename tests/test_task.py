@@ -18,15 +18,20 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pytest
 
-from builder import Resources, Strict, answering, files, machine, output, schema, table, tar, task
-from builder.answering import error_text
-from builder.deaths import Deaths, Verdict
+from builder import Resources, Strict, machine, output
+from builder.engine import batches as answering
+from builder.engine import task
+from builder.engine.batches import error_text
+from builder.engine.in_hand import Deaths, Verdict
+from builder.engine.task import Result
+from builder.engine.workset import Choice
 from builder.errors import ShardError, StageError, TransientError
-from builder.layout import Layout, RunFiles
-from builder.stage import RowsFailed
-from builder.table import Swept
-from builder.task import Result
-from builder.workset import Choice
+from builder.stages.contract import RowsFailed
+from builder.store import files
+from builder.store.layout import Layout, RunFiles
+from builder.table import column_files as table
+from builder.table.column_files import Swept, schema
+from builder.tar import index as tar
 from conftest import Workspace, ingest_here, make_shard, samples
 from planned import SQL, do, plan, section
 from stages import Base, Fails, Note, Options, Short, cannot

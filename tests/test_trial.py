@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from builder.layout import RunFiles
+from builder.store.layout import RunFiles
 from conftest import Workspace, make_workspace
 from planned import section
 

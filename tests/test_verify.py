@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder import pipeline as pipelines
-from builder import tar
 from builder.progress import Talk
+from builder.tar import index as tar
+from builder.verbs import pipeline as pipelines
 from conftest import PIPELINE, STANDARD_STAGES, Workspace, make_shard, make_workspace, read_tar, samples, write_tar
 
 #: Three shards of 8, 8 and 2 samples; nothing of the last one is edited. Row 5 of the first two is dropped.

@@ -15,14 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder import pipeline as pipelines
-from builder import table, workset
+from builder.engine import workset
+from builder.engine.workset import Choice, Counts, Slice, Work, cut
 from builder.errors import ConfigError, ConflictError
-from builder.layout import Layout, RunFiles
 from builder.progress import Talk
-from builder.sources.shards import Reading
-from builder.table import SourceShard
-from builder.workset import Choice, Counts, Slice, Work, cut
+from builder.sources.tars.shards import Reading
+from builder.store.layout import Layout, RunFiles
+from builder.table import column_files as table
+from builder.table.column_files import SourceShard
+from builder.verbs import pipeline as pipelines
 from conftest import Workspace, ingest_here, make_shard, make_workspace, samples
 from planned import SQL, do, plan, rows_of, section, work_of
 from stages import Base, Fails, Note, Options

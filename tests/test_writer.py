@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder import files, writer
-from builder import pipeline as pipelines
-from builder.edited_sample import Edit, edited_json
 from builder.errors import ConfigError
+from builder.hybrid import writer
+from builder.hybrid.edited_sample import Edit, edited_json
 from builder.progress import Talk
+from builder.store import files
+from builder.verbs import pipeline as pipelines
 from conftest import Sample, Workspace, picture, read_tar, samples, write_tar
 
 MADE = {

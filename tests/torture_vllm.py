@@ -140,7 +140,7 @@ def outcomes(
 
     import pyarrow as pa
 
-    from builder.stage import RowsFailed
+    from builder.stages.contract import RowsFailed
     from builder.stages.prompts import Prompts, PromptsOptions
     from tiny_models import GROUPS, SYSTEM, caption
 

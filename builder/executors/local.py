@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import files
-from builder.deaths import DIED_OF
+from builder.engine.in_hand import DIED_OF
+from builder.store import files
 
 #: Exit codes of a task: done, done with failed rows, stopped when asked; any other did not finish.
 DONE, DONE_WITH_FAILURES, STOPPED = 0, 3, 130

@@ -24,8 +24,8 @@ from builder.models.faces.finder import (
 from builder.models.images import safety
 from builder.models.images.safety import SafetyModel
 from builder.models.pictures import Pixels
-from builder.schema import output
-from builder.stage import Resources, answered
+from builder.stages.contract import Resources, answered
+from builder.table.schema import output
 
 #: Weights of red, green and blue in the grey image, in thousandths. Source: ITU-R BT.601, as Pillow's mode L.
 _GREY = np.array([299, 587, 114])

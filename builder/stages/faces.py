@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from builder import boxes
-from builder.answering import difference
+from builder.engine.batches import difference
 from builder.errors import ConfigError
 from builder.models.faces.finder import (
     DETECTORS,
@@ -22,9 +21,10 @@ from builder.models.faces.finder import (
     is_large,
     nearness,
 )
-from builder.query import Lookup
-from builder.schema import BOXES, output
-from builder.stage import Resources, answered
+from builder.stages.contract import Resources, answered
+from builder.table import boxes
+from builder.table.query import Lookup
+from builder.table.schema import BOXES, output
 
 
 class FacesOptions(DetectorOptions):

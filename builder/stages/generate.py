@@ -17,8 +17,8 @@ from builder.models.images.diffusion import Diffusion, DiffusionOptions, Unsafe,
 from builder.models.images.queue import ImageQueue, Job, Made
 from builder.models.images.sketch import draw
 from builder.models.pictures import decode
-from builder.schema import GENERATED, output
-from builder.stage import Resources, RowsFailed
+from builder.stages.contract import Resources, RowsFailed
+from builder.table.schema import GENERATED, output
 
 #: Batches that are queued ahead: they fill the batches at the end of a shard, and of each size where there are several.
 AHEAD = 3

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from builder.config import Strict
 from builder.models.text.language import LanguageModel, check_installed
-from builder.schema import output
-from builder.stage import Resources
+from builder.stages.contract import Resources
+from builder.table.schema import output
 
 #: ISO 639-2's code for a language that could not be told.
 UNDETERMINED = "und"

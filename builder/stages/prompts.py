@@ -25,8 +25,8 @@ from builder.models.llm.template import DEFAULT_STYLE, rewrite
 from builder.models.llm.vllm_engine import VllmChat
 from builder.models.text import language
 from builder.models.text.language import LanguageModel
-from builder.schema import output
-from builder.stage import Resources, RowsFailed
+from builder.stages.contract import Resources, RowsFailed
+from builder.table.schema import output
 
 #: Rows of a batch that is asked of servers.
 ASKED_ROWS = 256

@@ -24,7 +24,7 @@ from builder.models.faces.mtcnn_networks import check_installed as check_mtcnn
 from builder.models.faces.scrfd import GRAIN_PX, LICENCE, Scrfd
 from builder.models.faces.scrfd import check_installed as check_scrfd
 from builder.models.pictures import Pixels, decode, pixels_of
-from builder.stage import Resources
+from builder.stages.contract import Resources
 
 #: Digits of a coordinate in 0..1: finer than a pixel of any picture.
 DIGITS = 6

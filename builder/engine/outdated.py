@@ -1,0 +1,188 @@
+"""Which answers are out of date: their sample changed since, and their own inputs are others now.
+
+Owns what a row records of the inputs of its answer, and how that is compared. `<stage>_inputs` is a hash of the values
+that the work SQL gave, of the uid, of a generated image that was read, and of the stage's version and options;
+`<stage>_digest` tells the bytes of the source that were read; `<stage>_sample` the ingest that had last found the
+sample changed. An answer is out of date if
+
+- the bytes that it was made from are not those that an ingest of the changed shard has found, or
+- an ingest has found its sample changed since, and the hash of its inputs, taken with the version and the options of
+  its own run, is another now: other ones make an answer stale, and not out of date.
+
+So what nobody changed costs nothing: nulls are compared with nulls. Answers of versions that recorded no digest have
+hashed extension and size of every member in its place; these are taken from `source_was`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from builder import formats
+from builder.errors import ShardError
+from builder.sources.members import EDIT, NOTHING_READ, place_of
+from builder.stages.contract import Stage, inputs_hashes
+from builder.store import files
+from builder.store.layout import Layout, RunFiles
+
+Mask = npt.NDArray[np.bool_]
+#: What `suspicion` says of a row: an answer is as it was, has to be compared, or was made from other bytes.
+SAME, SUSPECT, OTHER_BYTES = 0, 1, 2
+
+
+def source_members(stage: Stage) -> list[str]:
+    """The members of the source that a stage reads."""
+    return [member for member in stage.members if member != EDIT]
+
+
+def suspicion(stage: Stage) -> str:
+    """SQL over `samples s`: whether the sample of an answer changed since."""
+    name, others = stage.name, "false"
+    if members := source_members(stage):
+        digest = f"s.source_digests.{members[0]}"
+        for member in members[1:]:
+            digest = f"xor({digest}, s.source_digests.{member})"
+        others = f"(s.{name}_digest <> {NOTHING_READ} and s.{name}_digest <> {digest})"
+    return (
+        f"(case when s.{name}_status is null then {SAME} when {others} then {OTHER_BYTES}"
+        f" when s.source_changed is distinct from s.{name}_sample then {SUSPECT} else {SAME} end)::utinyint"
+    )
+
+
+def recorded(stage: Stage) -> list[str]:
+    """SQL over `samples s`: what a row says of the inputs of its answer, and what of its inputs the work SQL does not.
+
+    The columns that `inputs_now`, `are_out_of_date` and `are_stale` read beside the stage's inputs.
+    """
+    name = stage.name
+    is_old = f"s.{name}_status is not null and s.{name}_digest is null"
+    parts = [
+        "s.uid",
+        f"s.{name}_run as {name}_by",
+        f"s.{name}_inputs as {name}_previous",
+        f"({is_old}) as {name}_is_old",
+        f"case when {is_old} then s.source_was end as {name}_was",
+    ]
+    if source_members(stage):
+        text = "list_transform({}, lambda m: m.ext || ' ' || m.size)::varchar"
+        was, now = text.format("s.source_was.members"), text.format("s.source_members")
+        sizes = f"case when s.source_was is null then {now} else {was} end"
+        parts += [
+            f"case when {is_old} then {sizes} end as {name}_sizes",
+            f"case when {is_old} and s.source_was is not null then s.source_members end as {name}_members",
+            f"case when {is_old} and s.source_was is not null then s.source_digests end as {name}_digests",
+        ]
+    if EDIT in stage.members:
+        parts.append(f"s.image_sha256 as {name}_edit")
+    return parts
+
+
+def inputs_now(rows: pa.Table, stage: Stage, signature: str) -> pa.UInt64Array:
+    """`<stage>_inputs` of rows that are to be answered.
+
+    Args:
+        signature: `stage.options_hash`.
+    """
+    values = _values(rows, stage, ["uid", *_named(stage, ["edit"])])
+    return inputs_hashes(signature, values, _format_asked(rows, stage))
+
+
+def _format_asked(rows: pa.Table, stage: Stage) -> list[Any] | None:
+    """The format in which pictures are asked for; None for jpg, which all were before there was a choice."""
+    name = f"{stage.name}_format_asked"
+    if name not in rows.column_names:
+        return None
+    return [None if asked == formats.JPG else asked for asked in rows[name].to_pylist()]
+
+
+def _values(rows: pa.Table, stage: Stage, beside: Sequence[str]) -> list[list[Any]]:
+    names = [*(field.name for field in stage.inputs), *beside]
+    return [rows[name].to_pylist() for name in names] or [[None] * rows.num_rows]
+
+
+def _named(stage: Stage, parts: Sequence[str]) -> list[str]:
+    """Names of the columns of `recorded` that this stage has."""
+    has = {"sizes": bool(source_members(stage)), "edit": EDIT in stage.members}
+    return [f"{stage.name}_{part}" for part in parts if has[part]]
+
+
+def are_stale(rows: pa.Table, stage: Stage, signature: str) -> Mask:
+    """Which rows have no answer, or one of other inputs, another version or other options than now's."""
+    others = rows[f"{stage.name}_suspect"].to_numpy() == OTHER_BYTES
+    differ = ~_are_same(rows, stage, [signature] * rows.num_rows)
+    return np.asarray(differ | others | _was_other(rows, stage))
+
+
+def are_out_of_date(rows: pa.Table, stage: Stage, signature: str, layout: Layout) -> Mask:
+    """Which answers are out of date; `rows` have the columns of `suspicion` as `<stage>_suspect`, and of `recorded`.
+
+    Of an answer whose run is gone, so that its options are unknown, only bytes tell.
+    """
+    suspect = rows[f"{stage.name}_suspect"].to_numpy()
+    found: Mask = suspect == OTHER_BYTES
+    at = np.flatnonzero(suspect == SUSPECT)
+    if len(at):
+        chosen = rows.take(pa.array(at))
+        own = [signature_of(layout, run) for run in chosen[f"{stage.name}_by"].to_pylist()]
+        is_known = np.array([known is not None for known in own], bool)
+        differ = ~_are_same(chosen, stage, [known or signature for known in own])
+        found[at] = (is_known & differ) | _was_other(chosen, stage)
+    return found
+
+
+def _are_same(rows: pa.Table, stage: Stage, signatures: Sequence[str]) -> Mask:
+    """Whether the recorded hash is that of the row's inputs now, taken with a signature of its own."""
+    name = stage.name
+    previous = rows[f"{name}_previous"].to_pylist()
+    is_old = rows[f"{name}_is_old"].to_pylist()
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for row, key in enumerate(zip(signatures, is_old, strict=True)):
+        groups.setdefault(key, []).append(row)
+    same = np.zeros(rows.num_rows, bool)
+    for (signature, old), at in groups.items():
+        part = rows if len(at) == rows.num_rows else rows.take(pa.array(at))
+        if old:
+            values = _values(part, stage, _named(stage, ["sizes", "edit"]))
+            now = inputs_hashes(signature, values, _format_asked(part, stage))
+        else:
+            now = inputs_now(part, stage, signature)
+        same[at] = [previous[row] == value for row, value in zip(at, now.to_pylist(), strict=True)]
+    return same
+
+
+def _was_other(rows: pa.Table, stage: Stage) -> Mask:
+    """Of answers without a digest: whether the uid, or a member that is read, is known to be another than it was."""
+    name, found = stage.name, np.zeros(rows.num_rows, bool)
+    was = rows[f"{name}_was"]
+    for row in np.flatnonzero(was.is_valid().to_numpy()).tolist():
+        then = was[row].as_py()
+        found[row] = then["uid"] != rows["uid"][row].as_py()
+        for member in source_members(stage):
+            old, new = (place_of(side, member) for side in (then["members"], rows[f"{name}_members"][row].as_py()))
+            if old is None or new is None:
+                found[row] |= old is not new
+                continue
+            digest = (rows[f"{name}_digests"][row].as_py() or {}).get(member)
+            found[row] |= (old["ext"], old["size"]) != (new["ext"], new["size"])
+            found[row] |= None not in (digest, old["digest"]) and digest != old["digest"]
+    return found
+
+
+def signature_of(layout: Layout, run: str | None) -> str | None:
+    """Hash of version and options of a run, `stage.options_hash`; None if the run is gone or does not say it."""
+    return None if run is None else _signature_in(RunFiles(layout.run(run)).description)
+
+
+@lru_cache(maxsize=4096)
+def _signature_in(description: Path) -> str | None:
+    try:
+        found = files.read_object(description).get("options_hash")
+    except (FileNotFoundError, ShardError):
+        return None
+    return found if isinstance(found, str) else None

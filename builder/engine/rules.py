@@ -1,0 +1,77 @@
+"""Older rules: which answers an earlier version of a stage, or of ingest, gave, and what is different now.
+
+A raised version starts nothing: answers stay until somebody asks for new ones. This says how many there are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from builder.engine import runs
+from builder.errors import ConfigError
+from builder.stages.contract import Stage
+from builder.store.layout import Layout
+
+
+@dataclass(frozen=True)
+class OlderRule:
+    """Answers of one older version.
+
+    Attributes:
+        stage: the stage that gave them, `ingest` for rows of the source.
+        version: the version that gave them.
+        count: rows, or shards where `stage` is `ingest`.
+        changes: what newer versions changed, the oldest first.
+        command: what gives new answers.
+    """
+
+    stage: str
+    version: str
+    count: int
+    changes: list[str]
+    command: str
+
+
+def of_ingest(versions: Mapping[str, int], changes: Mapping[str, str]) -> list[OlderRule]:
+    """Shards that an older version of ingest has read.
+
+    Args:
+        versions: how many shards of the table each version has read.
+    """
+    return _older("ingest", versions, changes, "ingest --redo")
+
+
+def of_stage(layout: Layout, stage: Stage, by_run: Mapping[str, int]) -> list[OlderRule]:
+    """Rows that older versions of a stage have answered, by version.
+
+    A row whose run is gone from `runs/`, or damaged, counts as one of an unknown version: every change is told.
+
+    Args:
+        by_run: how many rows each run has answered.
+    """
+    changes: Mapping[str, str] = getattr(stage, "changes", {})
+    if not changes:
+        return []
+    counts: Counter[str] = Counter()
+    for run, rows in by_run.items():
+        counts[_version_of(layout, run)] += rows
+    return _older(stage.name, counts, changes, f"stage {stage.name} --stale")
+
+
+def _version_of(layout: Layout, run: str) -> str:
+    try:
+        return str(runs.read(layout.run(run)).get("version", "unknown")) if run else "unknown"
+    except ConfigError:
+        return "unknown"
+
+
+def _older(stage: str, counts: Mapping[str, int], changes: Mapping[str, str], command: str) -> list[OlderRule]:
+    found = []
+    for version, count in sorted(counts.items()):
+        known = list(changes)
+        newer = known[known.index(version) + 1 :] if version in changes else known
+        if newer:
+            found.append(OlderRule(stage, version, count, [changes[name] for name in newer], command))
+    return found

@@ -1,0 +1,132 @@
+"""SQL that looks at every row of the table on its own, in pieces, so that one pass can ask several of them.
+
+A pass over a table of many partitions costs about as much for one question as for ten: most of it is their footers.
+Knows nothing of stages and of the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import duckdb
+
+from builder.table import repeatable
+from builder.table.schema import folded
+
+#: What a SELECT of rows, one for each of the table, has none of.
+_PARTS = ("group_expressions", "group_sets", "having", "modifiers", "qualify", "sample")
+#: An expression with one of these is not a value of one row, or has names of its own, as a lambda's parameters are.
+_OTHER = ("LAMBDA", "STAR", "SUBQUERY", "WINDOW")
+_SOURCE = ("catalog_name", "schema_name", "at_clause", "sample", "column_name_alias")
+
+
+@dataclass(frozen=True)
+class Rowwise:
+    """A SELECT that looks at every row on its own, in pieces of SQL over the table's columns.
+
+    Attributes:
+        condition: when it returns a row.
+        values: what it returns of one, by name, in lower case.
+        params: values of the parameters that these pieces use.
+    """
+
+    condition: str
+    values: dict[str, str]
+    params: dict[str, Any]
+
+    def params_in(self, sql: str) -> dict[str, Any]:
+        """The parameters that SQL with some of the pieces uses."""
+        return {name: value for name, value in self.params.items() if re.search(rf"\${name}\b", sql, re.IGNORECASE)}
+
+
+def rowwise(text: str, columns: Collection[str], params: Mapping[str, Any], prefix: str = "of") -> Rowwise | None:
+    """The pieces of a SELECT from `samples` alone that returns `shard` and `row` as they are, at most once each.
+
+    Args:
+        columns: of the table.
+        prefix: goes before the names of parameters, so that those of several SELECTs stay apart.
+
+    Returns:
+        None where the SELECT is any other, such as a join, compares rows with each other, or is nested too deeply.
+    """
+    node = _select(text)
+    if node is None:
+        return None
+    names = {folded(name) for name in columns}
+    own = folded(node["from_table"]["alias"] or node["from_table"]["table_name"])
+    items, where = node["select_list"], node["where_clause"]
+    if not all(_is_of_one_row(part, names, own) for part in (*items, where)):
+        return None
+    used: set[str] = set()
+    for part in repeatable.nodes([items, where]):
+        if part.get("class") == "COLUMN_REF" and len(part["column_names"]) > 1:
+            head, *rest = part["column_names"]
+            part["column_names"] = rest if folded(head) == own else [head, *rest]
+        if part.get("class") == "PARAMETER":
+            used.add(folded(part["identifier"]))
+            part["identifier"] = f"{prefix}_{part['identifier']}"
+    if not all(any(_is_column(item, name) for item in items) for name in ("shard", "row")):
+        return None
+    try:
+        values = {folded(item["alias"] or item.get("column_names", [""])[-1]): _as_text(item) for item in items}
+        condition = "true" if where is None else _as_text(where)
+    except duckdb.SerializationException:  # DuckDB makes no text of a tree of more than 256 levels
+        return None
+    given = {f"{prefix}_{name}": value for name, value in params.items() if folded(name) in used}
+    return Rowwise(condition, values, given)
+
+
+def _select(text: str) -> dict[str, Any] | None:
+    """The tree of one SELECT from `samples` and nothing more."""
+    statements = repeatable.parsed(text)
+    node: dict[str, Any] | None = statements[0]["node"] if statements and len(statements) == 1 else None
+    if node is None or node["type"] != "SELECT_NODE" or node["cte_map"]["map"] or any(node[part] for part in _PARTS):
+        return None
+    source = node["from_table"]
+    is_table = source["type"] == "BASE_TABLE" and folded(source["table_name"]) == "samples"
+    if not is_table or any(source[part] for part in _SOURCE) or node["aggregate_handling"] != "STANDARD_HANDLING":
+        return None
+    return node
+
+
+def _is_column(item: dict[str, Any], name: str) -> bool:
+    """Whether a SELECT returns the column of this name as it is, under its own name."""
+    if item.get("class") != "COLUMN_REF":
+        return False
+    return [folded(part) for part in item["column_names"]] == [name] == [folded(item["alias"] or name)]
+
+
+def _is_of_one_row(expression: dict[str, Any] | None, columns: Collection[str], own: str) -> bool:
+    """Whether an expression is a value of one row, made of columns of the table alone.
+
+    Args:
+        own: the name that the table has in the SELECT.
+    """
+    for part in repeatable.nodes(expression):
+        if part.get("class") in _OTHER:
+            return False
+        if part.get("class") == "FUNCTION" and folded(part["function_name"]) in _not_plain():
+            return False
+        if part.get("class") == "COLUMN_REF":
+            head, *rest = map(folded, part["column_names"])
+            if (rest[0] if rest and head == own else head) not in columns:
+                return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def _not_plain() -> frozenset[str]:
+    """Functions that make another number of rows (aggregates, those that unnest), or that tell the name of a value, and
+    macros that use one of these."""
+    others = "select distinct function_name from duckdb_functions() where function_type not in ('scalar', 'macro')"
+    return repeatable.with_macros(repeatable.listed(others) | {"unnest", "unlist", "alias"})
+
+
+def _as_text(expression: dict[str, Any]) -> str:
+    [statement] = repeatable.parsed("select 1")
+    statement["node"]["select_list"] = [{**expression, "alias": ""}]
+    return repeatable.text_of(statement).removeprefix("SELECT ")
