@@ -37,7 +37,7 @@ from builder.sources.tars import shards as tar_shards
 from builder.stages.contract import columns_of
 from builder.stages.contract import find as find_stage
 from builder.store.layout import Layout
-from builder.table import column_files as tables_of
+from builder.table import commits, partitions, root_schema
 from builder.table.edits import EditsTar
 
 #: Share of the samples that are edited.
@@ -191,7 +191,7 @@ def prepare_write(folder: Path, paths: Sequence[Path]) -> tuple[Layout, list[Pat
     if (layout.root / "made").exists():
         return layout, edits
     shutil.rmtree(layout.root, ignore_errors=True)
-    tables_of.extend_schema(layout, work.hybrid_columns())
+    root_schema.extend_schema(layout, work.hybrid_columns())
     run = {"stage": "generate", "version": "1", "options_hash": "0" * 16}
     layout.run("bench").mkdir(parents=True)
     (layout.run("bench") / "run.json").write_text(json.dumps(run))
@@ -205,7 +205,7 @@ def prepare_write(folder: Path, paths: Sequence[Path]) -> tuple[Layout, list[Pat
 def _generate(layout: Layout, shard: str, edits: Path) -> None:
     """Commits images of the corpus as if they had been generated."""
     stage = columns_of(find_stage("generate"))
-    have, state = tables_of.read_partition(layout, shard, ["key"])
+    have, state = partitions.read_partition(layout, shard, ["key"])
     chance = random.Random(f"{corpus.SEED} {shard}")
     rows = sorted(chance.sample(range(have.num_rows), int(EDITED * have.num_rows)))
     chosen = [corpus.pictures()[chance.randrange(corpus.PICTURES)] for _ in rows]
@@ -226,8 +226,8 @@ def _generate(layout: Layout, shard: str, edits: Path) -> None:
     nothing = [None] * count
     done = pa.table({column.name: pa.array(values.get(column.name, nothing), column.type) for column in stage})
     done = done.append_column("row", pa.array(rows, pa.int64()))
-    tables_of.commit(layout, shard, "generate", stage, done, [None] * count, rows=state.rows, attempt="bench-a")
-    tables_of.heal(layout, [shard])
+    commits.commit(layout, shard, "generate", stage, done, [None] * count, rows=state.rows, attempt="bench-a")
+    partitions.heal(layout, [shard])
     keys = [have["key"][row].as_py() for row in rows]
     pq.write_table(pa.table({"key": keys, "prompt": prompts, "image": [data for data, _ in chosen]}), edits)
 
@@ -295,7 +295,7 @@ def check_write(layout: Layout, path: Path, edits: Path) -> None:
 def measure_table(folder: Path, rounds: int, samples: int) -> list[Result]:
     pax = corpus.make(folder, corpus.Shards("pax", 2, samples))
     layout, _ = prepare_write(folder, pax)
-    tables_of.extend_schema(layout, columns_of(find_stage("lang")))
+    root_schema.extend_schema(layout, columns_of(find_stage("lang")))
     partition = layout.partition(pax[0].stem)
     committed, rewritten = rounds_of(
         max(rounds, 9),
@@ -332,7 +332,7 @@ def _linked(folder: Path, linked: Path) -> None:
     source, target = tables.pipeline_in(folder).layout, tables.pipeline_in(linked).layout
     if target.samples.exists():
         return
-    tables_of.extend_schema(target, tables.pipeline_in(linked).own_columns)
+    root_schema.extend_schema(target, tables.pipeline_in(linked).own_columns)
     target.samples.mkdir(parents=True)
     for number, shard in enumerate(source.partitions() * 10):
         os.link(source.partition(shard), target.partition(f"{number:08d}"))

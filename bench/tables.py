@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from bench.corpus import SEED
 from builder.sources.tars import shards as tar_shards
 from builder.store.layout import Layout
-from builder.table import column_files as table
+from builder.table import column_files, partitions, root_schema
 from builder.table.schema import SOURCE
 from builder.verbs import pipeline as pipelines
 from builder.verbs.pipeline import Pipeline
@@ -32,7 +32,7 @@ def make(folder: Path, pipeline: Pipeline, shards: int, rows: int) -> Layout:
     layout = pipeline.layout
     if (layout.root / "made").exists():
         return layout
-    table.extend_schema(layout, pipeline.own_columns)
+    root_schema.extend_schema(layout, pipeline.own_columns)
     (folder / "source").mkdir(parents=True, exist_ok=True)
     layout.samples.mkdir(parents=True, exist_ok=True)
     content = _content(pipeline, rows)
@@ -55,9 +55,9 @@ def _shard(folder: Path, layout: Layout, pipeline: Pipeline, name: str, content:
     uids = [text[i : i + 32] for text in [random.bytes(16 * content.num_rows).hex()] for i in range(0, len(text), 32)]
     named = content.set_column(content.column_names.index("shard"), "shard", pa.array([name] * content.num_rows))
     named = named.set_column(named.column_names.index("uid"), "uid", pa.array(uids))
-    write = partial(table.write_parquet, named)
+    write = partial(column_files.write_parquet, named)
     source = tar_shards.identify(path, pipeline.reading)
-    write(table.folded_metadata(generations, 1, name, source), layout.partition(name))
+    write(partitions.folded_metadata(generations, 1, name, source), layout.partition(name))
 
 
 def _content(pipeline: Pipeline, rows: int) -> pa.Table:

@@ -29,8 +29,7 @@ from builder.sources.tars import shards as tar_shards
 from builder.stages.contract import columns_of
 from builder.stages.contract import find as find_stage
 from builder.store.layout import Layout
-from builder.table import column_files as table
-from builder.table import schema
+from builder.table import column_files, commits, partitions, root_schema, schema
 from builder.table.query import Samples, read_sql
 from builder.verbs import pipeline as pipelines
 
@@ -64,10 +63,10 @@ def ingest(root: str, *paths: str) -> Work:
     """Shards into a new root, durably."""
     layout = Layout(Path(root))
     shutil.rmtree(root, ignore_errors=True)
-    table.extend_schema(layout, READING.columns)
+    root_schema.extend_schema(layout, READING.columns)
     tar_shards.ingest_shard(layout, tiny(), READING, "bench")
     shutil.rmtree(root)
-    table.extend_schema(layout, READING.columns)
+    root_schema.extend_schema(layout, READING.columns)
 
     def work() -> None:
         for path in paths:
@@ -98,7 +97,7 @@ def commit(root: str, shard: str) -> Work:
     """Three columns of a stage into a partition: column file and fold, durably."""
     layout = Layout(Path(root))
     lang = columns_of(find_stage("lang"))
-    state = table.partition_state(layout, shard)
+    state = partitions.partition_state(layout, shard)
     assert state is not None
     count = pq.read_metadata(layout.partition(shard)).num_rows
     run = f"bench-{os.getpid()}"
@@ -108,12 +107,12 @@ def commit(root: str, shard: str) -> Work:
     }  # fmt: skip
     kinds = {column.name: column.type for column in lang} | {"row": pa.int64()}
     done = pa.table({name: pa.array(values.get(name, [None] * count), kind) for name, kind in kinds.items()})
-    have, _ = table.read_partition(layout, shard, ["lang_run"])
+    have, _ = partitions.read_partition(layout, shard, ["lang_run"])
     previous = have["lang_run"].to_pylist()
 
     def work() -> None:
-        table.commit(layout, shard, "lang", lang, done, previous, rows=state.rows, attempt=run)
-        table.heal(layout, [shard])
+        commits.commit(layout, shard, "lang", lang, done, previous, rows=state.rows, attempt=run)
+        partitions.heal(layout, [shard])
 
     return work
 
@@ -142,7 +141,7 @@ def status(folder: str) -> Work:
 def heal(folder: str) -> Work:
     """Looks whether every partition holds what its column files do."""
     pipeline = tables.pipeline_in(Path(folder))
-    return lambda: table.heal(pipeline.layout, pipelines.shards_of(pipeline))
+    return lambda: partitions.heal(pipeline.layout, pipelines.shards_of(pipeline))
 
 
 def freeze(folder: str) -> Work:
@@ -171,7 +170,7 @@ def webdataset_ingest(out: str, path: str) -> Work:
                 column.append(values.get(name) if name != "txt" else sample["txt"].decode())
         types = {**schema.FIELD_TYPES, "face_bboxes": schema.BOXES}
         columns = {name: pa.array(column, types.get(name, pa.string())) for name, column in kept.items()}
-        table.write_parquet(pa.table(columns), {}, Path(out))
+        column_files.write_parquet(pa.table(columns), {}, Path(out))
 
     return work
 
@@ -206,7 +205,7 @@ def rewrite(path: str) -> Work:
 
     def work() -> None:
         data = pq.read_table(path)
-        table.write_parquet(data, {}, target)
+        column_files.write_parquet(data, {}, target)
         with target.open("rb+") as file:
             os.fsync(file.fileno())
         target.replace(target.with_suffix(".done"))

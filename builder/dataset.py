@@ -10,7 +10,7 @@ from builder.errors import ConfigError
 from builder.sources.members import MemberReader
 from builder.stages.contract import with_built_in
 from builder.store.layout import Layout
-from builder.table import column_files as table
+from builder.table import root_schema
 from builder.table.query import DuckError, Samples, Sql, guarded
 from builder.table.schema import arrow_schema
 
@@ -34,7 +34,7 @@ class Dataset:
     @property
     def columns(self) -> dict[str, str]:
         """Every column's name and meaning."""
-        return {column.name: column.meaning for column in table.load_schema(self._layout)[1]}
+        return {column.name: column.meaning for column in root_schema.load_schema(self._layout)[1]}
 
     def sql(self, query: str, /, **params: Any) -> polars.DataFrame:
         """Answers one SELECT over the table `samples`, as `builder sql` does.
@@ -46,7 +46,7 @@ class Dataset:
         Raises:
             ConfigError: not one SELECT, a parameter missing or unused, or what DuckDB says of it.
         """
-        columns = with_built_in(table.load_schema(self._layout)[1])
+        columns = with_built_in(root_schema.load_schema(self._layout)[1])
         text = Sql(query, "sql()")
         with Samples(self._layout, columns, self._layout.partitions()) as samples:
             relation = samples.select(text, params)
@@ -64,7 +64,7 @@ class Dataset:
         """
         import polars
 
-        _, columns = table.load_schema(self._layout)
+        _, columns = root_schema.load_schema(self._layout)
         paths = [self._layout.partition(shard) for shard in self._layout.partitions()]
         if not paths:
             raise ConfigError("the table has no samples yet", where={"root": self.root}, fix="builder ingest")

@@ -25,7 +25,7 @@ from PIL import Image
 from builder.engine import runs
 from builder.executors import local
 from builder.sources.tars import shards as tar_shards
-from builder.table import column_files as table
+from builder.table import root_schema
 from builder.table.schema import BOXES
 from builder.verbs import pipeline as pipelines
 from builder.verbs.pipeline import Pipeline
@@ -227,7 +227,7 @@ def builder(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 def ingest_here(pipeline: Pipeline) -> None:
     """Ingests every shard in this process."""
-    table.extend_schema(pipeline.layout, pipeline.reading.columns)
+    root_schema.extend_schema(pipeline.layout, pipeline.reading.columns)
     for path in tar_shards.find(pipeline.config.patterns).paths.values():
         tar_shards.ingest_shard(pipeline.layout, path, pipeline.reading, "ingest-run")
 
@@ -357,3 +357,17 @@ def talk(text: str) -> list[str]:
     """Lines without progress, and without their times."""
     lines = [line for line in text.splitlines() if not re.search(r" of [\d,]+ (rows|shards), ", line)]
     return [re.sub(r" in [\d.]+ s$", "", line) for line in lines]
+
+
+def replace_everywhere(patch: pytest.MonkeyPatch, real: object, new: object) -> None:
+    """Puts `new` in the place of a function in every module of the package that has it under some name."""
+    found = [
+        (module, name)
+        for module_name, module in list(sys.modules.items())
+        if module_name.split(".")[0] == "builder"
+        for name, value in list(vars(module).items())
+        if value is real
+    ]
+    assert found, real
+    for module, name in found:
+        patch.setattr(module, name, new)

@@ -43,7 +43,7 @@ from builder.models.pictures import decode
 from builder.progress import plain
 from builder.stages.faces import Faces, FacesOptions
 from builder.store.layout import Layout
-from builder.table import column_files as table
+from builder.table import partitions
 from builder.table.edits import EditsTar
 from builder.tar import index as tar
 from conftest import PIPELINE, Sample, Workspace, ingest_here, picture, write_tar
@@ -296,7 +296,7 @@ def try_image(path: Path, folder: Path) -> Outcome:
     ingest_here(made.load())
     stage = Faces(FacesOptions(source="detector", min_face_px=200))  # a coarse search: what is tried is the decoding
     stage.setup("cpu")
-    rows, _ = table.read_partition(made.load().layout, "shard", ["shard", "row", "uid"])
+    rows, _ = partitions.read_partition(made.load().layout, "shard", ["shard", "row", "uid"])
     nothing = pa.nulls(rows.num_rows)
     for name, type_ in zip(stage.inputs.names, stage.inputs.types, strict=True):
         rows = rows.append_column(name, nothing.cast(type_))

@@ -41,7 +41,7 @@ from builder.progress import Talk
 from builder.sources.tars import shards as tar_shards
 from builder.store.files import TEMP_SUFFIX, temp_path
 from builder.store.layout import Layout, names
-from builder.table import column_files as table
+from builder.table import column_files, commits, partitions, root_schema
 from builder.table.schema import SOURCE
 from builder.verbs import pipeline as pipelines
 from conftest import PIPELINE, Workspace, make_shard, samples
@@ -204,9 +204,9 @@ def check_swept(layout: Layout, others: Sequence[Path] = ()) -> None:
     pointed: set[str] = set()
     for shard in layout.shard_names():
         _check_generations(layout, shard)
-        for stage, generations in table.listing(layout, shard).items():
+        for stage, generations in column_files.listing(layout, shard).items():
             for generation in generations:
-                content = table.read_column_file(layout.column_file(shard, stage, generation)).table
+                content = column_files.read_column_file(layout.column_file(shard, stage, generation)).table
                 if "image_path" in content.column_names:
                     needed |= set(content["image_path"].to_pylist()) - {None}
             pointed |= set(content[f"{stage}_run"].to_pylist()) - {None}
@@ -220,13 +220,16 @@ def check_swept(layout: Layout, others: Sequence[Path] = ()) -> None:
 def _check_generations(layout: Layout, shard: str) -> None:
     """Two of every stage; of the source one more for each identity of rows that a column file of a stage follows."""
     rows = {
-        stage: [table.read_column_file(layout.column_file(shard, stage, generation)).rows for generation in generations]
-        for stage, generations in table.listing(layout, shard).items()
+        stage: [
+            column_files.read_column_file(layout.column_file(shard, stage, generation)).rows
+            for generation in generations
+        ]
+        for stage, generations in column_files.listing(layout, shard).items()
     }
     source = rows.pop(SOURCE)
     for stage, kept in rows.items():
-        assert len(kept) <= table.KEPT_GENERATIONS, (shard, stage, kept)
-    older, newest = source[: -table.KEPT_GENERATIONS], source[-table.KEPT_GENERATIONS :]
+        assert len(kept) <= column_files.KEPT_GENERATIONS, (shard, stage, kept)
+    older, newest = source[: -column_files.KEPT_GENERATIONS], source[-column_files.KEPT_GENERATIONS :]
     followed = set(itertools.chain.from_iterable(rows.values()))
     assert len(older) == len(set(older)), (shard, older)
     assert set(older) <= followed - set(newest), (shard, older)
@@ -234,8 +237,8 @@ def _check_generations(layout: Layout, shard: str) -> None:
 
 def answers(layout: Layout) -> dict[tuple[str, str, str], list[Any]]:
     """What is committed: the values of every row with a status, by shard, key and stage; heals first."""
-    table.heal(layout, layout.shard_names())
-    _, columns = table.load_schema(layout)
+    partitions.heal(layout, layout.shard_names())
+    _, columns = root_schema.load_schema(layout)
     found: dict[tuple[str, str, str], list[Any]] = {}
     for shard in layout.shard_names():
         partition = pq.read_table(layout.partition(shard))
@@ -298,7 +301,7 @@ def _unfold(made: Workspace) -> None:
     aside.mkdir()
     for path in layout.column_folder("00000001").glob("note.*"):
         path.rename(aside / path.name)
-    table.fold(layout, "00000001")
+    partitions.fold(layout, "00000001")
     for path in aside.iterdir():
         path.rename(layout.column_folder("00000001") / path.name)
 
@@ -611,7 +614,7 @@ class Harness:
 
     def _check_none_failed(self) -> None:
         layout = self._made.load().layout
-        table.heal(layout, layout.shard_names())
+        partitions.heal(layout, layout.shard_names())
         for path in (layout.root / "samples").glob("*.parquet"):
             partition = pq.read_table(path)
             for name in partition.column_names:
@@ -691,8 +694,8 @@ class Harness:
 
             return call
 
-        table.commit = noted(  # type: ignore[assignment]
-            table.commit,
+        commits.commit = noted(  # type: ignore[assignment]
+            commits.commit,
             lambda result, layout, shard, stage, columns, done, *_: ["rows", shard, stage, done["row"].to_pylist()],
         )
         tar_shards.ingest_shard = noted(  # type: ignore[assignment]
@@ -763,7 +766,7 @@ class Harness:
                 assert layout.manifest(shard).exists(), f"the output of shard {shard} was written and is lost"
                 continue
             stage, rows = rest or ("source", range(ROWS))
-            keys = table.read_partition(layout, shard, ["key"])[0]["key"].to_pylist()
+            keys = partitions.read_partition(layout, shard, ["key"])[0]["key"].to_pylist()
             for place in ((shard, keys[row], stage) for row in rows):
                 assert now.get(place) == there[place], f"{place} was committed and is lost"
         return now

@@ -11,8 +11,7 @@ from builder.engine.task import Result, TaskSettings, run_stage_task
 from builder.engine.workset import Choice, Work
 from builder.stages.contract import Stage, columns_of, options_hash
 from builder.store.layout import Layout, RunFiles
-from builder.table import column_files as table
-from builder.table import schema
+from builder.table import partitions, root_schema, schema
 from builder.table.query import Sql
 from builder.verbs import pipeline as pipelines
 from builder.verbs.pipeline import Pipeline
@@ -30,15 +29,15 @@ def section(kind: str, sql: str = "note.sql", *, name: str = "note", **options: 
 
 def work_of(layout: Layout, stage: Stage, choice: Choice = Choice(), sql: str = SQL, **params: Any) -> Work:  # noqa: B008
     """The work of a stage over the whole table."""
-    columns = schema.merge(table.load_schema(layout)[1], columns_of(stage))
+    columns = schema.merge(root_schema.load_schema(layout)[1], columns_of(stage))
     signature = options_hash(stage, stage.options)  # type: ignore[attr-defined]
     return Work(stage, Sql(sql, "work.sql"), params, choice, layout.shard_names(), columns, signature)
 
 
 def plan(layout: Layout, stage: Stage, choice: Choice = Choice(), sql: str = SQL, **params: Any) -> RunFiles:  # noqa: B008
     """Freezes the work of a stage as one task; returns its run."""
-    table.extend_schema(layout, columns_of(type(stage)))
-    table.heal(layout, layout.shard_names())
+    root_schema.extend_schema(layout, columns_of(type(stage)))
+    partitions.heal(layout, layout.shard_names())
     run = runs.new_run(layout, type(stage).name)
     slices = workset.freeze(layout, run.workset, work_of(layout, stage, choice, sql, **params))
     workset.write_tasks(run, workset.cut(slices, 1))
@@ -66,8 +65,8 @@ def described(pipeline: Pipeline, name: str, choice: Choice, tasks: int) -> RunF
     layout, use = pipeline.layout, pipeline.stages[name]
     shards = pipelines.shards_of(pipeline)
     work = pipelines.work_of(pipeline, name, choice, shards)
-    table.extend_schema(layout, columns_of(use.stage))
-    table.heal(layout, shards)
+    root_schema.extend_schema(layout, columns_of(use.stage))
+    partitions.heal(layout, shards)
     run = runs.new_run(layout, name)
     pipelines._describe_stage(pipeline, run, use, work)
     workset.write_tasks(run, workset.cut(workset.freeze(layout, run.workset, work), tasks))

@@ -21,7 +21,7 @@ from builder.engine import workset
 from builder.engine.workset import Choice
 from builder.errors import ConfigError, ShardError
 from builder.progress import Talk
-from builder.table import column_files as table
+from builder.table import column_files, partitions
 from builder.verbs import pipeline as pipelines
 from conftest import (
     STAGES,
@@ -127,17 +127,17 @@ VERBS: dict[str, Callable[[pipelines.Pipeline], object]] = {
 
 def fall_behind(made: Workspace) -> None:
     """A commit whose fold a kill prevented."""
-    newest = table.newest(made.load().layout, "00000001")["lang"]
+    newest = column_files.newest(made.load().layout, "00000001")["lang"]
     file = made.load().layout.column_file("00000001", "lang", newest)
     shutil.copy(file, made.load().layout.column_file("00000001", "lang", newest + 1))
-    assert table.is_behind(made.load().layout, "00000001")
+    assert partitions.is_behind(made.load().layout, "00000001")
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_decides_by_the_table_heals_it_first(written: Workspace, verb: str) -> None:
     fall_behind(written)
     VERBS[verb](written.load())
-    assert not table.is_behind(written.load().layout, "00000001")
+    assert not partitions.is_behind(written.load().layout, "00000001")
 
 
 def test_a_question_only_says_how_many_partitions_are_behind(written: Workspace) -> None:
@@ -145,7 +145,7 @@ def test_a_question_only_says_how_many_partitions_are_behind(written: Workspace)
     arguments = ["sql", "select count(*) as n from samples", "--pipeline", str(written.file)]
     said = CliRunner().invoke(main, arguments)
     assert "1 partitions are behind their column files: builder status" in said.stderr
-    assert table.is_behind(written.load().layout, "00000001")
+    assert partitions.is_behind(written.load().layout, "00000001")
     pipelines.status(written.load())
     assert "behind" not in CliRunner().invoke(main, arguments).stderr
 

@@ -24,7 +24,7 @@ from builder.cli import app as cli
 from builder.cli import console
 from builder.errors import ConfigError
 from builder.hybrid import writer
-from builder.table import column_files as table
+from builder.table import column_files
 from conftest import STAGES, Sample, Workspace, builder, make_shard, make_workspace, picture, samples, starts_in_ascii
 from stages import cannot
 
@@ -853,7 +853,9 @@ def test_a_closed_stream_is_no_error(ends: str, dataset: Workspace) -> None:
         done = _shell(f"set -o pipefail; $BUILDER {arguments} --pipeline {shlex.quote(str(dataset.file))} {ends}")
         assert (done.returncode, "Traceback" in done.stderr, "Error" in done.stderr) == (0, False, False), done.stderr
     assert dataset.rows("select count(*) from samples") == [(16,)]
-    [state] = {name: len(table.listing(dataset.load().layout, name)["source"]) for name in ("00000000",)}.values()
+    [state] = {
+        name: len(column_files.listing(dataset.load().layout, name)["source"]) for name in ("00000000",)
+    }.values()
     assert state == 2
 
 

@@ -24,7 +24,7 @@ import pytest
 from builder.engine.workset import Choice
 from builder.progress import Talk
 from builder.store.layout import RunFiles
-from builder.table import column_files as table
+from builder.table import column_files, partitions
 from builder.verbs import pipeline as pipelines
 from conftest import ingest_here
 from kills import NOBODY, check_proven, check_swept, make, run, seen, start, table_of, wait_for
@@ -84,7 +84,7 @@ def test_two_stages_at_once_on_the_same_shards(tmp_path: Path) -> None:
         " count(distinct note_run), count(distinct other_run) from samples"
     ) == [(72, 72, 72, 1, 1)]
     assert sorted(seen(made)) == sorted(seen(made, "other.log")) == ALL
-    assert not any(table.is_behind(made.load().layout, shard) for shard in made.load().layout.shard_names())
+    assert not any(partitions.is_behind(made.load().layout, shard) for shard in made.load().layout.shard_names())
 
 
 @pytest.fixture
@@ -124,12 +124,12 @@ def test_a_live_copy_that_wakes_late_undoes_nothing(tmp_path: Path, copies: Any,
     layout = pipeline.layout
     planned = described(pipeline, "note", Choice(), 1)
     late, other = copies(planned)
-    stop_after(late, lambda: table.newest(layout, "00000000").get("note", 0) >= 2, random.random() * 0.1)
+    stop_after(late, lambda: column_files.newest(layout, "00000000").get("note", 0) >= 2, random.random() * 0.1)
     assert other.wait(120) == 0
     assert made.rows("select count(*) from samples where note = 'seen: ' || caption") == [(72,)]
     if redo:
         run(made, "stage", "note", "--redo", "--set", 'stages.note.word="again"', "--set", "stages.note.pause_s=0")
-    before = table_of(made), table.newest(layout, "00000001")
+    before = table_of(made), column_files.newest(layout, "00000001")
     late.send_signal(signal.SIGCONT)
     assert late.wait(120) == 0, late.communicate()
     word = "again" if redo else "seen"
@@ -137,7 +137,7 @@ def test_a_live_copy_that_wakes_late_undoes_nothing(tmp_path: Path, copies: Any,
         (72, 1)
     ]
     assert table_of(made).equals(before[0])
-    assert table.newest(layout, "00000001") == before[1]  # the copy that woke late created no generation
+    assert column_files.newest(layout, "00000001") == before[1]  # the copy that woke late created no generation
     result = json.loads(planned.result(0).read_text())
     assert (result["ok"], result["dropped"]) == ((0, 72) if redo else (72, 0))
 
@@ -151,7 +151,7 @@ def test_a_copy_that_a_sweep_found_asleep_undoes_nothing(tmp_path: Path, copies:
     layout = pipeline.layout
     planned = described(pipeline, "generate", Choice(), 1)
     late, other = copies(planned)
-    stop_after(late, lambda: table.newest(layout, "00000000").get("generate", 0) >= 1, 0)
+    stop_after(late, lambda: column_files.newest(layout, "00000000").get("generate", 0) >= 1, 0)
     while not (temps := list(layout.edits.rglob(f"*-{late.pid}-*.tmp"))):  # until it sleeps with a tar in hand
         late.send_signal(signal.SIGCONT)
         stop_after(late, lambda: True, 0.003)

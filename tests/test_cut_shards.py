@@ -15,7 +15,7 @@ import pytest
 
 from builder.hybrid.edited_sample import Rules
 from builder.hybrid.writer import plan_shard
-from builder.table import column_files as table
+from builder.table import partitions
 from builder.table.query import Sql
 from builder.tar import index as tar
 from conftest import Workspace, picture, write_tar
@@ -101,7 +101,7 @@ def test_a_hybrid_of_a_cut_shard_is_closed_and_says_so(one: Workspace, edits: bo
 
 def test_a_hybrid_that_was_written_before_the_cut_was_known_is_written_again(one: Workspace) -> None:
     one.run("ingest")
-    state = table.partition_state(one.load().layout, "0")
+    state = partitions.partition_state(one.load().layout, "0")
     assert state is not None
     known = replace(state, source=replace(state.source, end_mark=False))
     plans = [plan_shard(one.load().layout, "0", of, [], Sql("", "test"), None, Rules()) for of in (state, known)]

@@ -30,7 +30,7 @@ from builder.machine import is_out_of_memory
 from builder.models.images.diffusion import Diffusion, name_of
 from builder.stages.contract import Preparing, RowsFailed
 from builder.stages.generate import Generate, GenerateOptions, nearest, seed_of
-from builder.table import column_files as table
+from builder.table import partitions
 from conftest import Workspace, ingest_here, read_tar, samples
 
 ROOT = Path(__file__).parent.parent
@@ -1019,7 +1019,7 @@ def test_a_device_that_computes_no_more_marks_no_row(
     with pytest.raises(StageError) as caught:
         planned.do(pipeline.layout, run, pipeline.stages["generate"].stage, batch_rows=1, checkpoint_rows=1)
     assert caught.value is lost
-    table.heal(pipeline.layout, ["00000000"])
+    partitions.heal(pipeline.layout, ["00000000"])
     found = pictured.rows("select generate_status, count(*), count(image_path) from samples group by 1")
     assert found == [("ok", 6, 6)]
     assert pictured.rows("select row, image_draw from samples order by row") == [*((i, i < 3) for i in range(6))]

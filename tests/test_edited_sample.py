@@ -24,7 +24,7 @@ from builder.hybrid.edited_sample import (
     members_of,
     was_so,
 )
-from builder.table import column_files as table
+from builder.table import partitions, root_schema
 from builder.verbs import pipeline as pipelines
 from conftest import CAPTION, Workspace, members_like, picture, read_tar, write_tar
 
@@ -70,8 +70,8 @@ def as_older(made: Workspace) -> None:
             rows, metadata = file.read(), file.schema_arrow.metadata
         assert rows["image_format"].to_pylist() == ["jpg"] * rows.num_rows
         pq.write_table(rows.drop_columns(["image_format"]).replace_schema_metadata(metadata), path)
-    table.change_schema(layout, lambda have: tuple(column for column in have if column.name != "image_format"))
-    table.fold(layout, "a")
+    root_schema.change_schema(layout, lambda have: tuple(column for column in have if column.name != "image_format"))
+    partitions.fold(layout, "a")
     for path in (layout.hybrid("a"), layout.manifest("a"), layout.stats("a"), layout.sizes()):
         path.unlink()
 

@@ -28,7 +28,7 @@ from builder.executors.local import Ended
 from builder.sources.tars import shards as tar_shards
 from builder.store import files
 from builder.store.layout import Layout
-from builder.table import column_files as table
+from builder.table import column_files, commits, root_schema
 from builder.table.edits import EditsTar
 from builder.table.query import Samples, Sql
 from builder.tar import index as tar
@@ -548,7 +548,7 @@ def vanish(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, path: Path) -
             "ingest: 1 shards, 4 rows",
         ),
         (
-            ("stage", "note"), table, "commit", "note: 8 rows, 8 ok",
+            ("stage", "note"), commits, "commit", "note: 8 rows, 8 ok",
             ["the source shard cannot be read: No such file or directory", "  file: {path}",
              "  fix: put it back, or ingest it as it is now: builder ingest",
              "(each builder command with --pipeline {pipeline})"],
@@ -640,7 +640,7 @@ def test_a_shard_that_changes_while_it_is_read_is_refused(
     assert done.code == 3
     assert "refused shard '00000001': the shard changed while it was read" in done.talk
     layout = made.load().layout
-    assert table.newest(layout, "00000001") == ({"source": 1} if step == "_digests" else {})
+    assert column_files.newest(layout, "00000001") == ({"source": 1} if step == "_digests" else {})
     assert ask(made, "ingest").code == 0
 
 
@@ -747,7 +747,7 @@ def test_a_question_with_too_many_open_files(own: Callable[..., Workspace]) -> N
     """A real limit, met by DuckDB: no fault of the SQL."""
     made = own()
     layout = made.load().layout
-    with Samples(layout, table.load_schema(layout)[1], layout.partitions()) as asked:
+    with Samples(layout, root_schema.load_schema(layout)[1], layout.partitions()) as asked:
         with descriptors(0), pytest.raises(TransientError) as told:
             asked.rows(Sql("select caption from samples", "question.sql"))
         assert len(asked.rows(Sql("select caption from samples", "question.sql"))) == 12
@@ -787,7 +787,7 @@ def test_a_parquet_file_that_the_library_cannot_write(tmp_path: Path) -> None:
 
     content = pa.table({"a": [os.urandom(64).hex() for _ in range(200)]})
     with file_size(4096), pytest.raises(OSError) as raised:
-        files.write_atomic(tmp_path / "a.parquet", lambda path: table.write_parquet(content, {}, path))
+        files.write_atomic(tmp_path / "a.parquet", lambda path: column_files.write_parquet(content, {}, path))
     assert str(machine.told(raised.value)) == (
         "a file is larger than this process may write\n"
         f"  file: {tmp_path}/a.parquet\n"

@@ -27,7 +27,7 @@ from builder.executors import local
 from builder.progress import Talk
 from builder.sources.members import digest_of
 from builder.store import files
-from builder.table import column_files as table
+from builder.table import partitions
 from builder.verbs import pipeline as pipelines
 from conftest import STAGES, Sample, Workspace, make_shard, make_workspace, read_tar, samples
 from here import tasks_here
@@ -515,8 +515,8 @@ def test_an_old_root_that_is_read_again_keeps_its_rows_and_writes_nothing(
     made = old_root.unpacked("0.1.0", tmp_path)
     monkeypatch.chdir(made.folder)
     layout = made.load().layout
-    before = {shard: table.partition_state(layout, shard).rows for shard in layout.shard_names()}  # type: ignore[union-attr]
+    before = {shard: partitions.partition_state(layout, shard).rows for shard in layout.shard_names()}  # type: ignore[union-attr]
     todo = [part.shard for part in pipelines.plan_write(made.load()).todo]
     pipelines.ingest(made.load(), QUIET, redo=True)
-    assert {shard: table.partition_state(layout, shard).rows for shard in before} == before  # type: ignore[union-attr]
+    assert {shard: partitions.partition_state(layout, shard).rows for shard in before} == before  # type: ignore[union-attr]
     assert [part.shard for part in pipelines.plan_write(made.load()).todo] == todo

@@ -20,7 +20,7 @@ from builder.models.llm.conversation import GROUP_SYSTEM, Rewrites, Template
 from builder.stages.contract import RowsFailed, find, options_hash
 from builder.stages.prompts import Prompts, PromptsOptions
 from builder.store.layout import Layout
-from builder.table import column_files as table
+from builder.table import commits
 from conftest import Workspace, ingest_here, samples
 from llm_server import LlmServer, Play, disconnect, hang
 from planned import do, plan
@@ -399,14 +399,14 @@ def test_small_batches_keep_all_places_of_the_servers_busy(dataset: Workspace) -
 def test_nobody_is_asked_any_more_about_a_shard_that_is_left(
     dataset: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = table.commit
+    commit = commits.commit
 
     def refused(layout: Layout, shard: str, *args: Any, **options: Any) -> Any:
         if shard == "00000000":
             raise ShardError("it cannot be used")
         return commit(layout, shard, *args, **options)
 
-    monkeypatch.setattr(table, "commit", refused)
+    monkeypatch.setattr(commits, "commit", refused)
     with LlmServer() as server:
         stage = prompts_for(server, {"max_concurrency": 4}, timeout_s=5.0)
         for number in range(4, 8):  # behind the second batch, whose checkpoint hears of the refusal at the latest

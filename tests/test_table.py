@@ -31,10 +31,13 @@ from builder.errors import ConflictError, SchemaError
 from builder.sources.tars.shards import Reading
 from builder.store import files
 from builder.store.layout import Layout
-from builder.table import column_files as table
-from builder.table.column_files import SourceShard, Sweep, Swept, schema
+from builder.table import column_files, commits, partitions, root_schema, schema, sweeps
+from builder.table.column_files import SourceShard
+from builder.table.commits import Swept
 from builder.table.edits import EditsTar
 from builder.table.schema import SOURCE, Column
+from builder.table.sweeps import Sweep
+from conftest import replace_everywhere
 
 SHARD = "00000000"
 TEXT = pa.string()
@@ -58,7 +61,7 @@ class Root:
 
     def __init__(self, folder: Path) -> None:
         self.layout = Layout(folder)
-        table.extend_schema(self.layout, SOURCE_COLUMNS)
+        root_schema.extend_schema(self.layout, SOURCE_COLUMNS)
 
     def ingest(self, keys: Sequence[str], sizes: Sequence[int] | None = None, run: str = "ingest") -> str:
         """Commits these samples, one jpg each, as they are, and folds; returns the identity of the rows."""
@@ -68,14 +71,14 @@ class Root:
         values["source_members"] = [[{"ext": "jpg", "header": 0, "data": 512, "size": size}] for size in sizes]
         values |= {"source_status": ["ok"] * len(keys), "source_run": [run] * len(keys)}
         content = pa.table({column.name: pa.array(values[column.name], column.type) for column in SOURCE_COLUMNS})
-        table.commit_source(self.layout, SHARD, SourceShard("/data/a.tar", 1, 2, "reading"), lambda earlier: content)
-        table.fold(self.layout, SHARD)
+        commits.commit_source(self.layout, SHARD, SourceShard("/data/a.tar", 1, 2, "reading"), lambda earlier: content)
+        partitions.fold(self.layout, SHARD)
         return self.rows
 
     @property
     def rows(self) -> str:
         """Identity of the rows, as the partition says: it lists nothing."""
-        state = table.partition_state(self.layout, SHARD)
+        state = partitions.partition_state(self.layout, SHARD)
         assert state is not None
         return state.rows
 
@@ -92,7 +95,7 @@ class Root:
         pointers: Sequence[tuple[str, int, int]] = (),
         own: tuple[Column, ...] = (),
         attempt: str = "",
-    ) -> table.Committed:
+    ) -> commits.Committed:
         """Answers rows in a run that was planned when they had the run `previous`; its name is the word if absent."""
         own = own or (paint() if stage == "paint" else columns(stage))
         kinds = {column.name: column.type for column in own}
@@ -108,7 +111,7 @@ class Root:
         else:
             values[f"{stage}_word"] = [None if row in failed else word or run for row in at]
         done = pa.table({name: pa.array(values[name], kinds[name]) for name in kinds})
-        return table.commit(
+        return commits.commit(
             self.layout,
             SHARD,
             stage,
@@ -128,7 +131,7 @@ class Root:
 
     def read(self, *names: str) -> list[Any]:
         """Columns of the partition after a heal: a list of values, or of tuples for more than one column."""
-        table.heal(self.layout, [SHARD])
+        partitions.heal(self.layout, [SHARD])
         found = [self.partition()[name].to_pylist() for name in names]
         return found[0] if len(names) == 1 else list(zip(*found, strict=True))
 
@@ -142,8 +145,8 @@ class Root:
     def sweep(self, *, dry_run: bool = False) -> list[str]:
         """A sweep of everything; returns what was deleted, relative to the root."""
         found = Sweep()
-        table.sweep_shard(self.layout, SHARD, ["paint"], found, dry_run=dry_run)
-        table.sweep_temps(self.layout, found, dry_run=dry_run)
+        sweeps.sweep_shard(self.layout, SHARD, ["paint"], found, dry_run=dry_run)
+        sweeps.sweep_temps(self.layout, found, dry_run=dry_run)
         return [str(path.relative_to(self.layout.root)) for path in found.paths]
 
 
@@ -152,8 +155,8 @@ def root(tmp_path: Path) -> Root:
     """Four rows, and two stages that the root knows."""
     made = Root(tmp_path / "root")
     made.ingest(["a", "b", "c", "d"])
-    table.extend_schema(made.layout, columns("one"))
-    table.extend_schema(made.layout, columns("two"))
+    root_schema.extend_schema(made.layout, columns("one"))
+    root_schema.extend_schema(made.layout, columns("two"))
     return made
 
 
@@ -177,7 +180,7 @@ def at_the_write(monkeypatch: pytest.MonkeyPatch, name: str, action: Callable[[]
 @contextmanager
 def hidden_once(monkeypatch: pytest.MonkeyPatch, stage: str) -> Iterator[None]:
     """The first listing of the folder lacks the newest generation of a stage."""
-    real = table.listing
+    real = column_files.listing
     hidden: list[int] = []
 
     def stale(*args: Any, **options: Any) -> dict[str, list[int]]:
@@ -187,7 +190,7 @@ def hidden_once(monkeypatch: pytest.MonkeyPatch, stage: str) -> Iterator[None]:
         return {name: generations for name, generations in found.items() if generations}
 
     with monkeypatch.context() as patch:
-        patch.setattr(table, "listing", stale)
+        replace_everywhere(patch, column_files.listing, stale)
         yield
     assert hidden
 
@@ -196,8 +199,8 @@ def hidden_once(monkeypatch: pytest.MonkeyPatch, stage: str) -> Iterator[None]:
 
 
 def test_a_commit_sets_its_rows_and_carries_the_others(root: Root) -> None:
-    assert root.commit("one", [1, 2], "r1") == table.Committed(rows=2)
-    assert root.commit("one", [3, 0], "r2") == table.Committed(rows=2)
+    assert root.commit("one", [1, 2], "r1") == commits.Committed(rows=2)
+    assert root.commit("one", [3, 0], "r2") == commits.Committed(rows=2)
     assert root.files() == ["one.g000001.parquet", "one.g000002.parquet", "source.g000001.parquet"]
     assert root.read("one_word", "one_run", "one_status", "one_error") == [
         ("r2", "r2", "ok", None), ("r1", "r1", "ok", None), ("r1", "r1", "ok", None), ("r2", "r2", "ok", None),
@@ -206,7 +209,7 @@ def test_a_commit_sets_its_rows_and_carries_the_others(root: Root) -> None:
 
 def test_a_generation_is_created_once(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     with at_the_write(monkeypatch, "create_only", lambda: root.commit("one", [0, 1], "r1")):
-        assert root.commit("one", [2, 3], "r2") == table.Committed(rows=2)
+        assert root.commit("one", [2, 3], "r2") == commits.Committed(rows=2)
     assert root.read("one_word") == ["r1", "r1", "r2", "r2"]
 
 
@@ -221,7 +224,7 @@ def test_a_commit_below_the_newest_generation_starts_again(root: Root, monkeypat
         assert "columns/00000000/one.g000002.parquet" in root.sweep()
 
     with at_the_write(monkeypatch, "create_only", others):
-        assert root.commit("one", [3], "slow") == table.Committed(rows=1)
+        assert root.commit("one", [3], "slow") == commits.Committed(rows=1)
     assert root.files()[:2] == ["one.g000002.parquet", "one.g000003.parquet"]  # the first is the one below
     assert root.read("one_word") == ["r0", "r1", "r3", "slow"]
 
@@ -230,13 +233,13 @@ def test_a_commit_on_a_stale_listing_starts_again(root: Root, monkeypatch: pytes
     root.commit("one", [0], "r0")
     root.commit("one", [1], "r1")
     with hidden_once(monkeypatch, "one"):
-        assert root.commit("one", [2], "r2") == table.Committed(rows=1)
+        assert root.commit("one", [2], "r2") == commits.Committed(rows=1)
     assert root.read("one_word") == ["r0", "r1", "r2", None]
 
 
 def test_a_commit_whose_generation_another_built_on_is_done(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """The listing afterwards shows a higher generation, which carries these rows: they are not dropped, but done."""
-    real = table._commit_file
+    real = column_files.commit_file
     waiting = [lambda: root.commit("one", [3], "r2")]
 
     def commit_file(*args: Any) -> bool:
@@ -246,8 +249,8 @@ def test_a_commit_whose_generation_another_built_on_is_done(root: Root, monkeypa
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(table, "_commit_file", commit_file)
-        assert root.commit("one", [0, 1], "r1") == table.Committed(rows=2)
+        replace_everywhere(patch, column_files.commit_file, commit_file)
+        assert root.commit("one", [0, 1], "r1") == commits.Committed(rows=2)
     assert root.files()[:2] == ["one.g000001.parquet", "one.g000002.parquet"]
     assert root.read("one_word") == ["r1", "r1", None, "r2"]
 
@@ -256,7 +259,7 @@ def test_a_late_copy_of_an_old_run_cannot_undo_a_redo(root: Root) -> None:
     root.commit("one", [0, 1, 2, 3], "old")
     root.commit("one", [0, 1, 2, 3], "redo", previous="old")
     before = root.files()
-    assert root.commit("one", [0, 1, 2, 3], "old", word="late") == table.Committed(dropped=4)
+    assert root.commit("one", [0, 1, 2, 3], "old", word="late") == commits.Committed(dropped=4)
     assert root.files() == before
     assert root.read("one_word") == ["redo"] * 4
 
@@ -264,19 +267,19 @@ def test_a_late_copy_of_an_old_run_cannot_undo_a_redo(root: Root) -> None:
 def test_a_redo_takes_only_rows_that_are_as_they_were_when_it_was_planned(root: Root) -> None:
     root.commit("one", [0, 1, 2], "old")
     root.commit("one", [1], "other", previous="old")
-    assert root.commit("one", [0, 1, 2], "redo", previous="old") == table.Committed(rows=2, dropped=1)
+    assert root.commit("one", [0, 1, 2], "redo", previous="old") == commits.Committed(rows=2, dropped=1)
     assert root.read("one_word") == ["redo", "other", "redo", None]
 
 
 def test_two_copies_of_one_task_give_one_answer_a_row(root: Root) -> None:
-    assert root.commit("one", [0, 1], "r1", word="first") == table.Committed(rows=2)
-    assert root.commit("one", [1, 2], "r1", word="second") == table.Committed(rows=1, dropped=1)
+    assert root.commit("one", [0, 1], "r1", word="first") == commits.Committed(rows=2)
+    assert root.commit("one", [1, 2], "r1", word="second") == commits.Committed(rows=1, dropped=1)
     assert root.read("one_word") == ["first", "first", "second", None]
 
 
 def test_a_failure_never_replaces_an_answer(root: Root) -> None:
     root.commit("one", [0, 1], "old")
-    assert root.commit("one", [0, 1], "redo", previous="old", failed=[1]) == table.Committed(rows=1, kept=[1])
+    assert root.commit("one", [0, 1], "redo", previous="old", failed=[1]) == commits.Committed(rows=1, kept=[1])
     assert root.read("one_word", "one_run", "one_status", "one_error")[:2] == [
         ("redo", "redo", "ok", None), ("old", "old", "ok", None),
     ]  # fmt: skip
@@ -284,7 +287,7 @@ def test_a_failure_never_replaces_an_answer(root: Root) -> None:
 
 def test_a_failure_replaces_a_failure_and_an_answer_replaces_it(root: Root) -> None:
     root.commit("one", [0, 1, 2], "old", failed=[0, 1, 2])
-    assert root.commit("one", [0, 1], "retry", previous="old", failed=[1]) == table.Committed(rows=2)
+    assert root.commit("one", [0, 1], "retry", previous="old", failed=[1]) == commits.Committed(rows=2)
     assert root.read("one_word", "one_run", "one_status", "one_error") == [
         ("retry", "retry", "ok", None), (None, "retry", "failed", "ValueError: no"),
         (None, "old", "failed", "ValueError: no"), (None, None, None, None),
@@ -293,7 +296,7 @@ def test_a_failure_replaces_a_failure_and_an_answer_replaces_it(root: Root) -> N
 
 def test_a_worker_that_does_not_know_a_new_column_leaves_it_null(root: Root) -> None:
     wide = (*columns("one"), Column("one_more", pa.int32(), "one", "a number"))
-    table.extend_schema(root.layout, wide)
+    root_schema.extend_schema(root.layout, wide)
     root.commit("one", [0], "old")
     root.commit("one", [1], "new", own=wide)
     root.commit("one", [2], "older")
@@ -304,10 +307,10 @@ def test_a_worker_that_does_not_know_a_new_column_leaves_it_null(root: Root) -> 
 
 
 def test_a_partition_is_the_columns_side_by_side_in_schema_order(root: Root) -> None:
-    table.extend_schema(root.layout, columns("three"))
+    root_schema.extend_schema(root.layout, columns("three"))
     root.commit("two", [3], "r2")
     root.commit("one", [0, 1], "r1", failed=[1])
-    table.fold(root.layout, SHARD)
+    partitions.fold(root.layout, SHARD)
     found = root.partition()
     assert found.column_names == [
         *(column.name for column in SOURCE_COLUMNS),
@@ -329,61 +332,61 @@ def test_a_partition_is_the_columns_side_by_side_in_schema_order(root: Root) -> 
 def test_a_partition_says_what_it_was_folded_from(root: Root) -> None:
     root.commit("one", [0], "r1")
     root.commit("one", [1], "r2")
-    table.fold(root.layout, SHARD)
+    partitions.fold(root.layout, SHARD)
     metadata = pq.read_schema(root.layout.partition(SHARD)).metadata
     assert json.loads(metadata[b"builder.folded"]) == {"one": 2, "source": 1}
     assert metadata[b"builder.schema"] == b"3"
     assert metadata[b"builder.rows"].decode() == root.rows
-    assert table.partition_state(root.layout, SHARD) == table.State(
+    assert partitions.partition_state(root.layout, SHARD) == partitions.State(
         {"one": 2, "source": 1}, 3, root.rows, SourceShard("/data/a.tar", 1, 2, "reading")
     )
 
 
 def test_heal_folds_what_is_behind_and_nothing_else(root: Root) -> None:
-    assert table.heal(root.layout, [SHARD]) == 0  # stages without answers read as nulls
+    assert partitions.heal(root.layout, [SHARD]) == 0  # stages without answers read as nulls
     root.commit("one", [0], "r1")
-    assert table.is_behind(root.layout, SHARD)
-    assert table.heal(root.layout, [SHARD]) == 1
+    assert partitions.is_behind(root.layout, SHARD)
+    assert partitions.heal(root.layout, [SHARD]) == 1
     before = root.layout.partition(SHARD).stat().st_mtime_ns
-    assert not table.is_behind(root.layout, SHARD)
-    assert table.heal(root.layout, [SHARD]) == 0
+    assert not partitions.is_behind(root.layout, SHARD)
+    assert partitions.heal(root.layout, [SHARD]) == 0
     assert root.layout.partition(SHARD).stat().st_mtime_ns == before
     root.commit("one", [1], "r2")  # another generation of a stage that it was folded from
-    assert table.heal(root.layout, [SHARD]) == 1
+    assert partitions.heal(root.layout, [SHARD]) == 1
     root.layout.partition(SHARD).unlink()
-    assert table.partition_state(root.layout, SHARD) is None
-    assert table.heal(root.layout, [SHARD, "no such shard"]) == 1
+    assert partitions.partition_state(root.layout, SHARD) is None
+    assert partitions.heal(root.layout, [SHARD, "no such shard"]) == 1
     assert root.read("one_word") == ["r1", "r2", None, None]
 
 
 def test_a_partition_that_another_tool_wrote_is_folded_anew(root: Root) -> None:
     root.commit("one", [0], "r1")
-    table.heal(root.layout, [SHARD])
+    partitions.heal(root.layout, [SHARD])
     pq.write_table(root.partition().slice(2), root.layout.partition(SHARD))
-    assert table.partition_state(root.layout, SHARD) is None
-    assert table.heal(root.layout, [SHARD]) == 1
+    assert partitions.partition_state(root.layout, SHARD) is None
+    assert partitions.heal(root.layout, [SHARD]) == 1
     assert root.read("one_word") == ["r1", None, None, None]
 
 
 def test_a_partition_with_any_damaged_byte_in_its_footer_is_read_or_folded_anew(root: Root) -> None:
     path = root.layout.partition(SHARD)
     whole = path.read_bytes()
-    state = table.partition_state(root.layout, SHARD)
+    state = partitions.partition_state(root.layout, SHARD)
     footer = int.from_bytes(whole[-8:-4], "little") + 8
     answers = set()
     for at in range(len(whole) - footer, len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
-        found = table.partition_state(root.layout, SHARD)
+        found = partitions.partition_state(root.layout, SHARD)
         answers.add("none" if found is None else "same" if found == state else "other")
     assert {"none", "same"} <= answers
     path.write_bytes(whole[:-footer])
-    assert table.partition_state(root.layout, SHARD) is None
+    assert partitions.partition_state(root.layout, SHARD) is None
 
 
 def test_times_of_modification_prove_nothing(root: Root) -> None:
     root.commit("one", [0], "r1")
     os.utime(root.layout.partition(SHARD), (2e9, 2e9))
-    assert table.is_behind(root.layout, SHARD)
+    assert partitions.is_behind(root.layout, SHARD)
 
 
 def test_a_fold_that_was_overtaken_folds_again(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,11 +394,11 @@ def test_a_fold_that_was_overtaken_folds_again(root: Root, monkeypatch: pytest.M
 
     def other() -> None:
         root.commit("one", [0], "r1")
-        table.fold(root.layout, SHARD)
+        partitions.fold(root.layout, SHARD)
 
     with at_the_write(monkeypatch, "write_atomic", other):
-        table.fold(root.layout, SHARD)
-    assert not table.is_behind(root.layout, SHARD)
+        partitions.fold(root.layout, SHARD)
+    assert not partitions.is_behind(root.layout, SHARD)
     assert root.partition()["one_word"].to_pylist() == ["r1", None, None, None]
 
 
@@ -403,7 +406,7 @@ def test_what_a_commit_hands_to_the_fold_counts_only_while_it_is_the_newest(
     root: Root, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another ingest commits between the commit of one and its fold."""
-    real, waiting, folded = table.fold, [["d", "c", "b", "a"]], []
+    real, waiting, folded = partitions.fold, [["d", "c", "b", "a"]], []
 
     def fold(*args: Any, **options: Any) -> None:
         if waiting:
@@ -412,7 +415,7 @@ def test_what_a_commit_hands_to_the_fold_counts_only_while_it_is_the_newest(
         folded.append(root.partition()["key"].to_pylist())
 
     with monkeypatch.context() as patch:
-        patch.setattr(table, "fold", fold)
+        replace_everywhere(patch, partitions.fold, fold)
         root.ingest(["a", "b"])
     assert set(map(tuple, folded)) == {("d", "c", "b", "a")}
 
@@ -420,12 +423,12 @@ def test_what_a_commit_hands_to_the_fold_counts_only_while_it_is_the_newest(
 def test_a_fold_killed_after_an_overtaken_rename_is_healed(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     def other() -> None:
         root.commit("one", [0], "r1")
-        table.fold(root.layout, SHARD)
+        partitions.fold(root.layout, SHARD)
 
     with at_the_write(monkeypatch, "write_atomic", other):
-        table._fold_once(root.layout, SHARD)  # and no listing after it
+        partitions._fold_once(root.layout, SHARD)  # and no listing after it
     assert root.partition()["one_word"].to_pylist() == [None] * 4
-    assert table.heal(root.layout, [SHARD]) == 1
+    assert partitions.heal(root.layout, [SHARD]) == 1
     assert root.read("one_word") == ["r1", None, None, None]
 
 
@@ -433,13 +436,13 @@ def test_a_fold_on_a_stale_listing_folds_again(root: Root, monkeypatch: pytest.M
     root.commit("one", [0], "r1")
     root.commit("one", [1], "r2")
     with hidden_once(monkeypatch, "one"):
-        table.fold(root.layout, SHARD)
+        partitions.fold(root.layout, SHARD)
     assert root.partition()["one_word"].to_pylist() == ["r1", "r2", None, None]
 
 
 def test_a_listing_that_decides_is_renewed(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that caches a folder's listing shows it anew once it has itself made a file there."""
-    real_names, real_touch = table.names, Path.touch
+    real_names, real_touch = column_files.names, Path.touch
     cached: dict[Path, list[str]] = {}
 
     def cached_names(folder: Path) -> list[str]:
@@ -450,26 +453,29 @@ def test_a_listing_that_decides_is_renewed(root: Root, monkeypatch: pytest.Monke
         cached.pop(path.parent, None)
 
     root.commit("one", [0], "r1")
-    monkeypatch.setattr(table, "names", cached_names)
-    assert table.newest(root.layout, SHARD) == {"one": 1, "source": 1}
+    for module in (column_files, root_schema):
+        monkeypatch.setattr(module, "names", cached_names)
+    assert column_files.newest(root.layout, SHARD) == {"one": 1, "source": 1}
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(table, "names", real_names)
+        for module in (column_files, root_schema):
+            elsewhere.setattr(module, "names", real_names)
         root.commit("one", [1], "r2")
-        table.extend_schema(root.layout, columns("three"))
+        root_schema.extend_schema(root.layout, columns("three"))
         root.commit("three", [1], "r3")
-    assert table.newest(root.layout, SHARD) == {"one": 1, "source": 1}
+    assert column_files.newest(root.layout, SHARD) == {"one": 1, "source": 1}
     monkeypatch.setattr(Path, "touch", touch)
-    table.fold(root.layout, SHARD)
-    assert root.commit("one", [2], "r4") == table.Committed(rows=1)
+    partitions.fold(root.layout, SHARD)
+    assert root.commit("one", [2], "r4") == commits.Committed(rows=1)
 
     def other() -> None:
         with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(table, "names", real_names)
+            for module in (column_files, root_schema):
+                elsewhere.setattr(module, "names", real_names)
             elsewhere.setattr(Path, "touch", real_touch)
             root.commit("one", [3], "r5")
 
     with at_the_write(monkeypatch, "write_atomic", other):
-        table.fold(root.layout, SHARD)
+        partitions.fold(root.layout, SHARD)
     assert root.partition()["one_word"].to_pylist() == ["r1", "r2", "r4", "r5"]
     assert root.partition()["three_word"].to_pylist() == [None, "r3", None, None]
 
@@ -479,35 +485,35 @@ def test_a_stage_that_came_while_an_older_worker_folds(
     root: Root, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     """The older worker read the schema before the stage came, lists its answers, and renames last."""
-    real = table.load_schema
+    real = root_schema.load_schema
     waiting = [True]
 
     def old_schema(*args: Any, **options: Any) -> Any:
         found = real(*args, **options)
         if waiting:
             waiting.pop()
-            table.extend_schema(root.layout, columns("three"))
+            root_schema.extend_schema(root.layout, columns("three"))
             root.commit("three", [2], "r3")
-            table.fold(root.layout, SHARD)
+            partitions.fold(root.layout, SHARD)
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(table, "load_schema", old_schema)
+        replace_everywhere(patch, root_schema.load_schema, old_schema)
         if killed:
-            table._fold_once(root.layout, SHARD)
+            partitions._fold_once(root.layout, SHARD)
             assert "three_word" not in root.partition().column_names
         else:
-            table.fold(root.layout, SHARD)
-    assert table.is_behind(root.layout, SHARD) is killed
+            partitions.fold(root.layout, SHARD)
+    assert partitions.is_behind(root.layout, SHARD) is killed
     assert root.read("three_word") == [None, None, "r3", None]
 
 
 def test_a_column_that_came_to_a_stage_with_answers_is_folded(root: Root) -> None:
     wide = (*columns("one"), Column("one_more", pa.int32(), "one", "a number"))
     root.commit("one", [0], "r1", own=wide)
-    table.heal(root.layout, [SHARD])
+    partitions.heal(root.layout, [SHARD])
     assert "one_more" not in root.partition().column_names
-    table.extend_schema(root.layout, wide)
+    root_schema.extend_schema(root.layout, wide)
     assert root.read("one_more") == [None] * 4
 
 
@@ -515,26 +521,26 @@ def test_readers_list_anew_when_a_file_is_gone(root: Root, monkeypatch: pytest.M
     """The listing still has generations that a sweep deletes before they are opened."""
     for i in range(4):
         root.commit("one", [i], f"r{i}")
-    old = table.listing(root.layout, SHARD)
+    old = column_files.listing(root.layout, SHARD)
     old["one"] = old["one"][:2]
     root.sweep()
-    rows, real, stale = root.rows, table.listing, [old]
-    monkeypatch.setattr(table, "listing", lambda *a, **o: stale.pop() if stale else real(*a, **o))
-    table.fold(root.layout, SHARD)
+    rows, real, stale = root.rows, column_files.listing, [old]
+    replace_everywhere(monkeypatch, real, lambda *a, **o: stale.pop() if stale else real(*a, **o))
+    partitions.fold(root.layout, SHARD)
     assert root.partition()["one_word"].to_pylist() == ["r0", "r1", "r2", "r3"]
     stale.append(old)
-    assert root.commit("one", [0], "r4", previous="r0", rows=rows) == table.Committed(rows=1)
+    assert root.commit("one", [0], "r4", previous="r0", rows=rows) == commits.Committed(rows=1)
 
 
 #: What opens files that it has listed: the opening, the question, its answer.
 READERS: dict[str, tuple[Any, str, Callable[[Root, str], object], object]] = {
     "read_partition": (
-        pq, "ParquetFile", lambda root, _: table.read_partition(root.layout, SHARD, ["key"])[0].num_rows, 4,
+        pq, "ParquetFile", lambda root, _: partitions.read_partition(root.layout, SHARD, ["key"])[0].num_rows, 4,
     ),
-    "load_schema": (Path, "read_text", lambda root, _: table.load_schema(root.layout)[0], 3),
-    "fold": (pq, "ParquetFile", lambda root, _: table.fold(root.layout, SHARD), None),
+    "load_schema": (Path, "read_text", lambda root, _: root_schema.load_schema(root.layout)[0], 3),
+    "fold": (pq, "ParquetFile", lambda root, _: partitions.fold(root.layout, SHARD), None),
     "commit": (
-        pq, "ParquetFile", lambda root, rows: root.commit("one", [1], "r2", rows=rows), table.Committed(rows=1),
+        pq, "ParquetFile", lambda root, rows: root.commit("one", [1], "r2", rows=rows), commits.Committed(rows=1),
     ),
     "sweep": (pq, "read_schema", lambda root, _: root.sweep(), []),
 }  # fmt: skip
@@ -563,9 +569,9 @@ def test_a_file_that_is_gone_when_it_is_opened_means_listing_anew(
 
 
 def test_a_column_that_a_partition_lacks_reads_as_nulls(root: Root) -> None:
-    found, state = table.read_partition(root.layout, SHARD, ["key", "one_word", "nothing"])
+    found, state = partitions.read_partition(root.layout, SHARD, ["key", "one_word", "nothing"])
     assert found.to_pylist()[0] == {"key": "a", "one_word": None, "nothing": None}
-    assert table.read_partition(root.layout, SHARD, ["nothing"])[0].num_rows == 4
+    assert partitions.read_partition(root.layout, SHARD, ["nothing"])[0].num_rows == 4
     assert state.generations == {"source": 1}
 
 
@@ -581,7 +587,7 @@ def test_a_shard_ingested_again_is_realigned_by_key(root: Root) -> None:
     assert root.read("key", "one_word", "two_word") == [
         ("d", "r1", "run d"), ("x", None, None), ("b", "r1", "run b"), ("a", "r1", "run a"), ("c", "r1", "run c"),
     ]  # fmt: skip
-    assert root.commit("two", [1], "r2") == table.Committed(rows=1)
+    assert root.commit("two", [1], "r2") == commits.Committed(rows=1)
     assert root.read("two_word", "one_word")[1:4] == [("r2", None), ("run b", "r1"), ("run a", "r1")]
 
 
@@ -589,7 +595,7 @@ def test_keys_in_the_same_order_are_the_same_rows_whatever_their_sizes(root: Roo
     """A task that was planned before commits after; a file of a version that counted sizes in is realigned."""
     rows = root.ingest(["a", "b", "c", "d"], [1, 2, 3, 4])
     assert root.ingest(["a", "b", "c", "d"], [1, 20, 3, 4]) == rows
-    assert root.commit("one", [1], "r1", rows=rows) == table.Committed(rows=1)
+    assert root.commit("one", [1], "r1", rows=rows) == commits.Committed(rows=1)
     assert root.read("one_word") == [None, "r1", None, None]
 
 
@@ -613,7 +619,7 @@ def test_answers_of_keys_that_are_gone_wait_for_them(root: Root) -> None:
 
 
 def test_edits_tars_of_keys_that_are_gone_stay(root: Root) -> None:
-    table.extend_schema(root.layout, paint())
+    root_schema.extend_schema(root.layout, paint())
     root.commit("paint", [0, 1], "r1", pointers=root.edits_tar("r1-a", [b"first", b"second"]))
     root.ingest(["b", "c"])
     for number in range(3):
@@ -669,7 +675,7 @@ def test_answers_whose_rows_are_unknown_are_null_and_not_misplaced(root: Root) -
     root.commit("one", [0], "r1")
     root.ingest(["d", "c", "b", "a"])
     root.layout.column_file(SHARD, SOURCE, 1).unlink()
-    table.fold(root.layout, SHARD)
+    partitions.fold(root.layout, SHARD)
     assert root.read("one_word") == [None] * 4
 
 
@@ -679,39 +685,39 @@ def test_answers_whose_rows_are_unknown_are_null_and_not_misplaced(root: Root) -
 def test_two_stages_with_one_column_are_refused_with_both_sides(root: Root) -> None:
     rival = (Column("one_word", pa.list_(pa.int64()), "rival", "a list"),)
     with pytest.raises(SchemaError) as refused:
-        table.extend_schema(root.layout, rival)
+        root_schema.extend_schema(root.layout, rival)
     assert str(refused.value) == (
         "stages 'one' and 'rival' both have a column 'one_word'\n"
         "  one: one_word string\n"
         "  rival: one_word list<int64>\n"
         "  fix: rename the output of one of them, or drop the old column: builder drop one_word"
     )
-    assert table.load_schema(root.layout)[0] == 3
+    assert root_schema.load_schema(root.layout)[0] == 3
 
 
 def test_a_type_that_changes_is_refused_with_both_sides(root: Root) -> None:
     with pytest.raises(SchemaError) as refused:
-        table.extend_schema(root.layout, columns("one", pa.int32()))
+        root_schema.extend_schema(root.layout, columns("one", pa.int32()))
     assert str(refused.value) == (
         "column 'one_word' of stage 'one' would change its type\n"
         "  in the root: string\n"
         "  in the stage: int32\n"
         "  fix: give the new values a new name, or drop the old column: builder drop one_word"
     )
-    assert table.load_schema(root.layout)[0] == 3
+    assert root_schema.load_schema(root.layout)[0] == 3
 
 
 def test_a_schema_that_has_the_columns_stays_as_it_is(root: Root) -> None:
-    table.extend_schema(root.layout, columns("one"))
+    root_schema.extend_schema(root.layout, columns("one"))
     assert sorted(path.name for path in root.layout.schema.iterdir()) == [
         "g000001.json", "g000002.json", "g000003.json",
     ]  # fmt: skip
 
 
 def test_two_stages_that_come_at_once_are_both_there(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    with at_the_write(monkeypatch, "create_only", lambda: table.extend_schema(root.layout, columns("three"))):
-        table.extend_schema(root.layout, columns("four"))
-    generation, found = table.load_schema(root.layout)
+    with at_the_write(monkeypatch, "create_only", lambda: root_schema.extend_schema(root.layout, columns("three"))):
+        root_schema.extend_schema(root.layout, columns("four"))
+    generation, found = root_schema.load_schema(root.layout)
     assert generation == 5
     assert [column.name for column in found if column.name.endswith("_word")] == [
         "one_word", "two_word", "three_word", "four_word",
@@ -721,13 +727,13 @@ def test_two_stages_that_come_at_once_are_both_there(root: Root, monkeypatch: py
 @pytest.mark.parametrize("folded", [False, True])
 def test_a_dropped_column_may_come_back_with_another_type(root: Root, folded: bool) -> None:
     root.commit("one", [0], "r1")
-    table.heal(root.layout, [SHARD])
-    table.change_schema(root.layout, lambda have: tuple(c for c in have if c.name != "one_word"))
+    partitions.heal(root.layout, [SHARD])
+    root_schema.change_schema(root.layout, lambda have: tuple(c for c in have if c.name != "one_word"))
     if folded:
-        table.fold(root.layout, SHARD)
+        partitions.fold(root.layout, SHARD)
     assert ("one_word" in root.partition().column_names) is not folded
     numbers = columns("one", pa.int32())
-    table.extend_schema(root.layout, numbers)
+    root_schema.extend_schema(root.layout, numbers)
     assert root.read("one_word", "one_run") == [(None, "r1"), (None, None), (None, None), (None, None)]
     root.commit("one", [1], "r2", own=numbers, word=7)  # type: ignore[arg-type]
     assert root.read("one_word", "one_run") == [(None, "r1"), (7, "r2"), (None, None), (None, None)]
@@ -754,7 +760,7 @@ def test_a_sweep_returns_the_runs_that_rows_point_to(root: Root) -> None:
     root.commit("one", [0, 1], "r1")
     root.commit("one", [0, 1], "r2", previous="r1")
     root.commit("two", [0], "r3", failed=[0])
-    assert table.sweep_shard(root.layout, SHARD, [], Sweep(), dry_run=False) == {"ingest", "r2", "r3"}
+    assert sweeps.sweep_shard(root.layout, SHARD, [], Sweep(), dry_run=False) == {"ingest", "r2", "r3"}
 
 
 def test_a_sweep_keeps_the_source_that_realigns_a_column_file(root: Root) -> None:
@@ -762,7 +768,7 @@ def test_a_sweep_keeps_the_source_that_realigns_a_column_file(root: Root) -> Non
     for keys in (["b", "a", "c", "d"], ["c", "a", "b", "d"], ["d", "c", "b", "a"]):
         root.ingest(keys)
     assert root.sweep() == ["columns/00000000/source.g000002.parquet"]
-    table.fold(root.layout, SHARD)
+    partitions.fold(root.layout, SHARD)
     assert root.read("one_word") == [None, None, None, "r1"]
     root.commit("one", [0], "r2")
     assert root.sweep() == []  # the last but one generation still follows the first rows
@@ -772,7 +778,7 @@ def test_a_sweep_keeps_the_source_that_realigns_a_column_file(root: Root) -> Non
 
 
 def test_a_sweep_deletes_only_edits_tars_that_no_kept_generation_points_to(root: Root) -> None:
-    table.extend_schema(root.layout, paint())
+    root_schema.extend_schema(root.layout, paint())
     for number, run in enumerate(["r1", "r2", "r3"]):
         pointers = root.edits_tar(f"{run}-a", [b"picture", b"another"])
         root.commit("paint", [0, 1], run, previous=f"r{number}" if number else None, pointers=pointers)
@@ -789,7 +795,7 @@ def test_a_sweep_deletes_only_edits_tars_that_no_kept_generation_points_to(root:
 
 @pytest.mark.parametrize("has_answers", [False, True])
 def test_a_paused_attempt_that_was_swept_commits_nothing(root: Root, has_answers: bool) -> None:
-    table.extend_schema(root.layout, paint())
+    root_schema.extend_schema(root.layout, paint())
     if has_answers:
         root.commit("paint", [0], "r0", pointers=root.edits_tar("r0-a", [b"first"]))
     pointers = root.edits_tar("r1-a", [b"picture"])
@@ -812,7 +818,7 @@ def test_a_paused_attempt_that_was_swept_commits_nothing(root: Root, has_answers
 
 
 def test_an_attempt_swept_while_it_commits_starts_again(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    table.extend_schema(root.layout, paint())
+    root_schema.extend_schema(root.layout, paint())
     pointers = root.edits_tar("r1-a", [b"picture"])
     with at_the_write(monkeypatch, "create_only", root.sweep), pytest.raises(Swept):
         root.commit("paint", [1], "r1", pointers=pointers)
@@ -820,7 +826,7 @@ def test_an_attempt_swept_while_it_commits_starts_again(root: Root, monkeypatch:
 
 
 def test_an_attempt_that_commits_while_it_is_swept_keeps_its_tar(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    table.extend_schema(root.layout, paint())
+    root_schema.extend_schema(root.layout, paint())
     pointers = root.edits_tar("r1-a", [b"picture"])
     with at_the_write(monkeypatch, "create_only", lambda: root.commit("paint", [1], "r1", pointers=pointers)):
         assert root.sweep() == []
@@ -829,7 +835,7 @@ def test_an_attempt_that_commits_while_it_is_swept_keeps_its_tar(root: Root, mon
 
 
 def test_a_fence_below_the_newest_generation_is_set_again(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
-    table.extend_schema(root.layout, paint())
+    root_schema.extend_schema(root.layout, paint())
     root.commit("paint", [0], "r0", pointers=root.edits_tar("r0-a", [b"first"]))
     pointers = root.edits_tar("r1-a", [b"picture"])
 
@@ -847,14 +853,14 @@ def test_a_fence_below_the_newest_generation_is_set_again(root: Root, monkeypatc
 
 
 def test_a_dropped_pointer_still_keeps_its_tar_and_its_fence(root: Root) -> None:
-    table.extend_schema(root.layout, paint())
+    root_schema.extend_schema(root.layout, paint())
     root.commit("paint", [0], "r1", pointers=root.edits_tar("r1-a", [b"picture"]))
-    table.change_schema(root.layout, lambda have: tuple(c for c in have if not c.name.startswith("image_")))
+    root_schema.change_schema(root.layout, lambda have: tuple(c for c in have if not c.name.startswith("image_")))
     paused = root.edits_tar("r2-a", [b"another"])
     found = Sweep()
-    table.sweep_shard(root.layout, SHARD, [], found, dry_run=False)
+    sweeps.sweep_shard(root.layout, SHARD, [], found, dry_run=False)
     assert found.paths == [root.layout.root / "edits/00000000/r2-a-0.tar"]
-    table.extend_schema(root.layout, paint())
+    root_schema.extend_schema(root.layout, paint())
     with pytest.raises(Swept):
         root.commit("paint", [1], "r2", pointers=paused)
 
@@ -878,9 +884,9 @@ def test_temp_files_of_dead_processes_are_swept_wherever_they_lie(root: Root) ->
 def test_temp_files_are_no_generation_and_no_partition(root: Root) -> None:
     for folder in (root.layout.column_folder(SHARD), root.layout.samples, root.layout.schema):
         files.temp_path(folder / "one.g000009.parquet").touch()
-    assert table.newest(root.layout, SHARD) == {"source": 1}
+    assert column_files.newest(root.layout, SHARD) == {"source": 1}
     assert root.layout.partitions() == [SHARD]
-    assert table.load_schema(root.layout)[0] == 3
+    assert root_schema.load_schema(root.layout)[0] == 3
 
 
 # --- any order ---
@@ -893,15 +899,15 @@ def play(folder: Path, steps: Sequence[int]) -> pa.Table:
     made = Root(folder)
     made.ingest(list("abcdef"))
     for stage in ("one", "two"):
-        table.extend_schema(made.layout, columns(stage))
+        root_schema.extend_schema(made.layout, columns(stage))
     for step in steps:
         if step >= len(TASKS):
-            table.fold(made.layout, SHARD)
+            partitions.fold(made.layout, SHARD)
             continue
         stage, rows = TASKS[step]
         for checkpoint in (rows[:1], rows[1:]):  # every task commits twice
             made.commit(stage, checkpoint, f"{stage}-run", word=f"task {step}", failed=[2])
-    table.heal(made.layout, [SHARD])
+    partitions.heal(made.layout, [SHARD])
     return made.partition()
 
 
@@ -949,17 +955,17 @@ def _racer(folder: str, kind: str, stage: str, seed: int) -> int:
         for first in range(0, ROWS, 3):
             time.sleep(pause.random() * 0.01)
             if kind == "sweep":
-                table.sweep_shard(made.layout, SHARD, [], Sweep(), dry_run=False)
+                sweeps.sweep_shard(made.layout, SHARD, [], Sweep(), dry_run=False)
                 continue
             if kind == "schema" and first == 3:
-                table.extend_schema(made.layout, columns("four"))
+                root_schema.extend_schema(made.layout, columns("four"))
                 made.commit("four", list(range(ROWS)), "new")
             at = list(range(first, first + 3))
             if kind == "late":
                 count += made.commit(stage, at, "old", word="late").rows
             elif kind == "copy":
                 count += made.commit(stage, at, "new", previous="old").rows
-            table.heal(made.layout, [SHARD])
+            partitions.heal(made.layout, [SHARD])
         return count
     finally:
         files.create_only, files.write_atomic = create, replace
@@ -977,11 +983,11 @@ def test_processes_that_race_lose_nothing(tmp_path: Path) -> None:
             made = Root(tmp_path / str(trial))
             made.ingest([f"k{i}" for i in range(ROWS)])
             for stage in STAGES:
-                table.extend_schema(made.layout, columns(stage))
+                root_schema.extend_schema(made.layout, columns(stage))
                 made.commit(stage, list(range(ROWS)), "old")
             futures = [pool.submit(_racer, str(made.layout.root), *job, 97 * trial + i) for i, job in enumerate(jobs)]
             committed = [future.result() for future in futures]
-            assert not table.is_behind(made.layout, SHARD)
+            assert not partitions.is_behind(made.layout, SHARD)
             found = made.partition()
             assert [found[f"{stage}_word"].to_pylist() for stage in (*STAGES, "four")] == [["new"] * ROWS] * 4
             assert [sum(committed[i : i + 2]) for i in (0, 2, 4)] == [ROWS] * 3

@@ -29,8 +29,8 @@ from builder.errors import ShardError, StageError, TransientError
 from builder.stages.contract import RowsFailed
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
-from builder.table import column_files as table
-from builder.table.column_files import Swept, schema
+from builder.table import column_files, commits, partitions, schema, sweeps
+from builder.table.commits import Swept
 from builder.tar import index as tar
 from conftest import Workspace, ingest_here, make_shard, samples
 from planned import SQL, do, plan, section
@@ -50,10 +50,10 @@ def uid(number: int) -> str:
 
 def read(layout: Layout, *names: str) -> list[tuple[Any, ...]]:
     """Columns of all partitions after a heal, rows in order."""
-    table.heal(layout, layout.shard_names())
+    partitions.heal(layout, layout.shard_names())
     found = []
     for shard in layout.shard_names():
-        partition, _ = table.read_partition(layout, shard, names)
+        partition, _ = partitions.read_partition(layout, shard, names)
         found += list(zip(*(partition[name].to_pylist() for name in names), strict=True))
     return found
 
@@ -462,14 +462,14 @@ def test_the_next_batches_are_prepared_while_one_is_processed(layout: Layout, ah
 
 def test_a_shard_that_is_left_takes_what_was_read_of_it_along(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its batches that are prepared are not processed, and the next shard is done."""
-    commit = table.commit
+    commit = commits.commit
 
     def refused(layout: Layout, shard: str, *args: Any, **options: Any) -> Any:
         if shard == "00000000":
             raise ShardError("it cannot be used")
         return commit(layout, shard, *args, **options)
 
-    monkeypatch.setattr(table, "commit", refused)
+    monkeypatch.setattr(commits, "commit", refused)
     stage = Ahead()
     stage.resources = Resources(ahead=3)  # type: ignore[misc]
     result = do(layout, plan(layout, stage), stage, batch_rows=2, checkpoint_rows=2)
@@ -480,7 +480,7 @@ def test_a_shard_that_is_left_takes_what_was_read_of_it_along(layout: Layout, mo
 def test_a_swept_attempt_is_done_again_behind_what_was_read_ahead(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit, attempts = table.commit, []
+    commit, attempts = commits.commit, []
 
     def swept(*args: Any, attempt: str, **options: Any) -> Any:
         attempts.append(attempt)
@@ -488,7 +488,7 @@ def test_a_swept_attempt_is_done_again_behind_what_was_read_ahead(
             raise Swept("this attempt was swept")
         return commit(*args, attempt=attempt, **options)
 
-    monkeypatch.setattr(table, "commit", swept)
+    monkeypatch.setattr(commits, "commit", swept)
     stage = Ahead()
     stage.resources = Resources(ahead=5)  # type: ignore[misc]
     assert do(layout, plan(layout, stage), stage, batch_rows=2).ok == 16
@@ -500,7 +500,7 @@ def test_a_swept_attempt_is_done_again_behind_what_was_read_ahead(
 def test_an_attempt_that_is_swept_at_its_last_commit_is_done_again(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, shard: str
 ) -> None:
-    commit, attempts = table.commit, []
+    commit, attempts = commits.commit, []
 
     def swept(layout: Layout, name: str, *args: Any, attempt: str, **options: Any) -> Any:
         attempts.append(attempt)
@@ -512,7 +512,7 @@ def test_an_attempt_that_is_swept_at_its_last_commit_is_done_again(
             raise Swept("this attempt was swept")
         return commit(layout, name, *args, attempt=attempt, **options)
 
-    monkeypatch.setattr(table, "commit", swept)
+    monkeypatch.setattr(commits, "commit", swept)
     stage, seen = Note(Options()), []
     result = do(layout, plan(layout, stage), stage, batch_rows=4, progress=lambda done, failed: seen.append(done))
     assert (result.ok, result.left) == (16, {})
@@ -548,7 +548,7 @@ def test_a_log_that_cannot_be_written_hides_no_other_error(layout: Layout, monke
     """A shard is left while a commit with failures that keep an old answer is being made."""
     do(layout, plan(layout, Note(Options())), Note(Options()))
     stage = Fails(Options(word="again", bad=[key(0)]))
-    real_read, real_commit = task._Shard.read, table.commit
+    real_read, real_commit = task._Shard.read, commits.commit
 
     def full(path: Path, values: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -565,7 +565,7 @@ def test_a_log_that_cannot_be_written_hides_no_other_error(layout: Layout, monke
     run = plan(layout, stage, Choice(redo=True))
     monkeypatch.setattr(files, "append_lines", full)
     monkeypatch.setattr(task._Shard, "read", bad)
-    monkeypatch.setattr(table, "commit", slow)
+    monkeypatch.setattr(commits, "commit", slow)
     result = do(layout, run, stage, batch_rows=4, checkpoint_rows=4)
     assert (result.refused, result.ok) == ({"00000000": "it cannot be read"}, 8)
 
@@ -809,7 +809,7 @@ def test_what_a_stage_notes_is_kept_beside_the_run(layout: Layout) -> None:
 def test_a_commit_runs_beside_the_next_batch(many: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """It starts one batch early, so that of 8 rows a kill costs never more than 8: 7 in flight and 1 in hand."""
     rows = 8
-    commit, committed, most = table.commit, [0], [0]
+    commit, committed, most = commits.commit, [0], [0]
     ninth = threading.Event()
 
     class Looking(Counting):
@@ -830,7 +830,7 @@ def test_a_commit_runs_beside_the_next_batch(many: Layout, monkeypatch: pytest.M
         committed[0] += result.rows
         return result
 
-    monkeypatch.setattr(table, "commit", slow)
+    monkeypatch.setattr(commits, "commit", slow)
     stage = Looking()
     do(many, plan(many, stage), stage, checkpoint_rows=rows, batch_rows=1)
     assert most == [rows]
@@ -842,7 +842,7 @@ def test_a_commit_runs_beside_the_next_batch(many: Layout, monkeypatch: pytest.M
 def test_a_commit_that_fails_leaves_its_shard_and_the_next_is_done(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    commit, calls = table.commit, [0]
+    commit, calls = commits.commit, [0]
 
     def full(*args: Any, **options: Any) -> Any:
         calls[0] += 1
@@ -850,12 +850,12 @@ def test_a_commit_that_fails_leaves_its_shard_and_the_next_is_done(
             raise OSError(errno.ENOSPC, "No space left on device")
         return commit(*args, **options)
 
-    monkeypatch.setattr(table, "commit", full)
+    monkeypatch.setattr(commits, "commit", full)
     stage = Counting()
     run = plan(layout, stage)
     result = do(layout, run, stage, checkpoint_rows=8, batch_rows=1)
     assert result.left == {"00000000": str(machine.told(OSError(errno.ENOSPC, "")))}
-    monkeypatch.setattr(table, "commit", commit)
+    monkeypatch.setattr(commits, "commit", commit)
     assert [note is not None for note in notes(layout)] == [failing == 2] * 7 + [False] + [True] * 8
     assert do(layout, run, Counting()).ok == 16
 
@@ -864,7 +864,7 @@ def test_a_commit_in_flight_is_awaited_beside_another_error(layout: Layout, monk
     """The stage breaks its contract while the rows before are being committed: they are, their failures are told."""
     first, again = Note(Options()), Fails(Options(word="again", bad=[key(3)]))
     do(layout, plan(layout, first), first)
-    commit, broken = table.commit, threading.Event()
+    commit, broken = commits.commit, threading.Event()
     process = again.process
 
     def breaks(batch: pa.RecordBatch) -> pa.RecordBatch | None:
@@ -878,7 +878,7 @@ def test_a_commit_in_flight_is_awaited_beside_another_error(layout: Layout, monk
         return commit(*args, **options)
 
     again.process = breaks  # type: ignore[method-assign,assignment]
-    monkeypatch.setattr(table, "commit", slow)
+    monkeypatch.setattr(commits, "commit", slow)
     run = plan(layout, again, Choice(redo=True))
     with pytest.raises(StageError, match="did you forget the return statement"):
         do(layout, run, again, checkpoint_rows=8, batch_rows=1)
@@ -887,7 +887,7 @@ def test_a_commit_in_flight_is_awaited_beside_another_error(layout: Layout, monk
 
 
 def generations(layout: Layout, shard: str, stage: str = "note") -> int:
-    return table.newest(layout, shard).get(stage, 0)
+    return column_files.newest(layout, shard).get(stage, 0)
 
 
 @pytest.mark.parametrize(
@@ -925,7 +925,7 @@ def test_a_shard_without_rows_to_do_is_healed_first(layout: Layout) -> None:
     stage = Counting()
     do(layout, run, stage)
     assert stage.seen == []
-    assert not table.is_behind(layout, "00000000")
+    assert not partitions.is_behind(layout, "00000000")
 
 
 def test_rows_of_another_run_are_dropped_and_counted(layout: Layout) -> None:
@@ -1137,7 +1137,7 @@ def test_generated_bytes_lie_in_one_closed_tar_a_checkpoint(layout: Layout) -> N
 
 
 def test_a_tar_is_complete_before_its_rows_are_committed(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = table.commit
+    commit = commits.commit
     looked: list[int] = []
 
     def looking(*args: Any, **options: Any) -> Any:
@@ -1146,7 +1146,7 @@ def test_a_tar_is_complete_before_its_rows_are_committed(layout: Layout, monkeyp
                 looked.append(len(archive.getnames()))
         return commit(*args, **options)
 
-    monkeypatch.setattr(table, "commit", looking)
+    monkeypatch.setattr(commits, "commit", looking)
     stage = Paint(PaintOptions())
     do(layout, plan(layout, stage), stage, checkpoint_rows=4)
     assert looked == [3, 4, 4, 4]
@@ -1192,8 +1192,8 @@ def test_a_swept_attempt_starts_again_under_a_new_name(
             calls[0] += 1
             if calls[0] == commits + 1:
                 monkeypatch.setattr(files, "create_only", real)
-                sweep = table.Sweep()
-                table.sweep_shard(layout, "00000000", ["paint"], sweep, dry_run=False)
+                sweep = sweeps.Sweep()
+                sweeps.sweep_shard(layout, "00000000", ["paint"], sweep, dry_run=False)
                 assert [path.suffix for path in sweep.paths] == [".tar"]
         return real(path, write)
 
@@ -1251,5 +1251,5 @@ def test_a_run_directory_is_all_that_a_task_needs(dataset: Workspace) -> None:
     assert sorted(path.name for path in run.folder.iterdir()) == ["tasks", "workset.parquet"]
     assert json.loads(run.task(0).read_text())["slices"][1] == {
         "shard": "00000001", "first": 8, "count": 8, "again": 0,
-        "rows": table.partition_state(dataset.load().layout, "00000001").rows,  # type: ignore[union-attr]
+        "rows": partitions.partition_state(dataset.load().layout, "00000001").rows,  # type: ignore[union-attr]
     }  # fmt: skip

@@ -21,7 +21,7 @@ from builder.errors import ConfigError, ConflictError
 from builder.progress import Talk
 from builder.sources.tars.shards import Reading
 from builder.store.layout import Layout, RunFiles
-from builder.table import column_files as table
+from builder.table import commits, partitions, root_schema
 from builder.table.column_files import SourceShard
 from builder.verbs import pipeline as pipelines
 from conftest import Workspace, ingest_here, make_shard, make_workspace, samples
@@ -223,7 +223,7 @@ def test_a_work_set_is_sorted_and_says_what_it_was_planned_on(layout: Layout) ->
     assert found["previous_run"].null_count == 16
     assert len(set(found["inputs"].to_pylist())) == 16
     assert [part.rows for part in workset.read_task(run, 0)] == [
-        table.partition_state(layout, shard).rows for shard in ("00000000", "00000001")  # type: ignore[union-attr]
+        partitions.partition_state(layout, shard).rows for shard in ("00000000", "00000001")  # type: ignore[union-attr]
     ]  # fmt: skip
     do(layout, run, Note(Options()))
     again = pq.read_table(plan(layout, Note(Options()), Choice(redo=True)).workset)
@@ -335,7 +335,7 @@ def test_a_limit_without_an_order_takes_the_first_rows_every_time(tmp_path: Path
     """Threads read partitions at once: the second one's few rows are found long before the last ones of the first."""
     layout = Layout(tmp_path)
     columns = Reading({}).columns
-    table.extend_schema(layout, columns)
+    root_schema.extend_schema(layout, columns)
     for shard, captions in {"a": ["no"] * 50_000 + ["yes"] * 3, "b": ["yes"] * 3}.items():
         values: dict[str, Any] = {
             "shard": [shard] * len(captions), "row": range(len(captions)), "caption": captions,
@@ -343,8 +343,8 @@ def test_a_limit_without_an_order_takes_the_first_rows_every_time(tmp_path: Path
         }  # fmt: skip
         nothing = [None] * len(captions)
         content = pa.table({c.name: pa.array(values.get(c.name, nothing), c.type) for c in columns})
-        table.commit_source(layout, shard, SourceShard("a.tar", 1, 2, "reading"), lambda _, content=content: content)
-        table.fold(layout, shard)
+        commits.commit_source(layout, shard, SourceShard("a.tar", 1, 2, "reading"), lambda _, content=content: content)
+        partitions.fold(layout, shard)
     for _ in range(10):
         found = frozen(layout, sql=f"{SQL} where caption like '%y%e%s%' limit 3")
         assert found == [("a", 50_000), ("a", 50_001), ("a", 50_002)]

@@ -41,7 +41,7 @@ from builder.sources.tars.samples import MAX_NAMES, Seen
 from builder.stages.contract import find, own_code
 from builder.store import files
 from builder.store.layout import Layout, RunFiles, shard_name
-from builder.table import column_files as table
+from builder.table import partitions
 from builder.table.query import Sql
 
 #: Packages whose versions decide answers; those that are installed are recorded.
@@ -356,7 +356,7 @@ def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable
 
     def write(done: int) -> None:
         part = slices[done]
-        state = table.partition_state(layout, part.shard)
+        state = partitions.partition_state(layout, part.shard)
         if state is None or state.rows != part.rows:
             raise ShardError("the shard was ingested again", where={"shard": part.shard}, fix="run write again")
         rows = workset.read_slice(run, part).to_pylist() if part.count else []

@@ -33,9 +33,8 @@ from builder.sources.members import EDIT, NOT_READ, MemberReader, digests_of
 from builder.stages.contract import Preparing, Stage, columns_of, formats_asked
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
-from builder.table import column_files as table
-from builder.table import schema
-from builder.table.column_files import Swept
+from builder.table import commits, partitions, schema
+from builder.table.commits import Swept
 from builder.table.edits import EditsTar
 from builder.table.schema import Column
 
@@ -447,7 +446,7 @@ class _Task:
             part = self._waiting.popleft()
             opened: list[_Shard] = []
             with self._leaving(part):
-                table.heal(self._layout, [part.shard])
+                partitions.heal(self._layout, [part.shard])
                 opened.append(_Shard(self, part))
                 if not opened[0].groups:
                     self._tally(part)
@@ -471,7 +470,7 @@ class _Task:
     def _close(self, shard: _Shard) -> None:
         """Waits until what a shard's rows got is in the table, and counts it."""
         shard.collect()
-        table.heal(self._layout, [shard.part.shard])
+        partitions.heal(self._layout, [shard.part.shard])
         self._shards.remove(shard)
         shard.close()
         self._tally(shard.part)
@@ -504,7 +503,7 @@ class _Task:
     def _count_saved(self, part: Slice) -> None:
         """Adds what was committed of a shard that is left, if its table can be read."""
         try:
-            table.heal(self._layout, [part.shard])
+            partitions.heal(self._layout, [part.shard])
             self._tally(part)
         except Exception as error:
             if not _is_left(error) and not isinstance(error, ShardError | ConflictError | Swept):
@@ -545,7 +544,7 @@ class _Task:
         """
         work = read_slice(self._run, part)
         names = [f"{self._kind.name}_run", f"{self._kind.name}_status"]
-        have, state = table.read_partition(self._layout, part.shard, names)
+        have, state = partitions.read_partition(self._layout, part.shard, names)
         if state.rows != part.rows:
             raise ConflictError(
                 "the shard was ingested again with other rows since this work was planned",
@@ -829,7 +828,7 @@ class _Shard:
         place = {row: i for i, row in enumerate(self._work["row"].to_pylist())}
         chosen = self._work.take(pa.array([place[row] for row in pending.rows]))
         done = _answers(pending, chosen, self._task._columns, self._task._run.folder.name, self._name)
-        committed = table.commit(
+        committed = commits.commit(
             self._task._layout,
             self.part.shard,
             self._name,

@@ -28,7 +28,7 @@ from builder.stages.contract import Stage, formats_asked
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
 from builder.table import schema
-from builder.table.column_files import partition_state
+from builder.table.partitions import partition_state
 from builder.table.query import Lookup, Samples, Sql
 from builder.table.rowwise import Rowwise, rowwise
 from builder.table.schema import Column

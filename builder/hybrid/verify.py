@@ -29,8 +29,7 @@ from builder.machine import asked_again
 from builder.sources import members
 from builder.store import files
 from builder.store.layout import Layout, names
-from builder.table import column_files as table
-from builder.table import edits
+from builder.table import edits, partitions
 from builder.table.edits import EditsReader
 from builder.table.schema import IMAGE_EXTENSIONS
 from builder.tar import index as tar
@@ -118,7 +117,7 @@ class Prover:
     def check_gone(self, shards: Sequence[str]) -> None:
         """Takes note of hybrid shards whose sources are gone: of these nothing can be proven."""
         for shard in shards:
-            state = table.partition_state(self._layout, shard)
+            state = partitions.partition_state(self._layout, shard)
             if state is not None and self._layout.hybrid(shard).exists() and not Path(state.source.path).exists():
                 self.proof.shards += 1
                 self.wrong[shard] = str(_Wrong(f"its source '{state.source.path}' is gone", "put it back"))
@@ -230,12 +229,12 @@ def _partition(layout: Layout, shard: str) -> pa.Table:
 def _check_partition(layout: Layout, shard: str, partition: pa.Table) -> None:
     """Compares a partition with the column files that it was folded from."""
     try:
-        wanted, _ = files.retry_listing(partial(table.folded, layout, shard))
+        wanted, _ = files.retry_listing(partial(partitions.folded, layout, shard))
     except ShardError as error:
         file = Path(error.where["file"])
         again = "builder run: the generation before it counts, or its work is done anew"
         raise _Wrong(f"{error.what}: '{file}'", _removing(file, again)) from error
-    if table.is_behind(layout, shard):
+    if partitions.is_behind(layout, shard):
         raise _Wrong("its partition is behind its column files", _FOLD)
     mend = _removing(layout.partition(shard), _FOLD)
     if partition.num_rows != wanted.num_rows:
@@ -344,7 +343,7 @@ class _Pair:
     def _read_rows(self) -> None:
         """Finds every member of every row of the table in the source; the rows reconcile with what was committed."""
         shard = self._plan.shard
-        places, _ = table.read_partition(self._layout, shard, ["key", "source_members"])
+        places, _ = partitions.read_partition(self._layout, shard, ["key", "source_members"])
         index = self._source_index
         self._keys: list[str] = places["key"].to_pylist()
         self._places: list[list[dict[str, Any]]] = places["source_members"].to_pylist()

@@ -36,8 +36,7 @@ from builder.sources.members import AGAIN, opened
 from builder.stages.contract import pointers_of
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
-from builder.table import column_files as table
-from builder.table import query, schema
+from builder.table import column_files, partitions, query, schema
 from builder.table.edits import EditsReader
 from builder.table.query import Samples, Sql
 from builder.table.schema import Column, folded
@@ -89,7 +88,7 @@ class ShardPlan:
     """
 
     shard: str
-    source: table.SourceShard
+    source: column_files.SourceShard
     on_disk: tuple[int, int]
     edits: dict[int, Edit]
     digest: str
@@ -163,7 +162,7 @@ def plans(
             rows = _by_shard(reader, sql)
             waiting = next(rows, None)
             for shard in sorted(shards):
-                state = table.partition_state(layout, shard)
+                state = partitions.partition_state(layout, shard)
                 if state is None:
                     continue
                 while waiting is not None and waiting[0] < shard:
@@ -287,9 +286,9 @@ def _columns_beside(columns: Sequence[Column], stage: str | None, returned: Sequ
 
 def _beside(
     layout: Layout, shard: str, rows: list[dict[str, Any]], columns: dict[str, str]
-) -> tuple[list[dict[str, Any]], table.State]:
+) -> tuple[list[dict[str, Any]], partitions.State]:
     """The rows of the write SQL that the table has, with what `columns` say of them."""
-    have, state = table.read_partition(layout, shard, list(columns.values()))
+    have, state = partitions.read_partition(layout, shard, list(columns.values()))
     known = [row for row in rows if row["row"] is not None and 0 <= row["row"] < have.num_rows]
     at = pa.array([row["row"] for row in known], pa.int64())
     found = {name: _texts(have[column].take(at)) for name, column in columns.items()}
@@ -324,7 +323,7 @@ def _by_shard(reader: pa.RecordBatchReader, sql: Sql) -> Iterator[tuple[str, lis
 def plan_shard(
     layout: Layout,
     shard: str,
-    state: table.State,
+    state: partitions.State,
     rows: list[dict[str, Any]],
     sql: Sql,
     stage: str | None,
@@ -364,7 +363,7 @@ def plan_shard(
     return plan
 
 
-def _on_disk(source: table.SourceShard) -> tuple[int, int]:
+def _on_disk(source: column_files.SourceShard) -> tuple[int, int]:
     try:
         stat = Path(source.path).stat()
     except OSError:
@@ -507,7 +506,7 @@ def read_description(manifest: Path) -> tuple[str, dict[str, Any]]:
         pyarrow.ArrowInvalid: it is damaged, or no manifest.
     """
     with manifest.open("rb") as file:
-        metadata = table.footer_values(file, (_DIGEST, _INFO))
+        metadata = partitions.footer_values(file, (_DIGEST, _INFO))
     try:
         info = json.loads((metadata or {})[_INFO])
         if not {"source", "size"} <= info.keys():
@@ -579,7 +578,7 @@ def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Buffer, Path]
     """Makes a hybrid shard under a temp name, durably; returns what it holds, its manifest and that name."""
     with opened(layout, plan.shard, plan.source) as source, EditsReader(layout.root) as edits:
         before = _identity(source)
-        places, state = table.read_partition(layout, plan.shard, ["key", "source_members"])
+        places, state = partitions.read_partition(layout, plan.shard, ["key", "source_members"])
         if state.source != plan.source:
             raise ShardError("the shard was ingested again while it was written", fix="run the same command again")
         check_apart(layout, [Path(plan.source.path)])
@@ -903,5 +902,5 @@ class _Splicer:
     def _encoded(self, manifest: pa.Table) -> pa.Buffer:
         info = json.dumps({**vars(self.written), "source": self._plan.on_disk}).encode()
         sink = pa.BufferOutputStream()
-        table.write_parquet(manifest, {_DIGEST: self._plan.digest.encode(), _INFO: info}, sink)
+        column_files.write_parquet(manifest, {_DIGEST: self._plan.digest.encode(), _INFO: info}, sink)
         return sink.getvalue()

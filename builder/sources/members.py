@@ -16,7 +16,7 @@ from builder import machine
 from builder.errors import ConflictError, ShardError, where
 from builder.store import files
 from builder.store.layout import Layout
-from builder.table import column_files as table
+from builder.table import column_files, partitions
 from builder.table.edits import EditsReader
 from builder.table.schema import IMAGE_EXTENSIONS
 from builder.tar import index as tar
@@ -59,7 +59,7 @@ def digests_of(members: Mapping[str, bytes | None]) -> int:
 
 
 @contextlib.contextmanager
-def opened(layout: Layout, shard: str, source: table.SourceShard) -> Iterator[int]:
+def opened(layout: Layout, shard: str, source: column_files.SourceShard) -> Iterator[int]:
     """A source shard, open for reading at offsets.
 
     One of another time of modification is good as long as every sample's headers are where the table has them.
@@ -90,17 +90,17 @@ def opened(layout: Layout, shard: str, source: table.SourceShard) -> Iterator[in
         os.close(descriptor)
 
 
-def _changed(source: table.SourceShard, **place: object) -> ShardError:
+def _changed(source: column_files.SourceShard, **place: object) -> ShardError:
     return ShardError("the source shard changed since it was ingested", where={"file": source.path, **place}, fix=AGAIN)
 
 
-def _check_heads(descriptor: int, layout: Layout, shard: str, source: table.SourceShard) -> None:
+def _check_heads(descriptor: int, layout: Layout, shard: str, source: column_files.SourceShard) -> None:
     """Compares the headers of every sample, prefixes included, with what the table says of them.
 
     Raises:
         ShardError: one of them is another.
     """
-    places, state = table.read_partition(layout, shard, ["key", "source_members"])
+    places, state = partitions.read_partition(layout, shard, ["key", "source_members"])
     if state.source != source:
         raise ShardError("the shard was ingested again meanwhile", fix="run the same command again")
     for start in range(0, places.num_rows, _ROWS_A_STEP):
@@ -129,12 +129,12 @@ class MemberReader:
         self._layout, self._shard = layout, shard
         self._stack = contextlib.ExitStack()
         self._columns: dict[str, list[Any]] = {}
-        self._state: table.SourceShard | None = None
+        self._state: column_files.SourceShard | None = None
         from_source = any(member != EDIT for member in members)
         columns = ["source_members"] * from_source
         columns += ["image_path", "image_offset", "image_size"] * (EDIT in members)
         if columns:
-            places, state = table.read_partition(layout, shard, columns)
+            places, state = partitions.read_partition(layout, shard, columns)
             self._columns = {name: places[name].to_pylist() for name in places.column_names}
             self._state = state.source if from_source else None
         self.is_open = False

@@ -47,8 +47,7 @@ from builder.stages.contract import (
 )
 from builder.store import files
 from builder.store.layout import Layout, RunFiles, names
-from builder.table import column_files as table
-from builder.table import schema
+from builder.table import partitions, root_schema, schema, sweeps
 from builder.table.query import Samples, Sql, parameters, read_sql
 from builder.table.schema import Column
 
@@ -104,7 +103,7 @@ class Pipeline:
     @property
     def reading(self) -> tar_shards.Reading:
         """What ingest carries: the json fields that the pipeline asks for, and those that the root has."""
-        return self.asked.beside(table.load_schema(self.layout)[1])
+        return self.asked.beside(root_schema.load_schema(self.layout)[1])
 
     @property
     def layout(self) -> Layout:
@@ -123,7 +122,7 @@ class Pipeline:
 
     def columns(self) -> tuple[Column, ...]:
         """The root's columns with those that the pipeline will add: these read as typed nulls until then."""
-        return schema.merge(table.load_schema(self.layout)[1], self.own_columns)
+        return schema.merge(root_schema.load_schema(self.layout)[1], self.own_columns)
 
     def known_columns(self) -> tuple[Column, ...]:
         """`columns`, and those of the stages that come with builder: questions and write SQL may name them all."""
@@ -235,7 +234,7 @@ def ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
         talk.say(f"ingest: nothing to do ({len(plan.found.paths)} shards)")
         return Outcome()
     files.check_links(layout.root)
-    table.extend_schema(layout, pipeline.reading.columns)
+    root_schema.extend_schema(layout, pipeline.reading.columns)
     settings = pipeline.config.run
     run = runs.new_run(layout, "ingest")
     runs.describe(
@@ -359,8 +358,8 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
     layout.check_folders()
     shards = table_shards(pipeline)
     work = work_of(pipeline, name, choice, shards)
-    table.extend_schema(layout, columns_of(use.stage))
-    table.heal(layout, shards)
+    root_schema.extend_schema(layout, columns_of(use.stage))
+    partitions.heal(layout, shards)
     unnamed = layout.runs / "workset.parquet"
     frozen = files.temp_path(unnamed)
     try:
@@ -440,7 +439,7 @@ def _done_stages(pipeline: Pipeline) -> dict[str, Counts]:
     """
     layout, shards = pipeline.layout, table_shards(pipeline)
     works = [work_of(pipeline, name, Choice(), shards) for name in pipeline.stages]
-    table.heal(layout, shards)
+    partitions.heal(layout, shards)
     try:
         counts = workset.count(layout, works)
     except ConfigError:
@@ -520,7 +519,7 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: boo
     layout = pipeline.layout
     shards = shards_of(pipeline)
     if not is_healed:
-        table.heal(layout, shards)
+        partitions.heal(layout, shards)
     plan = WritePlan(free=writer.free_bytes(layout))
     largest = position = 0
     sink: pq.ParquetWriter | None = None
@@ -668,7 +667,7 @@ def plan(pipeline: Pipeline, choice: Choice) -> Plan:
     ingest_plan = plan_ingest(pipeline)
     layout = pipeline.layout
     shards = shards_of(pipeline)
-    table.heal(layout, shards)
+    partitions.heal(layout, shards)
     by_run: dict[str, Counter[str]] = {}
     works = [work_of(pipeline, name, choice, shards) for name in pipeline.stages]
     counts = workset.count(layout, works, by_run)
@@ -687,7 +686,7 @@ def status(pipeline: Pipeline) -> dict[str, Any]:
     """
     layout = pipeline.layout
     shards = layout.shard_names()
-    healed = table.heal(layout, shards)
+    healed = partitions.heal(layout, shards)
     columns = pipeline.columns()
     stages = list(dict.fromkeys(column.stage for column in columns))
     result: dict[str, Any] = {"root": str(layout.root), "shards": len(shards), "healed": healed, "stages": {}}
@@ -784,27 +783,27 @@ def prove(pipeline: Pipeline, talk: Talk) -> verify.Proof:
     return prover.finish(layout.shard_names())
 
 
-def gc(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> table.Sweep:
+def gc(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> sweeps.Sweep:
     """Deletes what nothing needs: old generations, dead temp files, edits tars and runs that nothing points to."""
     layout = pipeline.layout
     layout.check_folders()
-    sweep = table.Sweep()
-    pointers = pointers_of(table.load_schema(layout)[1])
+    sweep = sweeps.Sweep()
+    pointers = pointers_of(root_schema.load_schema(layout)[1])
     alive: set[str] = set()
     idle = [name for name in names(layout.runs) if _is_idle(layout.run(name))]  # these commit no more rows
     shards = layout.shard_names()
     with talk.bar("gc", len(shards), "shards") as bar:
         for done, shard in enumerate(shards, 1):
-            alive |= table.sweep_shard(layout, shard, pointers, sweep, dry_run=dry_run)
+            alive |= sweeps.sweep_shard(layout, shard, pointers, sweep, dry_run=dry_run)
             if not dry_run:
-                table.heal(layout, [shard])
+                partitions.heal(layout, [shard])
             bar.update(done)
-    table.sweep_temps(layout, sweep, dry_run=dry_run)
+    sweeps.sweep_temps(layout, sweep, dry_run=dry_run)
     for name in idle:
         if name not in alive:
             sweep.add(layout.run(name))
             if not dry_run:
-                table.delete(layout.run(name))
+                sweeps.delete(layout.run(name))
     return sweep
 
 
@@ -825,14 +824,14 @@ def fold_all(pipeline: Pipeline, talk: Talk) -> int:
     """Folds every partition that is behind its column files or the root's columns; returns how many were."""
     layout = pipeline.layout
     layout.check_folders()
-    generation, _ = table.load_schema(layout)
+    generation, _ = root_schema.load_schema(layout)
     shards = layout.shard_names()
     folded = 0
     with talk.bar("fold", len(shards), "shards") as bar:
         for done, shard in enumerate(shards, 1):
-            state = table.partition_state(layout, shard)
-            if state is None or state.schema_generation != generation or table.is_behind(layout, shard):
-                table.fold(layout, shard)
+            state = partitions.partition_state(layout, shard)
+            if state is None or state.schema_generation != generation or partitions.is_behind(layout, shard):
+                partitions.fold(layout, shard)
                 folded += 1
             bar.update(done)
     return folded
@@ -846,7 +845,7 @@ def drop(pipeline: Pipeline, name: str) -> None:
     """
     layout = pipeline.layout
     layout.check_folders()
-    _, columns = table.load_schema(layout)
+    _, columns = root_schema.load_schema(layout)
     alike = [column for column in columns if schema.folded(column.name) == schema.folded(name)]
     column = next((column for column in alike if column.name == name), alike[0] if len(alike) == 1 else None)
     if column is None:
@@ -860,12 +859,12 @@ def drop(pipeline: Pipeline, name: str) -> None:
             where={"stage": column.stage},
             fix="drop an output of a stage or a json field",
         )
-    table.change_schema(layout, lambda have: tuple(c for c in have if c.name != column.name))
+    root_schema.change_schema(layout, lambda have: tuple(c for c in have if c.name != column.name))
 
 
 def behind(layout: Layout) -> int:
     """How many partitions are behind their column files."""
-    return sum(table.is_behind(layout, shard) for shard in layout.shard_names())
+    return sum(partitions.is_behind(layout, shard) for shard in layout.shard_names())
 
 
 def all_samples(pipeline: Pipeline) -> Samples:
@@ -916,7 +915,7 @@ def _no_sample(pipeline: Pipeline, uid: str, place: re.Match[str] | None) -> Con
             where={**root, "shards": _few(shards) or "none"},
             fix=f"did you mean '{near[0]}'?" if near else "give a shard of the table, or a uid",
         )
-    count = table.read_partition(pipeline.layout, shard, ["row"])[0].num_rows
+    count = partitions.read_partition(pipeline.layout, shard, ["row"])[0].num_rows
     return ConfigError(
         f"shard '{shard}' has no row {place['row']}",
         where={**root, "its rows": f"0 to {count - 1}" if count else "none"},
@@ -1038,7 +1037,7 @@ def run(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
     done = _done_stages(pipeline)
     for name, use in pipeline.stages.items():
         if name in done:
-            table.extend_schema(pipeline.layout, columns_of(use.stage))
+            root_schema.extend_schema(pipeline.layout, columns_of(use.stage))
             yield name, _nothing_to_do(name, done[name], talk)
         else:
             yield name, _as_far_as_it_goes(partial(run_stage, pipeline, name, Choice(), talk))

@@ -21,8 +21,7 @@ from builder.errors import ConfigError, StageError
 from builder.executors.local import as_a_worker
 from builder.stages.contract import own_code
 from builder.store import files
-from builder.table import column_files as table
-from builder.table import schema
+from builder.table import partitions, schema
 from builder.verbs.pipeline import Pipeline, table_shards, use_of, work_of
 
 
@@ -59,7 +58,7 @@ def try_stage(pipeline: Pipeline, name: str, choice: Choice, count: int) -> Tria
     """
     layout, use = pipeline.layout, use_of(pipeline, name)
     shards = table_shards(pipeline)
-    table.heal(layout, shards)
+    partitions.heal(layout, shards)
     work = workset.first_rows(layout, work_of(pipeline, name, choice, shards), count)
     if work.num_rows == 0:
         raise ConfigError(

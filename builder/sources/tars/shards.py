@@ -31,7 +31,9 @@ from builder.stages.contract import inputs_hashes
 from builder.store import files, globs
 from builder.store.layout import Layout, local, shard_name, shard_name_fault
 from builder.table import schema
-from builder.table.column_files import SourceShard, commit_source, partition_state, read_column_file
+from builder.table.column_files import SourceShard, read_column_file
+from builder.table.commits import commit_source
+from builder.table.partitions import partition_state
 from builder.table.schema import SOURCE, Column
 from builder.tar import index as tar
 

@@ -1,0 +1,260 @@
+"""Partitions: the newest column files of a shard side by side, and whether they still are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from builder.errors import ShardError, where
+from builder.store import files
+from builder.store.layout import Layout
+from builder.table.column_files import (
+    FOLDED_KEY,
+    ROWS_KEY,
+    SCHEMA_KEY,
+    SOURCE_KEY,
+    Content,
+    SourceShard,
+    aligned,
+    column_values,
+    listing,
+    newest,
+    read_column_file,
+    write_parquet,
+)
+from builder.table.root_schema import load_schema, read_schema
+from builder.table.schema import SOURCE, Column
+
+
+@dataclass(frozen=True)
+class State:
+    """What a partition says it was folded from."""
+
+    generations: dict[str, int]
+    schema_generation: int
+    rows: str
+    source: SourceShard
+
+
+# --- fold and heal ---
+
+
+def fold(layout: Layout, shard: str, *, known: tuple[str, int, Content] | None = None) -> None:
+    """Rebuilds a shard's partition from its newest column files and the root's columns.
+
+    Args:
+        known: stage, generation and content of a column file that the caller has just committed.
+    """
+    while True:
+        folded = files.retry_listing(partial(_fold_once, layout, shard, known))
+        if (newest(layout, shard, fresh=True), load_schema(layout, fresh=True)[0]) == folded:
+            return
+
+
+def _fold_once(layout: Layout, shard: str, known: tuple[str, int, Content] | None = None) -> tuple[dict[str, int], int]:
+    table, state = folded(layout, shard, known, fresh=True)
+    metadata = folded_metadata(state.generations, state.schema_generation, state.rows, state.source)
+    files.write_atomic(layout.partition(shard), partial(write_parquet, table, metadata))
+    return state.generations, state.schema_generation
+
+
+def folded(
+    layout: Layout, shard: str, known: tuple[str, int, Content] | None = None, *, fresh: bool = False
+) -> tuple[pa.Table, State]:
+    """What a shard's newest column files hold side by side, and which they are; makes no partition of it.
+
+    Args:
+        known: stage, generation and content of a column file that need not be read.
+        fresh: renews a cached listing first.
+
+    Raises:
+        ShardError: a column file is damaged.
+    """
+    generation, columns = load_schema(layout)
+    found = listing(layout, shard, fresh=fresh)
+    newest_of = {stage: generations[-1] for stage, generations in found.items()}
+    source = _content_of(layout, shard, SOURCE, newest_of[SOURCE], known)
+    assert source.source is not None
+    stages = {SOURCE: source.table}
+    for stage in newest_of:
+        if stage != SOURCE:
+            content = _content_of(layout, shard, stage, newest_of[stage], known)
+            stages[stage] = aligned(layout, shard, stage, content, found, source).of_shard
+    count, none = source.table.num_rows, pa.table({})
+    table = pa.table({column.name: column_values(stages.get(column.stage, none), column, count) for column in columns})
+    return table, State(newest_of, generation, source.rows, source.source)
+
+
+def folded_metadata(
+    generations: dict[str, int], schema_generation: int, rows: str, source: SourceShard
+) -> dict[bytes, bytes]:
+    """What a partition says it was folded from."""
+    return {
+        FOLDED_KEY: json.dumps(generations).encode(),
+        SCHEMA_KEY: str(schema_generation).encode(),
+        ROWS_KEY: rows.encode(),
+        SOURCE_KEY: json.dumps(vars(source)).encode(),
+    }
+
+
+def _content_of(
+    layout: Layout, shard: str, stage: str, generation: int, known: tuple[str, int, Content] | None
+) -> Content:
+    if known is not None and known[:2] == (stage, generation):
+        return known[2]
+    return read_column_file(layout.column_file(shard, stage, generation))
+
+
+def partition_state(layout: Layout, shard: str) -> State | None:
+    """What a partition was folded from, or None if there is none or it cannot be read: then it is folded anew."""
+
+    def read() -> State | None:
+        try:
+            with layout.partition(shard).open("rb") as file:
+                found = footer_values(file, (FOLDED_KEY, SCHEMA_KEY, ROWS_KEY, SOURCE_KEY))
+        except FileNotFoundError:
+            return None
+        return None if found is None else _state(found)
+
+    return files.retry_listing(read)
+
+
+def footer_values(file: BinaryIO, keys: Sequence[bytes]) -> dict[bytes, bytes] | None:
+    """Metadata of a parquet file of ours, out of its end, with at least these keys where it has them; None if it is no
+    whole parquet file.
+
+    All of a footer that pyarrow reads is 20 to 40 times as much work, and there are tens of thousands of partitions.
+    Where the values do not stand as they are looked for, pyarrow reads it.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 8, 0))
+    length, magic = int.from_bytes(file.read(4), "little"), file.read(4)
+    if magic != b"PAR1" or length + 8 > size:
+        return None
+    file.seek(size - 8 - length)
+    footer = file.read(length)
+    found = {key: _footer_value(footer, key) for key in keys}
+    values = {key: value for key, value in found.items() if value is not None}
+    if len(values) == len(found):
+        return values
+    try:
+        return dict(pq.read_metadata(file).metadata or {})
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        return None  # pyarrow's word on a footer that it cannot parse
+    except pa.ArrowInvalid:
+        return None
+
+
+def _footer_value(footer: bytes, key: bytes) -> bytes | None:
+    """The value of a key in a parquet footer: two Thrift binaries, each a length as varint and bytes.
+
+    Source: parquet.thrift's KeyValue and Thrift's compact protocol, in which fields 1 and 2 of type binary begin with
+    0x18. The footer's own key-value pairs are the last ones in it.
+    """
+    start = footer.rfind(b"\x18" + bytes([len(key)]) + key + b"\x18")
+    if start < 0:
+        return None
+    at = start + len(key) + 3
+    length = shift = 0
+    while at < len(footer):
+        byte = footer[at]
+        length |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return footer[at : at + length] if at + length <= len(footer) else None
+    return None
+
+
+def _state(metadata: dict[bytes, bytes]) -> State | None:
+    try:
+        return State(
+            generations=dict(json.loads(metadata[FOLDED_KEY])),
+            schema_generation=int(metadata[SCHEMA_KEY]),
+            rows=metadata[ROWS_KEY].decode(),
+            source=SourceShard(**json.loads(metadata[SOURCE_KEY])),
+        )
+    except (KeyError, ValueError, TypeError):  # damaged, or no partition
+        return None
+
+
+def is_behind(layout: Layout, shard: str) -> bool:
+    """Whether a partition lacks answers that its shard's column files have."""
+    return _is_behind(layout, shard, newest(layout, shard), load_schema(layout))
+
+
+def _is_behind(layout: Layout, shard: str, found: dict[str, int], root: tuple[int, tuple[Column, ...]]) -> bool:
+    """Whether a partition differs from the newest generations, or was folded before the root knew a column of theirs.
+
+    Columns that the column files lack do not count, such as those that a stage has gained since: they read as nulls.
+    """
+    state = partition_state(layout, shard)
+    if state is None or state.generations != found:
+        return True
+    generation, columns = root
+    if state.schema_generation == generation:
+        return False
+    path = layout.schema_file(state.schema_generation)
+    try:
+        have = _types_of(path, path.stat().st_ino)
+    except FileNotFoundError:
+        return True
+    others = [column for column in columns if column.stage in found and have.get(column.name) != column.type]
+    try:
+        return any(
+            column.name in have
+            or column.name in pq.read_schema(layout.column_file(shard, column.stage, found[column.stage])).names
+            for column in others
+        )
+    except (pa.ArrowInvalid, OSError):  # gone or damaged: whoever folds finds a newer one, or says what is wrong
+        return True
+
+
+@lru_cache(maxsize=64)
+def _types_of(path: Path, inode: int) -> dict[str, pa.DataType]:
+    """The columns of one generation of a root's schema, which a partition folded from it has."""
+    return {column.name: column.type for column in read_schema(path)}
+
+
+def heal(layout: Layout, shards: Iterable[str]) -> int:
+    """Folds the partitions that are behind; returns how many were."""
+    root = load_schema(layout)
+    healed = 0
+    for shard in shards:
+        found = newest(layout, shard)
+        if SOURCE in found and _is_behind(layout, shard, found, root):
+            with where(shard=shard):
+                fold(layout, shard)
+            healed += 1
+    return healed
+
+
+def read_partition(layout: Layout, shard: str, columns: Sequence[str]) -> tuple[pa.Table, State]:
+    """Columns of one partition in tar order, and what it was folded from; both out of one open file.
+
+    A column that the partition lacks reads as nulls. A part of a nested one has its path in the parquet file as its
+    name: `source_members.list.element.ext`.
+    """
+
+    def read() -> tuple[pa.Table, State]:
+        with pq.ParquetFile(layout.partition(shard), pre_buffer=True) as file:
+            found = file.read(columns=list(columns), use_threads=False)  # a name that the file lacks is left out
+            have = set(found.column_names)
+            tops = {name: name if name in have else name.partition(".")[0] for name in columns}
+            nothing = pa.nulls(file.metadata.num_rows)
+            table = pa.table({name: found[top] if top in have else nothing for name, top in tops.items()})
+            state = _state(dict(file.metadata.metadata or {}))
+            if state is None:
+                raise ShardError("a partition is not of this table", where={"shard": shard}, fix="builder fold")
+            return table, state
+
+    return files.retry_listing(read)

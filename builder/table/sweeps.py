@@ -1,0 +1,198 @@
+"""What nothing needs any more: old generations, edits tars, temp files; named before it is deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from builder.store import files
+from builder.store.layout import Layout, names
+from builder.table.column_files import (
+    KEPT_GENERATIONS,
+    commit_file,
+    listing,
+    newest_content,
+    read_column_file,
+    read_rows,
+)
+from builder.table.schema import SOURCE
+
+# --- sweep ---
+
+
+@dataclass
+class Sweep:
+    """What a sweep deletes, and its bytes."""
+
+    paths: list[Path] = field(default_factory=list)
+    size: int = 0
+
+    def add(self, path: Path) -> None:
+        """Adds a file, or a folder with all that is in it."""
+        with contextlib.suppress(FileNotFoundError):
+            inside = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
+            self.size += sum(entry.stat().st_size for entry in inside)
+            self.paths.append(path)
+
+
+def sweep_shard(layout: Layout, shard: str, stages: Iterable[str], sweep: Sweep, *, dry_run: bool) -> set[str]:
+    """Deletes what nothing needs of one shard: old generations, edits tars that nothing points to.
+
+    An unreferenced edits tar may belong to an attempt that is only paused: a generation that names the attempt as
+    swept is committed first, and only what is still unreferenced after it is deleted.
+
+    Args:
+        stages: those that write edits tars.
+
+    Returns:
+        The runs that rows of this shard point to.
+    """
+    doomed, pointing = files.retry_listing(partial(_unreferenced, layout, shard, KEPT_GENERATIONS))
+    if doomed:  # the fence is a generation too: what only the one before the newest points to goes with the others
+        doomed, pointing = files.retry_listing(partial(_unreferenced, layout, shard, KEPT_GENERATIONS - 1))
+    if doomed and not dry_run:
+        attempts = sorted({attempt_of(path) for path in doomed})
+        for stage in sorted({*stages, *pointing}):
+            _fence(layout, shard, stage, attempts)
+        still, _ = files.retry_listing(partial(_unreferenced, layout, shard, KEPT_GENERATIONS))
+        doomed = [path for path in still if path in doomed]
+    old, runs = files.retry_listing(partial(_superseded, layout, shard))
+    for path in [*doomed, *old]:
+        sweep.add(path)
+        if not dry_run:
+            files.remove(path)
+    return runs
+
+
+def sweep_temps(layout: Layout, sweep: Sweep, *, dry_run: bool) -> None:
+    """Deletes the temp files of dead processes, wherever they lie in the root, and their temp folders; and those
+    beside hybrid shards that go elsewhere."""
+    _sweep_temps_in(os.walk(layout.root), sweep, dry_run=dry_run)
+    if layout.output is not None:
+        for folder in (layout.shards, layout.manifests):
+            _sweep_temps_in(itertools.islice(os.walk(folder), 1), sweep, dry_run=dry_run)
+
+
+def _sweep_temps_in(walk: Iterable[tuple[str, list[str], list[str]]], sweep: Sweep, *, dry_run: bool) -> None:
+    for folder, inner, inside in walk:
+        dead = {name for name in (*inner, *inside) if files.is_dead_temp(Path(folder, name))}
+        inner[:] = sorted(set(inner) - dead)
+        for name in sorted(dead):
+            sweep.add(Path(folder, name))
+            if not dry_run:
+                delete(Path(folder, name))
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, or a folder whole or not at all: it loses its name first. Gone already is as good."""
+    if not path.is_dir() or path.is_symlink():
+        files.remove(path)
+        return
+    files.check_no_link(path)
+    temp = files.temp_path(path)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(temp)
+    shutil.rmtree(temp, ignore_errors=True)
+
+
+def attempt_of(edits_tar: Path) -> str:
+    """The attempt that wrote an edits tar: its name less the number of the checkpoint."""
+    return edits_tar.name[: -len(".tar")].rpartition("-")[0]
+
+
+def _unreferenced(layout: Layout, shard: str, kept: int) -> tuple[list[Path], set[str]]:
+    """Edits tars of a shard that none of the newest so many generations points to, and the stages that point to any.
+
+    The column files say themselves which of their columns are pointers: a column that was dropped from the root may
+    come back.
+    """
+    named: set[str] = set()
+    stages: set[str] = set()
+    for stage, generations in listing(layout, shard, fresh=True).items():
+        for generation in generations[-kept:]:
+            path = layout.column_file(shard, stage, generation)
+            for column in read_column_file(path, _pointers(pq.read_schema(path))).table.columns:
+                stages.add(stage)
+                named.update(column.unique().to_pylist())
+    folder = layout.edits / shard
+    tars = [folder / name for name in names(folder) if name.endswith(".tar")]
+    return [path for path in tars if str(path.relative_to(layout.root)) not in named], stages
+
+
+def _pointers(columns: pa.Schema) -> list[str]:
+    """The columns that name edits tars: text, with offset and size beside them."""
+    found = []
+    for column in columns:
+        base = column.name.removesuffix("_path")
+        if (
+            base != column.name
+            and column.type == pa.string()
+            and {f"{base}_offset", f"{base}_size"} <= {*columns.names}
+        ):
+            found.append(column.name)
+    return found
+
+
+def _fence(layout: Layout, shard: str, stage: str, attempts: list[str]) -> None:
+    """Commits a generation that names attempts as swept; returns when the newest one does."""
+    while True:
+        generation, content = files.retry_listing(partial(newest_content, layout, shard, stage))
+        swept = tuple(dict.fromkeys([*content.swept, *attempts]))
+        if swept == content.swept:
+            return
+        commit_file(layout, shard, stage, generation + 1, replace(content, swept=swept))
+
+
+def _superseded(layout: Layout, shard: str) -> tuple[list[Path], set[str]]:
+    """Column files that nothing needs, and the runs that the newest ones point to."""
+    found = listing(layout, shard)
+    old = [
+        layout.column_file(shard, stage, generation)
+        for stage, generations in found.items()
+        for generation in generations[:-KEPT_GENERATIONS]
+        if stage != SOURCE
+    ]
+    old += _superseded_sources(layout, shard, found)
+    runs: set[str] = set()
+    for stage, generations in found.items():
+        column = f"{stage}_run"
+        content = read_column_file(layout.column_file(shard, stage, generations[-1]), [column])
+        runs.update(run for run in content.table[column].unique().to_pylist() if run)
+    return old, runs
+
+
+def _superseded_sources(layout: Layout, shard: str, found: dict[str, list[int]]) -> list[Path]:
+    """What ingest has committed and no kept column file follows: one file of each `rows` is enough to realign by."""
+    paths = [layout.column_file(shard, SOURCE, generation) for generation in reversed(found.get(SOURCE, []))]
+    kept, superseded = paths[:KEPT_GENERATIONS], paths[KEPT_GENERATIONS:]
+    if not superseded:
+        return []
+    needed = _needed_rows(layout, shard, found) - {read_rows(path) for path in kept}
+    old = []
+    for path in superseded:
+        rows = read_rows(path)
+        if rows in needed:
+            needed.remove(rows)
+        else:
+            old.append(path)
+    return sorted(old)
+
+
+def _needed_rows(layout: Layout, shard: str, found: dict[str, list[int]]) -> set[str]:
+    """Identities of rows that a kept column file still follows: their source generation realigns it."""
+    kept = [
+        layout.column_file(shard, stage, generation)
+        for stage, generations in found.items()
+        if stage != SOURCE
+        for generation in generations[-KEPT_GENERATIONS:]
+    ]
+    return {read_rows(path) for path in kept}
