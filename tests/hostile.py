@@ -45,7 +45,7 @@ from builder.stages.faces import Faces, FacesOptions
 from builder.store.layout import Layout
 from builder.table import partitions
 from builder.table.edits import EditsTar
-from builder.tar import index as tar
+from builder.tar import blocks, indexing, record_heads
 from conftest import PIPELINE, Sample, Workspace, ingest_here, picture, write_tar
 from tars import by_builder, by_webdataset, rows_of
 
@@ -152,11 +152,11 @@ def mistake_of_tarfile(path: Path) -> str:
     It ends at a header in which any number, be it the owner's, is none; and it takes what GNU tar and v7 keep where
     ustar has a prefix, times for example, for a folder.
     """
-    index = tar.index(path)
+    index = indexing.index(path)
     with path.open("rb") as file:
-        for place in sorted({*index.header.tolist(), *(index.data - tar.BLOCK).tolist()}):
+        for place in sorted({*index.header.tolist(), *(index.data - blocks.BLOCK).tolist()}):
             file.seek(place)
-            head = file.read(tar.BLOCK)
+            head = file.read(blocks.BLOCK)
             try:
                 tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
             except tarfile.HeaderError:
@@ -230,15 +230,15 @@ def _grown(path: Path, grown: Path) -> bool:
     Returns whether it did: not for one that cannot be read, nor for one of more than 64 MB.
     """
     try:
-        end = tar.index(path).end
+        end = indexing.index(path).end
     except (ShardError, OSError):
         return False
     if end > 64 << 20:
         return False
     content = path.read_bytes()[:end]
     for name, data in Sample("hostile-good-sample").members():
-        content += tar.make_record_head(name, len(data)) + data + bytes(tar.padding(len(data)))
-    grown.write_bytes(content + tar.end_of_archive(len(content)))
+        content += record_heads.make_record_head(name, len(data)) + data + bytes(blocks.padding(len(data)))
+    grown.write_bytes(content + blocks.end_of_archive(len(content)))
     return True
 
 

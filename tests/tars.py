@@ -11,7 +11,8 @@ from typing import Any
 import webdataset
 
 from builder.sources.tars.shards import Reading, read_shard
-from builder.tar import index as tar
+from builder.tar import chain, walk
+from builder.tar.index import Index
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -70,7 +71,7 @@ Listed = list[tuple[str, int, int, int, str]]
 Samples = list[tuple[str, dict[str, bytes]]]
 
 
-def listed(index: tar.Index) -> Listed:
+def listed(index: Index) -> Listed:
     """Name, header, data, size and type of every member."""
     columns = (index.header, index.data, index.size, index.kind)
     rows = zip(index.names, *(column.tolist() for column in columns), strict=True)
@@ -83,10 +84,10 @@ def listed_by_tarfile(path: Path) -> Listed:
         return [(i.name, i.offset, i.offset_data, i.size, i.type.decode()) for i in archive]
 
 
-def both_ways(path: Path) -> tuple[tar.Index | None, tar.Index]:
+def both_ways(path: Path) -> tuple[Index | None, Index]:
     """The index by the fast path (None where it gives up) and by the general walk."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return tar._chain(view), tar._walk(view)
+        return chain.chain_of(view), walk.walk(view)
 
 
 def gnu_tar(*arguments: str | Path, folder: Path) -> list[str]:

@@ -17,7 +17,7 @@ from builder.hybrid.edited_sample import Rules
 from builder.hybrid.writer import plan_shard
 from builder.table import partitions
 from builder.table.query import Sql
-from builder.tar import index as tar
+from builder.tar import indexing
 from conftest import Workspace, picture, write_tar
 from tars import END, by_webdataset, gnu_tar, pax, pax_record, record, written
 
@@ -29,7 +29,7 @@ DROP_LAST = "select shard, row, uid, true as dropped from samples where row > 0"
 
 def cut(path: Path, members: int) -> Path:
     """Cuts a shard behind so many of its members."""
-    end = int(tar.index(path).stop[members - 1])
+    end = int(indexing.index(path).stop[members - 1])
     path.write_bytes(path.read_bytes()[:end])
     return path
 

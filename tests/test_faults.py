@@ -31,7 +31,7 @@ from builder.store.layout import Layout
 from builder.table import column_files, commits, root_schema
 from builder.table.edits import EditsTar
 from builder.table.query import Samples, Sql
-from builder.tar import index as tar
+from builder.tar import indexing
 from conftest import Done, Workspace, ingest_here, samples, talk, write_tar
 from faults import Fault, armed, environment
 from planned import SQL, section
@@ -650,14 +650,14 @@ def test_a_page_that_is_not_there_is_told_and_kills_nothing(
     """A shard that is cut between its length and its pages: touched, such a page kills with SIGBUS."""
     made = own(ingested=False)
     path = made.folder / "source/00000001.tar"
-    real = tar._page_in
+    real = indexing._page_in
 
     def cut(view: Any, descriptor: int) -> None:
         if files.name_of(descriptor) == str(path):
             os.truncate(path, 4096)
         real(view, descriptor)
 
-    monkeypatch.setattr(tar, "_page_in", cut)
+    monkeypatch.setattr(indexing, "_page_in", cut)
     done = ask(made, "ingest")
     assert (done.code, done.talk[0]) == (3, "ingest: 2 shards, 8 rows")
     assert done.talk[1].startswith("refused shard '00000001': the file ends at byte 4096, ")

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from builder.tar import index as tar
+from builder.tar import indexing
 from conftest import PIPELINE, STANDARD_STAGES, USTAR_MTIME, Workspace, picture, samples, write_tar
 from tars import Samples, by_builder, by_webdataset, gnu_tar, rows_of
 
@@ -126,7 +126,7 @@ def test_what_tarwriter_writes(tmp_path: Path, options: dict[str, Any]) -> None:
             writer.write({"__key__": key, **members})
     assert by_builder(path) == by_webdataset(path) == two_samples()
     # without a whole number as time every member has a pax header of its own
-    record = tar.index(path)
+    record = indexing.index(path)
     assert (int(record.data[0]) == 1536) == ("mtime" not in options)
 
 

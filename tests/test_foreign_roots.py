@@ -32,7 +32,7 @@ from builder.verbs import pipeline as pipelines
 from builder.verbs.regen import regenerate
 from conftest import PIPELINE, STANDARD_STAGES, Workspace, make_workspace, samples
 
-PACKAGE = Path(files.__file__).parent
+PACKAGE = Path(files.__file__).parents[1]
 QUIET = Talk(quiet=True)
 #: What no command may show, change or delete.
 SECRET = b"what is not theirs " * 400

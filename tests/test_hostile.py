@@ -39,7 +39,7 @@ from builder.sources.tars.samples import MAX_ERROR, MAX_TEXT
 from builder.store.layout import MAX_SHARD_NAME, Layout, shard_name_fault
 from builder.table.edits import EditsReader, EditsTar
 from builder.table.query import Sql
-from builder.tar import index as tar
+from builder.tar import blocks, indexing, member_names
 from builder.verbs import pipeline as pipelines
 from conftest import STANDARD_STAGES, Sample, Workspace, ingest_here, make_shard, picture, samples
 from tars import (
@@ -205,7 +205,7 @@ KINDS = {
     "a long number in a pax header": Kind(
         [pax(b"9" * 5000 + b" mtime=1\n"), ONE, END], "a pax header is damaged", None),
     "a pax record as long as the limit": Kind(
-        [pax(pax_record(b"uname", b"u" * (tar.MAX_PREFIX + 1))), ONE, END], "a header that describes the next one",
+        [pax(pax_record(b"uname", b"u" * (blocks.MAX_PREFIX + 1))), ONE, END], "a header that describes the next one",
         None),
     "gzip": Kind([gzip.compress(TWO + END)], "the shard is compressed with gzip", None),
     "two tars in one file": Kind([TWO, END, sample("2"), END], LATE, None),
@@ -289,7 +289,7 @@ def test_messages_show_names_on_one_line_and_not_all_of_a_long_one(tmp_path: Pat
     name = "0\n  fix: run this\x1b[2J" + "x" * 5000 + ".jpg"
     path = written(tmp_path / "a.tar", path_of(name, pax_record(b"size", b"99999")), record(b"x"), END)
     with pytest.raises(ShardError) as caught:
-        tar.index(path)
+        indexing.index(path)
     assert caught.value.what.startswith("the shard is truncated: member '0\\n  fix: run this\\x1b[2Jxxx")
     assert len(caught.value.what) < 400
 
@@ -430,7 +430,7 @@ def groups(made: Sequence[Member]) -> list[tuple[str, dict[str, bytes]]]:
     """The samples that a reader should find."""
     found: list[tuple[str, dict[str, bytes]]] = []
     for member in made:
-        key, ext = tar.split_name(member.name) or ("", "")
+        key, ext = member_names.split_name(member.name) or ("", "")
         if not found or found[-1][0] != key:
             found.append((key, {}))
         found[-1][1][ext.lower()] = member.data
@@ -447,7 +447,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(made=members())
 def test_any_order_dialect_size_and_name_is_read_as_written(scratch: Path, made: list[Member]) -> None:
     path = written(scratch, tar_of(made))
-    index = tar.index(path)
+    index = indexing.index(path)
     assert {name: (head, data, size) for name, head, data, size, _ in listed(index)} == places(made)
     assert index.names == [member.name for member in made]
     chain, walk = both_ways(path)
@@ -518,7 +518,7 @@ def test_a_byte_that_flips_is_noticed_in_a_header_and_harmless_elsewhere(
     in_header = start > 0 and start - BLOCK <= place < start
     is_checksum = in_header and 148 <= (place - start) % BLOCK < 156
     try:
-        index = tar.index(path)
+        index = indexing.index(path)
     except ShardError as error:
         assert error.where["file"] == path
         assert not (start and start <= place < start + size)  # a flip in content is content
@@ -550,7 +550,7 @@ def test_headers_that_lie_are_refused_or_read_alike_on_both_ways(
         chain, walk = both_ways(path)
     except ShardError:
         with pytest.raises(ShardError):  # what the walk refuses the fast path does not read
-            tar.index(path)
+            indexing.index(path)
         return
     assert chain is None or (listed(chain), chain.end) == (listed(walk), walk.end)
     assert (walk.data + walk.size <= walk.file_size).all()

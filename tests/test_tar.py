@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
 from builder.errors import ShardError
-from builder.tar import index as tar
+from builder.tar import blocks, head_check, indexing, member_names, record_heads
 from conftest import PAX_MTIME, USTAR_MTIME, write_tar
 from tars import (
     BLOCK,
@@ -46,7 +46,7 @@ LONG = "folder/" * 20 + "picture.jpg"  # 151 bytes
 def refusal(path: Path) -> str:
     """What the index of a bad tar says, the path as FILE."""
     with pytest.raises(ShardError) as caught:
-        tar.index(path)
+        indexing.index(path)
     return str(caught.value).replace(str(path), "FILE")
 
 
@@ -71,7 +71,7 @@ def test_index_of_each_dialect(tmp_path: Path, dialect: str) -> None:
     path = write_tar(tmp_path / "a.tar", [(name, b"x" * 700), ("1.txt", b"")], form=form, mtime=mtime)
     last = expected[0][2] + 1024  # 700 bytes are two blocks
     prefix = 1024 if dialect == "pax with a time" else 0
-    index = tar.index(path)
+    index = indexing.index(path)
     assert listed(index) == [*expected, ("1.txt", last, last + prefix + 512, 0, "0")]
     assert listed(index) == listed_by_tarfile(path)
     assert (index.end, index.file_size) == (last + prefix + 512, 10240)
@@ -99,7 +99,7 @@ def test_other_dialects_take_the_walk(tmp_path: Path, dialect: str) -> None:
 
 
 def heads_of(path: Path) -> tuple[list[bytes], list[str], list[int]]:
-    data, index = path.read_bytes(), tar.index(path)
+    data, index = path.read_bytes(), indexing.index(path)
     return [data[a:b] for a, b in zip(index.header, index.data, strict=True)], index.names, index.size.tolist()
 
 
@@ -109,43 +109,43 @@ def test_heads_are_compared_in_each_dialect(tmp_path: Path, dialect: str) -> Non
     form, mtime, name, _ = DIALECTS[dialect]
     path = write_tar(tmp_path / "a.tar", [(name, b"x" * 700), ("1.txt", b"")], form=form, mtime=mtime)
     heads, names, sizes = heads_of(path)
-    assert tar.first_other_head(heads, names, sizes) is None
+    assert head_check.first_other_head(heads, names, sizes) is None
     blocks = [0, len(heads[0]) - BLOCK]
     for at in (block + byte for block in blocks for byte in range(0, BLOCK, 5) if byte != 155):
         other = bytearray(heads[0])
         other[at] ^= 0xFF
-        assert tar.first_other_head([bytes(other), heads[1]], names, sizes) == 0, at
-    assert tar.first_other_head(heads, [names[0], "1.tx"], sizes) == 1
-    assert tar.first_other_head(heads, names, [699, 0]) == 0
-    assert tar.first_other_head([heads[0][:-BLOCK], heads[1]], names, sizes) == 0
-    assert tar.first_other_head([heads[0], bytes(len(heads[1]))], names, sizes) == 1
-    assert tar.first_other_head([heads[0] + heads[1], heads[1]], names, sizes) == 0
+        assert head_check.first_other_head([bytes(other), heads[1]], names, sizes) == 0, at
+    assert head_check.first_other_head(heads, [names[0], "1.tx"], sizes) == 1
+    assert head_check.first_other_head(heads, names, [699, 0]) == 0
+    assert head_check.first_other_head([heads[0][:-BLOCK], heads[1]], names, sizes) == 0
+    assert head_check.first_other_head([heads[0], bytes(len(heads[1]))], names, sizes) == 1
+    assert head_check.first_other_head([heads[0] + heads[1], heads[1]], names, sizes) == 0
 
 
 def test_a_pax_prefix_that_says_another_name_or_size_is_another_head() -> None:
     head = header(b"0.jpg", 5)
     time_only = pax(b"22 mtime=1700000000.5\n")
-    assert tar.first_other_head([time_only + head] * 2, ["0.jpg"] * 2, [5] * 2) is None
+    assert head_check.first_other_head([time_only + head] * 2, ["0.jpg"] * 2, [5] * 2) is None
     for prefix in (pax(b"14 path=1.jpg\n"), pax(b"11 size=700\n"), pax(b"99 mtime=1\n")):
-        assert tar.first_other_head([time_only + head, prefix + head], ["0.jpg"] * 2, [5] * 2) == 1
+        assert head_check.first_other_head([time_only + head, prefix + head], ["0.jpg"] * 2, [5] * 2) == 1
 
 
 def test_no_heads_agree() -> None:
-    assert tar.first_other_head([], [], []) is None
+    assert head_check.first_other_head([], [], []) is None
 
 
 def test_old_headers_without_magic(tmp_path: Path) -> None:
     path = written(
         tmp_path / "a.tar", record(b"0.jpg", b"abc", magic=b""), record(b"0.txt", b"", b"\0", magic=b""), END
     )
-    assert listed(tar.index(path)) == [("0.jpg", 0, 512, 3, "0"), ("0.txt", 1024, 1536, 0, "\0")]
+    assert listed(indexing.index(path)) == [("0.jpg", 0, 512, 3, "0"), ("0.txt", 1024, 1536, 0, "\0")]
 
 
 def test_prefix_field_of_gnu_headers_is_no_name(tmp_path: Path) -> None:
     head = bytearray(header(b"0.jpg", magic=b"ustar  \0"))
     head[345:357] = b"14523701251\0"  # GNU tar keeps the access time there
     path = written(tmp_path / "a.tar", checksummed(head), END)
-    assert tar.index(path).names == ["0.jpg"]
+    assert indexing.index(path).names == ["0.jpg"]
 
 
 @pytest.mark.parametrize("first", [b"0000000001\x007", b"\x00000000017\0", b"   17\0     ", b"17          "])
@@ -164,19 +164,19 @@ def test_signed_checksums_of_old_tars(tmp_path: Path) -> None:
     head[148:156] = b"%06o\0 " % (sum(head[:148]) + sum(head[156:]) + 256 - 256 * 2)
     path = written(tmp_path / "a.tar", bytes(head), END)
     assert both_ways(path)[0] is None
-    assert tar.index(path).names == ["é.jpg"]
+    assert indexing.index(path).names == ["é.jpg"]
 
 
 def test_base_256_size(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tar", header(b"0.jpg", b"\x80" + (700).to_bytes(11, "big")), bytes(1024), END)
-    assert listed(tar.index(path)) == [("0.jpg", 0, 512, 700, "0")] == listed_by_tarfile(path)
+    assert listed(indexing.index(path)) == [("0.jpg", 0, 512, 700, "0")] == listed_by_tarfile(path)
 
 
 def test_pax_size_wins_over_the_header(tmp_path: Path) -> None:
     parts = (pax(b"12 size=700\n"), header(b"0.jpg", 0), bytes(1024), record(b"0.txt", b"ab"), END)
     path = written(tmp_path / "a.tar", *parts)
     assert (
-        listed(tar.index(path))
+        listed(indexing.index(path))
         == [("0.jpg", 0, 1536, 700, "0"), ("0.txt", 2560, 3072, 2, "0")]
         == listed_by_tarfile(path)
     )
@@ -186,7 +186,7 @@ def test_pax_values_may_hold_newlines(tmp_path: Path) -> None:
     hidden = b"28 uname=a\n14 path=b.txt\nxx\n"
     path = written(tmp_path / "a.tar", pax(hidden), record(b"0.jpg"), END)
     assert both_ways(path)[0] is None
-    assert tar.index(path).names == ["0.jpg"]
+    assert indexing.index(path).names == ["0.jpg"]
 
 
 def test_owner_and_times_in_pax_take_the_fast_path(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_global_pax_header_belongs_to_no_record(tmp_path: Path) -> None:
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "made by hand"}) as archive:
         archive.addfile(tarfile.TarInfo("0.jpg"))
         archive.addfile(tarfile.TarInfo("1.jpg"))
-    assert listed(tar.index(path)) == [("0.jpg", 1024, 1536, 0, "0"), ("1.jpg", 1536, 2048, 0, "0")]
+    assert listed(indexing.index(path)) == [("0.jpg", 1024, 1536, 0, "0"), ("1.jpg", 1536, 2048, 0, "0")]
 
 
 def test_global_pax_size_is_refused(tmp_path: Path) -> None:
@@ -226,12 +226,12 @@ def test_every_kind_of_member(tmp_path: Path) -> None:
             info.type, info.linkname = kind, "0.jpg" if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE) else ""
             info.size = 600 if kind in (tarfile.REGTYPE, tarfile.CONTTYPE) else 0
             archive.addfile(info, io.BytesIO(b"x" * info.size))
-    assert listed(tar.index(path)) == [
+    assert listed(indexing.index(path)) == [
         ("d/", 0, 512, 0, "5"), ("0.jpg", 512, 1024, 600, "0"), ("hard.jpg", 2048, 2560, 0, "1"),
         ("soft.jpg", 2560, 3072, 0, "2"), ("tty", 3072, 3584, 0, "3"), ("disk", 3584, 4096, 0, "4"),
         ("pipe", 4096, 4608, 0, "6"), ("1.jpg", 4608, 5120, 600, "7"),
     ]  # fmt: skip
-    assert [(name.rstrip("/"), *rest) for name, *rest in listed(tar.index(path))] == [
+    assert [(name.rstrip("/"), *rest) for name, *rest in listed(indexing.index(path))] == [
         tuple(row) for row in listed_by_tarfile(path)
     ]
 
@@ -239,7 +239,7 @@ def test_every_kind_of_member(tmp_path: Path) -> None:
 def test_links_and_folders_have_no_content_whatever_they_declare(tmp_path: Path) -> None:
     parts = [header(name, 700, kind) for name, kind in ((b"a/", b"5"), (b"b.jpg", b"1"), (b"c.jpg", b"2"))]
     path = written(tmp_path / "a.tar", *parts, record(b"d.jpg", b"abc"), END)
-    assert listed(tar.index(path)) == [
+    assert listed(indexing.index(path)) == [
         ("a/", 0, 512, 0, "5"),
         ("b.jpg", 512, 1024, 0, "1"),
         ("c.jpg", 1024, 1536, 0, "2"),
@@ -249,7 +249,11 @@ def test_links_and_folders_have_no_content_whatever_they_declare(tmp_path: Path)
 
 def test_name_that_ends_in_a_slash_is_a_folder(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tar", record(b"a.jpg/"), record(b"b.jpg/", kind=b"\0"), record(b"c.jpg"), END)
-    assert [(row[0], row[4]) for row in listed(tar.index(path))] == [("a.jpg/", "5"), ("b.jpg/", "5"), ("c.jpg", "0")]
+    assert [(row[0], row[4]) for row in listed(indexing.index(path))] == [
+        ("a.jpg/", "5"),
+        ("b.jpg/", "5"),
+        ("c.jpg", "0"),
+    ]
 
 
 @pytest.mark.parametrize("form", ["gnu", "posix"])
@@ -262,7 +266,7 @@ def test_sparse_files(tmp_path: Path, form: str) -> None:
     (tmp_path / "after.jpg").write_bytes(b"after")
     gnu_tar("--sparse", f"--format={form}", "-cf", "a.tar", "holes.jpg", "after.jpg", folder=tmp_path)
     assert (tmp_path / "a.tar").stat().st_size < 200_000
-    index = tar.index(tmp_path / "a.tar")
+    index = indexing.index(tmp_path / "a.tar")
     assert [(name, kind) for name, _, _, _, kind in listed(index)] == [("holes.jpg", "S"), ("after.jpg", "0")]
     content = (tmp_path / "a.tar").read_bytes()
     assert content[int(index.data[1]) : int(index.data[1] + index.size[1])] == b"after"
@@ -270,7 +274,7 @@ def test_sparse_files(tmp_path: Path, form: str) -> None:
 
 def test_names_that_are_not_utf8_are_marked(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tar", record(b"caf\xe9.jpg"), record("café.jpg".encode()), END)
-    index = tar.index(path)
+    index = indexing.index(path)
     assert (index.names, index.bad_names) == (["caf\\xe9.jpg", "café.jpg"], frozenset({0}))
 
 
@@ -279,27 +283,27 @@ def test_tar_inside_an_image_is_not_looked_into(tmp_path: Path) -> None:
     members = [("0.jpg", inner.read_bytes()), ("0.txt", b"text")]
     path = write_tar(tmp_path / "a.tar", members, mtime=USTAR_MTIME)
     assert both_ways(path)[0] is None
-    assert listed(tar.index(path)) == [("0.jpg", 0, 512, 10240, "0"), ("0.txt", 10752, 11264, 4, "0")]
+    assert listed(indexing.index(path)) == [("0.jpg", 0, 512, 10240, "0"), ("0.txt", 10752, 11264, 4, "0")]
 
 
 def test_name_like_a_compressed_file_is_no_compression(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("BZh91AY.jpg", b"picture")], form=tarfile.USTAR_FORMAT, mtime=USTAR_MTIME)
     assert path.read_bytes()[:3] == b"BZh"
-    assert tar.index(path).names == ["BZh91AY.jpg"]
+    assert indexing.index(path).names == ["BZh91AY.jpg"]
 
 
 def test_archive_of_nothing(tmp_path: Path) -> None:
-    index = tar.index(write_tar(tmp_path / "a.tar", []))
+    index = indexing.index(write_tar(tmp_path / "a.tar", []))
     assert (listed(index), index.end, index.file_size, index.has_end_mark) == ([], 0, 10240, True)
 
 
 def test_missing_end_marks(tmp_path: Path) -> None:
     whole = record(b"0.jpg", b"abc") + record(b"0.txt", b"text")
-    index = tar.index(written(tmp_path / "a.tar", whole))
+    index = indexing.index(written(tmp_path / "a.tar", whole))
     assert listed(index) == [("0.jpg", 0, 512, 3, "0"), ("0.txt", 1024, 1536, 4, "0")]
     assert (index.end, index.file_size, index.has_end_mark) == (2048, 2048, False)
-    assert tar.index(written(tmp_path / "b.tar", whole, END[:512])).has_end_mark
-    ragged = tar.index(written(tmp_path / "c.tar", whole, bytes(100)))
+    assert indexing.index(written(tmp_path / "b.tar", whole, END[:512])).has_end_mark
+    ragged = indexing.index(written(tmp_path / "c.tar", whole, bytes(100)))
     assert (ragged.names, ragged.end, ragged.file_size, ragged.has_end_mark) == (["0.jpg", "0.txt"], 2048, 2148, False)
 
 
@@ -363,12 +367,12 @@ def test_cut_anywhere_it_is_refused_or_whole_up_to_the_cut(
     path = made(tmp_path_factory.getbasetemp() / "cut.tar", members, form)
     if path is None:
         return
-    whole, content = tar.index(path), path.read_bytes()
+    whole, content = indexing.index(path), path.read_bytes()
     at_edges = st.sampled_from([*whole.header.tolist(), *whole.data.tolist(), *whole.stop.tolist(), whole.end, 1])
     cut = data.draw(st.one_of(st.integers(1, len(content)), at_edges).filter(bool))
     path.write_bytes(content[:cut])
     try:
-        part = tar.index(path)
+        part = indexing.index(path)
     except ShardError as error:
         assert cut < whole.end + (BLOCK if whole.end == 0 else 0)
         assert error.where["file"] == path
@@ -407,7 +411,7 @@ def test_damaged_bytes_are_refused_or_read(
             content[block : block + BLOCK] = checksummed(content[block : block + BLOCK])
     path.write_bytes(content)
     try:
-        index = tar.index(path)
+        index = indexing.index(path)
     except ShardError as error:
         assert error.where["file"] == path
         return
@@ -427,7 +431,7 @@ def test_names_are_split_as_webdataset_splits_them(name: str) -> None:
     skipped = name.startswith("__") and "__" in name[2:].split("/")[0]
     expected = None if base_plus_ext(name) == (None, None) else base_plus_ext(name)
     if not skipped:
-        assert tar.split_name(name) == expected
+        assert member_names.split_name(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -451,7 +455,7 @@ def test_names_are_split_as_webdataset_splits_them(name: str) -> None:
     ],
 )
 def test_split_name(name: str, expected: tuple[str, str] | None) -> None:
-    assert tar.split_name(name) == expected
+    assert member_names.split_name(name) == expected
 
 
 # --- what is refused, and how it reads ---
@@ -477,7 +481,7 @@ def test_compressed_tar_and_that_its_fix_works(tmp_path: Path, name: str) -> Non
     )
     command = said.replace("FILE", str(path)).partition("fix: ")[2].partition(", and")[0]
     subprocess.run(command, shell=True, check=True)
-    assert tar.index(tmp_path / "my shard.tar").names == ["0.jpg"]
+    assert indexing.index(tmp_path / "my shard.tar").names == ["0.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -493,7 +497,7 @@ def test_compressed_tar_and_that_its_fix_works(tmp_path: Path, name: str) -> Non
 def test_every_compression_is_named(tmp_path: Path, name: str, tool: str, content: bytes) -> None:
     path = written(tmp_path / "a.tgz", content)
     with pytest.raises(ShardError) as caught:
-        tar.index(path)
+        indexing.index(path)
     given, made = (shlex.quote(str(tmp_path / name)) for name in ("a.tgz", "a.tar"))
     assert str(caught.value) == (
         f"the shard is compressed with {name}: byte offsets into it would mean nothing\n"
@@ -639,7 +643,7 @@ def test_damaged_pax_header(tmp_path: Path, body: bytes) -> None:
 def test_pax_header_of_200000_records_is_read_at_once(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tar", pax(b"5 a=\n" * 200_000), record(b"0.jpg"), END)
     started = time.process_time()
-    assert tar.index(path).names == ["0.jpg"]
+    assert indexing.index(path).names == ["0.jpg"]
     assert time.process_time() - started < 5
 
 
@@ -668,7 +672,7 @@ def test_zeros_in_the_middle(tmp_path: Path) -> None:
         "  offset: 1024\n"
         "  fix: if these are two tars in one file, split them; if not, make the shard again"
     )
-    assert tar.index(written(tmp_path / "b.tar", record(b"0.jpg", b"x"), bytes(1536))).names == ["0.jpg"]
+    assert indexing.index(written(tmp_path / "b.tar", record(b"0.jpg", b"x"), bytes(1536))).names == ["0.jpg"]
 
 
 # --- records that are made ---
@@ -676,7 +680,7 @@ def test_zeros_in_the_middle(tmp_path: Path) -> None:
 
 def archive_of(*records: bytes) -> bytes:
     content = b"".join(records)
-    return content + tar.end_of_archive(len(content))
+    return content + blocks.end_of_archive(len(content))
 
 
 @pytest.mark.parametrize(
@@ -684,9 +688,11 @@ def archive_of(*records: bytes) -> bytes:
 )
 def test_made_records_are_read_by_others(tmp_path: Path, name: str) -> None:
     name = name.rstrip("/")
-    head = tar.make_record_head(name, 5)
+    head = record_heads.make_record_head(name, 5)
     assert len(head) == (512 if len(name.encode()) <= 100 else 1024 + -(-(len(name.encode()) + 11) // 512) * 512)
-    path = written(tmp_path / "a.tar", archive_of(head + b"bytes" + bytes(507), tar.make_record_head("z.txt", 0)))
+    path = written(
+        tmp_path / "a.tar", archive_of(head + b"bytes" + bytes(507), record_heads.make_record_head("z.txt", 0))
+    )
     assert path.stat().st_size % 10240 == 0
     with tarfile.open(path) as archive:
         first, last = archive.getmembers()
@@ -694,11 +700,11 @@ def test_made_records_are_read_by_others(tmp_path: Path, name: str) -> None:
         assert archive.extractfile(first).read() == b"bytes"  # type: ignore[union-attr]
         assert last.name == "z.txt"
     assert gnu_tar("--quoting-style=literal", "-tf", "a.tar", folder=tmp_path) == [name, "z.txt"]
-    assert tar.index(path).names == [name, "z.txt"]
+    assert indexing.index(path).names == [name, "z.txt"]
 
 
 def test_made_record_of_more_than_8_gib() -> None:
-    head = tar.make_record_head("0.mp4", 9 * 2**30)
+    head = record_heads.make_record_head("0.mp4", 9 * 2**30)
     assert (len(head), head[512:531]) == (1536, b"19 size=9663676416\n")
     with tarfile.open(fileobj=io.BytesIO(head), mode="r|") as archive:
         info = archive.next()
@@ -708,7 +714,7 @@ def test_made_record_of_more_than_8_gib() -> None:
 
 @pytest.mark.parametrize("length", [0, 512, 8704, 9216, 9728, 10240])
 def test_end_of_archive(length: int) -> None:
-    zeros = tar.end_of_archive(length)
+    zeros = blocks.end_of_archive(length)
     assert zeros.strip(b"\0") == b""
     assert len(zeros) == {0: 10240, 512: 9728, 8704: 1536, 9216: 1024, 9728: 10752, 10240: 10240}[length]
 
@@ -727,9 +733,9 @@ OLD: dict[str, tuple[int, float, str]] = {
 def test_remade_record_keeps_mode_owner_and_time(tmp_path: Path, old: str) -> None:
     form, mtime, name = OLD[old]
     source = write_tar(tmp_path / "source.tar", [(name, b"p" * 600)], form=form, mtime=mtime)
-    index, content = tar.index(source), source.read_bytes()
+    index, content = indexing.index(source), source.read_bytes()
     new = name.removesuffix("png") + "jpg"
-    head = tar.remake_record_head(content[int(index.header[0]) : int(index.data[0])], new, 5)
+    head = record_heads.remake_record_head(content[int(index.header[0]) : int(index.data[0])], new, 5)
     written(tmp_path / "new.tar", archive_of(head + b"bytes" + bytes(507)))
 
     def facts(path: Path) -> tuple[Any, ...]:
@@ -749,12 +755,12 @@ def test_remade_record_keeps_mode_owner_and_time(tmp_path: Path, old: str) -> No
 def test_remade_record_of_the_same_name_and_size_is_the_same(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [("0.jpg", b"12345")], form=tarfile.USTAR_FORMAT, mtime=USTAR_MTIME)
     old = path.read_bytes()[:512]
-    assert tar.remake_record_head(old, "0.jpg", 5)[:345] == old[:345]
+    assert record_heads.remake_record_head(old, "0.jpg", 5)[:345] == old[:345]
 
 
 def test_remade_record_drops_the_old_path_and_size_and_keeps_other_records(tmp_path: Path) -> None:
     old = pax(b"22 mtime=1700000000.5\n", b"14 path=a.png\n", b"12 size=700\n", b"17 comment=hello\n") + header(b"x")
-    head = tar.remake_record_head(old, "a.jpg", 3)
+    head = record_heads.remake_record_head(old, "a.jpg", 3)
     assert head[512:1024] == b"22 mtime=1700000000.5\n17 comment=hello\n" + bytes(473)
     assert (head[1024:1029], head[1024 + 124 : 1024 + 135]) == (b"a.jpg", b"00000000003")
 
@@ -762,7 +768,7 @@ def test_remade_record_drops_the_old_path_and_size_and_keeps_other_records(tmp_p
 def test_remade_link_becomes_a_file() -> None:
     old = bytearray(header(b"0.png", kind=b"7"))
     old[157:162] = b"other"
-    head = tar.remake_record_head(bytes(old), "0.jpg", 3)
+    head = record_heads.remake_record_head(bytes(old), "0.jpg", 3)
     assert (head[156:157], head[157:257]) == (b"0", bytes(100))
 
 
@@ -781,13 +787,13 @@ def test_index_from_the_end_of_a_record(tmp_path: Path, after: str, end: bytes) 
     first, rest = record(b"0.jpg", b"x" * 700), AFTER[after]()
     path = written(tmp_path / "a.tar", first, rest, end)
     with path.open("rb") as file:
-        found = tar.index_from(file.fileno(), len(first), path.stat().st_size)
+        found = indexing.index_from(file.fileno(), len(first), path.stat().st_size)
     assert (found.end, found.has_end_mark) == (len(first) + len(rest), end != b"")
-    assert listed(found) == listed(tar.index(path))[1:]
+    assert listed(found) == listed(indexing.index(path))[1:]
 
 
 def test_index_from_a_record_of_a_file_that_was_cut(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(bytes(4096))
     with path.open("rb") as file, pytest.raises(ShardError, match="the file ends at byte 4096, inside a range"):
-        tar.index_from(file.fileno(), 2048, 20_000)
+        indexing.index_from(file.fileno(), 2048, 20_000)

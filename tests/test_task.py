@@ -31,7 +31,7 @@ from builder.store import files
 from builder.store.layout import Layout, RunFiles
 from builder.table import column_files, commits, partitions, schema, sweeps
 from builder.table.commits import Swept
-from builder.tar import index as tar
+from builder.tar import head_check
 from conftest import Workspace, ingest_here, make_shard, samples
 from planned import SQL, do, plan, section
 from stages import Base, Fails, Note, Options, Short, cannot
@@ -1046,13 +1046,13 @@ def test_headers_are_compared_once_and_only_of_a_touched_shard(
 ) -> None:
     layout = dataset.load().layout
     calls: list[int] = []
-    real = tar.first_other_head
+    real = head_check.first_other_head
 
     def counted(heads: Any, names: Any, sizes: Any) -> Any:
         calls.append(len(heads))
         return real(heads, names, sizes)
 
-    monkeypatch.setattr(tar, "first_other_head", counted)
+    monkeypatch.setattr(head_check, "first_other_head", counted)
     run = plan(layout, Sized(Options()))
     os.utime(dataset.folder / "source/00000001.tar")
     assert do(layout, run, Sized(Options()), batch_rows=1).ok == 16

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder.progress import Talk
-from builder.tar import index as tar
+from builder.tar import blocks, indexing, record_heads
 from builder.verbs import pipeline as pipelines
 from conftest import PIPELINE, STANDARD_STAGES, Workspace, make_shard, make_workspace, read_tar, samples, write_tar
 
@@ -96,16 +96,16 @@ def begin(path: Path, name: str) -> int:
 
 def rewrite(path: Path, members: dict[str, bytes]) -> None:
     """Writes these members into a valid tar; a header stays as it is where name and size do."""
-    data, index = path.read_bytes(), tar.index(path)
+    data, index = path.read_bytes(), indexing.index(path)
     spans = zip(index.header.tolist(), index.data.tolist(), strict=True)
     heads = {name: data[start:stop] for name, (start, stop) in zip(index.names, spans, strict=True)}
     sizes = dict(zip(index.names, index.size.tolist(), strict=True))
     out = bytearray()
     for name, body in members.items():
         head = heads.get(name, data[: index.data[0]])
-        out += head if sizes.get(name) == len(body) else tar.remake_record_head(head, name, len(body))
-        out += body + bytes(tar.padding(len(body)))
-    path.write_bytes(out + tar.end_of_archive(len(out)))
+        out += head if sizes.get(name) == len(body) else record_heads.remake_record_head(head, name, len(body))
+        out += body + bytes(blocks.padding(len(body)))
+    path.write_bytes(out + blocks.end_of_archive(len(out)))
 
 
 def swapped(members: dict[str, bytes], one: str, other: str) -> dict[str, bytes]:
@@ -265,7 +265,7 @@ def extra_sample(made: Made) -> At:
 
 
 def extra_last_sample(made: Made) -> At:
-    at = tar.index(made.hybrid).end
+    at = indexing.index(made.hybrid).end
     rewrite(made.hybrid, {**read_tar(made.hybrid), "zzz.jpg": b"x"})
     return {"at": at}
 
@@ -290,7 +290,7 @@ def dropped_sample(made: Made) -> At:
 def resized(made: Made, size: Callable[[int, int], int]) -> At:
     """Cuts the hybrid shard or appends zeros; `size` is given the end of its records and its size."""
     old = made.hybrid.stat().st_size
-    end = tar.index(made.hybrid).end
+    end = indexing.index(made.hybrid).end
     os.truncate(made.hybrid, size(end, old))
     return {"size": old, "end": end, "found": size(end, old)}
 
@@ -308,14 +308,14 @@ def trailing_zeros(made: Made) -> At:
 
 
 def trailing_data(made: Made) -> At:
-    size, end = made.hybrid.stat().st_size, tar.index(made.hybrid).end
+    size, end = made.hybrid.stat().st_size, indexing.index(made.hybrid).end
     with made.hybrid.open("ab") as file:
         file.write(made.hybrid.read_bytes())
     return {"size": size, "end": end}
 
 
 def cut_shard(made: Made) -> At:
-    index, at = tar.index(made.hybrid), place(made.hybrid, f"{OTHER}.jpg")
+    index, at = indexing.index(made.hybrid), place(made.hybrid, f"{OTHER}.jpg")
     os.truncate(made.hybrid, at + 5)
     return {"cut": at + 5, "end": at + int(index.size[index.data.tolist().index(at)])}
 
@@ -332,17 +332,17 @@ def lose_shard(made: Made) -> None:
 
 
 def cut_edits(made: Made) -> At:
-    size = int(tar.index(made.edits).size[0])
+    size = int(indexing.index(made.edits).size[0])
     os.truncate(made.edits, 700)
     return {"end": 512 + size}
 
 
 def cut_end_of_edits(made: Made) -> None:
-    os.truncate(made.edits, tar.index(made.edits).end)
+    os.truncate(made.edits, indexing.index(made.edits).end)
 
 
 def flip_edits(made: Made) -> None:
-    flip(made.edits, int(tar.index(made.edits).data[0]) + 20)
+    flip(made.edits, int(indexing.index(made.edits).data[0]) + 20)
 
 
 def flip_header_of_edits(made: Made) -> None:

@@ -32,7 +32,8 @@ from builder.store.layout import Layout, names
 from builder.table import edits, partitions
 from builder.table.edits import EditsReader
 from builder.table.schema import IMAGE_EXTENSIONS
-from builder.tar import index as tar
+from builder.tar import blocks, indexing, member_names, record_heads
+from builder.tar.index import Index
 
 #: Bytes of one comparison.
 _STEP = 4 << 20
@@ -274,9 +275,9 @@ def _opened(path: Path) -> Iterator[_Bytes]:
         yield _Bytes(file)
 
 
-def _indexed(path: Path, whose: str, fix: str) -> tar.Index:
+def _indexed(path: Path, whose: str, fix: str) -> Index:
     try:
-        return tar.index(path)
+        return indexing.index(path)
     except (BuilderError, OSError) as error:
         raise _Wrong(f"{whose}: {_reason(error)}", fix) from error
 
@@ -359,7 +360,7 @@ class _Pair:
                 self._row_of[i] = row
         kinds = index.kind.tolist()
         for i, row in enumerate(self._row_of):
-            if row < 0 and kinds[i] in tar.REGULAR and tar.belongs(index.names[i]) is not None:
+            if row < 0 and kinds[i] in blocks.REGULAR and member_names.belongs(index.names[i]) is not None:
                 raise _Wrong(f"member '{index.names[i]}' of the source is in no row of the table", _INGEST)
         self._proof.rows += len(self._keys)
 
@@ -382,7 +383,7 @@ class _Pair:
             begun = stop[i]
         is_copied = not edits and index.has_end_mark and index.end == last
         self._same(begun, index.file_size if is_copied else last)
-        self._check_end(0 if is_copied else len(tar.end_of_archive(self._at)))
+        self._check_end(0 if is_copied else len(blocks.end_of_archive(self._at)))
 
     def _check_end(self, closing: int) -> None:
         """Checks that nothing but `closing` zeros follows."""
@@ -448,7 +449,7 @@ class _Pair:
         start, found = self._at, []
         i = self._member_at(self._at)
         while 0 <= i < len(index) and int(index.header[i]) == self._at:
-            parts = tar.split_name(index.names[i])
+            parts = member_names.split_name(index.names[i])
             if parts is None or parts[0] != key:
                 break
             found.append((parts[1], i))
@@ -577,7 +578,7 @@ class _Pair:
         index, old = self._hybrid_index, self._source_index
         head = self._hybrid[int(index.header[i]) : int(index.data[i])]
         was = self._source[int(old.header[source]) : int(old.data[source])]
-        if head != tar.remake_record_head(was, index.names[i], int(index.size[i])):
+        if head != record_heads.remake_record_head(was, index.names[i], int(index.size[i])):
             raise _Wrong(f"{label} has another header than the record that it replaces", self._mend)
         if any(self._hybrid[int(index.data[i] + index.size[i]) : int(index.stop[i])]):
             raise _Wrong(f"{label} is followed by bytes that are not zero", self._mend)

@@ -40,7 +40,8 @@ from builder.table import column_files, partitions, query, schema
 from builder.table.edits import EditsReader
 from builder.table.query import Samples, Sql
 from builder.table.schema import Column, folded
-from builder.tar import index as tar
+from builder.tar import blocks, indexing, record_heads
+from builder.tar.index import Index
 
 #: Part of every manifest's digest. A rule that changes the bytes of some samples alone is told by `_decisive` of these.
 VERSION = "3"
@@ -673,7 +674,9 @@ class _Members:
     def end(self, row: int) -> int:
         """First byte after the last record of one row."""
         own = slice(self.first[row], self.first[row + 1])
-        return max(data + size + tar.padding(size) for data, size in zip(self.data[own], self.size[own], strict=True))
+        return max(
+            data + size + blocks.padding(size) for data, size in zip(self.data[own], self.size[own], strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -742,19 +745,19 @@ class _Splicer:
             for member, body, digest in self._bodies(edit, old):
                 name = f"{key}.{member.extension}"
                 size = length(body)
-                head = tar.remake_record_head(old[member.place][0], name, size)
-                parts += (head, body, bytes(tar.padding(size)))
+                head = record_heads.remake_record_head(old[member.place][0], name, size)
+                parts += (head, body, bytes(blocks.padding(size)))
                 made.append((name, digest or self._sha256(body)))
             if all(member.holds != "json" for member in edit.members):
                 txt = old[next(member.place for member in edit.members if member.holds == "txt")][1]
                 assert isinstance(txt, bytes)
                 provenance = manifest_provenance(txt, edit)
         ranges = sorted(
-            (place["header"], place["data"] + place["size"] + tar.padding(place["size"])) for place in members
+            (place["header"], place["data"] + place["size"] + blocks.padding(place["size"])) for place in members
         )
         return _Prepared(edit, parts, ranges, made, provenance)
 
-    def _ending(self) -> tuple[int, tar.Index]:
+    def _ending(self) -> tuple[int, Index]:
         """First byte after the last member that is not dropped, and the source's members behind the last such row.
 
         What follows that byte is left out: dropped samples, and global pax headers, which Python's tarfile cannot read
@@ -765,7 +768,7 @@ class _Splicer:
         last = next((row for row in reversed(range(len(self._members.keys))) if row not in dropped), -1)
         start = 0 if last < 0 else self._members.end(last)
         # Mostly only a few members or zeros are left to walk.
-        tail = tar.index_from(self._source, start, self._plan.source.size)
+        tail = indexing.index_from(self._source, start, self._plan.source.size)
         gone = {place["header"] for row in dropped if row > last for place in self._members.of(row)}
         members = zip(tail.header.tolist(), tail.stop.tolist(), strict=True)
         return max([start, *(stop for header, stop in members if header not in gone)]), tail
@@ -784,7 +787,7 @@ class _Splicer:
             self._copy(made, at, self._stays)
             return
         self._copy(made, at, self._stays)
-        made.add([tar.end_of_archive(made.size)])
+        made.add([blocks.end_of_archive(made.size)])
         made.flush()
 
     def _read(self, edit: Edit, members: list[dict[str, Any]]) -> dict[int, tuple[bytes, Part]]:

@@ -19,7 +19,7 @@ from builder.store.layout import Layout
 from builder.table import column_files, partitions
 from builder.table.edits import EditsReader
 from builder.table.schema import IMAGE_EXTENSIONS
-from builder.tar import index as tar
+from builder.tar import head_check
 
 #: Name under which the generated image of a row is read.
 EDIT = "edit"
@@ -109,7 +109,7 @@ def _check_heads(descriptor: int, layout: Layout, shard: str, source: column_fil
         found = [(f"{key}.{place['ext']}", place) for key, members in pairs for place in members]
         names, sizes = [name for name, _ in found], [place["size"] for _, place in found]
         heads = [os.pread(descriptor, place["data"] - place["header"], place["header"]) for _, place in found]
-        other = tar.first_other_head(heads, names, sizes)
+        other = head_check.first_other_head(heads, names, sizes)
         if other is not None:
             at = found[other][1]["header"]
             raise _changed(source, offset=at, member=f"expected '{names[other]}' of {sizes[other]} bytes")

@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 
 from builder.table import boxes, schema
 from builder.table.schema import IMAGE_EXTENSIONS
-from builder.tar import index as tar
+from builder.tar import blocks, member_names
+from builder.tar.index import Index
 
 #: A json or txt member beyond this is not read into memory.
 MAX_TEXT = 16 << 20
@@ -107,7 +108,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def sizes(self, index: tar.Index) -> list[list[int]]:
+    def sizes(self, index: Index) -> list[list[int]]:
         """The member sizes of every sample."""
         sizes = index.size[self.members]
         counts = np.diff(self.first)
@@ -120,7 +121,7 @@ class Samples:
 # --- which members belong together ---
 
 
-def group(index: tar.Index) -> Samples:
+def group(index: Index) -> Samples:
     """Neighbouring members with one key are a sample; members that belong to none do not part them."""
     samples = _alike(index) or _grouped(index)
     if len(samples) and not index.has_end_mark:
@@ -130,11 +131,11 @@ def group(index: tar.Index) -> Samples:
     return samples
 
 
-def _alike(index: tar.Index) -> Samples | None:
+def _alike(index: Index) -> Samples | None:
     """The samples of a shard in which each has the members of the first one, jpg, json and txt among them."""
     first = next(iter(index.names), "")
-    parts = tar.split_name(first)
-    if parts is None or index.bad_names or not np.isin(index.kind, list(tar.REGULAR)).all():
+    parts = member_names.split_name(first)
+    if parts is None or index.bad_names or not np.isin(index.kind, list(blocks.REGULAR)).all():
         return None
     key, _ = parts
     extensions = [name[len(key) + 1 :] for name in _while_prefix(index.names, key + ".")]
@@ -176,7 +177,7 @@ def _while_prefix(names: Sequence[str], prefix: str) -> Iterator[str]:
         yield name
 
 
-def _grouped(index: tar.Index) -> Samples:
+def _grouped(index: Index) -> Samples:
     """The samples of any shard, member by member."""
     keys: list[str] = []
     first: list[int] = []
@@ -188,11 +189,11 @@ def _grouped(index: tar.Index) -> Samples:
     of_row: list[dict[str, int]] = []  # regular members by lower-case extension
     seen: set[str] = set()
     for i, (name, kind) in enumerate(zip(index.names, index.kind.tolist(), strict=True)):
-        if kind not in tar.REGULAR and kind not in _LINKS:
+        if kind not in blocks.REGULAR and kind not in _LINKS:
             continue
-        parts = tar.belongs(name)
+        parts = member_names.belongs(name)
         if parts is None:
-            of_macos += tar.is_of_macos(name)
+            of_macos += member_names.is_of_macos(name)
             continue
         key, extension = parts
         at = int(index.header[i])
@@ -211,10 +212,10 @@ def _grouped(index: tar.Index) -> Samples:
         if lower in seen:
             remarks.fail(row, "DuplicateMember", f"a second member with extension '{lower}' at byte {at}")
         seen.add(lower)
-        if kind in tar.REGULAR:
+        if kind in blocks.REGULAR:
             of_row[row][lower] = i
         else:
-            remarks.fail(row, "LinkMember", f"member '{name}' is {tar.KINDS[kind]}, not a plain file")
+            remarks.fail(row, "LinkMember", f"member '{name}' is {blocks.KINDS[kind]}, not a plain file")
         if i in index.bad_names:
             remarks.fail(row, "BadName", f"member '{name}' has a name that is not UTF-8")
         members.append(i)
@@ -248,7 +249,12 @@ def _remark_missing(first: np.ndarray, extensions: Sequence[str], remarks: Remar
 
 
 def columns_of(
-    view: mmap.mmap, index: tar.Index, samples: Samples, shard: str, fields: Sequence[schema.Column], box_field: str
+    view: mmap.mmap,
+    index: Index,
+    samples: Samples,
+    shard: str,
+    fields: Sequence[schema.Column],
+    box_field: str,
 ) -> dict[str, pa.ChunkedArray]:
     """uid, captions, boxes, size, fields and members of every sample, by column.
 
@@ -266,7 +272,7 @@ def columns_of(
     return columns
 
 
-def _members(index: tar.Index, samples: Samples) -> pa.ListArray:
+def _members(index: Index, samples: Samples) -> pa.ListArray:
     places = {
         "ext": pa.array(samples.extensions, pa.string()),
         "header": pa.array(index.header[samples.members], pa.int64()),
@@ -277,7 +283,7 @@ def _members(index: tar.Index, samples: Samples) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(samples.first, pa.int32()), structs)
 
 
-def _blocks(index: tar.Index, samples: Samples) -> Iterator[tuple[int, int]]:
+def _blocks(index: Index, samples: Samples) -> Iterator[tuple[int, int]]:
     """Ranges of rows that are parsed together."""
     if not samples.keys:
         return
@@ -291,7 +297,7 @@ def _blocks(index: tar.Index, samples: Samples) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _text_sizes(index: tar.Index, members: np.ndarray) -> np.ndarray:
+def _text_sizes(index: Index, members: np.ndarray) -> np.ndarray:
     """Bytes that are read of these members: none of those that are missing or too large."""
     sizes = np.where(members >= 0, index.size[members], 0)
     return np.where(sizes <= MAX_TEXT, sizes, 0)
@@ -304,7 +310,7 @@ class _Block:
         start, stop: their rows.
     """
 
-    def __init__(self, view: mmap.mmap, index: tar.Index, samples: Samples, start: int, stop: int) -> None:
+    def __init__(self, view: mmap.mmap, index: Index, samples: Samples, start: int, stop: int) -> None:
         self._view, self._index, self._samples, self._start, self._stop = view, index, samples, start, stop
         self._keys = samples.keys[start:stop]
         self._json, self._txt = samples.json[start:stop], samples.txt[start:stop]

@@ -35,7 +35,8 @@ from builder.table.column_files import SourceShard, read_column_file
 from builder.table.commits import commit_source
 from builder.table.partitions import partition_state
 from builder.table.schema import SOURCE, Column
-from builder.tar import index as tar
+from builder.tar import indexing
+from builder.tar.index import Index
 
 #: Raised when a column of `source` changes its meaning.
 VERSION = "2"
@@ -410,8 +411,8 @@ def read_shard(path: Path, shard: str, reading: Reading, run: str) -> Read:
     Raises:
         ShardError: the tar cannot be used.
     """
-    with tar.mapped(path) as view:
-        index = tar.index_of(view, path)
+    with indexing.mapped(path) as view:
+        index = indexing.index_of(view, path)
         found = group(index)
         remarks = _remarks(path, index, found)
         columns = columns_of(view, index, found, shard, reading.carried, reading.boxes)
@@ -440,7 +441,7 @@ def _sorting(path: Path) -> str:
     )
 
 
-def _remarks(path: Path, index: tar.Index, found: Samples) -> list[str]:
+def _remarks(path: Path, index: Index, found: Samples) -> list[str]:
     """What is strange about a shard as a whole; what concerns how many samples it has is noted at its last one."""
     remarks = []
     if not index.has_end_mark:
