@@ -41,7 +41,9 @@ from builder.executors import local
 from builder.models.faces.mtcnn import Mtcnn
 from builder.models.pictures import decode
 from builder.progress import Talk
-from builder.verbs import pipeline as pipelines
+from builder.verbs.ingest import run_ingest
+from builder.verbs.pipeline import load_pipeline
+from builder.verbs.stage import run_stage
 
 WORKERS = 2
 #: Samples of shards that are made.
@@ -130,13 +132,13 @@ def stage(rounds: int, shards: list[Path]) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "pipeline.toml"
         file.write_text(PIPELINE.format(folder=shards[0].parent, root=f"{folder}/out", workers=WORKERS), "utf-8")
-        pipelines.ingest(pipelines.load(file), Talk(quiet=True))
+        run_ingest(load_pipeline(file), Talk(quiet=True))
         with Processes(shards) as processes:
             images = processes.images
 
-            def run_stage() -> tuple[float, float]:
+            def whole_stage() -> tuple[float, float]:
                 with mock.patch.object(local, "run", processes.run):
-                    done = pipelines.run_stage(pipelines.load(file), "faces", Choice(redo=True), Talk(quiet=True))
+                    done = run_stage(load_pipeline(file), "faces", Choice(redo=True), Talk(quiet=True))
                 if done["ok"] != images:
                     raise SystemExit(f"the stage answered {done['ok']} of {images} rows: {done.counts}")
                 return processes.took
@@ -144,7 +146,7 @@ def stage(rounds: int, shards: list[Path]) -> list[Result]:
             def bare() -> tuple[float, float]:
                 return processes.ask([("loop",)] * WORKERS)
 
-            values = [(run_stage(), bare()) for _ in range(rounds)]
+            values = [(whole_stage(), bare()) for _ in range(rounds)]
     results = []
     for i, clock in enumerate(("wall", "CPU")):
         ours, peer = ([images / pair[side][i] for pair in values] for side in (0, 1))

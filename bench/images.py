@@ -33,7 +33,10 @@ from builder.engine.workset import Choice
 from builder.executors import local
 from builder.progress import Talk
 from builder.table.query import Sql
-from builder.verbs import pipeline as pipelines
+from builder.verbs.ingest import run_ingest
+from builder.verbs.pipeline import load_pipeline
+from builder.verbs.sql import answer
+from builder.verbs.stage import run_stage
 from tests import tiny_diffusers
 
 #: Images of a round, the model's batch and steps, and the side of the image, px.
@@ -76,20 +79,20 @@ def _measure(name: str, make: Callable[[Path], Path], rounds: int, shards: Path,
         file = folder / "pipeline.toml"
         values = {"shards": shards, "folder": folder, "model": model, "steps": STEPS, "side": SIDE, "batch": BATCH}
         file.write_text(PIPELINE.format(**values), "utf-8")
-        pipelines.ingest(pipelines.load(file), Talk(quiet=True))
-        prompts = [str(row[4]) for row in pipelines.answer(pipelines.load(file), Sql(PROMPTS, "bench"), {})[1]]
+        run_ingest(load_pipeline(file), Talk(quiet=True))
+        prompts = [str(row[4]) for row in answer(load_pipeline(file), Sql(PROMPTS, "bench"), {})[1]]
         with Worker(model, prompts) as worker:
 
-            def run_stage(count: int = images) -> float:
+            def whole_stage(count: int = images) -> float:
                 choice = Choice(redo=True, where=f"row < {count // 2}")
                 with mock.patch.object(local, "run", worker.run):
-                    done = pipelines.run_stage(pipelines.load(file), "generate", choice, Talk(quiet=True))
+                    done = run_stage(load_pipeline(file), "generate", choice, Talk(quiet=True))
                 if done["ok"] != count:
                     raise SystemExit(f"the stage answered {done['ok']} of {count} rows: {done.counts}")
                 return count / worker.took
 
-            run_stage(4 * BATCH)  # what a process does once only: imports of the engine's threads, caches of kernels
-            pairs = [(run_stage(), images / worker.ask("loop")) for _ in range(rounds)]
+            whole_stage(4 * BATCH)  # what a process does once only: imports of the engine's threads, caches of kernels
+            pairs = [(whole_stage(), images / worker.ask("loop")) for _ in range(rounds)]
     ours, peer = ([pair[side] for pair in pairs] for side in (0, 1))
     what = f"images: stage, {name}, {images} of {SIDE} px, batches of {BATCH} / bare loop"
     return compared(what, ours, peer, TARGET, unit="images/s", more=True)

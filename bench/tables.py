@@ -19,8 +19,7 @@ from builder.sources.tars import shards as tar_shards
 from builder.store.layout import Layout
 from builder.table import column_files, partitions, root_schema
 from builder.table.schema import SOURCE
-from builder.verbs import pipeline as pipelines
-from builder.verbs.pipeline import Pipeline
+from builder.verbs.pipeline import Pipeline, load_pipeline
 
 #: Share of rows with an answer, by stage.
 DONE = {"faces": 1.0, "lang": 1.0, "prompts": 0.0, "generate": 0.0}
@@ -120,4 +119,4 @@ def pipeline_in(folder: Path) -> Pipeline:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "pipeline.toml"
     file.write_text(PIPELINE.format(folder=folder), "utf-8")
-    return pipelines.load(file)
+    return load_pipeline(file)

@@ -31,7 +31,9 @@ from builder.stages.contract import find as find_stage
 from builder.store.layout import Layout
 from builder.table import column_files, commits, partitions, root_schema, schema
 from builder.table.query import Samples, read_sql
-from builder.verbs import pipeline as pipelines
+from builder.verbs.pipeline import shards_of, work_of
+from builder.verbs.plan import make_plan
+from builder.verbs.status import read_status
 
 #: Every json field of DataComp and img2dataset is carried.
 READING = tar_shards.Reading(dict(schema.FIELD_TYPES))
@@ -130,18 +132,18 @@ def ask(folder: str) -> Work:
 
 def plan(folder: str) -> Work:
     pipeline = tables.pipeline_in(Path(folder))
-    return lambda: pipelines.plan(pipeline, Choice())
+    return lambda: make_plan(pipeline, Choice())
 
 
 def status(folder: str) -> Work:
     pipeline = tables.pipeline_in(Path(folder))
-    return lambda: pipelines.status(pipeline)
+    return lambda: read_status(pipeline)
 
 
 def heal(folder: str) -> Work:
     """Looks whether every partition holds what its column files do."""
     pipeline = tables.pipeline_in(Path(folder))
-    return lambda: partitions.heal(pipeline.layout, pipelines.shards_of(pipeline))
+    return lambda: partitions.heal(pipeline.layout, shards_of(pipeline))
 
 
 def freeze(folder: str) -> Work:
@@ -149,7 +151,7 @@ def freeze(folder: str) -> Work:
     pipeline = tables.pipeline_in(Path(folder))
     path = pipeline.layout.root / "bench-workset.parquet"
     return lambda: workset.freeze(
-        pipeline.layout, path, pipelines.work_of(pipeline, "lang", Choice(redo=True), pipelines.shards_of(pipeline))
+        pipeline.layout, path, work_of(pipeline, "lang", Choice(redo=True), shards_of(pipeline))
     )
 
 

@@ -26,9 +26,10 @@ from builder.engine import runs
 from builder.executors import local
 from builder.sources.tars import shards as tar_shards
 from builder.table import root_schema
+from builder.table.query import Sql
 from builder.table.schema import BOXES
-from builder.verbs import pipeline as pipelines
-from builder.verbs.pipeline import Pipeline
+from builder.verbs.pipeline import Pipeline, load_pipeline
+from builder.verbs.sql import answer
 from here import builder_here
 
 local.as_a_worker()  # before a library counts its threads
@@ -199,7 +200,7 @@ class Workspace:
         return self.folder / "out"
 
     def load(self, *sets: str) -> Pipeline:
-        return pipelines.load(self.file, sets)
+        return load_pipeline(self.file, sets)
 
     def run(self, *arguments: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """`builder ARGUMENTS --pipeline FILE` in this process, tasks and all."""
@@ -211,7 +212,7 @@ class Workspace:
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """Rows of a question."""
-        return pipelines.answer(self.load(), pipelines.Sql(sql, "test"), {})[1]
+        return answer(self.load(), Sql(sql, "test"), {})[1]
 
 
 def _good(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.CompletedProcess[str]:

@@ -43,7 +43,9 @@ from builder.store.files import TEMP_SUFFIX, temp_path
 from builder.store.layout import Layout, names
 from builder.table import column_files, commits, partitions, root_schema
 from builder.table.schema import SOURCE
-from builder.verbs import pipeline as pipelines
+from builder.verbs.gc import collect_garbage
+from builder.verbs.plan import make_plan
+from builder.verbs.verify import prove
 from conftest import PIPELINE, Workspace, make_shard, samples
 from faults import HALVES, READS, Fault, Point, arm
 from planned import SQL, section
@@ -188,7 +190,7 @@ def check_same(made: Workspace, reference: End) -> None:
 def check_proven(made: Workspace, edited: int | None = None) -> None:
     """Every hybrid shard is proven, with so many samples edited: two thirds if not said."""
     pipeline = made.load()
-    proof = pipelines.prove(pipeline, Talk(quiet=True))
+    proof = prove(pipeline, Talk(quiet=True))
     assert (proof.problems, proof.shards) == ([], len(pipeline.layout.shard_names()))
     assert proof.edited == (proof.rows * 2 // 3 if edited is None else edited)
 
@@ -633,7 +635,7 @@ class Harness:
 
     def _ended(self) -> tuple[End, int]:
         """The end, and how many samples are edited."""
-        return end_of(self._made), pipelines.prove(self._made.load(), Talk(quiet=True)).edited
+        return end_of(self._made), prove(self._made.load(), Talk(quiet=True)).edited
 
     def kills(self, scene: Scene) -> Iterator[Kill]:
         """A kill before every point of a scene, in the middle of its bytes, and after those that change names.
@@ -739,7 +741,7 @@ class Harness:
         for name, found in hashes_of(self._made).items():
             if name != layout.sizes().name:
                 assert found in (before.output.get(name), there.output.get(name)), f"{name} is neither old nor new"
-        pipelines.plan(self._made.load(), Choice())  # whatever was left behind, what there is to do can be said
+        make_plan(self._made.load(), Choice())  # whatever was left behind, what there is to do can be said
         now = self._check_kept(layout, before.answers, there.answers)
         if sweep_first:
             done(self._made, "gc")
@@ -786,13 +788,13 @@ class Harness:
         """The end is the reference's; a sweep deletes what is dead and nothing else."""
         reference, pipeline = self._references[scene.name], self._made.load()
         check_same(self._made, reference.end)
-        would = pipelines.gc(pipeline, Talk(quiet=True), dry_run=True).paths
+        would = collect_garbage(pipeline, Talk(quiet=True), dry_run=True).paths
         assert all(path.exists() for path in would)
-        swept = pipelines.gc(pipeline, Talk(quiet=True), dry_run=False).paths
+        swept = collect_garbage(pipeline, Talk(quiet=True), dry_run=False).paths
         assert set(would) <= set(swept)
         assert not any(path.exists() for path in swept)
         check_swept(pipeline.layout, self._others)
         assert [path for path in self._others if not path.exists()] == []
         check_same(self._made, reference.end)
         check_proven(self._made, reference.edited)
-        assert pipelines.gc(pipeline, Talk(quiet=True), dry_run=True).paths == []
+        assert collect_garbage(pipeline, Talk(quiet=True), dry_run=True).paths == []

@@ -14,7 +14,8 @@ from builder.store.layout import Layout, RunFiles
 from builder.table import partitions, root_schema, schema
 from builder.table.query import Sql
 from builder.verbs import pipeline as pipelines
-from builder.verbs.pipeline import Pipeline
+from builder.verbs.pipeline import Pipeline, shards_of
+from builder.verbs.stage import _describe_stage
 from conftest import STAGES
 
 #: Work SQL of the stages of tests/stages.py.
@@ -63,12 +64,12 @@ def do(
 def described(pipeline: Pipeline, name: str, choice: Choice, tasks: int) -> RunFiles:
     """A run as `builder stage NAME` leaves it before it starts its tasks: `builder task RUN 0` does one."""
     layout, use = pipeline.layout, pipeline.stages[name]
-    shards = pipelines.shards_of(pipeline)
+    shards = shards_of(pipeline)
     work = pipelines.work_of(pipeline, name, choice, shards)
     root_schema.extend_schema(layout, columns_of(use.stage))
     partitions.heal(layout, shards)
     run = runs.new_run(layout, name)
-    pipelines._describe_stage(pipeline, run, use, work)
+    _describe_stage(pipeline, run, use, work)
     workset.write_tasks(run, workset.cut(workset.freeze(layout, run.workset, work), tasks))
     return run
 

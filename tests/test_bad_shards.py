@@ -24,7 +24,9 @@ from builder.cli import main
 from builder.engine.workset import Choice
 from builder.errors import ConfigError, TransientError
 from builder.progress import Talk
-from builder.verbs import pipeline as pipelines
+from builder.verbs.ingest import run_ingest
+from builder.verbs.stage import run_stage
+from builder.verbs.write import run_write
 from conftest import (
     PIPELINE,
     STANDARD_STAGES,
@@ -423,7 +425,7 @@ def test_shard_that_went_bad_keeps_the_rows_it_had(workspace: Callable[..., Work
 
 
 def ingest(made: Workspace, *sets: str) -> None:
-    pipelines.ingest(made.load(*sets), Talk())
+    run_ingest(made.load(*sets), Talk())
 
 
 def test_new_shard_is_read_by_the_next_run(
@@ -468,7 +470,7 @@ def test_shard_in_another_order_keeps_its_answers_by_key(workspace: Callable[...
     old = samples(4)
     made = workspace({"a": old}, stages='[stages.faces]\nsource = "json"')
     ingest_here(made.load())
-    pipelines.run_stage(made.load(), "faces", Choice(), Talk())
+    run_stage(made.load(), "faces", Choice(), Talk())
     answers = dict(made.rows("select key, faces_run from samples"))
     assert len(answers) == 4
     assert None not in answers.values()
@@ -553,7 +555,7 @@ def test_too_little_free_disk(workspace: Callable[..., Workspace], monkeypatch: 
     usage = shutil.disk_usage(made.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(TransientError) as caught:
-        pipelines.write(made.load(), Talk())
+        run_write(made.load(), Talk())
     assert str(caught.value) == (
         f"too little free disk for write: {needed:,} bytes needed, {needed - 1:,} free\n"
         f"  folder: {made.root}/shards\n"
@@ -571,5 +573,5 @@ def test_too_little_free_disk(workspace: Callable[..., Workspace], monkeypatch: 
     value = json.loads(CliRunner().invoke(main, ["plan", "--json", "--pipeline", str(made.file)]).stdout)["write"]
     assert (value["bytes_needed"], value["bytes_free"]) == (needed, needed - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
-    pipelines.write(made.load(), Talk())
+    run_write(made.load(), Talk())
     assert len(list((made.root / "shards").glob("*.tar"))) == 2

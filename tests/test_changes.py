@@ -22,7 +22,14 @@ from builder.engine.workset import Choice
 from builder.errors import ConfigError, ShardError
 from builder.progress import Talk
 from builder.table import column_files, partitions
-from builder.verbs import pipeline as pipelines
+from builder.verbs.ingest import run_ingest
+from builder.verbs.pipeline import Pipeline
+from builder.verbs.plan import make_plan
+from builder.verbs.run import run_all
+from builder.verbs.stage import run_stage
+from builder.verbs.status import read_status
+from builder.verbs.verify import prove
+from builder.verbs.write import plan_write, run_write
 from conftest import (
     STAGES,
     Workspace,
@@ -80,7 +87,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def done(made: Workspace) -> dict[str, int]:
     """What a plan would do, stale rows included."""
-    plan = pipelines.plan(made.load(), Choice(stale=True))
+    plan = make_plan(made.load(), Choice(stale=True))
     todo = {name: counts.todo for name, counts in plan.stages.items()}
     return {"ingest": len(plan.ingest.todo), **todo, "write": len(plan.write.todo)}
 
@@ -94,8 +101,8 @@ def test_a_touched_source_loses_nothing_and_makes_nothing_stale(written: Workspa
     source = written.folder / "source/00000000.tar"
     os.utime(source)
     assert done(written) == {**NOTHING, "ingest": 1, "write": 1}
-    assert pipelines.prove(written.load(), Talk(quiet=True)).problems == []
-    for _ in pipelines.run(written.load(), Talk(quiet=True)):
+    assert prove(written.load(), Talk(quiet=True)).problems == []
+    for _ in run_all(written.load(), Talk(quiet=True)):
         pass
     assert done(written) == NOTHING
     assert written.rows(question) == before
@@ -107,21 +114,21 @@ def test_bytes_replaced_by_as_many_are_copied_by_the_next_write_and_make_nothing
     source = written.folder / "source/00000000.tar"
     spoil_in_place(source, samples(1)[0].image or b"", bytes(len(samples(1)[0].image or b"")))
     assert done(written) == {**NOTHING, "ingest": 1, "write": 1}
-    [problem] = pipelines.prove(written.load(), Talk(quiet=True)).problems
+    [problem] = prove(written.load(), Talk(quiet=True)).problems
     assert f"'{0:032x}-0.jpg'" in problem
-    assert pipelines.write(written.load(), Talk(quiet=True))["shards"] == 1
-    assert pipelines.prove(written.load(), Talk(quiet=True)).problems == []
-    for _, outcome in pipelines.run(written.load(), Talk(quiet=True)):
+    assert run_write(written.load(), Talk(quiet=True))["shards"] == 1
+    assert prove(written.load(), Talk(quiet=True)).problems == []
+    for _, outcome in run_all(written.load(), Talk(quiet=True)):
         assert outcome["shards"] in (0, 1)
     assert done(written) == NOTHING
-    assert pipelines.prove(written.load(), Talk(quiet=True)).problems == []
+    assert prove(written.load(), Talk(quiet=True)).problems == []
 
 
-VERBS: dict[str, Callable[[pipelines.Pipeline], object]] = {
-    "plan": lambda pipeline: pipelines.plan(pipeline, Choice()),
-    "status": pipelines.status,
-    "stage": lambda pipeline: pipelines.run_stage(pipeline, "lang", Choice(), Talk(quiet=True)),
-    "write": pipelines.plan_write,
+VERBS: dict[str, Callable[[Pipeline], object]] = {
+    "plan": lambda pipeline: make_plan(pipeline, Choice()),
+    "status": read_status,
+    "stage": lambda pipeline: run_stage(pipeline, "lang", Choice(), Talk(quiet=True)),
+    "write": plan_write,
 }
 
 
@@ -146,7 +153,7 @@ def test_a_question_only_says_how_many_partitions_are_behind(written: Workspace)
     said = CliRunner().invoke(main, arguments)
     assert "1 partitions are behind their column files: builder status" in said.stderr
     assert partitions.is_behind(written.load().layout, "00000001")
-    pipelines.status(written.load())
+    read_status(written.load())
     assert "behind" not in CliRunner().invoke(main, arguments).stderr
 
 
@@ -278,11 +285,11 @@ def test_a_damaged_column_file_is_named(workspace: Make) -> None:
     path.write_bytes(b"junk")
     (made.root / "samples/00000000.parquet").unlink()
     with pytest.raises(ShardError) as caught:
-        pipelines.status(made.load())
+        read_status(made.load())
     assert str(caught.value).splitlines()[0] == "a column file is damaged"
     assert caught.value.where["file"] == path
     path.unlink()
-    assert pipelines.ingest(made.load(), Talk(quiet=True))["rows"] == 8
+    assert run_ingest(made.load(), Talk(quiet=True))["rows"] == 8
     assert made.rows("select count(*) from samples") == [(16,)]
 
 
@@ -291,7 +298,7 @@ def refused(made: Workspace, select: str) -> tuple[str, str]:
     sql = made.folder / "w.sql"
     sql.write_text(select)
     with pytest.raises(ConfigError) as caught:
-        pipelines.plan_write(made.load(f"write.select={sql}"))
+        plan_write(made.load(f"write.select={sql}"))
     return caught.value.what, caught.value.fix
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from builder import config
 from builder.errors import ConfigError
-from builder.verbs import pipeline as pipelines
+from builder.verbs.pipeline import load_pipeline
 
 GOOD = """\
 [dataset]
@@ -41,12 +41,12 @@ def refusal(path: Path, text: str | bytes | None = None, *sets: str) -> str:
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError) as caught:
-        pipelines.load(path, sets)
+        load_pipeline(path, sets)
     return str(caught.value)
 
 
 def test_a_good_pipeline_is_taken(file: Path) -> None:
-    pipeline = pipelines.load(file)
+    pipeline = load_pipeline(file)
     assert (pipeline.config.patterns, str(pipeline.config.root), list(pipeline.stages)) == (
         ["data/*.tar"], "out", ["faces", "lang"],
     )  # fmt: skip
@@ -222,7 +222,7 @@ def test_not_utf8(file: Path) -> None:
         f"the pipeline is not UTF-8 text\n  file: p.toml\n  byte: {len(GOOD) + 5}\n  fix: save it as UTF-8"
     )
     file.write_text(GOOD + "# café\n", "utf-8")
-    assert pipelines.load(file).config.root == Path("out")
+    assert load_pipeline(file).config.root == Path("out")
 
 
 def test_scale_that_is_not_there(file: Path) -> None:
@@ -254,7 +254,7 @@ def test_scales_are_looked_up_here_first(file: Path) -> None:
 )
 def test_a_stage_that_takes_a_gpu_gets_one_worker_for_each(file: Path, sets: tuple[str, ...], workers: int) -> None:
     file.write_text(GOOD.replace("workers = 1", 'workers = 8\ndevices = ["cuda:0", "cuda:1"]') + "[stages.generate]\n")
-    pipeline = pipelines.load(file, sets)
+    pipeline = load_pipeline(file, sets)
     assert pipeline.stages["generate"].run.workers == workers
     assert pipeline.stages["faces"].run.workers == 8
 
@@ -269,7 +269,7 @@ def test_set_overrides_with_the_type_that_it_has(file: Path) -> None:
         "dataset.name=2024 small",
         "stages.lang.threshold=0.75",
     )
-    pipeline = pipelines.load(
+    pipeline = load_pipeline(
         file, (*sets, "write.params.limit=3", 'dataset.root="a = b"', "stages.prompts.style={caption}")
     )
     dataset = pipeline.config.dataset
@@ -328,7 +328,7 @@ def test_two_stages_with_one_output_column(file: Path) -> None:
     )
     other = f'\n[stages.note]\npython = "{STAGES}:Note"\n\n[stages.other]\npython = "{STAGES}:Other"\n'
     file.write_text(GOOD + other)
-    assert list(pipelines.load(file).stages) == ["faces", "lang", "note", "other"]
+    assert list(load_pipeline(file).stages) == ["faces", "lang", "note", "other"]
 
 
 def _own(file: Path, source: str, python: str = "mine.py:Mine", name: str = "mine") -> str:
@@ -356,7 +356,7 @@ class Mine:
 def test_an_own_stage_is_found(file: Path) -> None:
     Path("mine.py").write_text(MINE)
     file.write_text(GOOD + '\n[stages.mine]\npython = "mine.py:Mine"\n')
-    assert pipelines.load(file).stages["mine"].stage.version == "1"
+    assert load_pipeline(file).stages["mine"].stage.version == "1"
 
 
 def test_an_own_stage_without_file_or_class(file: Path) -> None:
@@ -448,13 +448,13 @@ def test_unknown_option_of_an_own_stage(file: Path) -> None:
     file.write_text(GOOD + '\n[stages.mine]\npython = "mine.py:Mine"\nsice = 4\n')
     assert refusal(file) == "unknown key 'sice' in [stages.mine]\n  file: p.toml:15\n  fix: did you mean 'size'?"
     file.write_text(GOOD + '\n[stages.mine]\npython = "mine.py:Mine"\nsize = 4\n')
-    options: Any = pipelines.load(file).stages["mine"].options
+    options: Any = load_pipeline(file).stages["mine"].options
     assert options.size == 4
 
 
 def test_run_of_a_stage_overrides_that_of_all(file: Path) -> None:
     file.write_text(GOOD + "\n[stages.lang.run]\nworkers = 5\n")
-    pipeline = pipelines.load(file)
+    pipeline = load_pipeline(file)
     assert (pipeline.stages["faces"].run.workers, pipeline.stages["lang"].run.workers) == (1, 5)
 
 
@@ -462,7 +462,7 @@ def test_run_of_a_stage_overrides_that_of_all(file: Path) -> None:
 def test_a_stage_with_devices_of_its_own_has_a_worker_for_each(file: Path, more: str, workers: int) -> None:
     devices = ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
     file.write_text(GOOD + f"\n[stages.lang.run]\ndevices = {devices}\n{more}".replace("'", '"'))
-    pipeline = pipelines.load(file)
+    pipeline = load_pipeline(file)
     assert (pipeline.stages["faces"].run.workers, pipeline.stages["lang"].run.workers) == (1, workers)
     assert pipeline.stages["lang"].run.devices == devices
 

@@ -25,7 +25,7 @@ from builder.engine.workset import Choice
 from builder.progress import Talk
 from builder.store.layout import RunFiles
 from builder.table import column_files, partitions
-from builder.verbs import pipeline as pipelines
+from builder.verbs.gc import collect_garbage
 from conftest import ingest_here
 from kills import NOBODY, check_proven, check_swept, make, run, seen, start, table_of, wait_for
 from planned import described
@@ -64,7 +64,7 @@ def test_a_sweep_knows_a_run_from_what_a_person_keeps_beside_it(tmp_path: Path) 
     (runs / dead / "run.json").write_text("{")
     (runs / "20260101T000000-note-0001/run.json").write_text(json.dumps({"host": socket.gethostname(), "pid": NOBODY}))
     (runs / "notes.txt").write_text("a file")
-    swept = pipelines.gc(made.load(), Talk(quiet=True), dry_run=False).paths
+    swept = collect_garbage(made.load(), Talk(quiet=True), dry_run=False).paths
     assert sorted(path.name for path in swept) == sorted([dead, "20260101T000000-note-0001"])
     assert sorted(path.name for path in runs.iterdir()) == sorted([lives, "mine", "notes.txt"])
 
@@ -156,7 +156,7 @@ def test_a_copy_that_a_sweep_found_asleep_undoes_nothing(tmp_path: Path, copies:
         late.send_signal(signal.SIGCONT)
         stop_after(late, lambda: True, 0.003)
     assert other.wait(120) == 0
-    pipelines.gc(made.load(), Talk(quiet=True), dry_run=False)
+    collect_garbage(made.load(), Talk(quiet=True), dry_run=False)
     assert list(layout.edits.rglob("*.tmp")) == temps
     run(made, "write")
     before = table_of(made)
@@ -164,7 +164,7 @@ def test_a_copy_that_a_sweep_found_asleep_undoes_nothing(tmp_path: Path, copies:
     assert late.wait(120) == 0, late.communicate()
     assert table_of(made).equals(before)
     check_proven(made)
-    pipelines.gc(made.load(), Talk(quiet=True), dry_run=False)
+    collect_garbage(made.load(), Talk(quiet=True), dry_run=False)
     check_proven(made)
     check_swept(layout)
     assert made.rows("select distinct generate_run from samples where image_path is not null") == [

@@ -25,7 +25,7 @@ from builder.hybrid.edited_sample import (
     was_so,
 )
 from builder.table import partitions, root_schema
-from builder.verbs import pipeline as pipelines
+from builder.verbs.write import write_plans
 from conftest import CAPTION, Workspace, members_like, picture, read_tar, write_tar
 
 Make = Callable[..., Workspace]
@@ -350,7 +350,7 @@ from samples where image_path is not null
 
 
 def digest(made: Workspace, *sets: str) -> str:
-    [plan] = pipelines.write_plans(made.load(*sets), ["a"])
+    [plan] = write_plans(made.load(*sets), ["a"])
     return plan.digest
 
 

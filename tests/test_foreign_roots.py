@@ -28,8 +28,9 @@ from builder.table import column_files, root_schema, sweeps
 from builder.table.edits import EditsReader
 from builder.table.query import Samples, Sql
 from builder.table.schema import Column
-from builder.verbs import pipeline as pipelines
+from builder.verbs.gc import collect_garbage
 from builder.verbs.regen import regenerate
+from builder.verbs.stage import run_stage
 from conftest import PIPELINE, STANDARD_STAGES, Workspace, make_workspace, samples
 
 PACKAGE = Path(files.__file__).parents[1]
@@ -595,9 +596,9 @@ _KNOWN = [
 def test_all_errors_of_links_are_of_the_package(given: Given) -> None:
     given.link("edits")
     with pytest.raises(ConfigError, match="is a link"):
-        pipelines.run_stage(given.made.load(), "lang", Choice(redo=True), QUIET)
+        run_stage(given.made.load(), "lang", Choice(redo=True), QUIET)
     with pytest.raises(BuilderError, match="is a link"):
-        pipelines.gc(given.made.load(), QUIET, dry_run=True)
+        collect_garbage(given.made.load(), QUIET, dry_run=True)
 
 
 def test_a_column_s_stage_is_a_plain_name() -> None:

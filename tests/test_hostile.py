@@ -40,7 +40,11 @@ from builder.store.layout import MAX_SHARD_NAME, Layout, shard_name_fault
 from builder.table.edits import EditsReader, EditsTar
 from builder.table.query import Sql
 from builder.tar import blocks, indexing, member_names
-from builder.verbs import pipeline as pipelines
+from builder.verbs import status
+from builder.verbs.pipeline import Pipeline, shards_of
+from builder.verbs.sql import answer
+from builder.verbs.verify import prove
+from builder.verbs.write import run_write, write_plans
 from conftest import STANDARD_STAGES, Sample, Workspace, ingest_here, make_shard, picture, samples
 from tars import (
     BLOCK,
@@ -664,7 +668,7 @@ def test_every_caption_goes_through_all_stages(captioned: tuple[Workspace, str])
     wanted = ("escapes", "10 MB", "NUL", "SQL", "a template", "lines", "half")
     assert {key: told[key] for key in wanted} == dict.fromkeys(wanted, "ok")
     assert harmless(said)
-    proof = pipelines.prove(made.load(), Talk(quiet=True))
+    proof = prove(made.load(), Talk(quiet=True))
     assert (proof.problems, proof.edited) == ([], sum(row[4] == "ok" for row in rows))
 
 
@@ -793,12 +797,12 @@ def outside(made: Workspace) -> set[str]:
     return {str(p) for p in made.folder.rglob("*") if p.is_file() and not left & set(p.parents)}
 
 
-def write_here(pipeline: pipelines.Pipeline) -> list[str]:
+def write_here(pipeline: Pipeline) -> list[str]:
     """Writes every hybrid shard in this process; returns what is wrong with them."""
-    for plan in pipelines.write_plans(pipeline, pipelines.shards_of(pipeline)):
+    for plan in write_plans(pipeline, shards_of(pipeline)):
         writer.write_shard(pipeline.layout, plan)
     writer.write_sizes(pipeline.layout)
-    return pipelines.prove(pipeline, Talk(quiet=True)).problems
+    return prove(pipeline, Talk(quiet=True)).problems
 
 
 def test_names_that_lead_out_write_nothing_outside(workspace: Make) -> None:
@@ -868,7 +872,7 @@ def test_shards_named_like_patterns_are_those_shards_alone(workspace: Make, fold
     pipeline = made.load(f"dataset.root={root}")
     ingest_here(pipeline)
     question = Sql("select shard, count(*) from samples group by 1", "test")
-    assert dict(pipelines.answer(pipeline, question, {})[1]) == dict.fromkeys(names, 2)
+    assert dict(answer(pipeline, question, {})[1]) == dict.fromkeys(names, 2)
     assert write_here(pipeline) == []
     for name in names:
         assert (root / f"shards/{name}.tar").read_bytes() == (made.folder / f"source/{name}.tar").read_bytes()
@@ -928,13 +932,13 @@ def test_a_write_sql_that_points_outside_writes_nothing(workspace: Make) -> None
     ingest_here(made.load())
     sql = made.folder / "write.sql"
     sql.write_text(IMAGE_COLUMNS.format(path="'../../../../../etc/passwd'", size=10) + " and shard = 'a'")
-    outcome = pipelines.write(made.load(f"write.select={sql}"), Talk(quiet=True))
+    outcome = run_write(made.load(f"write.select={sql}"), Talk(quiet=True))
     assert list(outcome.refused) == ["a"]
     assert outcome.refused["a"].startswith("an image pointer leads out of the edits folder of the root\n")
     assert [p.name for p in (made.root / "shards").glob("*.tar")] == ["b.tar"]
     sql.write_text(IMAGE_COLUMNS.format(path="'edits/a/0.tar'", size="null"))
     with pytest.raises(ConfigError, match="an image has no image_offset or no image_size"):
-        pipelines.write(made.load(f"write.select={sql}"), Talk(quiet=True))
+        run_write(made.load(f"write.select={sql}"), Talk(quiet=True))
 
 
 # --- names that an edit must keep ---
@@ -1016,7 +1020,7 @@ def test_an_error_that_nobody_foresaw_is_printed_as_text(workspace: Make, monkey
     def fail(*_: object) -> None:
         raise RuntimeError(f"caption {NASTY}")
 
-    monkeypatch.setattr(pipelines, "status", fail)
+    monkeypatch.setattr(status, "read_status", fail)
     done = ask("status", "--pipeline", str(made.file))
     assert done.exit_code == 1
     assert harmless(done.stderr)

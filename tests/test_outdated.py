@@ -28,7 +28,15 @@ from builder.progress import Talk
 from builder.sources.members import digest_of
 from builder.store import files
 from builder.table import partitions
-from builder.verbs import pipeline as pipelines
+from builder.verbs.gc import collect_garbage
+from builder.verbs.ingest import run_ingest
+from builder.verbs.pipeline import work_of
+from builder.verbs.plan import make_plan
+from builder.verbs.run import run_all
+from builder.verbs.stage import run_stage
+from builder.verbs.status import read_status
+from builder.verbs.verify import prove
+from builder.verbs.write import plan_write
 from conftest import STAGES, Sample, Workspace, make_shard, make_workspace, read_tar, samples
 from here import tasks_here
 
@@ -87,7 +95,7 @@ class Root:
         log = self.made.folder / "log"
         log.write_text("")
         with contextlib.chdir(self.made.folder):  # the log's path is an option
-            for _ in pipelines.run(self.made.load(), QUIET):
+            for _ in run_all(self.made.load(), QUIET):
                 pass
         return Counter(log.read_text().splitlines())
 
@@ -194,7 +202,7 @@ def nothing(root: Root, at: int) -> None:
 
 def ingest(root: Root, at: int) -> None:
     root.write()
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
 
 
 def run(root: Root, at: int) -> None:
@@ -204,7 +212,7 @@ def run(root: Root, at: int) -> None:
 
 
 def sweep(root: Root, at: int) -> None:
-    pipelines.gc(root.made.load(), QUIET, dry_run=False)
+    collect_garbage(root.made.load(), QUIET, dry_run=False)
 
 
 CHANGES = (
@@ -235,7 +243,7 @@ def test_any_history_of_a_source_ends_as_a_fresh_root_and_answers_nothing_twice(
     fresh = Root.over(tmp_path_factory.mktemp("fresh"), root.shard)
     fresh.run()
     assert root.answers() == fresh.answers()
-    assert pipelines.prove(root.made.load(), QUIET).problems == []
+    assert prove(root.made.load(), QUIET).problems == []
 
 
 # --- one rule each ---
@@ -243,13 +251,13 @@ def test_any_history_of_a_source_ends_as_a_fresh_root_and_answers_nothing_twice(
 
 def counts(made: Workspace, choice: Choice = Choice()) -> dict[str, tuple[int, int]]:  # noqa: B008
     """Of each stage what is out of date, and what is to be done."""
-    return {name: (c.out_of_date, c.todo) for name, c in pipelines.plan(made.load(), choice).stages.items()}
+    return {name: (c.out_of_date, c.todo) for name, c in make_plan(made.load(), choice).stages.items()}
 
 
 def rewritten(made: Workspace) -> tuple[str, ...]:
     """Runs everything; returns the hybrid shards that were written."""
     before = {path.name: path.stat().st_ino for path in (made.root / "shards").glob("*.tar")}
-    for _ in pipelines.run(made.load(), QUIET):
+    for _ in run_all(made.load(), QUIET):
         pass
     after = {path.name: path.stat().st_ino for path in (made.root / "shards").glob("*.tar")}
     return tuple(sorted(name for name in after if after[name] != before.get(name)))
@@ -268,9 +276,9 @@ def test_a_mended_caption_gives_a_new_prompt_and_a_new_image_in_one_run(tmp_path
     key = shards["a"][1].key
     shards["a"][1].caption = mended
     make_shard(made.folder / "source/a.tar", shards["a"])
-    pipelines.ingest(made.load(), QUIET)
+    run_ingest(made.load(), QUIET)
     assert counts(made) == {"faces": (0, 0), "lang": (1, 1), "prompts": (1, 1), "generate": (0, 0)}
-    assert {name: s["out_of_date"] for name, s in pipelines.status(made.load())["stages"].items()} == {
+    assert {name: s["out_of_date"] for name, s in read_status(made.load())["stages"].items()} == {
         "source": None, "faces": 0, "lang": 1, "prompts": 1, "generate": 0,
     }  # fmt: skip
     assert rewritten(made) == ("a.tar",)
@@ -284,7 +292,7 @@ def test_a_mended_caption_gives_a_new_prompt_and_a_new_image_in_one_run(tmp_path
     assert read_tar(made.root / "shards/a.tar")[f"{key}.txt"].decode() == prompt
     assert counts(made) == dict.fromkeys(("faces", "lang", "prompts", "generate"), (0, 0))
     assert rewritten(made) == ()
-    assert pipelines.prove(made.load(), QUIET).problems == []
+    assert prove(made.load(), QUIET).problems == []
 
 
 def test_a_picture_replaced_by_as_many_bytes_is_looked_at_again(tmp_path: Path) -> None:
@@ -292,13 +300,13 @@ def test_a_picture_replaced_by_as_many_bytes_is_looked_at_again(tmp_path: Path) 
     root.run()
     repaint_by_as_many(root, 2)
     root.write()
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
     assert counts(root.made) == {"looks": (1, 1), "words": (0, 0), "after": (0, 0)}
     assert root.made.rows("select source_changed from samples where row = 2") == [(None,)]  # nobody knew its bytes
     assert root.run() == Counter(["looks u2"])
     repaint_by_as_many(root, 2)
     root.write()
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
     assert root.made.rows("select row from samples where source_changed is not null") == [(2,)]
     assert root.run() == Counter(["looks u2"])
 
@@ -319,7 +327,7 @@ def test_a_touch_changes_no_sample_whose_json_has_a_number_that_is_none(tmp_path
     root.made.file.write_text(text)
     root.run()
     root.touch()
-    assert pipelines.ingest(root.made.load(), QUIET)["changed"] == 0
+    assert run_ingest(root.made.load(), QUIET)["changed"] == 0
     assert root.made.rows("select count(*) from samples where source_changed is not null") == [(0,)]
 
 
@@ -332,27 +340,27 @@ def test_a_first_ingest_reads_no_picture_and_one_of_a_changed_shard_digests_them
         return real(descriptor, offset, size)
 
     with mock.patch.object(files, "read_at", read_at):
-        pipelines.ingest(root.made.load(), QUIET)
+        run_ingest(root.made.load(), QUIET)
         assert read == []
-        pipelines.ingest(root.made.load(), QUIET, redo=True)  # as it was on disk
+        run_ingest(root.made.load(), QUIET, redo=True)  # as it was on disk
         assert read == []
         root.touch()
-        pipelines.ingest(root.made.load(), QUIET)
+        run_ingest(root.made.load(), QUIET)
         assert len(read) == 6
     [(digests,), _] = root.made.rows("select source_digests from samples order by row")
     assert digests == {name: digest_of(name, data) for name, data in zip(
         ("image", "json", "txt"), (body for _, body in root.shard[0].members()), strict=True)}  # fmt: skip
-    pipelines.ingest(root.made.load(), QUIET, redo=True)
+    run_ingest(root.made.load(), QUIET, redo=True)
     assert root.made.rows("select source_digests from samples order by row")[0] == (digests,)
 
 
 def test_what_ingest_remembers_of_samples_that_changed(tmp_path: Path) -> None:
     root = Root.over(tmp_path, [sample(i) for i in range(3)])
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
     sizes = [[(name.rpartition(".")[2], len(body)) for name, body in one.members()] for one in root.shard]
     mend_longer(root, 1)
     root.write()
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
     question = "select row, source_was, source_changed is not null from samples order by row"
     members = [{"ext": ext, "size": size, "digest": None} for ext, size in sizes[1]]
     was = {"uid": "u1", "members": members}
@@ -361,14 +369,14 @@ def test_what_ingest_remembers_of_samples_that_changed(tmp_path: Path) -> None:
     repaint_by_as_many(root, 1)
     rename(root, 2)
     root.write()
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
     found = root.made.rows(question)
     assert found[:2] == [(0, None, False), (1, was, True)]
     assert (found[2][1]["uid"], found[2][2]) == ("u2", True)
     for step in (remove, nothing, put_back):  # two ingests do not have it
         step(root, 1)
         root.write()
-        pipelines.ingest(root.made.load(), QUIET)
+        run_ingest(root.made.load(), QUIET)
     assert root.made.rows(question)[1] == (1, was, True)
 
 
@@ -378,11 +386,11 @@ def test_options_that_changed_make_nothing_out_of_date(tmp_path: Path) -> None:
     root.run()
     mend_longer(root, 0)
     root.write()
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
     other = root.made.load('stages.looks.word="other"', 'stages.words.word="other"')
-    found = pipelines.plan(other, Choice()).stages
+    found = make_plan(other, Choice()).stages
     assert {name: c.out_of_date for name, c in found.items()} == {"looks": 0, "words": 1, "after": 0}
-    stale = pipelines.plan(other, Choice(stale=True)).stages
+    stale = make_plan(other, Choice(stale=True)).stages
     assert {name: (c.out_of_date, c.todo) for name, c in stale.items()} == {
         "looks": (0, 3), "words": (1, 3), "after": (0, 0),
     }  # fmt: skip
@@ -398,8 +406,8 @@ def test_prompts_redone_make_no_image_out_of_date(tmp_path: Path) -> None:
     rewritten(made)
     assert made.rows("select row from samples where source_changed is not null") == [(1,)]
     style = 'stages.prompts.style="An oil painting of {caption}"'
-    pipelines.run_stage(made.load(style), "prompts", Choice(stale=True), QUIET)
-    plan = pipelines.plan(made.load(style), Choice())
+    run_stage(made.load(style), "prompts", Choice(stale=True), QUIET)
+    plan = make_plan(made.load(style), Choice())
     assert plan.stages["generate"].todo == plan.stages["generate"].out_of_date == 0
     assert plan.write.stale == plan.write.edited > 0
 
@@ -427,29 +435,27 @@ def test_what_choices_do_with_rows_that_are_out_of_date(tmp_path: Path) -> None:
     root.run()
     mend_longer(root, 0)
     root.write()
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
     for choice, todo in (
         (Choice(), 1), (Choice(retry="failed"), 2), (Choice(retry="failed:ValueError"), 1), (Choice(redo=True), 4),
         (Choice(stale=True), 1), (Choice(where="row > 0"), 0), (Choice(redo=True, where="row > 0"), 3),
     ):  # fmt: skip
-        [found] = [pipelines.plan(root.made.load(), choice).stages["words"]]
+        [found] = [make_plan(root.made.load(), choice).stages["words"]]
         late = 0 if choice.where else 1
         assert (found.out_of_date, found.todo, found.ok, found.failed) == (late, todo, 3 - (not late), 1), choice
-        outcome = workset.first_rows(
-            root.made.load().layout, pipelines.work_of(root.made.load(), "words", choice, ["a"]), 9
-        )
+        outcome = workset.first_rows(root.made.load().layout, work_of(root.made.load(), "words", choice, ["a"]), 9)
         assert outcome.num_rows == todo, choice
 
 
 def test_a_task_planned_before_a_caption_was_mended_is_out_of_date_after(tmp_path: Path) -> None:
     """Its answers count, since the rows are the same; those of the mended caption are done again."""
     root = Root.over(tmp_path, [sample(i) for i in range(3)])
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
     pipeline = root.made.load()
     run = planned.described(pipeline, "words", Choice(), 1)
     mend_longer(root, 1)
     root.write()
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
     with contextlib.chdir(tmp_path):
         done = planned.do(pipeline.layout, run, pipeline.stages["words"].stage)
     assert (done.ok, done.left) == (3, {})
@@ -463,9 +469,9 @@ def test_a_failure_of_a_row_that_is_out_of_date_keeps_the_answer_and_is_told(tmp
     before = root.made.rows("select words, words_run from samples where row = 1")
     root.shard[1].caption = "bad"
     root.write()
-    pipelines.ingest(root.made.load(), QUIET)
+    run_ingest(root.made.load(), QUIET)
     with contextlib.chdir(tmp_path):
-        outcome = pipelines.run_stage(root.made.load(), "words", Choice(), QUIET)
+        outcome = run_stage(root.made.load(), "words", Choice(), QUIET)
     assert (outcome["kept"], outcome["failed"], outcome.is_clean) == (1, 0, False)
     assert root.made.rows("select words, words_run from samples where row = 1") == before
     assert counts(root.made)["words"] == (1, 1)
@@ -479,7 +485,7 @@ def test_answers_of_an_old_root_are_compared_by_size_and_ingest_says_so(
     key = make_root.key_of(4)
     path = made.folder / "source/jpg.tar"
     members = list(read_tar(path).items())
-    touched = pipelines.plan(made.load(), Choice()).stages
+    touched = make_plan(made.load(), Choice()).stages
     assert all(c.todo == 0 for c in touched.values())
 
     def put(name: str, body: bytes) -> None:
@@ -487,7 +493,7 @@ def test_answers_of_an_old_root_are_compared_by_size_and_ingest_says_so(
         members[at] = (name, body)
         make_root.write_tar(path, members)
         capsys.readouterr()
-        pipelines.ingest(made.load(), Talk())
+        run_ingest(made.load(), Talk())
 
     json_name, picture_name = f"{key}.json", f"{key}.jpg"
     body = dict(members)[json_name]
@@ -516,7 +522,7 @@ def test_an_old_root_that_is_read_again_keeps_its_rows_and_writes_nothing(
     monkeypatch.chdir(made.folder)
     layout = made.load().layout
     before = {shard: partitions.partition_state(layout, shard).rows for shard in layout.shard_names()}  # type: ignore[union-attr]
-    todo = [part.shard for part in pipelines.plan_write(made.load()).todo]
-    pipelines.ingest(made.load(), QUIET, redo=True)
+    todo = [part.shard for part in plan_write(made.load()).todo]
+    run_ingest(made.load(), QUIET, redo=True)
     assert {shard: partitions.partition_state(layout, shard).rows for shard in before} == before  # type: ignore[union-attr]
-    assert [part.shard for part in pipelines.plan_write(made.load()).todo] == todo
+    assert [part.shard for part in plan_write(made.load()).todo] == todo

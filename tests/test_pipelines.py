@@ -12,7 +12,7 @@ import pytest
 from builder.errors import ConfigError
 from builder.sources.tars.shards import expand_braces
 from builder.store import layout
-from builder.verbs import pipeline as pipelines
+from builder.verbs.pipeline import load_pipeline
 
 FOLDER = layout.installed("pipelines")
 SCALES = ("small", "large")
@@ -47,7 +47,7 @@ def test_every_pipeline_is_of_a_known_scale() -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_it_loads(scale: str) -> None:
-    pipeline = pipelines.load(FOLDER / f"{scale}.toml")
+    pipeline = load_pipeline(FOLDER / f"{scale}.toml")
     assert pipeline.config.dataset.name == scale
     assert list(pipeline.stages) == ["faces", "lang", "prompts", "generate", "check"]
     assert all(use.sql.text for use in pipeline.stages.values())
@@ -90,7 +90,7 @@ def test_keys_in_comments_are_keys_with_their_defaults(scale: str, tmp_path: Pat
     assert sum(a != b for a, b in zip(shown.splitlines(), text.splitlines(), strict=True)) == 5
     path = tmp_path / "shown.toml"
     path.write_text(shown, "utf-8")
-    one, other = pipelines.load(FOLDER / f"{scale}.toml"), pipelines.load(path)
+    one, other = load_pipeline(FOLDER / f"{scale}.toml"), load_pipeline(path)
     assert (one.config.dataset, one.config.run, one.reading) == (other.config.dataset, other.config.run, other.reading)
     assert {name: use.options for name, use in one.stages.items()} == {
         n: use.options for n, use in other.stages.items()
@@ -102,7 +102,7 @@ def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     path.write_text((FOLDER / "small.toml").read_text("utf-8").replace("min_score", "min_scor"), "utf-8")
     line = path.read_text("utf-8").splitlines().index(next(x for x in path.read_text().splitlines() if "min_scor" in x))
     with pytest.raises(ConfigError) as caught:
-        pipelines.load(path)
+        load_pipeline(path)
     assert str(caught.value) == (
         f"unknown key 'min_scor' in [stages.faces]\n  file: {path}:{line + 1}\n  fix: did you mean 'min_score'?"
     )

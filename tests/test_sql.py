@@ -22,7 +22,10 @@ from builder.store import layout
 from builder.table import schema
 from builder.table.query import Samples, Sql, batches, checked, read_sql
 from builder.table.repeatable import examine
-from builder.verbs import pipeline as pipelines
+from builder.verbs.plan import make_plan
+from builder.verbs.sql import all_samples, answer
+from builder.verbs.stage import run_stage
+from builder.verbs.write import plan_write
 from conftest import Workspace, ingest_here, metadata, samples, starts_in_ascii
 
 FOLDER = layout.installed("sql")
@@ -132,7 +135,7 @@ def test_the_next_draw_is_the_first_of_a_sample_that_was_never_tried(name: str) 
 def test_statistics_of_a_fresh_and_of_a_finished_dataset(workspace: Callable[..., Workspace]) -> None:
     made = workspace({"a": samples(4)})
     ingest_here(made.load())
-    fresh = pipelines.answer(made.load(), read_sql("stats.sql"), {})[1]
+    fresh = answer(made.load(), read_sql("stats.sql"), {})[1]
     assert fresh == [
         ("rows", "all", 4, 1.0),
         ("faces", "unknown", 4, 1.0),
@@ -148,7 +151,7 @@ def test_statistics_of_a_fresh_and_of_a_finished_dataset(workspace: Callable[...
         ("edited", "of these, older than its prompt", 0, 0.0),
     ]
     made.run("run")
-    done = pipelines.answer(made.load(), read_sql("stats.sql"), {})[1]
+    done = answer(made.load(), read_sql("stats.sql"), {})[1]
     assert done == [
         ("rows", "all", 4, 1.0),
         ("faces", "0", 2, 0.5),
@@ -172,14 +175,14 @@ def test_statistics_of_many_faces_and_of_no_rows(workspace: Callable[..., Worksp
     many = samples(1)
     many[0].fields["face_bboxes"] = [[0.1, 0.1, 0.5, 0.9]] * 7
     made = workspace({"a": many}, stages="[stages.faces]\n")
-    _, rows = pipelines.answer(made.load(), read_sql("stats.sql"), {})
+    _, rows = answer(made.load(), read_sql("stats.sql"), {})
     assert rows == [
         ("rows", "all", 0, None),
         ("edited", "new image", 0, None),
         ("edited", "of these, older than its prompt", 0, None),
     ]
     made.run("run")
-    assert ("faces", "5 or more", 1, 1.0) in pipelines.answer(made.load(), read_sql("stats.sql"), {})[1]
+    assert ("faces", "5 or more", 1, 1.0) in answer(made.load(), read_sql("stats.sql"), {})[1]
 
 
 # --- pipelines without some of the built-in stages ---
@@ -257,7 +260,7 @@ def test_sql_that_is_not_utf8(tmp_path: Path) -> None:
     ],
 )
 def test_one_select_with_semicolons_and_comments(text: str, dataset: Workspace) -> None:
-    assert pipelines.answer(dataset.load(), Sql(text, "here"), {})[1] == [(1, ";")]
+    assert answer(dataset.load(), Sql(text, "here"), {})[1] == [(1, ";")]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +326,7 @@ def test_parameters_are_all_given_and_all_used() -> None:
 )
 def test_what_duckdb_says_with_the_lines_of_the_text(text: str, message: str, dataset: Workspace) -> None:
     with pytest.raises(ConfigError) as caught:
-        pipelines.answer(dataset.load(), Sql(text, "here"), {})
+        answer(dataset.load(), Sql(text, "here"), {})
     told = str(caught.value)
     assert told.startswith(message)
     assert told.endswith("\n  file: here\n  fix: edit that SQL")
@@ -349,7 +352,7 @@ def test_sql_cannot_write(text: str, dataset: Workspace) -> None:
     before = partition.read_bytes()
     for target in (partition, dataset.folder / "new.csv"):
         with pytest.raises(ConfigError):
-            pipelines.answer(dataset.load(), Sql(text.format(target=target), "here"), {})
+            answer(dataset.load(), Sql(text.format(target=target), "here"), {})
     assert partition.read_bytes() == before
     assert not (dataset.folder / "new.csv").exists()
 
@@ -359,10 +362,10 @@ def test_sql_cannot_read_other_files(reader: str, dataset: Workspace) -> None:
     names = ("pipeline.toml", "out/columns/00000000/source.g000001.parquet", "out/schema/g000001.json", "out/samples/*")
     for other in (dataset.folder / name for name in names):
         with pytest.raises(ConfigError) as caught:
-            pipelines.answer(dataset.load(), Sql(f"select * from {reader}('{other}')", "here"), {})
+            answer(dataset.load(), Sql(f"select * from {reader}('{other}')", "here"), {})
         assert "file system operations are disabled by configuration" in str(caught.value)
     known = f"select count(*) from read_parquet('{dataset.root / 'samples/00000000.parquet'}')"
-    assert pipelines.answer(dataset.load(), Sql(known, "here"), {})[1] == [(8,)]
+    assert answer(dataset.load(), Sql(known, "here"), {})[1] == [(8,)]
 
 
 @pytest.mark.parametrize(
@@ -376,12 +379,12 @@ def test_sql_cannot_read_other_files(reader: str, dataset: Workspace) -> None:
     ],
 )
 def test_the_leash_cannot_be_loosened(statement: str, dataset: Workspace) -> None:
-    with pipelines.all_samples(dataset.load()) as samples_, pytest.raises(duckdb.Error, match="has been locked"):
+    with all_samples(dataset.load()) as samples_, pytest.raises(duckdb.Error, match="has been locked"):
         samples_.fixed(statement)
 
 
 def test_two_questions_at_once_spill_apart(dataset: Workspace) -> None:
-    with pipelines.all_samples(dataset.load()) as one, pipelines.all_samples(dataset.load()) as other:
+    with all_samples(dataset.load()) as one, all_samples(dataset.load()) as other:
         folders = [s.fixed("select current_setting('temp_directory')")[0][0] for s in (one, other)]
     assert folders[0] != folders[1]
     assert not any(Path(folder).exists() for folder in folders)
@@ -451,9 +454,9 @@ def test_what_the_machine_decides_is_refused_by_name(clause: str, name: str, dat
         sets = [f"{'write.select' if file == 'write' else 'stages.lang.sql'}={path}"]
         with pytest.raises(ConfigError) as caught:
             if file == "write":
-                pipelines.plan_write(dataset.load(*sets))
+                plan_write(dataset.load(*sets))
             else:
-                pipelines.run_stage(dataset.load(*sets), "lang", Choice(), Talk(quiet=True))
+                run_stage(dataset.load(*sets), "lang", Choice(), Talk(quiet=True))
         assert caught.value.what == (
             f"SQL uses {name}, which the machine decides and not the table: another run would find other rows"
         )
@@ -501,9 +504,9 @@ def test_a_column_whose_name_is_a_word_of_sql_is_a_column() -> None:
 
 @pytest.mark.parametrize("text", ["where random() >= 0", "where now() > date '2020-01-01'", "where uuid() is not null"])
 def test_a_question_and_a_condition_may_use_what_the_machine_decides(text: str, dataset: Workspace) -> None:
-    assert pipelines.answer(dataset.load(), Sql(f"select count(*) from samples {text}", "here"), {})[1] == [(16,)]
+    assert answer(dataset.load(), Sql(f"select count(*) from samples {text}", "here"), {})[1] == [(16,)]
     choice = Choice(where=text.removeprefix("where "))
-    assert pipelines.plan(dataset.load(), choice).stages["lang"].covered == 16
+    assert make_plan(dataset.load(), choice).stages["lang"].covered == 16
 
 
 @pytest.mark.parametrize(
@@ -555,7 +558,7 @@ def test_every_session_has_one_time_zone_and_one_calendar(
 
     monkeypatch.setattr(duckdb, "connect", elsewhere)
     try:
-        with pipelines.all_samples(dataset.load()) as asked:
+        with all_samples(dataset.load()) as asked:
             [row] = asked.rows(
                 Sql(
                     "select current_setting('timezone'), current_setting('calendar'), "

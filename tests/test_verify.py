@@ -18,7 +18,8 @@ import pytest
 
 from builder.progress import Talk
 from builder.tar import blocks, indexing, record_heads
-from builder.verbs import pipeline as pipelines
+from builder.verbs.verify import prove
+from builder.verbs.write import run_write
 from conftest import PIPELINE, STANDARD_STAGES, Workspace, make_shard, make_workspace, read_tar, samples, write_tar
 
 #: Three shards of 8, 8 and 2 samples; nothing of the last one is edited. Row 5 of the first two is dropped.
@@ -71,7 +72,7 @@ class Made(Workspace):
 
     def problems(self) -> list[str]:
         """What verify says, less what differs from run to run: folders, names of runs, words of other libraries."""
-        text = "\n".join(pipelines.prove(self.load(), Talk(quiet=True)).problems).replace(str(self.folder), "FOLDER")
+        text = "\n".join(prove(self.load(), Talk(quiet=True)).problems).replace(str(self.folder), "FOLDER")
         text = re.sub(r"edits/0+/\S+\.tar", "EDITS", re.sub(r"\d{8}T\d{6}-generate-\w{4}", "RUN", text))
         return re.sub(r"damaged \(.*\);", "damaged (REASON);", text).splitlines()
 
@@ -699,13 +700,13 @@ def test_a_run_that_is_gone_is_a_problem_of_its_shards(made: Made) -> None:
 )
 def test_what_a_problem_tells_to_do_mends_it(made: Made, plant: Callable[[Made], object]) -> None:
     plant(made)
-    [problem] = pipelines.prove(made.load(), Talk(quiet=True)).problems
+    [problem] = prove(made.load(), Talk(quiet=True)).problems
     for command in problem.partition("; fix: ")[2].split(", then "):
         if command.startswith("rm "):
             Path(command.removeprefix("rm ")).unlink()
         else:
             assert command == "builder write"
-            pipelines.write(made.load(), Talk(quiet=True))
+            run_write(made.load(), Talk(quiet=True))
     assert made.problems() == []
 
 

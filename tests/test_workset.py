@@ -23,7 +23,8 @@ from builder.sources.tars.shards import Reading
 from builder.store.layout import Layout, RunFiles
 from builder.table import commits, partitions, root_schema
 from builder.table.column_files import SourceShard
-from builder.verbs import pipeline as pipelines
+from builder.verbs.plan import make_plan
+from builder.verbs.stage import run_stage
 from conftest import Workspace, ingest_here, make_shard, make_workspace, samples
 from planned import SQL, do, plan, rows_of, section, work_of
 from stages import Base, Fails, Note, Options
@@ -418,7 +419,7 @@ def test_shards_named_in_another_order_are_all_there(workspace: Make) -> None:
     ingest_here(made.load())
     shards = json.dumps([f"{made.folder}/source/0000000{i}.tar" for i in (1, 0)])
     pipeline = made.load(f"dataset.shards={shards}", "stages.lang={}")
-    counts = pipelines.plan(pipeline, Choice()).stages["lang"]
+    counts = make_plan(pipeline, Choice()).stages["lang"]
     assert (counts.covered, counts.todo, counts.shards) == (16, 16, 2)
 
 
@@ -526,7 +527,7 @@ def test_a_class_without_failures_is_told_with_those_there_are(
     pipeline = made.load()
     stage = pipeline.stages["note"].stage
     do(pipeline.layout, plan(pipeline.layout, stage), stage)
-    assert pipelines.run_stage(pipeline, "note", Choice(retry="failed:valueerror"), Talk()).counts == {}
+    assert run_stage(pipeline, "note", Choice(retry="failed:valueerror"), Talk()).counts == {}
     assert capsys.readouterr().err.splitlines()[-2:] == [
         "note: no row asked for has failed with 'valueerror'; there are: ValueError (2)",
         "note: nothing to do (14 ok, 2 failed of 16 covered)",

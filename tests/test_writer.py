@@ -22,7 +22,8 @@ from builder.hybrid import writer
 from builder.hybrid.edited_sample import Edit, edited_json
 from builder.progress import Talk
 from builder.store import files
-from builder.verbs import pipeline as pipelines
+from builder.verbs.ingest import run_ingest
+from builder.verbs.write import plan_write, run_write, write_plans
 from conftest import Sample, Workspace, picture, read_tar, samples, write_tar
 
 MADE = {
@@ -33,7 +34,7 @@ MADE = {
 
 def plan_of(made: Workspace, *sets: str) -> writer.ShardPlan:
     """What is planned for the first hybrid shard."""
-    [plan] = pipelines.write_plans(made.load(*sets), ["00000000"])
+    [plan] = write_plans(made.load(*sets), ["00000000"])
     return plan
 
 
@@ -173,7 +174,7 @@ def plan_error(made: Workspace, sql: str) -> str:
     made.folder.joinpath("w.sql").write_text(sql)
     pipeline = made.load(f"write.select={made.folder}/w.sql")
     with pytest.raises(ConfigError) as caught:
-        pipelines.plan_write(pipeline)
+        plan_write(pipeline)
     return str(caught.value).replace(str(made.folder), "FOLDER")
 
 
@@ -211,7 +212,7 @@ def test_a_run_that_is_gone_is_named(workspace: Callable[..., Workspace]) -> Non
     run = made.rows("select any_value(generate_run) from samples")[0][0]
     (made.root / "runs" / run / "run.json").unlink()
     with pytest.raises(ConfigError) as caught:
-        pipelines.write(made.load(), Talk(quiet=True))
+        run_write(made.load(), Talk(quiet=True))
     assert str(caught.value) == (
         f"run '{run}' is gone, which says how images were made\n"
         f"  file: {made.root}/runs/{run}/run.json\n"
@@ -225,7 +226,7 @@ def test_output_where_the_source_lies(workspace: Callable[..., Workspace]) -> No
     (made.folder / "source").rename(source)
     sets = (f"dataset.shards={source}/*.tar", f"dataset.root={made.folder}")
     before = {path: path.read_bytes() for path in source.iterdir()}
-    for verb in (pipelines.ingest, pipelines.write):
+    for verb in (run_ingest, run_write):
         with pytest.raises(ConfigError) as caught:
             verb(made.load(*sets), Talk(quiet=True))
         assert str(caught.value) == (
@@ -240,7 +241,7 @@ def test_output_where_the_source_lies(workspace: Callable[..., Workspace]) -> No
 def test_a_source_that_vanished_is_refused_and_the_others_are_written(workspace: Callable[..., Workspace]) -> None:
     made = workspace()
     made.run("ingest")
-    plan = pipelines.plan_write(made.load())
+    plan = plan_write(made.load())
     assert [part.shard for part in plan.todo] == ["00000000", "00000001"]
     first = plan_of(made)
     (made.folder / "source/00000000.tar").unlink()
@@ -376,7 +377,7 @@ def test_large_members_of_an_edited_sample_are_copied(
 
     monkeypatch.setattr(files, "read_at", read_at)
     pipeline = made.load(f"write.select={sql}")
-    [plan] = pipelines.write_plans(pipeline, ["a"])
+    [plan] = write_plans(pipeline, ["a"])
     writer.write_shard(pipeline.layout, plan)
     assert sum(sizes) > len(large) and max(sizes) <= 1 << 20  # read for its hash, a piece at a time
 

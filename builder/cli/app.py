@@ -186,11 +186,11 @@ def _choice_options(command: Command) -> Command:
 
 def _load(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> Pipeline:
     from builder.config import find_pipeline
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.pipeline import load_pipeline
 
     if scale and pipeline:
         raise ConfigError("--scale and --pipeline both name a pipeline", fix="give one of them")
-    loaded = pipelines.load(find_pipeline(scale, pipeline), sets, _named(scale, pipeline, sets))
+    loaded = load_pipeline(find_pipeline(scale, pipeline), sets, _named(scale, pipeline, sets))
     root = loaded.layout.root
     if root.exists() and not root.is_dir():
         raise ConfigError(
@@ -264,11 +264,11 @@ def ingest(scale: str | None, pipeline: str | None, sets: Sequence[str], redo: b
     Example:
       builder ingest --scale small
     """
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.ingest import run_ingest
 
     talk = Talk()
     loaded = _load(scale, pipeline, sets)
-    outcome = pipelines.ingest(loaded, talk, redo=redo)
+    outcome = run_ingest(loaded, talk, redo=redo)
     _tell(loaded, "ingest", outcome, talk)
     _tell_failed(loaded, {"ingest": outcome}, talk)
     sys.exit(_exit_code([outcome]))
@@ -307,7 +307,7 @@ def stage(
       builder stage prompts --retry failed:timeout --where "shard < '00000010'"
     """
     from builder.engine.workset import Choice
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.stage import run_stage
 
     talk = Talk()
     loaded = _load(scale, pipeline, sets)
@@ -322,7 +322,7 @@ def stage(
         raise ConfigError("--save is for --try", fix="builder show SHARD:ROW --save DIR writes what is in the table")
     if tried is not None:
         sys.exit(_try_stage(loaded, name, choice, tried, save))
-    outcome = pipelines.run_stage(loaded, name, choice, talk)
+    outcome = run_stage(loaded, name, choice, talk)
     _tell(loaded, name, outcome, talk)
     _tell_failed(loaded, {name: outcome}, talk)
     sys.exit(_exit_code([outcome]))
@@ -368,12 +368,12 @@ def run(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
     Example:
       builder run --scale small
     """
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.run import run_all
 
     talk = Talk()
     loaded = _load(scale, pipeline, sets)
     outcomes = {}
-    for name, outcome in pipelines.run(loaded, talk):
+    for name, outcome in run_all(loaded, talk):
         _tell(loaded, name, outcome, talk)
         outcomes[name] = outcome
     _tell_failed(loaded, outcomes, talk)
@@ -391,11 +391,11 @@ def write(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
     Example:
       builder write --scale small
     """
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.write import run_write
 
     talk = Talk()
     loaded = _load(scale, pipeline, sets)
-    outcome = pipelines.write(loaded, talk)
+    outcome = run_write(loaded, talk)
     _tell(loaded, "write", outcome, talk)
     sys.exit(_exit_code([outcome]))
 
@@ -424,11 +424,12 @@ def plan(
     """
     from builder.engine.workset import Choice
     from builder.hybrid.edited_sample import REASONS
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.plan import make_plan
+    from builder.verbs.write import help_for
 
     loaded = _load(scale, pipeline, sets)
     choice = Choice(retry=retry, redo=redo, stale=stale, where=where)
-    found = pipelines.plan(loaded, choice)
+    found = make_plan(loaded, choice)
     shards, write_plan = found.ingest, found.write
     commands = [loaded.command(rule.command) for rule in found.older]
     if as_json:
@@ -486,7 +487,7 @@ def plan(
         ],
     )
     for reason in write_plan.kept:
-        _hint(f"{REASONS[reason]}: {pipelines.help_for(loaded, reason)}")
+        _hint(f"{REASONS[reason]}: {help_for(loaded, reason)}")
     for rule, command in zip(found.older, commands, strict=True):
         what = "shards were read" if rule.stage == "ingest" else "rows were answered"
         click.echo(f"\n{rule.stage}: {rule.count:,} {what} by version {rule.version}, and stay so until you ask:")
@@ -522,10 +523,11 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
       builder status --scale small
     """
     from builder.hybrid.edited_sample import REASONS
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.status import read_status
+    from builder.verbs.write import help_for
 
     loaded = _load(scale, pipeline, sets)
-    value = pipelines.status(loaded)
+    value = read_status(loaded)
     if as_json:
         click.echo(json.dumps(value))
         return
@@ -550,7 +552,7 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
         more = f" and {len(empty) - _EXAMPLES} more" if len(empty) > _EXAMPLES else ""
         _hint(f"{len(empty)} shards hold no sample: {', '.join(empty[:_EXAMPLES])}{more}")
     for reason, count in value["left_out"].items():
-        helps = pipelines.help_for(loaded, reason)
+        helps = help_for(loaded, reason)
         click.echo(f"\n{count:,} new images are left out by write, of {REASONS[reason]}\n  {helps}")
     if not value["shards"]:
         _hint(f"the table is empty; next: {loaded.command('ingest')}")
@@ -583,11 +585,12 @@ def sql(
       builder sql "select uid, caption from samples where lang = \\$lang" --param lang=fr --csv
     """
     from builder.table.query import Sql, read_sql
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.fold import behind
+    from builder.verbs.sql import answer
 
     loaded = _load(scale, pipeline, sets)
     text = read_sql(question) if question.endswith(".sql") else Sql(question, "the command line")
-    names, rows = pipelines.answer(loaded, text, _params(params))
+    names, rows = answer(loaded, text, _params(params))
     if as_json:
         click.echo(json.dumps([dict(zip(names, map(_as_json, row), strict=True)) for row in rows]))
         return
@@ -602,7 +605,7 @@ def sql(
     print_table(names, rows)
     if not rows:
         click.echo("no rows", err=True)
-    if late := pipelines.behind(loaded.layout):
+    if late := behind(loaded.layout):
         brought = f"{loaded.command('status')} brings them up to date"
         _hint(f"{late} partitions are behind their column files: {brought}")
 
@@ -640,11 +643,11 @@ def show(
     Example:
       builder show 00000000:3 --save /tmp/sample
     """
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.show import find_samples, save_images
 
     loaded = _load(scale, pipeline, sets)
-    rows = pipelines.show(loaded, uid)
-    saved = pipelines.save_images(loaded, rows, save) if save is not None else []
+    rows = find_samples(loaded, uid)
+    saved = save_images(loaded, rows, save) if save is not None else []
     if as_json:
         click.echo(json.dumps([_as_json(row) for row in rows]))
         return
@@ -740,10 +743,10 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
       builder verify --scale small
     """
     from builder.hybrid.verify import summary
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.verify import prove
 
     loaded = _load(scale, pipeline, sets)
-    proof = pipelines.prove(loaded, Talk(quiet=as_json))
+    proof = prove(loaded, Talk(quiet=as_json))
     if proof.shards == 0:
         raise ConfigError(
             "there is nothing to verify: the table has none of the pipeline's shards",
@@ -778,9 +781,9 @@ def gc(scale: str | None, pipeline: str | None, sets: Sequence[str], dry_run: bo
     Example:
       builder gc --scale small --dry-run
     """
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.gc import collect_garbage
 
-    sweep = pipelines.gc(_load(scale, pipeline, sets), Talk(), dry_run=dry_run)
+    sweep = collect_garbage(_load(scale, pipeline, sets), Talk(), dry_run=dry_run)
     for path in sweep.paths:
         click.echo(plain(str(path)))
     click.echo(
@@ -800,9 +803,9 @@ def fold(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
     Example:
       builder fold --scale small
     """
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.fold import fold_all
 
-    folded = pipelines.fold_all(_load(scale, pipeline, sets), Talk())
+    folded = fold_all(_load(scale, pipeline, sets), Talk())
     click.echo(f"{folded} partitions folded", err=True)
 
 
@@ -819,10 +822,10 @@ def drop(column: str, scale: str | None, pipeline: str | None, sets: Sequence[st
     Example:
       builder drop lang_score --scale small
     """
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.drop import drop_column
 
     loaded = _load(scale, pipeline, sets)
-    pipelines.drop(loaded, column)
+    drop_column(loaded, column)
     _hint(f"column '{column}' is dropped; {loaded.command('fold')} takes it out of the partitions")
     owner = next((name for name, use in loaded.stages.items() if column in _outputs(use.stage)), None)
     if owner is not None:
@@ -934,12 +937,12 @@ _WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered b
 
 def _tell_failed(loaded: Pipeline, outcomes: dict[str, Outcome], talk: Talk) -> None:
     """Where to look after rows have failed, and how to try them again where that may help."""
-    from builder.verbs import pipeline as pipelines
+    from builder.verbs.stage import is_lasting
 
     for name, outcome in outcomes.items():
         if outcome["failed"]:
             talk.say(f"{name}: {outcome['failed']} failed\n  why: {loaded.command('status')}")
-            if name != "ingest" and pipelines.is_lasting(loaded, name, outcome):
+            if name != "ingest" and is_lasting(loaded, name, outcome):
                 talk.say("  another try would give the same: they need other inputs or options")
             elif name != "ingest":
                 retry = loaded.command(f"stage {name} --retry failed")

@@ -18,8 +18,10 @@ from builder.progress import Talk
 from builder.sources.members import MemberReader
 from builder.store.files import write_atomic
 from builder.table.query import Sql
-from builder.verbs import pipeline as pipelines
-from builder.verbs.pipeline import Pipeline
+from builder.verbs.pipeline import Pipeline, load_pipeline
+from builder.verbs.run import run_all
+from builder.verbs.sql import answer
+from builder.verbs.verify import prove
 from builder.view.contact_sheet import contact_sheet
 
 #: Pairs on the contact sheet.
@@ -68,17 +70,17 @@ def run_demo(folder: Path, talk: Talk, *, workers: int = 2) -> bool:
     pipeline = _prepare(folder, talk, workers)
     seconds: dict[str, float] = {}
     clean = True
-    for name, outcome in pipelines.run(pipeline, talk):
+    for name, outcome in run_all(pipeline, talk):
         seconds[name] = outcome.seconds
         clean = clean and outcome.is_clean
     started = time.monotonic()
-    proof = pipelines.prove(pipeline, talk)
+    proof = prove(pipeline, talk)
     seconds["verify"] = time.monotonic() - started
     for problem in proof.problems:
         talk.say(f"wrong: {problem}")
-    _, [(rows, found, english, prompts, images)] = pipelines.answer(pipeline, _COUNTS, {})
+    _, [(rows, found, english, prompts, images)] = answer(pipeline, _COUNTS, {})
     placed = faces_placed(folder / "source")
-    _, chosen = pipelines.answer(pipeline, _CHOSEN, {})
+    _, chosen = answer(pipeline, _CHOSEN, {})
     sheet = folder / "contact_sheet.png"
     write_atomic(sheet, contact_sheet([_pair(pipeline, *row) for row in chosen[:_PAIRS]]), durable=False)
     _show(
@@ -107,7 +109,7 @@ def _prepare(folder: Path, talk: Talk, workers: int) -> Pipeline:
         made = make_demo_shards(folder / "source")
         talk.say(f"source: {len(made)} shards of photos in {time.monotonic() - started:.1f} s")
     write_atomic(path, _pipeline_text(folder, workers).encode(), durable=False)
-    return pipelines.load(path)
+    return load_pipeline(path)
 
 
 def _pipeline_text(folder: Path, workers: int) -> str:

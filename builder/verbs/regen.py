@@ -26,8 +26,9 @@ from builder.hybrid import writer
 from builder.sources.members import EDIT, MemberReader
 from builder.stages.contract import Stage, find, formats_asked, options_hash, own_code
 from builder.table.query import Sql
-from builder.verbs import pipeline as pipelines
 from builder.verbs.pipeline import Pipeline
+from builder.verbs.show import find_samples
+from builder.verbs.stage import python_of
 
 
 class _Run(BaseModel):
@@ -82,7 +83,7 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
         StageError: the stage cannot start, or fails on the row.
     """
     stage_name = writer.image_stage(pipeline.known_columns())
-    rows = [row for row in pipelines.show(pipeline, uid) if row.get("image_path") is not None]
+    rows = [row for row in find_samples(pipeline, uid) if row.get("image_path") is not None]
     if not rows or stage_name is None:
         raise ConfigError(
             f"sample '{uid}' has no generated image",
@@ -165,7 +166,7 @@ def _code_of(pipeline: Pipeline, name: str) -> type[Stage]:
 
 def _other_code(pipeline: Pipeline, name: str, run: _Run) -> list[str]:
     """Whether the stage's code lies elsewhere than when the image was made."""
-    now = pipelines.python_of(pipeline.stages[name]) if name in pipeline.stages else None
+    now = python_of(pipeline.stages[name]) if name in pipeline.stages else None
     then = run.python_file
     return [] if then == now else [f"code of stage '{name}': {then or 'installed'}, now {now or 'installed'}"]
 

@@ -1,0 +1,155 @@
+"""The verb `run`: ingest, every stage in the pipeline's order, write."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from builder import machine
+from builder.engine import workset
+from builder.engine.runs import Outcome
+from builder.engine.workset import Choice, Counts
+from builder.errors import BuilderError, ConfigError, SchemaError, StageError, TransientError
+from builder.hybrid import writer
+from builder.progress import Talk
+from builder.sources.tars import shards as tar_shards
+from builder.stages.contract import columns_of, own_code
+from builder.store import files
+from builder.store.layout import Layout, names
+from builder.table import partitions, root_schema
+from builder.verbs.ingest import run_ingest
+from builder.verbs.pipeline import Pipeline, shards_of, table_shards, work_of
+from builder.verbs.stage import nothing_to_do, run_stage
+from builder.verbs.write import run_write, write_plans
+
+
+def _done_stages(pipeline: Pipeline) -> dict[str, Counts]:
+    """The first stages of the pipeline that have nothing to do, counted in one pass over the table.
+
+    SQL that is refused ends them: its stage says so when it is its turn.
+    """
+    layout, shards = pipeline.layout, table_shards(pipeline)
+    works = [work_of(pipeline, name, Choice(), shards) for name in pipeline.stages]
+    partitions.heal(layout, shards)
+    try:
+        counts = workset.count(layout, works)
+    except ConfigError:
+        return {}
+    pairs = zip(pipeline.stages, counts, strict=True)
+    return dict(itertools.takewhile(lambda pair: pair[1].todo == 0, pairs))
+
+
+def check_first(pipeline: Pipeline) -> None:
+    """Finds what would end a run later, before any work is done for it: all that can be told without the samples.
+
+    These are the folders of the root, the SQL of every stage and of the writer with its parameters, packages and models
+    that a stage would miss, and room on the disk for the hybrid shards that do not exist yet.
+
+    Raises:
+        ConfigError: every problem of the pipeline at once.
+        StageError: a stage would not start.
+        TransientError: too little free disk.
+    """
+    layout = pipeline.layout
+    layout.check_folders()
+    found = tar_shards.find(pipeline.config.patterns)
+    writer.check_apart(layout, list(found.paths.values()))
+    problems: list[BuilderError] = []
+    is_sql_fine = _is_sql_fine(pipeline)
+    for name, use in pipeline.stages.items():
+        if not is_sql_fine:
+            with _collecting(problems):
+                workset.count(layout, [work_of(pipeline, name, Choice(), [])])
+        with _collecting(problems), own_code(type(use.stage), name):
+            getattr(use.stage, "check_setup", lambda: None)()
+    with _collecting(problems):
+        for _ in write_plans(pipeline, []):
+            pass
+    if len(problems) > 1:
+        text = "".join(f"\n  {line}" for problem in problems for line in str(problem).split("\n"))
+        raise ConfigError(
+            f"{len(problems)} problems in the pipeline{text}", fix="mend these and run the same command again"
+        )
+    for problem in problems:
+        raise problem
+    _check_room(layout, found)
+
+
+def _is_sql_fine(pipeline: Pipeline) -> bool:
+    """Whether the SQL of every stage can be evaluated: in one session, and a session takes some 30 ms."""
+    try:
+        workset.count(pipeline.layout, [work_of(pipeline, name, Choice(), []) for name in pipeline.stages])
+    except (ConfigError, SchemaError, StageError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _collecting(problems: list[BuilderError]) -> Iterator[None]:
+    try:
+        yield
+    except (ConfigError, SchemaError, StageError) as error:
+        if str(error) not in map(str, problems):  # one of the root or of a file stands in the way of several stages
+            problems.append(error)
+
+
+def _check_room(layout: Layout, found: tar_shards.Found) -> None:
+    """Raises TransientError where hybrid shards that do not exist yet, each about its source's size, would not fit."""
+    there = set(names(layout.shards))
+    new = [path for shard, path in found.paths.items() if f"{shard}.tar" not in there]
+    needed = sum(_size(path) for path in new)
+    free = writer.free_bytes(layout)
+    if needed > free:
+        raise TransientError(
+            f"too little free disk: {len(new)} hybrid shards take about {needed:,} bytes, {free:,} are free",
+            where={"folder": layout.shards, "file system": files.file_system(layout.shards)},
+            fix="free some space, or name a folder on another disk: [write] folder in the pipeline",
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # whoever reads it says why
+
+
+def run_all(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
+    """Ingest, every stage in the pipeline's order, write; yields each with what it did.
+
+    What the machine kept from being finished keeps nothing behind it from being done.
+
+    Raises:
+        ConfigError: something that `check_first` finds; nothing was done then.
+        StageError: every shard was refused.
+    """
+    check_first(pipeline)
+    outcome = _as_far_as_it_goes(partial(run_ingest, pipeline, talk))
+    yield "ingest", outcome
+    if not shards_of(pipeline):
+        if outcome.unfinished is not None:
+            raise outcome.unfinished
+        undone = {"refused": len(outcome.refused), **({"left": len(outcome.left)} if outcome.left else {})}
+        raise StageError("no shard could be read", where=undone, fix="see the reasons above")
+    done = _done_stages(pipeline)
+    for name, use in pipeline.stages.items():
+        if name in done:
+            root_schema.extend_schema(pipeline.layout, columns_of(use.stage))
+            yield name, nothing_to_do(name, done[name], talk)
+        else:
+            yield name, _as_far_as_it_goes(partial(run_stage, pipeline, name, Choice(), talk))
+    is_healed = len(done) == len(pipeline.stages)
+    yield "write", _as_far_as_it_goes(partial(run_write, pipeline, talk, is_healed=is_healed))
+
+
+def _as_far_as_it_goes(verb: Callable[[], Outcome]) -> Outcome:
+    """What a verb did, or what of the machine's kept it from being finished."""
+    try:
+        return verb()
+    except Exception as error:
+        if not isinstance(error, OSError | TransientError) and not machine.is_of_the_machine(error):
+            raise
+        return Outcome(unfinished=machine.told(error))

@@ -1,0 +1,188 @@
+"""The verb `write`: hybrid shards that are not up to date."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from builder.engine import runs, workset
+from builder.engine.runs import Outcome
+from builder.engine.workset import Slice
+from builder.errors import BuilderError, TransientError
+from builder.hybrid import writer
+from builder.hybrid.edited_sample import NO_TEXT, REASONS, SEVERAL_PICTURES
+from builder.progress import Talk
+from builder.sources.tars import shards as tar_shards
+from builder.store import files
+from builder.store.layout import Layout
+from builder.table import partitions
+from builder.table.query import read_sql
+from builder.verbs.pipeline import Pipeline, shards_of, table_shards
+
+# --- write ---
+
+
+@dataclass
+class WritePlan:
+    """What write would do.
+
+    Attributes:
+        todo: shards that are not up to date, with their rows of the write SQL.
+        edited: samples that will differ, over all shards; dropped ones apart.
+        stale: edited samples whose image is older than their prompt: they keep the caption it was made from.
+        refused: samples that the SQL returns and that are never edited, since their source is bad.
+        kept: samples that the SQL returns and that stay the source's, by reason (`edited_sample.REASONS`).
+        needed: bytes that writing takes.
+    """
+
+    shards: int = 0
+    todo: list[Slice] = field(default_factory=list)
+    edited: int = 0
+    dropped: int = 0
+    stale: int = 0
+    refused: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
+    needed: int = 0
+    free: int = 0
+    bytes: int = 0
+
+
+def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: bool = False) -> WritePlan:
+    """Evaluates the write SQL once and compares every shard with its manifest.
+
+    Args:
+        freeze: where the write rows of shards that are not up to date are kept.
+        is_healed: whether the caller has healed the partitions.
+    """
+    layout = pipeline.layout
+    shards = shards_of(pipeline)
+    if not is_healed:
+        partitions.heal(layout, shards)
+    plan = WritePlan(free=writer.free_bytes(layout))
+    largest = position = 0
+    sink: pq.ParquetWriter | None = None
+    try:
+        for shard in write_plans(pipeline, shards):
+            plan.shards += 1
+            plan.stale += shard.stale
+            plan.refused += shard.refused
+            plan.kept += shard.kept
+            plan.dropped += sum(edit.dropped for edit in shard.edits.values())
+            plan.edited += sum(not edit.dropped for edit in shard.edits.values())
+            if writer.is_written(layout, shard):
+                continue
+            size, more = writer.sizes_of(layout, shard)
+            plan.needed, largest, plan.bytes = plan.needed + more, max(largest, size), plan.bytes + size
+            plan.todo.append(Slice(shard.shard, position, len(shard.frozen), shard.rows))
+            position += len(shard.frozen)
+            if freeze is not None and shard.frozen:
+                rows = pa.Table.from_pylist(shard.frozen, schema=shard.frozen_schema)
+                sink = sink or pq.ParquetWriter(freeze, rows.schema, compression="zstd", compression_level=1)
+                sink.write_table(rows)
+    finally:
+        if sink is not None:
+            sink.close()
+    plan.needed = max(plan.needed, 0) + largest
+    return plan
+
+
+def write_plans(pipeline: Pipeline, shards: Sequence[str]) -> Iterator[writer.ShardPlan]:
+    """The plan of every hybrid shard, in order."""
+    return plans_of(pipeline, shards, None)
+
+
+def plans_of(
+    pipeline: Pipeline, shards: Sequence[str], refused: dict[str, BuilderError] | None
+) -> Iterator[writer.ShardPlan]:
+    write = pipeline.config.write
+    columns, sql = pipeline.known_columns(), read_sql(write.select)
+    return writer.plans(pipeline.layout, columns, shards, sql, write.params, pipeline.editing, refused)
+
+
+def run_write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome:
+    """Writes the hybrid shards that are not up to date.
+
+    Raises:
+        TransientError: too little free disk.
+    """
+    layout = pipeline.layout
+    layout.check_folders()
+    found = tar_shards.find(pipeline.config.patterns)
+    writer.check_apart(layout, list(found.paths.values()))
+    table_shards(pipeline)
+    files.make_folder(layout.runs)
+    frozen = files.temp_path(layout.runs / "write.parquet")
+    try:
+        with files.naming(frozen):
+            plan = plan_write(pipeline, freeze=frozen, is_healed=is_healed)
+        if plan.stale:
+            talk.say(
+                f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were "
+                f"made from (draw them again: {_draw_again(pipeline)})"
+            )
+        for reason, count in plan.kept.items():
+            talk.say(f"write: {count} {REASONS[reason]} stay the source's ({help_for(pipeline, reason)})")
+        if not plan.todo:
+            talk.say(f"write: nothing to do ({plan.shards} hybrid shards up to date)")
+            writer.write_sizes(layout)
+            return Outcome()
+        check_disk(plan, layout)
+        run = runs.new_run(layout, "write")
+        runs.describe(
+            run,
+            "write",
+            sql=read_sql(pipeline.config.write.select).origin,
+            image_stage=writer.image_stage(pipeline.known_columns()),
+            editing=asdict(pipeline.editing),
+            folder=None if layout.output is None else str(layout.output.absolute()),
+            pipeline=pipeline.config.path,
+            set=pipeline.config.sets,
+        )
+        if frozen.exists():
+            frozen.replace(run.workset)
+    finally:
+        frozen.unlink(missing_ok=True)
+    dealt = _deal(plan.todo, pipeline.config.run.workers)
+    workset.write_tasks(run, dealt)
+    outcome = runs.execute(run, len(dealt), pipeline.config.run, talk, "write", len(plan.todo), "shards")
+    writer.write_sizes(layout)
+    if cut := outcome["no_end_mark"]:
+        talk.say(
+            f"write: the sources of {cut} shards have no end mark, so they were cut; the hybrid shards are closed, and "
+            "their _stats.json says source_end_mark: false"
+        )
+    return outcome
+
+
+def help_for(pipeline: Pipeline, reason: str) -> str:
+    """What helps where samples stay the source's for a reason out of `edited_sample.REASONS`."""
+    if reason == SEVERAL_PICTURES:
+        return 'say what becomes of the others: [write] other_pictures = "keep" or "drop"'
+    if reason == NO_TEXT:
+        return "give them a json: [write] json = true"
+    return f'make them in that format: {_draw_again(pipeline)}, or take jpg: [write] image = "jpg"'
+
+
+def _draw_again(pipeline: Pipeline) -> str:
+    """The command that makes new images where the inputs of the old ones have changed."""
+    return pipeline.command(f"stage {writer.image_stage(pipeline.known_columns())} --stale")
+
+
+def check_disk(plan: WritePlan, layout: Layout) -> None:
+    """Raises TransientError if the output does not fit on the disk."""
+    if plan.needed > plan.free:
+        raise TransientError(
+            f"too little free disk for write: {plan.needed:,} bytes needed, {plan.free:,} free",
+            where={"folder": layout.shards, "shards to write": len(plan.todo)},
+            fix="free some space, or name a folder on another disk: [write] folder in the pipeline",
+        )
+
+
+def _deal(todo: Sequence[Slice], tasks: int) -> list[list[Slice]]:
+    count = min(tasks, len(todo))
+    return [list(todo[start::count]) for start in range(count)]
