@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from builder.cli import app as cli
+from builder.cli import app
 from builder.engine import runs
 from builder.executors import local
 
@@ -31,7 +31,7 @@ def builder_here(*arguments: str, cwd: Path | None = None) -> subprocess.Complet
     ):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(talk):
             try:
-                cli.main.main(list(arguments))
+                app.main.main(list(arguments))
             except SystemExit as end:
                 code = int(end.code or 0)
             else:

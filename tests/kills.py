@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.dataset  # likewise, by read_table
 import pyarrow.parquet as pq
 
-from builder.cli import app as cli
+from builder.cli import app
 from builder.engine import runs
 from builder.engine.workset import Choice
 from builder.executors import local
@@ -415,7 +415,7 @@ def do(made: Workspace, *arguments: str) -> int:
     os.chdir(made.folder)
     local.run = tasks_here  # type: ignore[assignment]
     try:
-        cli.main.main([*arguments, "--pipeline", str(made.file)])
+        app.main.main([*arguments, "--pipeline", str(made.file)])
     except SystemExit as end:
         return int(end.code or 0)
     raise AssertionError("a command ends by SystemExit")

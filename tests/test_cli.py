@@ -20,8 +20,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from builder.cli import app as cli
-from builder.cli import console
+from builder.cli import app, console, failures, output
 from builder.errors import ConfigError
 from builder.hybrid import writer
 from builder.table import column_files
@@ -29,7 +28,7 @@ from conftest import STAGES, Sample, Workspace, builder, make_shard, make_worksp
 from stages import cannot
 
 Make = Callable[..., Workspace]
-COMMANDS = {name: command for name, command in cli.main.commands.items() if not command.hidden}
+COMMANDS = {name: command for name, command in app.main.commands.items() if not command.hidden}
 SQL_FILES = (
     "check", "faces", "faces_metadata", "generate", "generate_aspect", "lang", "prompts", "prompts_groups", "stats",
     "write",
@@ -54,7 +53,7 @@ class Done:
 
 def run(*arguments: str) -> Done:
     """A command in this process."""
-    result = CliRunner().invoke(cli.main, list(arguments))
+    result = CliRunner().invoke(app.main, list(arguments))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Done(result.exit_code, result.stdout, result.stderr)
@@ -602,7 +601,7 @@ def test_escapes_in_captions_are_never_printed_raw(workspace: Make) -> None:
 
 
 def test_a_printed_table_lines_up_and_has_no_blanks_at_line_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.print_table(
+    output.print_table(
         ("name", "n", "share", "flag"),
         [("日本", 5, 0.5, True), ("x" * 200, 12345, None, None), ("", -1, 100.0, False), ("y", 2, 1 / 3, None)],
     )
@@ -764,7 +763,7 @@ def test_advice_names_the_pipeline_that_was_given() -> None:
 
     def told(fix: str, *arguments: str) -> str:
         error = ConfigError("x", fix=fix)
-        cli._with_pipeline(error, arguments)
+        failures.name_pipeline(error, arguments)
         return error.fix
 
     given = ("stage", "lang", "--set", "a=b c", "--pipeline", "my p.toml")
@@ -788,13 +787,13 @@ def test_options_before_the_command() -> None:
 
 def click_error(*words: str) -> click.UsageError:
     with pytest.raises(click.UsageError) as caught:
-        cli.main.make_context("builder", list(words))
+        app.main.make_context("builder", list(words))
     return caught.value
 
 
 def test_each_command_that_takes_a_pipeline_is_known_to_the_advice() -> None:
     taking = [name for name, command in COMMANDS.items() if any(p.name == "pipeline" for p in command.params)]
-    assert [name for name in COMMANDS if cli._COMMAND.search(f"builder {name}")] == taking
+    assert [name for name in COMMANDS if failures._COMMAND.search(f"builder {name}")] == taking
 
 
 # --- which sample ---

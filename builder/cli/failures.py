@@ -1,0 +1,64 @@
+"""How a command ends that did not do what it should: its exit code, and the error as a message or as json."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from builder.cli.output import hint
+from builder.errors import BuilderError, ConfigError, SchemaError
+
+if TYPE_CHECKING:
+    from builder.verbs.pipeline import Pipeline
+
+EXIT_DONE, EXIT_UNFINISHED, EXIT_USAGE, EXIT_FAILED_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 it did not finish; 2 usage or a bad pipeline file; 3 done, but this command's own work left "
+    "failed rows or refused shards; 130 interrupted."
+)
+
+
+#: A command of ours inside a sentence, that a pipeline's options belong to.
+_COMMAND = re.compile(r"\bbuilder (ingest|stage|run|write|plan|status|sql|show|regen|verify|gc|fold|drop)\b(?! --help)")
+
+
+def name_pipeline(error: BuilderError, arguments: Sequence[str]) -> None:
+    """Says which options the commands in an error's advice take, where they were needed this time."""
+    given = _pipeline_words(arguments)
+    is_said = all(shlex.quote(word) in error.fix for word in given)
+    if given and _COMMAND.search(error.fix) and not is_said:
+        error.fix += f" (each builder command with {shlex.join(given)})"
+
+
+def options_for(loaded: Pipeline, texts: Iterable[str]) -> str:
+    """What to say of the commands in texts that name no pipeline; empty where there is none."""
+    is_needed = loaded.named and any(_COMMAND.search(text) for text in texts)
+    return f"(each builder command with {shlex.join(loaded.named)})" if is_needed else ""
+
+
+def _pipeline_words(arguments: Sequence[str]) -> list[str]:
+    """The options of a command line that name its pipeline, as they were given."""
+    found: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in ("--pipeline", "--scale", "--set"):
+            found += [word, next(words, "")]
+        elif word.startswith(("--pipeline=", "--scale=", "--set=")):
+            found.append(word)
+    return found
+
+
+def fail(error: BuilderError, as_json: bool) -> NoReturn:
+    if as_json:
+        place = {name: str(value) for name, value in error.where.items()}
+        told = {"class": type(error).__name__, "what": error.what, "where": place, "fix": error.fix}
+        click.echo(json.dumps({"error": told}))
+    else:
+        hint(f"error: {error}")
+    sys.exit(EXIT_USAGE if isinstance(error, ConfigError | SchemaError) else EXIT_UNFINISHED)

@@ -1,0 +1,76 @@
+"""What is said of a verb that is done: one line on what it did, what was refused or left, how to try again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from builder.cli.failures import EXIT_DONE, EXIT_FAILED_ROWS, EXIT_UNFINISHED, options_for
+from builder.progress import Talk, plain
+
+if TYPE_CHECKING:
+    from builder.engine.runs import Outcome
+    from builder.verbs.pipeline import Pipeline
+
+#: Remarks about shards that an ingest prints.
+_REMARKS = 10
+
+
+# --- what people read ---
+
+
+def tell_outcome(loaded: Pipeline, name: str, outcome: Outcome, talk: Talk) -> None:
+    """One line on what a command did, and one a refused shard."""
+    if outcome.counts:
+        shown = ("shards", "rows", "changed", "ok", "failed", "kept", "dropped", "edited")
+        words = _WORDS if name != "write" else {}
+        counts = ", ".join(f"{outcome[key]} {words.get(key, key)}" for key in shown if outcome[key])
+        talk.say(f"{name}: {counts or 'nothing'} in {outcome.seconds:.1f} s")
+    if outcome["kept"]:
+        talk.say(f"  why: cat {shlex.quote(str(outcome.folder))}/logs/*.failures.jsonl")
+    for shard, reason in outcome.refused.items():
+        talk.say(f"refused shard '{plain(shard)}': {reason}")
+    if outcome["of_macos"]:
+        talk.say(
+            f"{outcome['of_macos']} members that macOS puts beside files (._NAME, .DS_Store, __MACOSX/) belong to no "
+            "sample; write copies them as they are"
+        )
+    told = [(shard, text) for shard in sorted(outcome.remarks) for text in outcome.remarks[shard]]
+    for shard, text in told[:_REMARKS]:
+        talk.say(f"shard '{plain(shard)}': {text}")
+    if len(told) > _REMARKS:
+        talk.say(
+            f"and {len(told) - _REMARKS} more of these lines: 'remarks' in "
+            f"{shlex.quote(str(outcome.folder))}/tasks/*.result.json"
+        )
+    for shard, reason in outcome.left.items():
+        talk.say(f"left shard '{plain(shard)}' as it is: {reason}")
+    if outcome.unfinished is not None:
+        talk.say(f"{name}: not finished: {outcome.unfinished}")
+    if options := options_for(loaded, [*outcome.refused.values(), *outcome.left.values(), str(outcome.unfinished)]):
+        talk.say(options)
+
+
+_WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered by another run or left out"}
+
+
+def tell_failed(loaded: Pipeline, outcomes: dict[str, Outcome], talk: Talk) -> None:
+    """Where to look after rows have failed, and how to try them again where that may help."""
+    from builder.verbs.stage import is_lasting
+
+    for name, outcome in outcomes.items():
+        if outcome["failed"]:
+            talk.say(f"{name}: {outcome['failed']} failed\n  why: {loaded.command('status')}")
+            if name != "ingest" and is_lasting(loaded, name, outcome):
+                talk.say("  another try would give the same: they need other inputs or options")
+            elif name != "ingest":
+                retry = loaded.command(f"stage {name} --retry failed")
+                talk.say(f"  to try them again: {retry}")
+
+
+def exit_code(outcomes: Iterable[Outcome]) -> int:
+    done = list(outcomes)
+    if any(outcome.left or outcome.unfinished for outcome in done):
+        return EXIT_UNFINISHED
+    return EXIT_DONE if all(outcome.is_clean for outcome in done) else EXIT_FAILED_ROWS
