@@ -35,8 +35,8 @@ import numpy as np
 from bench.plain_mtcnn import PlainMtcnn
 from bench.report import Result, compared, rounds_of, table
 from builder.demo.shards import make_demo_shards
-from builder.engine import runs
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
+from builder.engine.worker import run_task
 from builder.executors import local
 from builder.models.faces.mtcnn import Mtcnn
 from builder.models.pictures import decode
@@ -207,7 +207,7 @@ def _serve(shard: Path, pipe: Connection) -> None:
         if order[0] == "loop":
             for image in images:
                 detector.detect(image)
-        elif (code := runs.run_task(Path(order[1]), order[2])) != local.DONE:
+        elif (code := run_task(Path(order[1]), order[2])) != local.DONE:
             raise SystemExit(f"task {order[2]} of '{order[1]}' ended with {code}")
         pipe.send((time.monotonic() - wall, time.process_time() - cpu))
 

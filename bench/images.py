@@ -28,8 +28,8 @@ from unittest import mock
 
 from bench import corpus
 from bench.report import Result, compared, table
-from builder.engine import runs
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
+from builder.engine.worker import run_task
 from builder.executors import local
 from builder.progress import Talk
 from builder.table.query import Sql
@@ -156,7 +156,7 @@ def _serve(model: Path, prompts: list[str], pipe: Connection) -> None:
         began = time.monotonic()
         if order[0] == "loop":
             loop()
-        elif (code := runs.run_task(Path(order[1]), 0)) != local.DONE:
+        elif (code := run_task(Path(order[1]), 0)) != local.DONE:
             raise SystemExit(f"task 0 of '{order[1]}' ended with {code}")
         pipe.send(time.monotonic() - began)
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from bench import corpus, tables
 from bench.report import peak_mb
 from builder.engine import workset
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
 from builder.hybrid import writer
 from builder.hybrid.edited_sample import Rules
 from builder.sources.tars import shards as tar_shards

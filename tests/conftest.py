@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from builder.engine import runs
+from builder.engine import worker
 from builder.executors import local
 from builder.sources.tars import shards as tar_shards
 from builder.table import root_schema
@@ -337,8 +337,8 @@ def ask(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
     from kills import do, tasks_here
 
     monkeypatch.setattr(local, "run", tasks_here)
-    monkeypatch.setattr(runs.faulthandler, "enable", lambda: None)  # pytest has its own
-    monkeypatch.setattr(runs, "_report", lambda done, failed: None)
+    monkeypatch.setattr(worker.faulthandler, "enable", lambda: None)  # pytest has its own
+    monkeypatch.setattr(worker, "_report", lambda done, failed: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     here = Path.cwd()
 

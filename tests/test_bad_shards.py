@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 
 from builder.cli import main
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
 from builder.errors import ConfigError, TransientError
 from builder.progress import Talk
 from builder.verbs.ingest import run_ingest

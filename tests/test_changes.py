@@ -17,8 +17,8 @@ from click.testing import CliRunner
 import planned
 from builder import output
 from builder.cli import main
-from builder.engine import workset
-from builder.engine.workset import Choice
+from builder.engine.counting import count_rows
+from builder.engine.work import Choice
 from builder.errors import ConfigError, ShardError
 from builder.progress import Talk
 from builder.table import column_files, partitions
@@ -248,7 +248,7 @@ def test_a_stage_that_gains_a_record_of_how_it_answered_is_not_stale(dataset: Wo
     layout = dataset.load().layout
     before, after = Note(Options()), Signed(Options())
     planned.do(layout, planned.plan(layout, before), before)
-    [counts] = workset.count(layout, [planned.work_of(layout, after, Choice(stale=True))])
+    [counts] = count_rows(layout, [planned.work_of(layout, after, Choice(stale=True))])
     assert (counts.ok, counts.todo) == (16, 0)
     planned.do(layout, planned.plan(layout, after, Choice(redo=True, where="row = 1")), after)
     found = pq.read_table(layout.partition("00000000"), columns=["note", "note_by"]).to_pydict()

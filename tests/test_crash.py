@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
 from builder.progress import Talk
 from builder.store.layout import RunFiles
 from builder.table import column_files, partitions

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 import planned
 import tiny_diffusers
 from builder.engine.batches import check_alone, error_text
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
 from builder.errors import StageError
 from builder.machine import is_out_of_memory
 from builder.models.images.diffusion import Diffusion, name_of

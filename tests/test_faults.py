@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from builder import machine
-from builder.engine import runs
 from builder.errors import TransientError
 from builder.executors import local
 from builder.executors.local import Ended
+from builder.hybrid import writer
 from builder.sources.tars import shards as tar_shards
 from builder.store import files
 from builder.store.layout import Layout
@@ -555,7 +555,7 @@ def vanish(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, path: Path) -
             "note: 4 rows, 4 ok",
         ),
         (
-            ("write",), runs.writer, "write_shard", "write: 2 shards, 8 rows, 2 edited",
+            ("write",), writer, "write_shard", "write: 2 shards, 8 rows, 2 edited",
             ["the source shard cannot be read: No such file or directory", "  shard: 00000001", "  file: {path}",
              "  fix: put it back, or ingest it as it is now: builder ingest",
              "(each builder command with --pipeline {pipeline})"],

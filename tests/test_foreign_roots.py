@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
 from builder.errors import BuilderError, ConfigError, ShardError
 from builder.progress import Talk
 from builder.sources.members import MemberReader
@@ -321,9 +321,9 @@ def test_the_write_task_of_a_run_without_a_folder_writes_below_the_root(given: G
     (run / "run.json").write_text(json.dumps(data))
     (given.root / "shards/a.tar").unlink()
     given.made.run("task", str(run), "0", check=False)
-    from builder.engine import runs
+    from builder.engine.worker import run_task
 
-    assert runs.run_task(run, 0) == 0
+    assert run_task(run, 0) == 0
     assert (given.root / "shards/a.tar").exists()
 
 

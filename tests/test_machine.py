@@ -18,7 +18,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from builder import machine
 from builder.engine import batches as answering
-from builder.engine import runs
+from builder.engine import worker
 from builder.errors import ShardError, StageError, TransientError
 from builder.machine import Sort, sort_of
 from builder.models import pictures
@@ -530,7 +530,7 @@ def test_a_task_that_ends_well_and_says_nothing_of_what_it_did_is_not_done(
     workspace: Make, ask: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = workspace({"00000000": samples(2)}, stages="")
-    monkeypatch.setattr(runs, "run_task", lambda folder, number: 0)
+    monkeypatch.setattr(worker, "run_task", lambda folder, number: 0)
     done = ask(made, "ingest")
     assert done.code == 1, done.talk
     assert "task 0 was given up: its process ended with exit code 0" in "\n".join(done.talk)

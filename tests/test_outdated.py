@@ -22,7 +22,7 @@ import make_root
 import old_root
 import planned
 from builder.engine import workset
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
 from builder.executors import local
 from builder.progress import Talk
 from builder.sources.members import digest_of

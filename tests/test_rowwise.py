@@ -13,15 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder.engine import workset
-from builder.engine.workset import Choice
+from builder.engine import counting, coverage, workset
+from builder.engine.counting import count_rows
+from builder.engine.work import Choice
 from builder.errors import ConfigError
 from builder.stages.contract import columns_of, find
 from builder.store.layout import Layout, installed
 from builder.table.rowwise import rowwise
 from builder.table.schema import IDENTITY, Column
 from builder.verbs import pipeline as pipelines
-from conftest import Workspace, make_shard, samples
+from conftest import Workspace, make_shard, replace_everywhere, samples
 from planned import SQL, section, work_of
 from stages import Note, Options
 
@@ -127,12 +128,12 @@ def test_one_pass_counts_what_many_passes_count(
     ]
     expected_runs: dict[str, Counter[str]] = {}
     with monkeypatch.context() as patch:
-        patch.setattr(workset, "rowwise", lambda *_: None)
-        expected = workset.count(layout, works, expected_runs)
+        replace_everywhere(patch, rowwise, lambda *_: None)
+        expected = count_rows(layout, works, expected_runs)
     by_run: dict[str, Counter[str]] = {}
     with monkeypatch.context() as patch:
-        patch.setattr(workset, "_counted", None)  # the many passes
-        assert (workset.count(layout, works, by_run), by_run) == (expected, expected_runs)
+        patch.setattr(counting, "_counted", None)  # the many passes
+        assert (count_rows(layout, works, by_run), by_run) == (expected, expected_runs)
     assert expected[0].ok > 0
     assert expected[0].out_of_date > 0
     assert sum(by_run["note"].values()) > 0
@@ -150,10 +151,10 @@ def test_one_pass_freezes_what_two_freeze(
     for sql, params in [(SQL, {}), (own, {"first": 3, "tail": "x"})]:
         work = work_of(layout, Note(Options()), Choice(**choice, where=where), sql, **params)
         with monkeypatch.context() as patch:
-            patch.setattr(workset, "rowwise", lambda *_: None)
+            replace_everywhere(patch, rowwise, lambda *_: None)
             expected = workset.first_rows(layout, work, 99)
         with monkeypatch.context() as patch:
-            patch.setattr(workset, "_side_by_side", None)  # the two passes
+            replace_everywhere(patch, coverage.side_by_side, None)  # the two passes
             found = workset.first_rows(layout, work, 99)
             slices = workset.freeze(layout, layout.root / "frozen.parquet", work)
         assert found.equals(expected)
@@ -168,9 +169,9 @@ def test_columns_of_the_names_that_one_pass_uses_are_left_alone(
     work = work_of(layout, Note(Options()), sql=f"{SQL} where row > 1")
     work = replace(work, columns=(*work.columns, *more))
     with monkeypatch.context() as patch:
-        patch.setattr(workset, "rowwise", lambda *_: None)
-        expected = workset.count(layout, [work, work]), workset.first_rows(layout, work, 99)
-    counts, rows = workset.count(layout, [work, work]), workset.first_rows(layout, work, 99)
+        replace_everywhere(patch, rowwise, lambda *_: None)
+        expected = count_rows(layout, [work, work]), workset.first_rows(layout, work, 99)
+    counts, rows = count_rows(layout, [work, work]), workset.first_rows(layout, work, 99)
     assert counts == expected[0]
     assert counts[0].ok > 0
     assert rows.equals(expected[1])
@@ -195,7 +196,7 @@ def test_an_error_of_a_late_row_is_told_with_its_file(layout: Layout) -> None:
 def test_sql_with_a_condition_and_other_sql_are_counted_side_by_side(layout: Layout) -> None:
     texts = [f"{SQL} order by row", SQL, f"{SQL} where row in (select 2)", f"{SQL} where row = 2"]
     works = [work_of(layout, Note(Options()), sql=text) for text in texts]
-    found = workset.count(layout, works)
+    found = count_rows(layout, works)
     assert [counts.covered for counts in found] == [16, 16, 2, 2]
     assert found[0] == found[1]
     assert found[2] == found[3]
@@ -212,14 +213,14 @@ def test_plan_counts_the_runs_of_stages_that_are_counted_in_one_pass_and_of_othe
     shards = loaded.layout.shard_names()
     works = [pipelines.work_of(loaded, name, Choice(), shards) for name in ("lang", "note")]
     by_run: dict[str, Counter[str]] = {}
-    assert [counts.covered for counts in workset.count(loaded.layout, works, by_run)] == [16, 2]
+    assert [counts.covered for counts in count_rows(loaded.layout, works, by_run)] == [16, 2]
     assert {name: list(runs.values()) for name, runs in by_run.items()} == {"lang": [], "note": [2]}
 
 
 def test_a_condition_that_cannot_be_evaluated_is_told_with_its_file(layout: Layout) -> None:
     work = work_of(layout, Note(Options()), sql=f"{SQL} where cast(caption as int) > 1")
     with pytest.raises(ConfigError, match="DuckDB refuses the SQL: Conversion Error") as refused:
-        workset.count(layout, [work_of(layout, Note(Options())), work])
+        count_rows(layout, [work_of(layout, Note(Options())), work])
     assert refused.value.where["file"] == "work.sql"
 
 

@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
 from builder.errors import ConfigError
 from builder.progress import Talk
 from builder.stages.contract import columns_of, find

@@ -24,7 +24,7 @@ from builder.engine import task
 from builder.engine.batches import error_text
 from builder.engine.in_hand import Deaths, Verdict
 from builder.engine.task import Result
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
 from builder.errors import ShardError, StageError, TransientError
 from builder.stages.contract import RowsFailed
 from builder.store import files

@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder.engine import workset
-from builder.engine.workset import Choice, Counts, Slice, Work, cut
+from builder.engine import coverage, states, workset
+from builder.engine.counting import count_rows
+from builder.engine.work import Choice, Counts, Work
+from builder.engine.workset import Slice, cut
 from builder.errors import ConfigError, ConflictError
 from builder.progress import Talk
 from builder.sources.tars.shards import Reading
@@ -47,14 +49,14 @@ def frozen(layout: Layout, choice: Choice = Choice(), sql: str = SQL, stage: Bas
 
 
 def count_of(layout: Layout, work: Work) -> Counts:
-    [counts] = workset.count(layout, [work])
+    [counts] = count_rows(layout, [work])
     return counts
 
 
 def refusal(layout: Layout, sql: str, choice: Choice = Choice(), **params: Any) -> str:  # noqa: B008
     """The whole message with which planning and freezing refuse SQL; nothing is left behind."""
     with pytest.raises(ConfigError) as planned:
-        workset.count(layout, [work_of(layout, Note(Options()), choice, sql, **params)])
+        count_rows(layout, [work_of(layout, Note(Options()), choice, sql, **params)])
     with pytest.raises(ConfigError) as refused:
         plan(layout, Note(Options()), choice, sql, **params)
     assert str(planned.value) == str(refused.value)
@@ -491,7 +493,8 @@ def test_whole_shards_are_dealt_neighbours_together(counts: Sequence[int], tasks
 
 
 def test_a_slice_is_read_across_row_groups(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workset, "_CHUNK", 3)
+    for module in (states, coverage, workset):
+        monkeypatch.setattr(module, "READ_ROWS", 3)
     run = plan(layout, Note(Options()), sql=f"{SQL} where row <> 4")
     with pq.ParquetFile(run.workset) as file:
         assert file.num_row_groups >= 4

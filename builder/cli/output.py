@@ -33,9 +33,9 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
         cells = []
-        for cell, width, is_number in zip(line, widths, numbers, strict=True):
+        for cell, width, is_right in zip(line, widths, numbers, strict=True):
             blanks = " " * (width - cell_len(cell))
-            cells.append(blanks + cell if is_number else cell + blanks)
+            cells.append(blanks + cell if is_right else cell + blanks)
         click.echo("  ".join(cells).rstrip())
 
 

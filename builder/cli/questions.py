@@ -42,7 +42,7 @@ def plan(
     Example:
       builder plan --scale large --stale
     """
-    from builder.engine.workset import Choice
+    from builder.engine.work import Choice
     from builder.hybrid.edited_sample import REASONS
     from builder.verbs.plan import make_plan
     from builder.verbs.write import help_for

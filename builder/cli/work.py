@@ -102,7 +102,7 @@ def stage(
       builder stage generate --redo --draw next --where "check_faces = 0"
       builder stage prompts --retry failed:timeout --where "shard < '00000010'"
     """
-    from builder.engine.workset import Choice
+    from builder.engine.work import Choice
     from builder.verbs.stage import run_stage
 
     talk = Talk()
@@ -225,6 +225,6 @@ def demo(out: Path, workers: int) -> None:
 @click.argument("number", type=int)
 def task(run_folder: Path, number: int) -> None:
     """Do task NUMBER of the run directory RUN_FOLDER; what executors start."""
-    from builder.engine.runs import run_task
+    from builder.engine.worker import run_task
 
     sys.exit(run_task(run_folder, number))

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from builder import config as configs
 from builder.config import Config
 from builder.engine import workset
-from builder.engine.workset import Choice, Work
+from builder.engine.work import Choice, Work
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError
 from builder.hybrid.edited_sample import Rules
 from builder.sources.tars import shards as tar_shards

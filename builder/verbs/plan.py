@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from builder.engine import rules, workset
-from builder.engine.workset import Choice, Counts
+from builder.engine import rules
+from builder.engine.counting import count_rows
+from builder.engine.work import Choice, Counts
 from builder.sources.tars import shards as tar_shards
 from builder.table import partitions
 from builder.verbs.ingest import IngestPlan, plan_ingest
@@ -38,7 +39,7 @@ def make_plan(pipeline: Pipeline, choice: Choice) -> Plan:
     partitions.heal(layout, shards)
     by_run: dict[str, Counter[str]] = {}
     works = [work_of(pipeline, name, choice, shards) for name in pipeline.stages]
-    counts = workset.count(layout, works, by_run)
+    counts = count_rows(layout, works, by_run)
     older = rules.of_ingest(ingest_plan.versions, tar_shards.CHANGES)
     for use in pipeline.stages.values():
         older += rules.of_stage(layout, use.stage, by_run[use.stage.name])

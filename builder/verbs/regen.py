@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from builder import formats
 from builder.engine import runs, workset
 from builder.engine.batches import Failure, Left, answer
-from builder.engine.workset import Choice, Work
+from builder.engine.work import Choice, Work
 from builder.errors import ConfigError, ShardError, StageError
 from builder.executors.local import as_a_worker
 from builder.hybrid import writer

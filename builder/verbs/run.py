@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from builder import machine
-from builder.engine import workset
+from builder.engine.counting import count_rows
 from builder.engine.runs import Outcome
-from builder.engine.workset import Choice, Counts
+from builder.engine.work import Choice, Counts
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError, TransientError
 from builder.hybrid import writer
 from builder.progress import Talk
@@ -35,7 +35,7 @@ def _done_stages(pipeline: Pipeline) -> dict[str, Counts]:
     works = [work_of(pipeline, name, Choice(), shards) for name in pipeline.stages]
     partitions.heal(layout, shards)
     try:
-        counts = workset.count(layout, works)
+        counts = count_rows(layout, works)
     except ConfigError:
         return {}
     pairs = zip(pipeline.stages, counts, strict=True)
@@ -62,7 +62,7 @@ def check_first(pipeline: Pipeline) -> None:
     for name, use in pipeline.stages.items():
         if not is_sql_fine:
             with _collecting(problems):
-                workset.count(layout, [work_of(pipeline, name, Choice(), [])])
+                count_rows(layout, [work_of(pipeline, name, Choice(), [])])
         with _collecting(problems), own_code(type(use.stage), name):
             getattr(use.stage, "check_setup", lambda: None)()
     with _collecting(problems):
@@ -81,7 +81,7 @@ def check_first(pipeline: Pipeline) -> None:
 def _is_sql_fine(pipeline: Pipeline) -> bool:
     """Whether the SQL of every stage can be evaluated: in one session, and a session takes some 30 ms."""
     try:
-        workset.count(pipeline.layout, [work_of(pipeline, name, Choice(), []) for name in pipeline.stages])
+        count_rows(pipeline.layout, [work_of(pipeline, name, Choice(), []) for name in pipeline.stages])
     except (ConfigError, SchemaError, StageError):
         return False
     return True

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from builder.engine import runs, workset
+from builder.engine.counting import count_rows
 from builder.engine.runs import Outcome
-from builder.engine.workset import Choice, Counts, Work
+from builder.engine.work import Choice, Counts, Work
 from builder.errors import LASTING
 from builder.progress import Talk
 from builder.stages.contract import columns_of
@@ -38,7 +39,7 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
         with files.naming(unnamed):
             slices = workset.freeze(layout, frozen, work)
         if not slices:
-            [counts] = workset.count(layout, [work])
+            [counts] = count_rows(layout, [work])
             if choice.retry and counts.failed:
                 _tell_classes(layout, work, talk)
             return nothing_to_do(name, counts, talk)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from builder import formats
-from builder.engine import outdated, workset
-from builder.engine.workset import Choice
+from builder.engine import outdated
+from builder.engine.counting import count_rows
+from builder.engine.work import Choice
 from builder.errors import ConfigError
 from builder.hybrid import writer
 from builder.hybrid.edited_sample import Rules, members_of
@@ -102,5 +103,5 @@ def _out_of_date(pipeline: Pipeline, suspects: Sequence[int], shards: Sequence[s
             continue
         with contextlib.suppress(ConfigError):  # its own command says what is wrong with the SQL
             work = work_of(pipeline, name, Choice(), shards)
-            found[name] = workset.count(pipeline.layout, [work])[0].out_of_date
+            found[name] = count_rows(pipeline.layout, [work])[0].out_of_date
     return found

@@ -16,7 +16,7 @@ from builder import formats
 from builder.engine import workset
 from builder.engine.batches import Failure, Left, answer, check_alone
 from builder.engine.task import read_once
-from builder.engine.workset import Choice
+from builder.engine.work import Choice
 from builder.errors import ConfigError, StageError
 from builder.executors.local import as_a_worker
 from builder.stages.contract import own_code

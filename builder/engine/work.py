@@ -1,0 +1,112 @@
+"""What a stage is to do: which rows a run tries, over which shards, with which SQL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from builder.errors import ConfigError
+from builder.stages.contract import Stage
+from builder.table.query import Lookup, Sql
+from builder.table.schema import Column
+
+ROW_KEYS = ("shard", "row", "uid")
+#: What `Choice.retry` may be: all failed rows, or those of one class of error, which is a word.
+_RETRY = re.compile(r"failed(:[A-Za-z]\w*)?")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of the rows that the SQL covers a run tries: those without an answer, and those that are out of date.
+
+    Attributes:
+        retry: failed rows: with `failed` all of them, too; with `failed:CLASS` those of that class of error alone, and
+            no others.
+        redo: rows with an answer too.
+        stale: rows whose inputs, stage version or options differ from those of their answer.
+        where: a condition over `samples` that narrows any of these.
+        next_draw: with another draw than that of the answer, for stages whose SQL uses $draw.
+    """
+
+    retry: str | None = None
+    redo: bool = False
+    stale: bool = False
+    where: str | None = None
+    next_draw: bool = False
+
+    @property
+    def retry_class(self) -> str | None:
+        """The class of errors to retry; `failed` for all."""
+        return None if self.retry is None else self.retry.removeprefix("failed:")
+
+    def __post_init__(self) -> None:
+        if self.retry is not None and not _RETRY.fullmatch(self.retry):
+            kind = self.retry.rpartition(":")[2]
+            is_class = re.fullmatch(r"[A-Za-z]\w+", kind) is not None and kind.lower().rstrip("ed") != "fail"
+            raise ConfigError(
+                f"--retry takes 'failed' or 'failed:CLASS', not '{self.retry}'",
+                fix=f"for one class of error: --retry failed:{kind}"
+                if is_class
+                else "for all failed rows: --retry failed",
+            )
+        given = [f"--{name}" for name in ("retry", "redo", "stale") if getattr(self, name)]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{' and '.join(given)} say different things",
+                fix="give one: --retry failed rows, --redo all rows, --stale rows whose inputs or options changed",
+            )
+        if self.next_draw and not self.redo:
+            raise ConfigError(
+                "--draw next is for rows with an answer", fix="--redo --draw next --where 'check_faces = 0'"
+            )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a stage's SQL covers, by state.
+
+    Attributes:
+        covered: rows that the SQL returns and whose source is fine.
+        todo: of these, rows that a run with this choice tries.
+        ok: of these, rows with an answer.
+        failed: of these, failed rows.
+        outside: rows with an answer that the SQL no longer covers.
+        shards: shards that hold rows to try.
+        out_of_date: of ok and failed, rows whose own inputs changed since: see `builder.engine.outdated`.
+    """
+
+    covered: int = 0
+    todo: int = 0
+    ok: int = 0
+    failed: int = 0
+    outside: int = 0
+    shards: int = 0
+    out_of_date: int = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one stage: its SQL, parameters and choice, over certain shards.
+
+    Attributes:
+        columns: the root's columns with the stage's own.
+        signature: `stage.options_hash`, half of every row's inputs hash.
+        image: the format that pictures are asked for: the one of the sample's own, or `jpg` always.
+    """
+
+    stage: Stage
+    sql: Sql
+    params: dict[str, Any]
+    choice: Choice
+    shards: Sequence[str]
+    columns: Sequence[Column]
+    signature: str
+    image: Literal["source", "jpg"] = "source"
+
+    @property
+    def lookups(self) -> Mapping[str, Lookup]:
+        """The files that the SQL may join."""
+        found: Mapping[str, Lookup] = getattr(self.stage, "lookups", {})
+        return found
