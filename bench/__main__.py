@@ -35,7 +35,7 @@ from bench.report import Result, compared, rounds_of, table, write
 from builder.executors.local import DEFAULTS
 from builder.sources.tars import shards as tar_shards
 from builder.stages.contract import columns_of
-from builder.stages.contract import find as find_stage
+from builder.stages.finding import find as find_stage
 from builder.store.layout import Layout
 from builder.table import commits, partitions, root_schema
 from builder.table.edits import EditsTar

@@ -27,7 +27,7 @@ from builder.hybrid import writer
 from builder.hybrid.edited_sample import Rules
 from builder.sources.tars import shards as tar_shards
 from builder.stages.contract import columns_of
-from builder.stages.contract import find as find_stage
+from builder.stages.finding import find as find_stage
 from builder.store.layout import Layout
 from builder.table import column_files, commits, partitions, root_schema, schema
 from builder.table.query import Samples, read_sql

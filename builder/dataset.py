@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from builder import machine
 from builder.errors import ConfigError
 from builder.sources.members import MemberReader
-from builder.stages.contract import with_built_in
+from builder.stages.finding import with_built_in
 from builder.store.layout import Layout
 from builder.table import root_schema
 from builder.table.query import DuckError, Samples, Sql, guarded

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.table.schema import IMAGE_EXTENSIONS
-
 #: Formats in which a stage may be asked for a picture.
 JPG, PNG, WEBP = "jpg", "png", "webp"
 FORMATS = (JPG, PNG, WEBP)
+#: Extensions of a sample's picture, lower case, in order of preference.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 #: Of each extension of a sample's picture, lower case, its format.
 OF_EXTENSION = {extension: JPG if extension == "jpeg" else extension for extension in IMAGE_EXTENSIONS}
 #: Extensions of pictures that are never a sample's own one.

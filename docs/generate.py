@@ -22,7 +22,8 @@ from pydantic import BaseModel
 
 from builder import config
 from builder.cli import main as command_line
-from builder.stages.contract import Stage, find
+from builder.stages.contract import Stage
+from builder.stages.finding import find
 from builder.table import schema
 
 DOCS = Path(__file__).parent

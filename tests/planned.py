@@ -9,7 +9,8 @@ import pyarrow as pa
 from builder.engine import runs, workset
 from builder.engine.task import Result, TaskSettings, run_stage_task
 from builder.engine.work import Choice, Work
-from builder.stages.contract import Stage, columns_of, options_hash
+from builder.stages.contract import Stage, columns_of
+from builder.stages.signature import options_hash
 from builder.store.layout import Layout, RunFiles
 from builder.table import partitions, root_schema, schema
 from builder.table.query import Sql

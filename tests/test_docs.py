@@ -19,7 +19,8 @@ import pytest
 from builder import __version__, config
 from builder.cli import main
 from builder.demo.shards import make_demo_shards
-from builder.stages.contract import columns_of, find
+from builder.stages.contract import columns_of
+from builder.stages.finding import find
 from builder.table import schema
 from here import builder_here
 

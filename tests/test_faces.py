@@ -22,8 +22,9 @@ from builder.errors import ConfigError, StageError
 from builder.models.faces import finder
 from builder.models.faces.finder import DETECTORS, DetectorOptions, nearness
 from builder.stages.check import Check, CheckOptions
-from builder.stages.contract import Preparing, RowsFailed, options_hash
+from builder.stages.contract import Preparing, RowsFailed
 from builder.stages.faces import Faces, FacesOptions
+from builder.stages.signature import options_hash
 from builder.table import query
 from builder.table.schema import BOXES
 from conftest import Sample, Workspace, make_workspace, metadata, picture, samples

@@ -310,12 +310,12 @@ def test_tars_that_declare_60_gb_take_no_memory(tmp_path: Path) -> None:
     paths = [written(tmp_path / f"{i}.tar", *KINDS[kind].parts) for i, kind in enumerate(kinds)]
     code = """
 from pathlib import Path
-from builder.tar import index as tar
+from builder.tar import indexing
 from builder.errors import ShardError
 import resource
 for path in sys.argv[1:]:
     try:
-        print(len(tar.index(Path(path))))
+        print(len(indexing.index(Path(path))))
     except ShardError as error:
         print(error.what[:30])
 """

@@ -56,7 +56,7 @@ def imports(source: str, known: Collection[str]) -> Iterator[str]:
 
 
 def upward(sources: dict[str, str], order: list[tuple[int, str]]) -> list[str]:
-    """`table.py imports pipeline` for every import that does not go to a lower layer, or to the left in its own."""
+    """`table.py imports pipeline` for every import that does not go down, to the left, or into its own package."""
 
     def place(module: str) -> int:
         found = [i for i, (_, pattern) in enumerate(order) if fnmatch(module, pattern)]
@@ -67,9 +67,31 @@ def upward(sources: dict[str, str], order: list[tuple[int, str]]) -> list[str]:
     for module, source in sorted(sources.items()):
         for target in imports(source, sources):
             names = [name for name in sources if name.startswith(target + "/")] or [target]
-            if any(place(name) >= place(module) for name in names):
+            if any(
+                place(name) > place(module) or (place(name) == place(module) and "/" not in module) for name in names
+            ):
                 wrong.append(f"{module}.py imports {target}")
     return wrong
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """The modules of one circle of imports; empty if there is none."""
+    known = {
+        module: [name for name in imports(source, sources) if name in sources] for module, source in sources.items()
+    }
+    done: set[str] = set()
+
+    def from_here(module: str, above: list[str]) -> list[str]:
+        if module in above:
+            return above[above.index(module) :]
+        if module not in done:
+            for name in known[module]:
+                if found := from_here(name, [*above, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next((found for module in sources if (found := from_here(module, []))), [])
 
 
 def modules() -> dict[str, str]:
@@ -80,6 +102,7 @@ def modules() -> dict[str, str]:
 
 def test_imports_go_down_only() -> None:
     assert upward(modules(), layers()) == []
+    assert circle(modules()) == []
 
 
 def test_an_import_upward_is_told() -> None:
@@ -88,8 +111,10 @@ def test_an_import_upward_is_told() -> None:
     assert upward(good, order) == []
     bad = {**good, "table": "def f():\n    from builder.pipeline import run", "errors": "import builder.table"}
     assert upward(bad, order) == ["errors.py imports table", "table.py imports pipeline"]
-    beside = {**good, "stages/faces": "", "stages/lang": "from builder.stages import faces"}
-    assert upward(beside, order) == ["stages/lang.py imports stages/faces"]
+    inside = {**good, "stages/faces": "", "stages/lang": "from builder.stages import faces"}
+    assert (upward(inside, order), circle(inside)) == ([], [])
+    round_ = {**inside, "stages/faces": "from builder.stages.lang import Lang"}
+    assert (upward(round_, order), circle(round_)) == ([], ["stages/faces", "stages/lang"])
 
 
 def test_the_table_of_layers_is_of_this_package() -> None:

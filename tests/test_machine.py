@@ -23,7 +23,7 @@ from builder.errors import ShardError, StageError, TransientError
 from builder.machine import Sort, sort_of
 from builder.models import pictures
 from builder.sources.tars import shards as tar_shards
-from builder.stages.contract import find
+from builder.stages.finding import find
 from builder.store.files import ReadError
 from conftest import Done, Workspace, ingest_here, make_shard, picture, samples
 from faults import Fault, armed

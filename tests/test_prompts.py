@@ -17,8 +17,10 @@ import llm_server as llm
 from builder.config import Problems, check
 from builder.errors import ConfigError, ShardError, StageError
 from builder.models.llm.conversation import GROUP_SYSTEM, Rewrites, Template
-from builder.stages.contract import RowsFailed, find, options_hash
+from builder.stages.contract import RowsFailed
+from builder.stages.finding import find
 from builder.stages.prompts import Prompts, PromptsOptions
+from builder.stages.signature import options_hash
 from builder.store.layout import Layout
 from builder.table import commits
 from conftest import Workspace, ingest_here, samples

@@ -17,7 +17,8 @@ from builder.engine import counting, coverage, workset
 from builder.engine.counting import count_rows
 from builder.engine.work import Choice
 from builder.errors import ConfigError
-from builder.stages.contract import columns_of, find
+from builder.stages.contract import columns_of
+from builder.stages.finding import find
 from builder.store.layout import Layout, installed
 from builder.table.rowwise import rowwise
 from builder.table.schema import IDENTITY, Column

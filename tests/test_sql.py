@@ -16,8 +16,9 @@ import pytest
 from builder.engine.work import Choice
 from builder.errors import ConfigError
 from builder.progress import Talk
-from builder.stages.contract import columns_of, find
+from builder.stages.contract import columns_of
 from builder.stages.faces import Faces, FacesOptions
+from builder.stages.finding import find
 from builder.store import layout
 from builder.table import schema
 from builder.table.query import Samples, Sql, batches, checked, read_sql

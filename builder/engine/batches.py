@@ -19,7 +19,9 @@ import pyarrow as pa
 from builder import machine
 from builder.errors import BuilderError, StageError, TransientError
 from builder.machine import Sort
-from builder.stages.contract import Preparing, RowsFailed, Stage, check_result, place_in
+from builder.stages.comparison import difference
+from builder.stages.contract import Preparing, RowsFailed, Stage, check_result
+from builder.stages.finding import place_in
 from builder.store.files import ReadError
 
 #: Tries of a row whose stage raises TransientError, and the pause before the second, in seconds.
@@ -270,23 +272,6 @@ def check_alone(stage: Stage, batch: pa.RecordBatch, answers: Sequence[tuple[int
 
 def _good(answers: Sequence[tuple[int, Found]]) -> Iterator[tuple[int, pa.RecordBatch]]:
     return ((first, answer) for first, answer in answers if isinstance(answer, pa.RecordBatch))
-
-
-def difference(alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
-    """The largest difference of two answers: of numbers as they are, infinite between other values that differ."""
-    return max((_apart_by(a, b) for a, b in zip(alone.to_pylist(), within.to_pylist(), strict=True)), default=0.0)
-
-
-def _apart_by(a: Any, b: Any) -> float:
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return max((_apart_by(a[name], b[name]) for name in a), default=0.0)
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return max((_apart_by(*pair) for pair in zip(a, b, strict=True)), default=0.0)
-    if isinstance(a, float) and isinstance(b, float):
-        if math.isnan(a) or math.isnan(b):
-            return 0.0 if math.isnan(a) and math.isnan(b) else math.inf
-        return 0.0 if a == b else abs(a - b)
-    return 0.0 if a == b else math.inf
 
 
 def _shown(answer: pa.RecordBatch) -> str:

@@ -13,10 +13,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from builder.executors.local import DIED_OF
 from builder.store import files
 
-#: Environment of a worker that takes the place of one that died: the name of the signal.
-DIED_OF = "BUILDER_DIED_OF"
 #: With which a system ends a process, as for want of memory; faults of native code have signals of their own.
 KILLED = "SIGKILL"
 

@@ -27,9 +27,10 @@ import pyarrow as pa
 from builder import formats
 from builder.errors import ShardError
 from builder.sources.members import EDIT, NOTHING_READ, place_of
-from builder.stages.contract import Stage, inputs_hashes
+from builder.stages.contract import Stage
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
+from builder.table.inputs_hash import inputs_hashes
 
 Mask = npt.NDArray[np.bool_]
 #: What `suspicion` says of a row: an answer is as it was, has to be compared, or was made from other bytes.

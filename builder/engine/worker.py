@@ -28,7 +28,7 @@ from builder.machine import asked_again
 from builder.progress import plain_lines
 from builder.sources.tars import shards as tar_shards
 from builder.sources.tars.samples import MAX_NAMES, Seen
-from builder.stages.contract import find, own_code
+from builder.stages.finding import find, own_code
 from builder.store import files
 from builder.store.layout import Layout, RunFiles, shard_name
 from builder.table import partitions

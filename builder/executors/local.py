@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.engine.in_hand import DIED_OF
 from builder.store import files
 
 #: Exit codes of a task: done, done with failed rows, stopped when asked; any other did not finish.
@@ -37,6 +36,8 @@ _LAST_WORDS_S = 1.0
 #: Environment of a worker where the caller's says nothing: one thread each, and the allocator of the system for Arrow,
 #: with which a worker's first parquet files take 15 ms instead of 22.
 DEFAULTS = {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+#: Environment of a worker that takes the place of one that died: the name of the signal.
+DIED_OF = "BUILDER_DIED_OF"
 #: Set for a worker whose standard input ends when its parent dies.
 PARENT_PIPE = "BUILDER_PARENT_PIPE"
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from builder import formats, machine
 from builder.errors import BuilderError, ShardError
+from builder.formats import IMAGE_EXTENSIONS
 from builder.hybrid.edited_sample import Edit, Rules, edited_json, manifest_provenance
 from builder.hybrid.writer import ShardPlan, read_description
 from builder.machine import asked_again
@@ -31,7 +32,6 @@ from builder.store import files
 from builder.store.layout import Layout, names
 from builder.table import edits, partitions
 from builder.table.edits import EditsReader
-from builder.table.schema import IMAGE_EXTENSIONS
 from builder.tar import blocks, indexing, member_names, record_heads
 from builder.tar.index import Index
 

@@ -33,11 +33,11 @@ from builder.hybrid.assembly import Assembly, Part, length
 from builder.hybrid.edited_sample import Edit, Rules, edited_json, manifest_provenance, members_of
 from builder.machine import Sort
 from builder.sources.members import AGAIN, opened
-from builder.stages.contract import pointers_of
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
 from builder.table import column_files, partitions, query, schema
 from builder.table.edits import EditsReader
+from builder.table.pointers import pointers_of
 from builder.table.query import Samples, Sql
 from builder.table.schema import Column, folded
 from builder.tar import blocks, indexing, record_heads

@@ -14,11 +14,11 @@ from typing import Any
 
 from builder import machine
 from builder.errors import ConflictError, ShardError, where
+from builder.formats import IMAGE_EXTENSIONS
 from builder.store import files
 from builder.store.layout import Layout
 from builder.table import column_files, partitions
 from builder.table.edits import EditsReader
-from builder.table.schema import IMAGE_EXTENSIONS
 from builder.tar import head_check
 
 #: Name under which the generated image of a row is read.

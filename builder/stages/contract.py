@@ -1,42 +1,21 @@
 """The Stage protocol, its check, and how a stage is found by name.
 
-Owns the contract between the engine and a stage. Knows no stage and no table.
-"""
+Owns the contract between the engine and a stage. Knows no stage and no table."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import importlib
-import importlib.metadata
-import importlib.util
-import inspect
-import json
-import traceback
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from types import FunctionType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import numpy as np
-import orjson
 import pyarrow as pa
 from pydantic import BaseModel
 
-from builder import machine
-from builder.errors import BuilderError, SchemaError, StageError
+from builder.errors import StageError
 from builder.table import schema
 
-ENTRY_POINTS = "builder.stages"
 #: Binary columns that a stage may ask for: a member of the source sample, or the generated image.
 MEMBERS = ("image", "json", "txt", "edit")
-#: Columns of every batch.
-_ALWAYS_GIVEN = ("shard", "row", "uid")
-#: Where builder's own stages lie.
-_PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -174,267 +153,18 @@ class Preparing(Stage, Protocol):
         """As `Stage.process`; `prepared` is what `prepare` returned for this batch."""
 
 
-def find(name: str, python: str | None = None) -> type[Stage]:
-    """The class of a stage: `python` as `file.py:Class`, or the entry point of that name.
-
-    Raises:
-        StageError: there is no such stage, file or class, it cannot be loaded, or it breaks the contract.
-    """
-    if python is not None:
-        kind = _from_file(name, python)
-    else:
-        points = _installed()
-        if name not in points:
-            near = difflib.get_close_matches(name, points, 1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise StageError(
-                f"there is no stage '{name}'",
-                fix=f"{hint}stages: {', '.join(sorted(points))}; or name your own in [stages.{name}]: "
-                'python = "my_stage.py:MyStage"',
-            )
-        try:
-            kind = points[name].load()
-        except (ImportError, AttributeError) as error:
-            if machine.is_of_the_machine(error):
-                raise machine.told(error) from error
-            raise StageError(
-                f"stage '{name}' cannot be loaded: {error}", fix=f"install again what brings {points[name].value}"
-            ) from error
-    _check_class(kind, name)
-    found: type[Stage] = kind
-    return found
-
-
-@cache
-def _installed() -> dict[str, importlib.metadata.EntryPoint]:
-    """The stages of installed packages by name; finding them reads a file of every package."""
-    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-
-
-def _from_file(name: str, python: str) -> Any:
-    path, colon, attribute = python.rpartition(":")
-    if not colon or not Path(path).is_file():
-        raise StageError(
-            f"stage '{name}': no file '{path or python}'",
-            fix='write it as python = "my_stage.py:MyStage", the path from the working directory',
-        )
-    spec = importlib.util.spec_from_file_location(f"builder_stage_{name}", path)
-    if spec is None or spec.loader is None:
-        raise StageError(f"stage '{name}': '{path}' is no Python file", fix="name a file that ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        if machine.is_of_the_machine(error):
-            raise machine.told(error) from error
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        place = f"'{path}', line {line}" if line else f"'{path}'"
-        raise StageError(
-            f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="mend that line"
-        ) from error
-    if not hasattr(module, attribute):
-        classes = [
-            key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == spec.name
-        ]
-        raise StageError(
-            f"stage '{name}': '{path}' has no '{attribute}'", fix=f"its classes: {', '.join(classes) or 'none'}"
-        )
-    return getattr(module, attribute)
-
-
-def place_in(kind: type[Stage], error: BaseException) -> str:
-    """`file.py:line` of the innermost line of a stage's own files that an error came through, empty if there is none.
-
-    Stages of this package have none: their errors are said in words.
-    """
-    functions = (value for base in kind.__mro__ for value in vars(base).values())
-    names = {value.__code__.co_filename for value in functions if isinstance(value, FunctionType)}
-    own = {name for name in names if not Path(name).is_relative_to(_PACKAGE)}
-    found = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    places = [(name, line) for name, line in found if name in own]
-    return f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else ""
-
-
-@contextmanager
-def own_code(kind: type[Stage], name: str) -> Iterator[None]:
-    """Where a stage's own code runs that answers no rows: what it raises becomes a StageError that names the line.
-
-    Errors of the system, and those that say themselves what to do, pass as they are.
-    """
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        place = place_in(kind, error)
-        if not place or isinstance(error, BuilderError | OSError) or machine.is_of_the_machine(error):
-            raise
-        raise StageError(
-            f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="mend that line"
-        ) from error
-
-
-def _check_class(kind: Any, name: str) -> None:
-    if not schema.NAME.fullmatch(name) or name == schema.SOURCE:
-        raise StageError(
-            f"'{name}' cannot be the name of a stage",
-            fix="use lower-case letters, digits and _, a letter first; 'source' is ingest's",
-        )
-    wanted = {
-        "name": str, "version": str, "inputs": pa.Schema, "members": tuple, "outputs": pa.Schema,
-        "resources": Resources,
-    }  # fmt: skip
-    for attribute, expected in wanted.items():
-        value = getattr(kind, attribute, None)
-        if not isinstance(value, expected):
-            raise StageError(
-                f"stage '{name}': attribute '{attribute}' is {_kind_of(value)}, not {expected.__name__}",
-                fix=f"set {attribute} on the class, as builder.stages.contract.Stage shows",
-            )
-    for method in ("setup", "process", "close"):
-        if not callable(getattr(kind, method, None)):
-            raise StageError(
-                f"stage '{name}' has no method '{method}'",
-                fix=f"write def {method}, as builder.stages.contract.Stage shows",
-            )
-    if hasattr(kind, "prepare"):
-        try:
-            inspect.signature(kind.process).bind("self", "batch", "prepared")
-        except TypeError:
-            raise StageError(
-                f"stage '{name}' has 'prepare', but its 'process' does not take what it returns",
-                fix="write def process(self, batch, prepared=None), as builder.stages.contract.Preparing shows",
-            ) from None
-    if not (isinstance(getattr(kind, "Options", None), type) and issubclass(kind.Options, BaseModel)):
-        raise StageError(f"stage '{name}': Options is no pydantic model", fix="class Options(builder.Strict): ...")
-    if kind.name != name:
-        raise StageError(
-            f"stage '{name}' calls itself '{kind.name}'", fix=f"write [stages.{kind.name}] in the pipeline"
-        )
-    unknown = [member for member in kind.members if member not in MEMBERS]
-    if unknown:
-        raise StageError(f"stage '{name}' asks for member '{unknown[0]}'", fix=f"valid: {', '.join(MEMBERS)}")
-    _check_names(kind, name)
-
-
-def _check_names(kind: Any, name: str) -> None:
-    """Inputs and outputs: plain names, each once, of types that the table can hold."""
-    for output in getattr(kind, "as_source", ()):
-        if output not in kind.outputs.names or kind.outputs.field(output).type != schema.GENERATED:
-            raise StageError(
-                f"stage '{name}': as_source names '{output}', which is no output of generated bytes",
-                fix="name outputs of type schema.GENERATED",
-            )
-    given = [*_ALWAYS_GIVEN, *kind.members, *kind.inputs.names, *formats_asked(kind)]
-    own = [column.name for column in schema.output_columns(name, kind.outputs)]
-    for names, what in ((given, "is given"), (own, "returns")):
-        double = next((column for i, column in enumerate(names) if column in names[:i]), None)
-        if double is not None:
-            raise StageError(f"stage '{name}' {what} two columns '{double}'", fix="give each a name of its own")
-    for column in (*kind.inputs.names, *kind.outputs.names):
-        if not schema.NAME.fullmatch(column):
-            raise StageError(
-                f"stage '{name}': '{column}' cannot be the name of a column",
-                fix="use lower-case letters, digits and _, a letter first",
-            )
-    for field in (*kind.inputs, *kind.outputs):
-        if field.type == schema.GENERATED and field.name in kind.outputs.names:
-            continue
-        try:
-            schema.type_text(field.type)
-        except SchemaError as error:
-            raise StageError(f"stage '{name}', column '{field.name}': {error.what}", fix=error.fix) from None
-
-
 def formats_asked(stage: Stage | type[Stage]) -> list[str]:
     """The columns of a stage's batches that say in which format its pictures are wanted."""
     return [f"{output}_format" for output in getattr(stage, "as_source", ())]
 
 
-def _kind_of(value: Any) -> str:
+def kind_of_output(value: Any) -> str:
     return "missing" if value is None else type(value).__name__
-
-
-def with_built_in(columns: Iterable[schema.Column]) -> tuple[schema.Column, ...]:
-    """Columns of a root, and those of the stages that come with builder: they read as nulls where no such stage ran."""
-    have = tuple(columns)
-    names = {schema.folded(column.name) for column in have}
-    own = sorted(name for name, point in _installed().items() if point.value.startswith("builder.stages."))
-    return (*have, *(column for name in own for column in columns_of(find(name)) if column.name not in names))
-
-
-def with_unread(columns: Iterable[schema.Column], stage: Stage, params: Mapping[str, Any]) -> tuple[schema.Column, ...]:
-    """Columns of a root, and those that a stage's work SQL names without looking at them: see `Stage`."""
-    have = tuple(columns)
-    names = getattr(stage, "unread", lambda _: ())(params)
-    return (*have, *(column for column in with_built_in(have)[len(have) :] if column.name in names))
 
 
 def columns_of(stage: Stage | type[Stage]) -> tuple[schema.Column, ...]:
     """The columns that a stage adds to the table."""
     return schema.output_columns(stage.name, stage.outputs)
-
-
-def pointers_of(columns: Iterable[schema.Column]) -> dict[str, list[str]]:
-    """For each stage of a root its columns that name edits tars: those with offset, size and sha256 beside them."""
-    names = {column.name for column in columns}
-    found: dict[str, list[str]] = {}
-    for column in columns:
-        base = column.name.removesuffix("_path")
-        if base != column.name and {f"{base}_offset", f"{base}_size", f"{base}_sha256"} <= names:
-            found.setdefault(column.stage, []).append(column.name)
-    return found
-
-
-def options_hash(stage: Stage, options: BaseModel) -> str:
-    """16 hex digits over a stage's name, version, inputs, outputs and the options that decide its result.
-
-    An option whose field says `json_schema_extra={"decides": False}` (a timeout, a thread count) is left out, in models
-    within models too; of a list with `{"decides": "as a set"}` neither order nor repetition counts. An output that is
-    made with `decides=False` is left out, too. Where the stage has `deciding`, these are the options.
-    """
-    outputs = [field for field in stage.outputs if b"decides" not in (field.metadata or {})]
-    columns = [[(field.name, str(field.type)) for field in side] for side in (stage.inputs, outputs)]
-    decide = _deciding(getattr(stage, "deciding", options))
-    text = json.dumps([stage.name, stage.version, columns, decide], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _deciding(value: Any, dumped: Any = None) -> Any:
-    """An option's value as json, less what decides nothing."""
-    if isinstance(value, BaseModel):
-        dumped, found = value.model_dump(mode="json"), {}
-        for name, field in type(value).model_fields.items():
-            decides = (field.json_schema_extra or {}).get("decides", True)  # type: ignore[union-attr]
-            if decides and name in dumped:
-                found[name] = _deciding(getattr(value, name), dumped[name])
-            if decides == "as a set" and found[name] is not None:
-                found[name] = sorted({json.dumps(item, sort_keys=True) for item in found[name]})
-        return found
-    if isinstance(value, list | tuple):
-        return [_deciding(*pair) for pair in zip(value, dumped, strict=True)]
-    if isinstance(value, dict):
-        return {name: _deciding(value[key], dumped[name]) for key, name in zip(value, dumped, strict=True)}
-    return dumped
-
-
-def inputs_hashes(
-    signature: str, columns: Sequence[Sequence[Any]], more: Sequence[Any] | None = None
-) -> pa.UInt64Array:
-    """`<stage>_inputs` of rows: 64 bits over the signature and each row's inputs, given as columns.
-
-    Args:
-        more: of each row one more input; a row of which it is None has the hash of a row that has none.
-    """
-    copy = hashlib.blake2b(signature.encode(), digest_size=8).copy
-    digests = []
-    rows: Iterable[tuple[Any, ...]] = zip(*columns, strict=True)
-    if more is not None:
-        rows = (row if one is None else (*row, one) for row, one in zip(rows, more, strict=True))
-    for row in rows:
-        digest = copy()
-        digest.update(orjson.dumps(row, default=str))
-        digests.append(digest.digest())
-    return pa.array(np.frombuffer(b"".join(digests), ">u8").astype(np.uint64))
 
 
 def answered(outputs: pa.Schema, rows: Sequence[Sequence[Any]], errors: Mapping[int, Exception]) -> pa.RecordBatch:

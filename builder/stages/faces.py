@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from builder.engine.batches import difference
 from builder.errors import ConfigError
 from builder.models.faces.finder import (
     DETECTORS,
@@ -21,6 +20,7 @@ from builder.models.faces.finder import (
     is_large,
     nearness,
 )
+from builder.stages.comparison import difference
 from builder.stages.contract import Resources, answered
 from builder.table import boxes
 from builder.table.query import Lookup

@@ -31,8 +31,6 @@ TEXT = pa.string()
 FORMER = pa.struct([("ext", pa.string()), ("size", pa.int64()), ("digest", pa.uint64())])
 #: Members of a source that a stage may read.
 SOURCE_MEMBERS = ("image", "json", "txt")
-#: Extensions of a sample's picture, lower case, in order of preference.
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 #: Values repeat in columns that end so: they are written with a dictionary.
 _REPEATING = ("_status", "_error", "_run", "_model", "_source", "lang", "shard", "exif", "status", "_notes", "_path")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from builder.engine import runs
 from builder.errors import ConfigError
 from builder.progress import Talk
-from builder.stages.contract import pointers_of
 from builder.store import files
 from builder.store.layout import names
 from builder.table import partitions, root_schema, sweeps
+from builder.table.pointers import pointers_of
 from builder.verbs.pipeline import Pipeline
 
 #: A run of another host is taken for alive so long, in seconds: its process cannot be asked.

@@ -19,7 +19,9 @@ from builder.engine.work import Choice, Work
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError
 from builder.hybrid.edited_sample import Rules
 from builder.sources.tars import shards as tar_shards
-from builder.stages.contract import Stage, columns_of, find, options_hash, own_code, with_built_in, with_unread
+from builder.stages.contract import Stage, columns_of
+from builder.stages.finding import find, own_code, with_built_in, with_unread
+from builder.stages.signature import options_hash
 from builder.store.layout import Layout
 from builder.table import root_schema, schema
 from builder.table.query import Sql, parameters, read_sql

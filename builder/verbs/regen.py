@@ -24,7 +24,9 @@ from builder.errors import ConfigError, ShardError, StageError
 from builder.executors.local import as_a_worker
 from builder.hybrid import writer
 from builder.sources.members import EDIT, MemberReader
-from builder.stages.contract import Stage, find, formats_asked, options_hash, own_code
+from builder.stages.contract import Stage, formats_asked
+from builder.stages.finding import find, own_code
+from builder.stages.signature import options_hash
 from builder.table.query import Sql
 from builder.verbs.pipeline import Pipeline
 from builder.verbs.show import find_samples

@@ -16,7 +16,8 @@ from builder.errors import BuilderError, ConfigError, SchemaError, StageError, T
 from builder.hybrid import writer
 from builder.progress import Talk
 from builder.sources.tars import shards as tar_shards
-from builder.stages.contract import columns_of, own_code
+from builder.stages.contract import columns_of
+from builder.stages.finding import own_code
 from builder.store import files
 from builder.store.layout import Layout, names
 from builder.table import partitions, root_schema

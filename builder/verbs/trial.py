@@ -19,7 +19,7 @@ from builder.engine.task import read_once
 from builder.engine.work import Choice
 from builder.errors import ConfigError, StageError
 from builder.executors.local import as_a_worker
-from builder.stages.contract import own_code
+from builder.stages.finding import own_code
 from builder.store import files
 from builder.table import partitions, schema
 from builder.verbs.pipeline import Pipeline, table_shards, use_of, work_of

@@ -23,8 +23,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from builder.formats import IMAGE_EXTENSIONS
 from builder.table import boxes, schema
-from builder.table.schema import IMAGE_EXTENSIONS
 from builder.tar import blocks, member_names
 from builder.tar.index import Index
 

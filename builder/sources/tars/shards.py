@@ -27,12 +27,12 @@ from builder.errors import ConfigError, SchemaError, ShardError
 from builder.sources.tars.changes import digests, follow
 from builder.sources.tars.expected import expected
 from builder.sources.tars.samples import Samples, Seen, columns_of, group, no_collection
-from builder.stages.contract import inputs_hashes
 from builder.store import files, globs
 from builder.store.layout import Layout, local, shard_name, shard_name_fault
 from builder.table import schema
 from builder.table.column_files import SourceShard, read_column_file
 from builder.table.commits import commit_source
+from builder.table.inputs_hash import inputs_hashes
 from builder.table.partitions import partition_state
 from builder.table.schema import SOURCE, Column
 from builder.tar import indexing

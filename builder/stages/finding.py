@@ -1,0 +1,216 @@
+"""Finds the class of a stage by its name or in a file, and holds it to the contract."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pyarrow as pa
+from pydantic import BaseModel
+
+from builder import machine
+from builder.errors import BuilderError, SchemaError, StageError
+from builder.stages.contract import MEMBERS, Resources, Stage, columns_of, formats_asked, kind_of_output
+from builder.table import schema
+
+ENTRY_POINTS = "builder.stages"
+#: Columns of every batch.
+_ALWAYS_GIVEN = ("shard", "row", "uid")
+#: Where builder's own stages lie.
+_PACKAGE = Path(__file__).parents[1]
+
+
+def find(name: str, python: str | None = None) -> type[Stage]:
+    """The class of a stage: `python` as `file.py:Class`, or the entry point of that name.
+
+    Raises:
+        StageError: there is no such stage, file or class, it cannot be loaded, or it breaks the contract.
+    """
+    if python is not None:
+        kind = _from_file(name, python)
+    else:
+        points = _installed()
+        if name not in points:
+            near = difflib.get_close_matches(name, points, 1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise StageError(
+                f"there is no stage '{name}'",
+                fix=f"{hint}stages: {', '.join(sorted(points))}; or name your own in [stages.{name}]: "
+                'python = "my_stage.py:MyStage"',
+            )
+        try:
+            kind = points[name].load()
+        except (ImportError, AttributeError) as error:
+            if machine.is_of_the_machine(error):
+                raise machine.told(error) from error
+            raise StageError(
+                f"stage '{name}' cannot be loaded: {error}", fix=f"install again what brings {points[name].value}"
+            ) from error
+    _check_class(kind, name)
+    found: type[Stage] = kind
+    return found
+
+
+@cache
+def _installed() -> dict[str, importlib.metadata.EntryPoint]:
+    """The stages of installed packages by name; finding them reads a file of every package."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _from_file(name: str, python: str) -> Any:
+    path, colon, attribute = python.rpartition(":")
+    if not colon or not Path(path).is_file():
+        raise StageError(
+            f"stage '{name}': no file '{path or python}'",
+            fix='write it as python = "my_stage.py:MyStage", the path from the working directory',
+        )
+    spec = importlib.util.spec_from_file_location(f"builder_stage_{name}", path)
+    if spec is None or spec.loader is None:
+        raise StageError(f"stage '{name}': '{path}' is no Python file", fix="name a file that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        if machine.is_of_the_machine(error):
+            raise machine.told(error) from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        place = f"'{path}', line {line}" if line else f"'{path}'"
+        raise StageError(
+            f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="mend that line"
+        ) from error
+    if not hasattr(module, attribute):
+        classes = [
+            key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == spec.name
+        ]
+        raise StageError(
+            f"stage '{name}': '{path}' has no '{attribute}'", fix=f"its classes: {', '.join(classes) or 'none'}"
+        )
+    return getattr(module, attribute)
+
+
+def place_in(kind: type[Stage], error: BaseException) -> str:
+    """`file.py:line` of the innermost line of a stage's own files that an error came through, empty if there is none.
+
+    Stages of this package have none: their errors are said in words.
+    """
+    functions = (value for base in kind.__mro__ for value in vars(base).values())
+    names = {value.__code__.co_filename for value in functions if isinstance(value, FunctionType)}
+    own = {name for name in names if not Path(name).is_relative_to(_PACKAGE)}
+    found = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    places = [(name, line) for name, line in found if name in own]
+    return f"{Path(places[-1][0]).name}:{places[-1][1]}" if places else ""
+
+
+@contextmanager
+def own_code(kind: type[Stage], name: str) -> Iterator[None]:
+    """Where a stage's own code runs that answers no rows: what it raises becomes a StageError that names the line.
+
+    Errors of the system, and those that say themselves what to do, pass as they are.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        place = place_in(kind, error)
+        if not place or isinstance(error, BuilderError | OSError) or machine.is_of_the_machine(error):
+            raise
+        raise StageError(
+            f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="mend that line"
+        ) from error
+
+
+def _check_class(kind: Any, name: str) -> None:
+    if not schema.NAME.fullmatch(name) or name == schema.SOURCE:
+        raise StageError(
+            f"'{name}' cannot be the name of a stage",
+            fix="use lower-case letters, digits and _, a letter first; 'source' is ingest's",
+        )
+    wanted = {
+        "name": str, "version": str, "inputs": pa.Schema, "members": tuple, "outputs": pa.Schema,
+        "resources": Resources,
+    }  # fmt: skip
+    for attribute, expected in wanted.items():
+        value = getattr(kind, attribute, None)
+        if not isinstance(value, expected):
+            raise StageError(
+                f"stage '{name}': attribute '{attribute}' is {kind_of_output(value)}, not {expected.__name__}",
+                fix=f"set {attribute} on the class, as builder.stages.contract.Stage shows",
+            )
+    for method in ("setup", "process", "close"):
+        if not callable(getattr(kind, method, None)):
+            raise StageError(
+                f"stage '{name}' has no method '{method}'",
+                fix=f"write def {method}, as builder.stages.contract.Stage shows",
+            )
+    if hasattr(kind, "prepare"):
+        try:
+            inspect.signature(kind.process).bind("self", "batch", "prepared")
+        except TypeError:
+            raise StageError(
+                f"stage '{name}' has 'prepare', but its 'process' does not take what it returns",
+                fix="write def process(self, batch, prepared=None), as builder.stages.contract.Preparing shows",
+            ) from None
+    if not (isinstance(getattr(kind, "Options", None), type) and issubclass(kind.Options, BaseModel)):
+        raise StageError(f"stage '{name}': Options is no pydantic model", fix="class Options(builder.Strict): ...")
+    if kind.name != name:
+        raise StageError(
+            f"stage '{name}' calls itself '{kind.name}'", fix=f"write [stages.{kind.name}] in the pipeline"
+        )
+    unknown = [member for member in kind.members if member not in MEMBERS]
+    if unknown:
+        raise StageError(f"stage '{name}' asks for member '{unknown[0]}'", fix=f"valid: {', '.join(MEMBERS)}")
+    _check_names(kind, name)
+
+
+def _check_names(kind: Any, name: str) -> None:
+    """Inputs and outputs: plain names, each once, of types that the table can hold."""
+    for output in getattr(kind, "as_source", ()):
+        if output not in kind.outputs.names or kind.outputs.field(output).type != schema.GENERATED:
+            raise StageError(
+                f"stage '{name}': as_source names '{output}', which is no output of generated bytes",
+                fix="name outputs of type schema.GENERATED",
+            )
+    given = [*_ALWAYS_GIVEN, *kind.members, *kind.inputs.names, *formats_asked(kind)]
+    own = [column.name for column in schema.output_columns(name, kind.outputs)]
+    for names, what in ((given, "is given"), (own, "returns")):
+        double = next((column for i, column in enumerate(names) if column in names[:i]), None)
+        if double is not None:
+            raise StageError(f"stage '{name}' {what} two columns '{double}'", fix="give each a name of its own")
+    for column in (*kind.inputs.names, *kind.outputs.names):
+        if not schema.NAME.fullmatch(column):
+            raise StageError(
+                f"stage '{name}': '{column}' cannot be the name of a column",
+                fix="use lower-case letters, digits and _, a letter first",
+            )
+    for field in (*kind.inputs, *kind.outputs):
+        if field.type == schema.GENERATED and field.name in kind.outputs.names:
+            continue
+        try:
+            schema.type_text(field.type)
+        except SchemaError as error:
+            raise StageError(f"stage '{name}', column '{field.name}': {error.what}", fix=error.fix) from None
+
+
+def with_built_in(columns: Iterable[schema.Column]) -> tuple[schema.Column, ...]:
+    """Columns of a root, and those of the stages that come with builder: they read as nulls where no such stage ran."""
+    have = tuple(columns)
+    names = {schema.folded(column.name) for column in have}
+    own = sorted(name for name, point in _installed().items() if point.value.startswith("builder.stages."))
+    return (*have, *(column for name in own for column in columns_of(find(name)) if column.name not in names))
+
+
+def with_unread(columns: Iterable[schema.Column], stage: Stage, params: Mapping[str, Any]) -> tuple[schema.Column, ...]:
+    """Columns of a root, and those that a stage's work SQL names without looking at them: see `Stage`."""
+    have = tuple(columns)
+    names = getattr(stage, "unread", lambda _: ())(params)
+    return (*have, *(column for column in with_built_in(have)[len(have) :] if column.name in names))
