@@ -35,7 +35,7 @@ import torch
 
 from builder.models.images import diffusion
 from builder.stages.generate import Generate, GenerateOptions
-from tests.tiny_diffusers import clip_tokenizer, t5_tokenizer
+from tests.support.tiny_diffusers import clip_tokenizer, t5_tokenizer
 
 #: Dense bfloat16 operations per second, by a part of the device's name. Source: NVIDIA's data sheets.
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}

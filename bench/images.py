@@ -37,7 +37,7 @@ from builder.verbs.ingest import run_ingest
 from builder.verbs.pipeline import load_pipeline
 from builder.verbs.sql import answer
 from builder.verbs.stage import run_stage
-from tests import tiny_diffusers
+from tests.support import tiny_diffusers
 
 #: Images of a round, the model's batch and steps, and the side of the image, px.
 IMAGES, BATCH, STEPS, SIDE = 960, 8, 4, 64

@@ -30,10 +30,10 @@ from builder.table.query import Sql
 from builder.table.schema import BOXES
 from builder.verbs.pipeline import Pipeline, load_pipeline
 from builder.verbs.sql import answer
-from here import builder_here
+from support.here import builder_here
 
 local.as_a_worker()  # before a library counts its threads
-STAGES = Path(__file__).parent / "stages.py"
+STAGES = Path(__file__).parent / "support/stages.py"
 #: mtime of the test tars' members; the fraction makes tarfile write a pax header for each, as webdataset's writer does.
 PAX_MTIME, USTAR_MTIME = 1_700_000_000.5, 1_700_000_000
 
@@ -334,7 +334,7 @@ class Done:
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
     """Runs `builder ARGUMENTS` in this process, its tasks too."""
-    from kills import do, tasks_here
+    from support.kills import do, tasks_here
 
     monkeypatch.setattr(local, "run", tasks_here)
     monkeypatch.setattr(worker.faulthandler, "enable", lambda: None)  # pytest has its own

@@ -25,8 +25,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm_server import LlmServer, Play
-from tiny_diffusers import make_sd
+from support.llm_server import LlmServer, Play
+from support.tiny_diffusers import make_sd
 
 #: Columns that are not the same in two runs over the same source: runs and attempts, places of bytes, clocks, servers.
 VARYING = re.compile(r".*_run|image_path|image_offset|prompt_ms|prompt_endpoint")

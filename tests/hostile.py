@@ -47,7 +47,7 @@ from builder.table import partitions
 from builder.table.edits import EditsTar
 from builder.tar import blocks, indexing, record_heads
 from conftest import PIPELINE, Sample, Workspace, ingest_here, picture, write_tar
-from tars import by_builder, by_webdataset, rows_of
+from support.tars import by_builder, by_webdataset, rows_of
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 IMAGES = (

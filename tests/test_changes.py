@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-import planned
 from builder import output
 from builder.cli import main
 from builder.engine.counting import count_rows
@@ -39,7 +38,8 @@ from conftest import (
     read_tar,
     samples,
 )
-from stages import Note, Options
+from support import planned
+from support.stages import Note, Options
 
 Make = Callable[..., Workspace]
 NOTE = """\

@@ -22,7 +22,7 @@ from builder.models.llm.http import (
     read_usage,
     said,
 )
-from llm_server import LlmServer, disconnect, text
+from support.llm_server import LlmServer, disconnect, text
 
 
 def body(**fields: Any) -> bytes:

@@ -17,7 +17,7 @@ from builder.errors import StageError
 from builder.stages.check import Check, CheckOptions, grey_std
 from builder.stages.contract import RowsFailed
 from conftest import STANDARD_STAGES, Workspace
-from toy_scrfd import magenta, write_toy
+from support.toy_scrfd import magenta, write_toy
 
 Make = Callable[..., Workspace]
 

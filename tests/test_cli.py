@@ -25,7 +25,7 @@ from builder.errors import ConfigError
 from builder.hybrid import writer
 from builder.table import column_files
 from conftest import STAGES, Sample, Workspace, builder, make_shard, make_workspace, picture, samples, starts_in_ascii
-from stages import cannot
+from support.stages import cannot
 
 Make = Callable[..., Workspace]
 COMMANDS = {name: command for name, command in app.main.commands.items() if not command.hidden}
@@ -75,7 +75,7 @@ sql = "{{folder}}/note.sql"
 
 @pytest.fixture
 def own(tmp_path: Path, workspace: Make) -> Callable[..., Workspace]:
-    """A workspace with one stage of tests/stages.py; ingested."""
+    """A workspace with one stage of tests/support/stages.py; ingested."""
 
     def make(kind: str, options: str = "", **more: Any) -> Workspace:
         (tmp_path / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")

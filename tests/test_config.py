@@ -24,7 +24,7 @@ source = "auto"
 
 [stages.lang]
 """
-STAGES = Path(__file__).parent / "stages.py"
+STAGES = Path(__file__).parent / "support/stages.py"
 
 
 @pytest.fixture

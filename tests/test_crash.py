@@ -1,7 +1,7 @@
 """Kills at any moment, live copies, two stages at once: what was committed is there, and the end is the same.
 
 The kills are a sample of those of `make torture`. The roots of the rest: three shards of 24 samples, `note` (a stage of
-tests/stages.py that logs every row that it sees) and `generate`, two workers, checkpoints of four rows.
+tests/support/stages.py that logs every row that it sees) and `generate`, two workers, checkpoints of four rows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from builder.store.layout import RunFiles
 from builder.table import column_files, partitions
 from builder.verbs.gc import collect_garbage
 from conftest import ingest_here
-from kills import NOBODY, check_proven, check_swept, make, run, seen, start, table_of, wait_for
-from planned import described
+from support.kills import NOBODY, check_proven, check_swept, make, run, seen, start, table_of, wait_for
+from support.planned import described
 
 ALL = [f"{i:032x}" for i in range(3 * 24)]
 TORTURE = Path(__file__).with_name("torture.py")

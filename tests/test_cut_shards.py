@@ -19,7 +19,7 @@ from builder.table import partitions
 from builder.table.query import Sql
 from builder.tar import indexing
 from conftest import Workspace, picture, write_tar
-from tars import END, by_webdataset, gnu_tar, pax, pax_record, record, written
+from support.tars import END, by_webdataset, gnu_tar, pax, pax_record, record, written
 
 FILES = [(f"{i}.{extension}", data) for i in range(4) for extension, data in (("jpg", picture()), ("txt", b"a dog"))]
 GLOBAL = pax(pax_record(b"comment", b"made by git archive"), kind=b"g")

@@ -21,8 +21,6 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-import planned
-import tiny_diffusers
 from builder.engine.batches import check_alone, error_text
 from builder.engine.work import Choice
 from builder.errors import StageError
@@ -32,6 +30,7 @@ from builder.stages.contract import Preparing, RowsFailed
 from builder.stages.generate import Generate, GenerateOptions, nearest, seed_of
 from builder.table import partitions
 from conftest import Workspace, ingest_here, read_tar, samples
+from support import planned, tiny_diffusers
 
 ROOT = Path(__file__).parent.parent
 BATCH = 4

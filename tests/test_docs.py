@@ -22,7 +22,7 @@ from builder.demo.shards import make_demo_shards
 from builder.stages.contract import columns_of
 from builder.stages.finding import find
 from builder.table import schema
-from here import builder_here
+from support.here import builder_here
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

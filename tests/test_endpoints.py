@@ -20,7 +20,7 @@ from builder.errors import StageError
 from builder.models.llm.endpoint import LIMITING_S, Request, Served, probe
 from builder.models.llm.http import Http
 from builder.models.llm.pool import AskFailed, Endpoint, Over, Pool, Reply, summary
-from llm_server import (
+from support.llm_server import (
     LlmServer,
     Play,
     disconnect,

@@ -28,7 +28,7 @@ from builder.stages.signature import options_hash
 from builder.table import query
 from builder.table.schema import BOXES
 from conftest import Sample, Workspace, make_workspace, metadata, picture, samples
-from toy_scrfd import magenta, write_toy
+from support.toy_scrfd import magenta, write_toy
 
 Make = Callable[..., Workspace]
 Detections = tuple[list[list[float]], list[float]]

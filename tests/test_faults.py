@@ -1,7 +1,7 @@
 """Disks and processes that fail: the message says what, where and what to do; the rest is done; the next run ends it.
 
 The faults are the system's own where that needs no privileges (limits of files and of their size, SIGSEGV, a file that
-is deleted); the others are raised by the call itself, see tests/faults.py.
+is deleted); the others are raised by the call itself, see tests/support/faults.py.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from builder.table.edits import EditsTar
 from builder.table.query import Samples, Sql
 from builder.tar import indexing
 from conftest import Done, Workspace, ingest_here, samples, talk, write_tar
-from faults import Fault, armed, environment
-from planned import SQL, section
-from stages import Note, Options
+from support.faults import Fault, armed, environment
+from support.planned import SQL, section
+from support.stages import Note, Options
 
 Make = Callable[..., Workspace]
 ROWS = 4
@@ -47,7 +47,7 @@ def key(number: int) -> str:
 
 @pytest.fixture
 def own(workspace: Make) -> Callable[..., Workspace]:
-    """Three ingested shards of four samples, and a stage of tests/stages.py."""
+    """Three ingested shards of four samples, and a stage of tests/support/stages.py."""
 
     def make(kind: str = "Note", *, shards: int = 3, ingested: bool = True, **options: Any) -> Workspace:
         made = workspace(
@@ -725,8 +725,8 @@ def descriptors(left: int) -> Iterator[None]:
 def test_too_many_open_files(own: Callable[..., Workspace]) -> None:
     """A real limit: a task that can open nothing stops, and one that can goes on."""
     made = own()
-    from planned import do as task
-    from planned import plan
+    from support.planned import do as task
+    from support.planned import plan
 
     layout, stage = made.load().layout, Note(Options())
     run = plan(layout, stage)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from builder.tar import indexing
 from conftest import PIPELINE, STANDARD_STAGES, USTAR_MTIME, Workspace, picture, samples, write_tar
-from tars import Samples, by_builder, by_webdataset, gnu_tar, rows_of
+from support.tars import Samples, by_builder, by_webdataset, gnu_tar, rows_of
 
 
 def by_tarfile(path: Path) -> list[tuple[str, bytes]]:

@@ -46,7 +46,7 @@ from builder.verbs.sql import answer
 from builder.verbs.verify import prove
 from builder.verbs.write import run_write, write_plans
 from conftest import STANDARD_STAGES, Sample, Workspace, ingest_here, make_shard, picture, samples
-from tars import (
+from support.tars import (
     BLOCK,
     END,
     both_ways,

@@ -26,9 +26,9 @@ from builder.sources.tars import shards as tar_shards
 from builder.stages.finding import find
 from builder.store.files import ReadError
 from conftest import Done, Workspace, ingest_here, make_shard, picture, samples
-from faults import Fault, armed
-from planned import SQL, section
-from stages import SAID, Note, Options
+from support.faults import Fault, armed
+from support.planned import SQL, section
+from support.stages import SAID, Note, Options
 
 Make = Callable[..., Workspace]
 ROWS = 4

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import old_root
 from conftest import Workspace
+from support import old_root
 
 STAGES = ("faces", "lang", "prompts", "generate", "check")
 

@@ -18,9 +18,6 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-import make_root
-import old_root
-import planned
 from builder.engine import workset
 from builder.engine.work import Choice
 from builder.executors import local
@@ -38,7 +35,8 @@ from builder.verbs.status import read_status
 from builder.verbs.verify import prove
 from builder.verbs.write import plan_write
 from conftest import STAGES, Sample, Workspace, make_shard, make_workspace, read_tar, samples
-from here import tasks_here
+from support import make_root, old_root, planned
+from support.here import tasks_here
 
 QUIET = Talk(quiet=True)
 SQL = {

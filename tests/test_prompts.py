@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-import llm_server as llm
 from builder.config import Problems, check
 from builder.errors import ConfigError, ShardError, StageError
 from builder.models.llm.conversation import GROUP_SYSTEM, Rewrites, Template
@@ -24,8 +23,9 @@ from builder.stages.signature import options_hash
 from builder.store.layout import Layout
 from builder.table import commits
 from conftest import Workspace, ingest_here, samples
-from llm_server import LlmServer, Play, disconnect, hang
-from planned import do, plan
+from support import llm_server as llm
+from support.llm_server import LlmServer, Play, disconnect, hang
+from support.planned import do, plan
 
 GROUPS = [["Black", "white", "Asian"], ["man", "woman"]]
 SQL = "select shard, row, uid, caption as text from samples"

@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 
 from conftest import CAPTION, PIPELINE, Workspace, members_like, write_tar
-from tars import by_webdataset, gnu_tar
+from support.tars import by_webdataset, gnu_tar
 
 #: Of each kind of shard, what its samples consist of, in turn.
 KINDS: dict[str, list[tuple[str, ...]]] = {

@@ -17,10 +17,10 @@ import pytest
 
 from builder.models.llm.groups import Groups, text_of
 from conftest import Sample, Workspace, make_workspace, read_tar
-from served import free_port, served, transformers_command
-from tiny_diffusers import make_dit, make_sd
-from tiny_models import GROUPS, REFUSAL, REFUSED, SYSTEM, caption, group_talks, portrait, tiny_llama
-from toy_scrfd import magenta, write_toy
+from support.served import free_port, served, transformers_command
+from support.tiny_diffusers import make_dit, make_sd
+from support.tiny_models import GROUPS, REFUSAL, REFUSED, SYSTEM, caption, group_talks, portrait, tiny_llama
+from support.toy_scrfd import magenta, write_toy
 
 #: Captions that the tiny LLM knows.
 CAPTIONS = [caption(number) for number in range(4)]

@@ -24,8 +24,8 @@ from builder.table.rowwise import rowwise
 from builder.table.schema import IDENTITY, Column
 from builder.verbs import pipeline as pipelines
 from conftest import Workspace, make_shard, replace_everywhere, samples
-from planned import SQL, section, work_of
-from stages import Note, Options
+from support.planned import SQL, section, work_of
+from support.stages import Note, Options
 
 STAGES = ("faces", "lang", "prompts", "generate", "check")
 COLUMNS = ("shard", "row", "uid", "caption", "lang", "face_count", "face_scores", "source_digests")

@@ -18,7 +18,7 @@ STAGE = """\
 import sys
 
 sys.path.insert(0, {folder!r})
-from stages import Note
+from support.stages import Note
 
 
 class Note(Note):

@@ -14,7 +14,7 @@ from builder.errors import StageError
 from builder.models.faces import scrfd
 from builder.models.faces.scrfd import Scrfd
 from builder.models.pictures import Pixels, decode
-from toy_scrfd import Form, magenta, write_toy
+from support.toy_scrfd import Form, magenta, write_toy
 
 FORMS: list[Form] = ["flat", "batched", "leaking"]
 #: Width, height and the magenta squares of pictures; one tall, one wide, one smaller than the input, one without.

@@ -22,7 +22,7 @@ from webdataset.tariterators import base_plus_ext
 from builder.errors import ShardError
 from builder.tar import blocks, head_check, indexing, member_names, record_heads
 from conftest import PAX_MTIME, USTAR_MTIME, write_tar
-from tars import (
+from support.tars import (
     BLOCK,
     END,
     Listed,

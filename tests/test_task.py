@@ -33,8 +33,8 @@ from builder.table import column_files, commits, partitions, schema, sweeps
 from builder.table.commits import Swept
 from builder.tar import head_check
 from conftest import Workspace, ingest_here, make_shard, samples
-from planned import SQL, do, plan, section
-from stages import Base, Fails, Note, Options, Short, cannot
+from support.planned import SQL, do, plan, section
+from support.stages import Base, Fails, Note, Options, Short, cannot
 
 Make = Callable[..., Workspace]
 

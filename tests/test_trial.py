@@ -13,7 +13,7 @@ from PIL import Image
 
 from builder.store.layout import RunFiles
 from conftest import Workspace, make_workspace
-from planned import section
+from support.planned import section
 
 Make = Callable[..., Workspace]
 

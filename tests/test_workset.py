@@ -28,8 +28,8 @@ from builder.table.column_files import SourceShard
 from builder.verbs.plan import make_plan
 from builder.verbs.stage import run_stage
 from conftest import Workspace, ingest_here, make_shard, make_workspace, samples
-from planned import SQL, do, plan, rows_of, section, work_of
-from stages import Base, Fails, Note, Options
+from support.planned import SQL, do, plan, rows_of, section, work_of
+from support.stages import Base, Fails, Note, Options
 
 Make = Callable[..., Workspace]
 ALL = [(shard, row) for shard in ("00000000", "00000001") for row in range(8)]

@@ -5,7 +5,8 @@
 Every write, parquet file, fsync, link, rename, unlink and mkdir of ingest, stage, fold, write and gc on small roots is
 struck before, after and (where it has bytes) amid it; then come kills at random moments, of forks and of real commands
 with their workers. Besides, reads are answered with an error once: EIO, ESTALE, ETIMEDOUT, ENOMEM, EMFILE at every file
-that is opened, read or mapped. After each the root is checked, see tests/kills.py. Exit code 0 if all held, else 1.
+that is opened, read or mapped. After each the root is checked, see tests/support/kills.py.
+Exit code 0 if all held, else 1.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ REPOSITORY = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(1, REPOSITORY)  # the package beside these tests, in the commands too
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [REPOSITORY, os.environ.get("PYTHONPATH")]))
 
-from faults import READS  # noqa: E402
-from kills import KILLED, READ_SCENES, SCENES, Broken, Harness, Kill, seeded  # noqa: E402
+from support.faults import READS  # noqa: E402
+from support.kills import KILLED, READ_SCENES, SCENES, Broken, Harness, Kill, seeded  # noqa: E402
 
 #: Kills of real commands with worker processes, and of forks at random moments, of a whole run.
 ON_THE_COMMAND_LINE, AT_RANDOM = 40, 60

@@ -69,7 +69,7 @@ def install(folder: Path) -> None:
 
 
 def model(folder: Path) -> int:
-    from tiny_models import caption, group_talks, tiny_llama
+    from support.tiny_models import caption, group_talks, tiny_llama
 
     tiny_llama(folder / "llama", group_talks([caption(i) for i in range(4)]))
     return 0
@@ -100,7 +100,7 @@ def in_process_schema(folder: Path) -> int:
 
 
 def server(folder: Path) -> int:
-    from served import free_port, served
+    from support.served import free_port, served
 
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "llama")]
@@ -115,7 +115,7 @@ def server(folder: Path) -> int:
 
 def check(what: str, options: dict[str, Any]) -> int:
     """Whether every row has the answer that the model was taught for its group."""
-    from tiny_models import REFUSED, portrait
+    from support.tiny_models import REFUSED, portrait
 
     kinds, prompts, turned = outcomes(what, {**options, "temperature": 0.0, "retries": 0})
     wrong = [(group, prompt) for group, prompt in prompts if prompt != portrait(group)]
@@ -142,7 +142,7 @@ def outcomes(
 
     from builder.stages.contract import RowsFailed
     from builder.stages.prompts import Prompts, PromptsOptions
-    from tiny_models import GROUPS, SYSTEM, caption
+    from support.tiny_models import GROUPS, SYSTEM, caption
 
     stage = Prompts(
         PromptsOptions.model_validate({"groups": GROUPS, "system": SYSTEM, "seed": 0, "max_tokens": 60, **options})

@@ -1,6 +1,6 @@
 """Makes a small root with the version of builder that is installed, and packs it with its source and its pipeline.
 
-    python tests/make_root.py tests/roots/0.1.0.tar.gz
+    python tests/support/make_root.py tests/roots/0.1.0.tar.gz
 
 Its SQL is that version's, as `builder init` copies it. The tests unpack it elsewhere. A root records absolute paths of
 its source, so it is made in a folder whose path is as long as `PATH_LENGTH` says: another path of that length can

@@ -319,7 +319,7 @@ def environment(fault: Fault | None, site: Path) -> dict[str, str]:
         return {}
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(f"import {__name__}\n{__name__}.from_environment()\n")
-    places = [str(site), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    places = [str(site), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
     return {VARIABLE: json.dumps(asdict(fault)), "PYTHONPATH": os.pathsep.join(filter(None, places))}
 
 

@@ -1,4 +1,4 @@
-"""Roots that other versions of builder made, unpacked for a test. `tests/make_root.py` makes them."""
+"""Roots that other versions of builder made, unpacked for a test. `tests/support/make_root.py` makes them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from conftest import Workspace
-from make_root import folder_of_length
+from support.make_root import folder_of_length
 
-ROOTS = Path(__file__).parent / "roots"
+ROOTS = Path(__file__).parents[1] / "roots"
 
 
 def unpacked(version: str, parent: Path) -> Workspace:

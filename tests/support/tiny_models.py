@@ -1,6 +1,6 @@
 """Tiny real models, made where a test runs: no weights are downloaded.
 
-Run as a program it makes one in a folder: `python tests/tiny_models.py FOLDER`.
+Run as a program it makes one in a folder: `python tests/support/tiny_models.py FOLDER`.
 """
 
 from __future__ import annotations

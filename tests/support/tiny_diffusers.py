@@ -1,6 +1,6 @@
 """Tiny pipelines with random weights, saved as diffusers saves real ones.
 
-python tests/tiny_diffusers.py FOLDER
+python tests/support/tiny_diffusers.py FOLDER
 """
 
 from __future__ import annotations

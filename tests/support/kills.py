@@ -1,7 +1,7 @@
 """Kills: a small root that a command is killed over, and what must be true of it afterwards.
 
-The pipeline: `note` (a stage of tests/stages.py that logs every row that it sees) and `generate` on two thirds of the
-rows. `tests/torture.py` drives the harness at the end; tests/test_crash.py uses the rest.
+The pipeline: `note` (a stage of tests/support/stages.py that logs every row that it sees) and `generate` on two thirds
+of the rows. `tests/torture.py` drives the harness at the end; tests/test_crash.py uses the rest.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from builder.verbs.gc import collect_garbage
 from builder.verbs.plan import make_plan
 from builder.verbs.verify import prove
 from conftest import PIPELINE, Workspace, make_shard, samples
-from faults import HALVES, READS, Fault, Point, arm
-from planned import SQL, section
+from support.faults import HALVES, READS, Fault, Point, arm
+from support.planned import SQL, section
 
 BATCH_ROWS = 2
 WRITE = """

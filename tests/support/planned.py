@@ -19,12 +19,12 @@ from builder.verbs.pipeline import Pipeline, shards_of
 from builder.verbs.stage import _describe_stage
 from conftest import STAGES
 
-#: Work SQL of the stages of tests/stages.py.
+#: Work SQL of the stages of tests/support/stages.py.
 SQL = "select shard, row, uid, key, caption as text from samples"
 
 
 def section(kind: str, sql: str = "note.sql", *, name: str = "note", **options: Any) -> str:
-    """`[stages.<name>]` for a stage of tests/stages.py; options are TOML values as text."""
+    """`[stages.<name>]` for a stage of tests/support/stages.py; options are TOML values as text."""
     lines = [f"[stages.{name}]", f'python = "{STAGES}:{kind}"', f'sql = "{sql}"']
     return "\n".join([*lines, *(f"{key} = {value}" for key, value in options.items())]) + "\n"
 
