@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 __all__ = ["Dataset", "Resources", "Strict", "__version__", "open_dataset", "output"]
 
 if TYPE_CHECKING:
-    from builder.config import Strict
+    from builder.config.sections import Strict
     from builder.dataset import Dataset, open_dataset
     from builder.stages.contract import Resources
     from builder.table.schema import output
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Dataset": "dataset",
     "open_dataset": "dataset",
-    "Strict": "config",
+    "Strict": "config.sections",
     "output": "table.schema",
     "Resources": "stages.contract",
 }

@@ -20,8 +20,8 @@ from typing import Any, get_args
 import click
 from pydantic import BaseModel
 
-from builder import config
 from builder.cli import main as command_line
+from builder.config.sections import Dataset, FieldSpec, Run, StageTable, Write
 from builder.stages.contract import Stage
 from builder.stages.finding import find
 from builder.table import schema
@@ -111,13 +111,13 @@ def _renamed() -> list[str]:
 
 
 def _sections() -> Iterator[tuple[str, type[BaseModel], str]]:
-    yield "[dataset]", config.Dataset, "dataset"
-    yield "an entry of dataset.fields", config.FieldSpec, "dataset.fields"
-    yield "[run], and [stages.NAME.run] for one stage", config.Run, "run"
-    yield "[stages.NAME]: keys that every stage has", config.StageTable, "stages.NAME"
+    yield "[dataset]", Dataset, "dataset"
+    yield "an entry of dataset.fields", FieldSpec, "dataset.fields"
+    yield "[run], and [stages.NAME.run] for one stage", Run, "run"
+    yield "[stages.NAME]: keys that every stage has", StageTable, "stages.NAME"
     for name in STAGES:
         yield f"[stages.{name}]", find(name).Options, f"stages.{name}"
-    yield "[write]", config.Write, "write"
+    yield "[write]", Write, "write"
 
 
 def _columns(columns: Iterable[schema.Column]) -> list[str]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from builder import config
+from builder.config.loading import find_pipeline
+from builder.config.problems import line_of
 from builder.errors import ConfigError
+from builder.store import layout
 from builder.verbs.pipeline import load_pipeline
 
 GOOD = """\
@@ -226,9 +228,9 @@ def test_not_utf8(file: Path) -> None:
 
 
 def test_scale_that_is_not_there(file: Path) -> None:
-    installed = Path(config.layout.installed("pipelines")) / "medium.toml"
+    installed = Path(layout.installed("pipelines")) / "medium.toml"
     with pytest.raises(ConfigError) as caught:
-        config.find_pipeline("medium", None)
+        find_pipeline("medium", None)
     assert str(caught.value) == (
         f"no pipeline for scale 'medium'\n  looked at: pipelines/medium.toml, {installed}\n"
         "  fix: use --scale small or large, or name a file with --pipeline FILE"
@@ -236,11 +238,11 @@ def test_scale_that_is_not_there(file: Path) -> None:
 
 
 def test_scales_are_looked_up_here_first(file: Path) -> None:
-    assert config.find_pipeline(None, None) == config.layout.installed("pipelines") / "small.toml"
+    assert find_pipeline(None, None) == layout.installed("pipelines") / "small.toml"
     Path("pipelines").mkdir()
     Path("pipelines/small.toml").write_text(GOOD)
-    assert config.find_pipeline("small", None) == Path("pipelines/small.toml")
-    assert config.find_pipeline(None, "p.toml") == Path("p.toml")
+    assert find_pipeline("small", None) == Path("pipelines/small.toml")
+    assert find_pipeline(None, "p.toml") == Path("p.toml")
 
 
 @pytest.mark.parametrize(
@@ -480,4 +482,4 @@ def test_a_stage_with_devices_of_its_own_has_a_worker_for_each(file: Path, more:
     ],
 )
 def test_line_of_a_key_or_its_nearest_section(keys: tuple[str, ...], line: int) -> None:
-    assert config.line_of(GOOD, keys) == line
+    assert line_of(GOOD, keys) == line

@@ -16,8 +16,10 @@ from types import ModuleType
 import click
 import pytest
 
-from builder import __version__, config
+from builder import __version__
 from builder.cli import main
+from builder.config.problems import keys_of
+from builder.config.sections import Dataset, Run, StageTable, Strict, Write
 from builder.demo.shards import make_demo_shards
 from builder.stages.contract import columns_of
 from builder.stages.finding import find
@@ -72,14 +74,14 @@ def test_generated_docs_that_are_late_are_told_and_written(tmp_path: Path) -> No
 
 
 def test_a_key_without_a_comment_is_refused() -> None:
-    class Documented(config.Strict):
+    class Documented(Strict):
         #: One.
         one: int = 1
         #: Two of a kind.
         two: int = 2
         three: int = 3
 
-    class Bare(config.Strict):
+    class Bare(Strict):
         #: One.
         one: int = 1
 
@@ -116,10 +118,10 @@ def test_every_column_is_in_the_docs_with_a_meaning() -> None:
 
 def test_every_configuration_key_is_in_the_docs_with_a_meaning() -> None:
     text = (DOCS / "columns.md").read_text("utf-8")
-    models = {"dataset": config.Dataset, "run": config.Run, "write": config.Write, "stages.NAME": config.StageTable}
+    models = {"dataset": Dataset, "run": Run, "write": Write, "stages.NAME": StageTable}
     models |= {f"stages.{name}": find(name).Options for name in STAGES}
     for prefix, model in models.items():
-        for name in config.keys_of(model):
+        for name in keys_of(model):
             row = re.search(rf"^\| `{re.escape(prefix)}\.{name}` \| .* \| (.*) \|$", text, re.M)
             assert row, f"{prefix}.{name}"
             assert row[1].strip(), f"{prefix}.{name}"

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from builder.config import Problems, Strict, check
+from builder.config.problems import Problems, check
+from builder.config.sections import Strict
 from builder.errors import StageError
 from builder.models.llm.endpoint import LIMITING_S, Request, Served, probe
 from builder.models.llm.http import Http

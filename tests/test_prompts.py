@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from builder.config import Problems, check
+from builder.config.problems import Problems, check
 from builder.errors import ConfigError, ShardError, StageError
 from builder.models.llm.conversation import GROUP_SYSTEM, Rewrites, Template
 from builder.stages.contract import RowsFailed

@@ -54,7 +54,7 @@ def choice_options(command: Command) -> Command:
 
 
 def load(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> Pipeline:
-    from builder.config import find_pipeline
+    from builder.config.loading import find_pipeline
     from builder.verbs.pipeline import load_pipeline
 
     if scale and pipeline:

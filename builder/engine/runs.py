@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import __version__, errors
-from builder.config import Run
+from builder.config.sections import Run
 from builder.engine.in_hand import KILLED
 from builder.errors import BuilderError, MachineError, ShardError, StageError
 from builder.executors import local

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pyarrow as pa
 from pydantic import Field
 
-from builder.config import Strict
+from builder.config.sections import Strict
 from builder.models.text.language import LanguageModel, check_installed
 from builder.stages.contract import Resources
 from builder.table.schema import output

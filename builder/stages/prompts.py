@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 from pydantic.config import JsonDict
 
-from builder.config import Strict
+from builder.config.sections import Strict
 from builder.errors import ConfigError, StageError
 from builder.models.llm import http as chat
 from builder.models.llm import vllm_engine

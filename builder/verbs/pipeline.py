@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from builder import config as configs
-from builder.config import Config
+from builder.config.loading import Config, fields_of, load_config, run_of
+from builder.config.problems import check
+from builder.config.sections import Run, StageTable
 from builder.engine import workset
 from builder.engine.work import Choice, Work
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError
@@ -37,8 +38,8 @@ class StageUse:
 
     stage: Stage
     options: BaseModel
-    run: configs.Run
-    table: configs.StageTable
+    run: Run
+    table: StageTable
 
     @property
     def sql(self) -> Sql:
@@ -110,7 +111,7 @@ def load_pipeline(path: Path, sets: Sequence[str] = (), named: Sequence[str] = (
         ConfigError: every problem at once.
         SchemaError: two stages have one column.
     """
-    config = configs.load(path, tuple(sets))
+    config = load_config(path, tuple(sets))
     stages: dict[str, StageUse] = {}
     for name, section in config.stages.items():
         try:
@@ -118,8 +119,8 @@ def load_pipeline(path: Path, sets: Sequence[str] = (), named: Sequence[str] = (
         except StageError as error:
             config.problems.add(("stages", name), "\n".join([error.what, error.fix]))
             continue
-        options = configs.check(kind.Options, section.options, ("stages", name), config.problems)
-        run = configs.run_of(config, name)
+        options = check(kind.Options, section.options, ("stages", name), config.problems)
+        run = run_of(config, name)
         if options is not None:
             try:
                 with own_code(kind, name):
@@ -127,7 +128,7 @@ def load_pipeline(path: Path, sets: Sequence[str] = (), named: Sequence[str] = (
                 stages[name] = StageUse(stage, options, _on_gpus(stage, run, section), section)
             except BuilderError as error:
                 config.problems.add(("stages", name), "\n".join([error.what, error.fix]))
-    fields, renamed = configs.fields_of(config.dataset, config.problems)
+    fields, renamed = fields_of(config.dataset, config.problems)
     config.problems.raise_any()
     pipeline = Pipeline(config, stages, tar_shards.Reading(fields, config.dataset.boxes, renamed), tuple(named))
     with _in_file(config.path):
@@ -135,7 +136,7 @@ def load_pipeline(path: Path, sets: Sequence[str] = (), named: Sequence[str] = (
     return pipeline
 
 
-def _on_gpus(stage: Stage, run: configs.Run, section: configs.StageTable) -> configs.Run:
+def _on_gpus(stage: Stage, run: Run, section: StageTable) -> Run:
     """One worker a GPU where each holds a model of its own, unless the stage's own section says how many."""
     if not stage.resources.gpus or "workers" in section.run or all(device == "cpu" for device in run.devices):
         return run

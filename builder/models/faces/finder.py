@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from builder.config import Strict
+from builder.config.sections import Strict
 from builder.errors import ConfigError
 from builder.models.faces.mtcnn import Mtcnn
 from builder.models.faces.mtcnn_networks import check_installed as check_mtcnn

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from builder.config import Strict
+from builder.config.sections import Strict
 from builder.errors import RowError, StageError, missing_extra
 from builder.machine import is_of_the_machine, is_out_of_memory
 from builder.models.pictures import Pixels

@@ -23,7 +23,7 @@ import orjson
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 
-from builder.config import Strict
+from builder.config.sections import Strict
 from builder.errors import StageError
 from builder.models.llm.http import (
     MAX_BYTES_LISTED,

@@ -1,0 +1,177 @@
+"""Pipeline files: TOML into strict models."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder import machine
+from builder.config.problems import Problems, checked_section, hint, table_at
+from builder.config.sections import EXECUTORS, Dataset, FieldSpec, Run, StageTable, Write
+from builder.errors import ConfigError, SchemaError
+from builder.store import layout
+from builder.table import schema
+
+
+@dataclass(frozen=True)
+class Config:
+    """A pipeline: the file's sections, and what was overridden.
+
+    Attributes:
+        path: the file it was read from.
+        sets: the overrides as they were given.
+    """
+
+    path: str
+    dataset: Dataset
+    run: Run
+    stages: dict[str, StageTable]
+    write: Write
+    problems: Problems
+    sets: tuple[str, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        return Path(self.dataset.root)
+
+    @property
+    def output(self) -> Path | None:
+        """Where hybrid shards go, if not below the root."""
+        return None if self.write.folder is None else Path(self.write.folder)
+
+    @property
+    def patterns(self) -> list[str]:
+        return [self.dataset.shards] if isinstance(self.dataset.shards, str) else list(self.dataset.shards)
+
+
+def load_config(path: Path, sets: tuple[str, ...] = ()) -> Config:
+    """Reads a pipeline file.
+
+    What is wrong with its form is kept in `Config.problems`, for the stages' own to join them: the caller raises them
+    all, and uses nothing of the config before.
+
+    Args:
+        sets: overrides `dotted.key=value`, the value as TOML or else as text.
+
+    Raises:
+        ConfigError: no such file, or no TOML.
+    """
+    text = _read(path)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _no_toml(path, error) from None
+    for item in sets:
+        _set(data, item)
+    problems = Problems(str(path), text, sets)
+    valid = ("dataset", "run", "stages", "write")
+    for name in data:
+        if name not in valid:
+            problems.add((name,), f"unknown section [{name}]\n{hint(name, valid)}")
+    if "dataset" not in data:
+        problems.add(
+            ("dataset",), 'missing section [dataset]\nadd it, with shards = "data/*.tar" and root = "out/mine"'
+        )
+    dataset = checked_section(Dataset, data, ("dataset",), problems, shards=[], root="")
+    run = checked_section(Run, data, ("run",), problems)
+    if run.executor not in EXECUTORS:
+        problems.add(("run", "executor"), _no_executor(run.executor))
+    stages = table_at(data, ("stages",), problems)
+    tables = {name: checked_section(StageTable, stages, ("stages", name), problems) for name in stages}
+    return Config(str(path), dataset, run, tables, checked_section(Write, data, ("write",), problems), problems, sets)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no pipeline file '{path}'", fix="name one that exists, or start with: builder init DIR"
+        ) from None
+    except OSError as error:
+        if machine.is_of_the_machine(error):
+            raise
+        raise ConfigError(
+            f"the pipeline cannot be read: {error.strerror}", where={"file": path}, fix="name a file that can be read"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            "the pipeline is not UTF-8 text", where={"file": path, "byte": error.start}, fix="save it as UTF-8"
+        ) from None
+
+
+def _no_toml(path: Path, error: tomllib.TOMLDecodeError) -> ConfigError:
+    what, _, place = str(error).removesuffix(")").partition(" (at ")
+    line = re.match(r"line (\d+), column (\d+)$", place)
+    where = {"file": f"{path}:{line[1]}", "column": line[2]} if line else {"file": path, "at": place}
+    return ConfigError(f"the pipeline is not TOML: {what[0].lower()}{what[1:]}", where=where, fix="edit that line")
+
+
+def find_pipeline(scale: str | None, pipeline: str | None) -> Path:
+    """The file of `--pipeline FILE` or `--scale NAME`: `./pipelines/NAME.toml` first, then as installed."""
+    if pipeline is not None:
+        return Path(layout.local(pipeline))
+    name = scale or "small"
+    path, places = layout.find("pipelines", f"{name}.toml")
+    if path is None:
+        raise ConfigError(
+            f"no pipeline for scale '{name}'",
+            where={"looked at": ", ".join(str(place) for place in places)},
+            fix="use --scale small or large, or name a file with --pipeline FILE",
+        )
+    return path
+
+
+def run_of(config: Config, stage: str) -> Run:
+    """`[run]` with what `[stages.<name>.run]` overrides."""
+    own = dict(config.stages[stage].run)
+    if isinstance(own.get("devices"), list) and own["devices"]:
+        own.setdefault("workers", len(own["devices"]))
+    keys = ("stages", stage, "run")
+    merged = checked_section(Run, {"run": {**config.run.model_dump(), **own}}, keys, config.problems)
+    if "executor" in own and merged.executor not in EXECUTORS:
+        config.problems.add((*keys, "executor"), _no_executor(merged.executor))
+    return merged
+
+
+def _no_executor(name: str) -> str:
+    return f"executor '{name}' is not part of this version\nuse: executor = \"local\""
+
+
+def fields_of(dataset: Dataset, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
+    """json fields with their Arrow types, and the columns of those for which one is named."""
+    fields: dict[str, Any] = {}
+    named: dict[str, str] = {}
+    for item in dataset.fields:
+        spec = item if isinstance(item, FieldSpec) else FieldSpec(name=item, type="")
+        try:
+            kind = schema.parse_type(spec.type) if spec.type else schema.FIELD_TYPES.get(spec.name, schema.TEXT)
+            if spec.column:
+                named[spec.name] = spec.column
+            fields[spec.name] = kind
+        except SchemaError as error:
+            problems.add(("dataset", "fields"), f"field '{spec.name}': {error.what}\n{error.fix}")
+    try:
+        schema.field_columns(fields, named)
+    except SchemaError as error:
+        problems.add(("dataset", "fields"), f"{error.what}\n{error.fix}")
+    return fields, named
+
+
+def _set(data: dict[str, Any], item: str) -> None:
+    name, equals, value = item.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set takes KEY=VALUE, not '{item}'", fix="for example: --set dataset.root=out/try")
+    current = data
+    for key in keys[:-1]:
+        current = current.setdefault(key, {})
+        if not isinstance(current, dict):
+            raise ConfigError(f"--set {name}: '{key}' is a value, not a section", fix="name a key inside a section")
+    try:
+        current[keys[-1]] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        current[keys[-1]] = value

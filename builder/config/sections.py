@@ -1,0 +1,114 @@
+"""What the sections of a pipeline file may say."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from builder.errors import ConfigError
+from builder.store import layout
+
+#: Executors that this version carries.
+EXECUTORS = ("local",)
+Param = str | int | float | bool | list[str] | list[int] | list[float]
+
+
+class Strict(BaseModel):
+    """A model that refuses unknown keys and does not turn one type into another."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _local(name: str) -> str:
+    try:
+        return layout.local(name)
+    except ConfigError as error:
+        raise ValueError(f"{error.what}\n{error.fix}") from None
+
+
+#: A path of this machine, `~` expanded.
+LocalPath = Annotated[str, AfterValidator(_local)]
+
+
+class FieldSpec(Strict):
+    """A json field with a type of its own: an entry `{name = ..., type = ...}` of `dataset.fields`."""
+
+    #: The field's name in the json.
+    name: str
+    #: `string`, `bool`, `int32`, `int64`, `float64`, `list<TYPE>`, `struct<name: TYPE, ...>` and so on.
+    type: str
+    #: Its column in the table, where its own name is not free.
+    column: str | None = Field(default=None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
+
+
+class Dataset(Strict):
+    """What goes in and where the table lies."""
+
+    #: Name of the dataset, for people.
+    name: str = "dataset"
+    #: Tar shards: a path or a list of paths, with braces `{000..335}` and globs, from the working directory.
+    shards: str | list[str]
+    #: Folder of the table, the edits and the hybrid shards.
+    root: LocalPath
+    #: json fields carried into the table; others than DataComp's and img2dataset's are text unless {name, type}.
+    fields: list[str | FieldSpec] = []
+    #: The json field that holds precomputed face boxes.
+    boxes: str = "face_bboxes"
+
+
+class Run(Strict):
+    """How work is executed; `[run]` for all stages, `[stages.<name>.run]` for one."""
+
+    #: Where tasks run; this version has `local` only.
+    executor: Literal["local", "slurm", "ray"] = "local"
+    #: Worker processes; one a device for a stage that takes a GPU, or whose own section names devices, and not this.
+    workers: int = Field(default=2, ge=1)
+    #: Most rows that a task answers without committing them: what a kill costs.
+    checkpoint_rows: int = Field(default=2048, ge=1)
+    #: Seconds after which a task commits.
+    checkpoint_seconds: float = Field(default=60.0, gt=0)
+    #: Share of failed rows past which a task stops, judged after 100 rows.
+    max_failed: float = Field(default=0.5, ge=0, le=1)
+    #: Rows of one batch; the stage's own number if absent.
+    batch_rows: int | None = Field(default=None, ge=1)
+    #: Devices, one a worker in turn.
+    devices: list[str] = Field(default=["cpu"], min_length=1)
+
+
+class StageTable(BaseModel):
+    """`[stages.<name>]`: keys that every stage has; the others are the stage's options."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    #: A stage of one's own, `file.py:Class`.
+    python: LocalPath | None = None
+    #: The work SQL; `sql/<name>.sql` if absent.
+    sql: LocalPath | None = None
+    #: Values of the $names in the work SQL.
+    params: dict[str, Param] = {}
+    #: Keys of `[run]` that differ for this stage.
+    run: dict[str, Any] = {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Write(Strict):
+    """What the writer does."""
+
+    #: SQL that returns the samples which differ from the source.
+    select: LocalPath = "sql/write.sql"
+    #: Values of the $names in that SQL.
+    params: dict[str, Param] = {}
+    #: Format of new pictures. source: that of the picture that is replaced. jpg: always jpg, and a png or webp that is
+    #: replaced becomes a .jpg, which readers that look for one kind of picture lose.
+    image: Literal["source", "jpg"] = "source"
+    #: Of a sample with several pictures, what becomes of those that a new one does not replace: keep or drop. Absent:
+    #: such a sample is not edited.
+    other_pictures: Literal["keep", "drop"] | None = None
+    #: Whether an edited sample without a json gets one. Without it, how the sample was made is in the manifest.
+    gives_json: bool = Field(default=False, alias="json")
+    #: Folder of the hybrid shards, on another disk too; `shards` in `dataset.root` if absent.
+    folder: str | None = Field(default=None, min_length=1)
