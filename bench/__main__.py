@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from bench import corpus, faces, images, prompts, tables, work
 from bench.report import Result, compared, rounds_of, table, write
 from builder.executors.local import DEFAULTS
-from builder.sources.tars import shards as tar_shards
+from builder.sources.ingest import ingest_shard
 from builder.stages.contract import columns_of
 from builder.stages.finding import find as find_stage
 from builder.store.layout import Layout
@@ -196,7 +196,7 @@ def prepare_write(folder: Path, paths: Sequence[Path]) -> tuple[Layout, list[Pat
     layout.run("bench").mkdir(parents=True)
     (layout.run("bench") / "run.json").write_text(json.dumps(run))
     for path, edit in zip(paths, edits, strict=True):
-        tar_shards.ingest_shard(layout, path, work.READING, "bench")
+        ingest_shard(layout, work.READING, path.stem, path, "bench")
         _generate(layout, path.stem, edit)
     (layout.root / "made").touch()
     return layout, edits

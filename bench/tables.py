@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.corpus import SEED
-from builder.sources.tars import shards as tar_shards
 from builder.store.layout import Layout
 from builder.table import column_files, partitions, root_schema
 from builder.table.schema import SOURCE
@@ -55,7 +54,7 @@ def _shard(folder: Path, layout: Layout, pipeline: Pipeline, name: str, content:
     named = content.set_column(content.column_names.index("shard"), "shard", pa.array([name] * content.num_rows))
     named = named.set_column(named.column_names.index("uid"), "uid", pa.array(uids))
     write = partial(column_files.write_parquet, named)
-    source = tar_shards.identify(path, pipeline.reading)
+    source = pipeline.source.identify(path)
     write(partitions.folded_metadata(generations, 1, name, source), layout.partition(name))
 
 

@@ -25,7 +25,8 @@ from builder.engine import workset
 from builder.engine.work import Choice
 from builder.hybrid import writer
 from builder.hybrid.edited_sample import Rules
-from builder.sources.tars import shards as tar_shards
+from builder.sources.ingest import ingest_shard
+from builder.sources.tars import shards
 from builder.stages.contract import columns_of
 from builder.stages.finding import find as find_stage
 from builder.store.layout import Layout
@@ -36,7 +37,7 @@ from builder.verbs.plan import make_plan
 from builder.verbs.status import read_status
 
 #: Every json field of DataComp and img2dataset is carried.
-READING = tar_shards.Reading(dict(schema.FIELD_TYPES))
+READING = shards.TarShards(dict(schema.FIELD_TYPES))
 #: The question of the benchmark.
 QUESTION = "select count(*) from samples where face_count > 0 and lang = 'en'"
 
@@ -66,13 +67,13 @@ def ingest(root: str, *paths: str) -> Work:
     layout = Layout(Path(root))
     shutil.rmtree(root, ignore_errors=True)
     root_schema.extend_schema(layout, READING.columns)
-    tar_shards.ingest_shard(layout, tiny(), READING, "bench")
+    ingest_shard(layout, READING, tiny().stem, tiny(), "bench")
     shutil.rmtree(root)
     root_schema.extend_schema(layout, READING.columns)
 
     def work() -> None:
         for path in paths:
-            tar_shards.ingest_shard(layout, Path(path), READING, "bench")
+            ingest_shard(layout, READING, Path(path).stem, Path(path), "bench")
 
     return work
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder import machine
 from builder.errors import ConfigError
-from builder.sources.members import MemberReader
+from builder.sources.reader import MemberReader
 from builder.stages.finding import with_built_in
 from builder.store.layout import Layout
 from builder.table import root_schema

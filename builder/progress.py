@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 #: Seconds between two lines of one task in a log.
 _LOG_EVERY_S = 15.0
+#: Things that a line lists before it only counts the others.
+EXAMPLES = 3
 
 
 class Bar(Protocol):
@@ -111,3 +113,9 @@ def plain(text: str) -> str:
 def plain_lines(text: str) -> str:
     """The same line by line."""
     return "\n".join(plain(line) for line in text.split("\n"))
+
+
+def few(things: Sequence[object]) -> str:
+    """The first things of a list, and how many more there are."""
+    more = f" and {len(things) - EXAMPLES} more" if len(things) > EXAMPLES else ""
+    return ", ".join(str(thing) for thing in things[:EXAMPLES]) + more

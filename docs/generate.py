@@ -21,7 +21,8 @@ import click
 from pydantic import BaseModel
 
 from builder.cli import main as command_line
-from builder.config.sections import Dataset, FieldSpec, Run, StageTable, Write
+from builder.config.sections import Run, StageTable, Write
+from builder.sources.tars.section import FieldSpec, TarDataset
 from builder.stages.contract import Stage
 from builder.stages.finding import find
 from builder.table import schema
@@ -111,7 +112,7 @@ def _renamed() -> list[str]:
 
 
 def _sections() -> Iterator[tuple[str, type[BaseModel], str]]:
-    yield "[dataset]", Dataset, "dataset"
+    yield "[dataset]", TarDataset, "dataset"
     yield "an entry of dataset.fields", FieldSpec, "dataset.fields"
     yield "[run], and [stages.NAME.run] for one stage", Run, "run"
     yield "[stages.NAME]: keys that every stage has", StageTable, "stages.NAME"

@@ -24,7 +24,7 @@ from PIL import Image
 
 from builder.engine import worker
 from builder.executors import local
-from builder.sources.tars import shards as tar_shards
+from builder.sources.ingest import ingest_shard
 from builder.table import root_schema
 from builder.table.query import Sql
 from builder.table.schema import BOXES
@@ -228,9 +228,9 @@ def builder(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 def ingest_here(pipeline: Pipeline) -> None:
     """Ingests every shard in this process."""
-    root_schema.extend_schema(pipeline.layout, pipeline.reading.columns)
-    for path in tar_shards.find(pipeline.config.patterns).paths.values():
-        tar_shards.ingest_shard(pipeline.layout, path, pipeline.reading, "ingest-run")
+    root_schema.extend_schema(pipeline.layout, pipeline.source.columns)
+    for shard, path in pipeline.asked.find().paths.items():
+        ingest_shard(pipeline.layout, pipeline.source, shard, path, "ingest-run")
 
 
 def make_workspace(

@@ -49,7 +49,7 @@ def refusal(path: Path, text: str | bytes | None = None, *sets: str) -> str:
 
 def test_a_good_pipeline_is_taken(file: Path) -> None:
     pipeline = load_pipeline(file)
-    assert (pipeline.config.patterns, str(pipeline.config.root), list(pipeline.stages)) == (
+    assert (list(pipeline.asked.patterns), str(pipeline.config.root), list(pipeline.stages)) == (
         ["data/*.tar"], "out", ["faces", "lang"],
     )  # fmt: skip
     assert pipeline.stages["faces"].options.model_dump()["min_size"] == 0.03

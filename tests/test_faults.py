@@ -21,11 +21,12 @@ from typing import Any
 import pytest
 
 from builder import machine
+from builder.engine import worker
 from builder.errors import TransientError
 from builder.executors import local
 from builder.executors.local import Ended
 from builder.hybrid import writer
-from builder.sources.tars import shards as tar_shards
+from builder.sources.tars import shards
 from builder.store import files
 from builder.store.layout import Layout
 from builder.table import column_files, commits, root_schema
@@ -542,7 +543,7 @@ def vanish(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, path: Path) -
     ("words", "owner", "name", "first", "said", "rest"),
     [
         (
-            ("ingest",), tar_shards, "ingest_shard", "ingest: 2 shards, 8 rows",
+            ("ingest",), worker, "ingest_shard", "ingest: 2 shards, 8 rows",
             ["the shard cannot be read: No such file or directory", "  file: {path}",
              "  fix: put it back or take it out of dataset.shards, then run the same command again"],
             "ingest: 1 shards, 4 rows",
@@ -620,13 +621,13 @@ def test_a_folder_that_is_not_listed_makes_no_shard_vanish(
     assert done.talk[0] == f"error: {machine.told(OSError(number, '')).what}"
 
 
-@pytest.mark.parametrize("step", ["group", "_digests"])
+@pytest.mark.parametrize("step", ["group", "digests"])
 def test_a_shard_that_changes_while_it_is_read_is_refused(
     own: Callable[..., Workspace], ask: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """What was read of it is committed neither the first time nor behind what an ingest has read before."""
-    made = own(ingested=step == "_digests")
-    path, real = made.folder / "source/00000001.tar", getattr(tar_shards, step)
+    made = own(ingested=step == "digests")
+    path, real = made.folder / "source/00000001.tar", getattr(shards, step)
     times = itertools.count(1)
     os.utime(path, (1, next(times)))
 
@@ -635,12 +636,12 @@ def test_a_shard_that_changes_while_it_is_read_is_refused(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tar_shards, step, meanwhile)
+        patch.setattr(shards, step, meanwhile)
         done = ask(made, "ingest")
     assert done.code == 3
     assert "refused shard '00000001': the shard changed while it was read" in done.talk
     layout = made.load().layout
-    assert column_files.newest(layout, "00000001") == ({"source": 1} if step == "_digests" else {})
+    assert column_files.newest(layout, "00000001") == ({"source": 1} if step == "digests" else {})
     assert ask(made, "ingest").code == 0
 
 

@@ -21,7 +21,7 @@ import pytest
 from builder.engine.work import Choice
 from builder.errors import BuilderError, ConfigError, ShardError
 from builder.progress import Talk
-from builder.sources.members import MemberReader
+from builder.sources.reader import MemberReader
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
 from builder.table import column_files, root_schema, sweeps

@@ -11,7 +11,7 @@ import pytest
 
 from builder.errors import ConfigError
 from builder.progress import Talk
-from builder.sources.tars import shards as tar_shards
+from builder.sources.tars.finding import find_shards
 from conftest import Workspace, picture, read_tar, samples, write_tar
 
 # --- which shards ---
@@ -29,13 +29,13 @@ def test_a_glob_tells_what_it_matches_that_is_no_file(workspace: Callable[..., W
         f"{source}/folder.tar/*.tar?), {source}/gone.tar (a link to nothing)"
     )
     assert len(json.loads(made.run("plan", "--json").stdout)["ingest"]["missing"]) == 2
-    everything = tar_shards.find([f"{source}/*"])
+    everything = find_shards([f"{source}/*"])
     assert sorted(path.name for path in everything.missing) == ["folder.tar", "gone.tar"]
 
 
 def refusal(*patterns: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        tar_shards.find(patterns)
+        find_shards(patterns)
     return str(caught.value)
 
 
@@ -68,7 +68,7 @@ def test_names_that_only_look_foreign_are_read(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("a::b.tar", "pipe:c.tar", "~d.tar"):
         write_tar(tmp_path / name, [])
-    assert list(tar_shards.find(["a::b.tar", "pipe:c.tar", "~d.tar", "~/a*.tar"]).paths) == ["a::b", "pipe:c", "~d"]
+    assert list(find_shards(["a::b.tar", "pipe:c.tar", "~d.tar", "~/a*.tar"]).paths) == ["a::b", "pipe:c", "~d"]
 
 
 def test_every_path_of_a_pipeline_may_begin_with_a_tilde(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from builder import machine
-from builder.sources.tars import shards as tar_shards
+from builder.sources.tars.finding import find_shards
 from builder.store import globs
 from conftest import Done, Sample, Workspace, ingest_here, metadata, picture
 
@@ -52,7 +52,7 @@ def test_a_folder_that_the_machine_does_not_list_is_not_empty(
     made(tmp_path)
     monkeypatch.setattr(machine, "PAUSE_S", 0.001)
     monkeypatch.chdir(tmp_path)
-    expected = tar_shards.find([pattern])
+    expected = find_shards([pattern])
     real, asked = os.scandir, list[str]()
 
     def scandir(folder: Any = ".") -> Any:
@@ -67,13 +67,13 @@ def test_a_folder_that_the_machine_does_not_list_is_not_empty(
         for nth in (1, 2, 3):
             asked.clear()
             failing = {nth}
-            assert tar_shards.find([pattern]) == expected
+            assert find_shards([pattern]) == expected
     for first in (1, 2):
         asked.clear()
         failing = set(range(first, 100))
         if first == 1 or len(asked) > 1:
             with pytest.raises(OSError, match=os.strerror(number)):
-                tar_shards.find([pattern])
+                find_shards([pattern])
 
 
 @pytest.mark.parametrize("what", ["link", "folder", "pipe", "EIO"])

@@ -35,7 +35,8 @@ from builder.errors import ConfigError, ShardError
 from builder.hybrid import writer
 from builder.models.pictures import decode
 from builder.progress import Talk, plain
-from builder.sources.tars.samples import MAX_ERROR, MAX_TEXT
+from builder.sources.tars.columns import MAX_TEXT
+from builder.sources.tars.samples import MAX_ERROR
 from builder.store.layout import MAX_SHARD_NAME, Layout, shard_name_fault
 from builder.table.edits import EditsReader, EditsTar
 from builder.table.query import Sql
@@ -860,8 +861,8 @@ def test_shards_whose_names_cannot_be_used_are_refused_and_the_others_go_on(work
 
 
 def test_a_folder_that_is_not_utf8_is_told() -> None:
-    assert shard_name_fault(Path("/data/caf\udce9/0.tar")) == "the name of a folder above it is not UTF-8"
-    assert shard_name_fault(Path("/data/café [1]/0*.tar")) == ""
+    assert shard_name_fault("0", Path("/data/caf\udce9/0.tar")) == "the name of a folder above it is not UTF-8"
+    assert shard_name_fault("0*", Path("/data/café [1]/0*.tar")) == ""
 
 
 @pytest.mark.parametrize("folder", ["out", "run [1]/k=v/out*"])

@@ -22,7 +22,7 @@ from builder.engine import worker
 from builder.errors import ShardError, StageError, TransientError
 from builder.machine import Sort, sort_of
 from builder.models import pictures
-from builder.sources.tars import shards as tar_shards
+from builder.sources.tars import shards
 from builder.stages.finding import find
 from builder.store.files import ReadError
 from conftest import Done, Workspace, ingest_here, make_shard, picture, samples
@@ -381,7 +381,7 @@ def test_a_json_value_for_which_memory_is_wanting_is_no_note(monkeypatch: pytest
         path = make_shard(Path(folder) / "a.tar", samples(2))
         monkeypatch.setattr(pa, "array", array)
         with pytest.raises(pa.ArrowMemoryError):
-            tar_shards.read_shard(path, "a", tar_shards.Reading({"original_width": pa.int32()}), "run")
+            shards.read_shard(path, "a", shards.TarShards({"original_width": pa.int32()}), "run")
 
 
 @pytest.mark.parametrize("name", ["00000000_stats.json", "00000000.parquet"])

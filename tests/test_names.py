@@ -14,7 +14,7 @@ import pytest
 
 from builder.errors import ConfigError, SchemaError
 from builder.hybrid.edited_sample import Edit, edited_json
-from builder.sources.tars.shards import Reading, read_shard
+from builder.sources.tars.shards import TarShards, read_shard
 from builder.table import schema
 from builder.table.query import Lookup, Samples
 from builder.table.schema import Column
@@ -108,7 +108,7 @@ def test_a_field_of_a_root_whose_column_no_pipeline_can_name(workspace: Callable
 
 
 def test_a_root_whose_columns_differ_in_case_says_which_to_drop() -> None:
-    old = (*Reading({}).columns, Column("Caption", pa.string(), "source", "the json's field 'Caption'"))
+    old = (*TarShards({}).columns, Column("Caption", pa.string(), "source", "the json's field 'Caption'"))
     with pytest.raises(SchemaError, match="columns 'caption' and 'Caption', which SQL cannot tell apart") as caught:
         schema.merge(old, ())
     assert caught.value.fix.startswith("builder drop Caption")
@@ -117,11 +117,11 @@ def test_a_root_whose_columns_differ_in_case_says_which_to_drop() -> None:
 def test_what_roots_of_older_versions_carry_stays_as_it_was_read() -> None:
     """Their columns do not tell their fields; a field whose column has another name now is read again."""
     fields = {"caption": pa.string(), "url": pa.string()}
-    reading = Reading(fields)
+    reading = TarShards(fields)
     bare = [Column(column.name, column.type, column.stage, column.meaning) for column in reading.columns]
-    assert Reading({}).beside(bare) == reading
-    assert Reading({}).beside(reading.columns) == reading
-    assert Reading({"Caption": pa.string()}).signature != Reading({"json_Caption": pa.string()}).signature
+    assert TarShards({}).with_columns_of(bare) == reading
+    assert TarShards({}).with_columns_of(reading.columns) == reading
+    assert TarShards({"Caption": pa.string()}).signature != TarShards({"json_Caption": pa.string()}).signature
     spec = Column.from_json(reading.carried[0].to_json())
     assert (spec.field, spec.name) == ("caption", "json_caption")
 
@@ -208,14 +208,14 @@ def test_a_field_set_in_another_case_is_the_sample_s_own() -> None:
 def test_a_number_in_a_field_of_text_has_the_digits_of_the_json(tmp_path: Path, text: str) -> None:
     sample = Sample("k", json=f'{{"caption": "a", "n": {text}, "m": "x"}}'.encode())
     [row] = read_shard(
-        make_shard(tmp_path / "s.tar", [sample]), "s", Reading({"n": pa.string()}), "r"
+        make_shard(tmp_path / "s.tar", [sample]), "s", TarShards({"n": pa.string()}), "r"
     ).table.to_pylist()
     assert (row["n"], row["source_status"]) == (text, "ok")
 
 
 def test_a_number_beyond_a_column_of_numbers_is_noted(tmp_path: Path) -> None:
     sample = Sample("k", json=b'{"caption": "a", "f": 1e400, "url": 1e400}')
-    reading = Reading({"f": pa.float64(), "url": pa.string()})
+    reading = TarShards({"f": pa.float64(), "url": pa.string()})
     [row] = read_shard(make_shard(tmp_path / "s.tar", [sample]), "s", reading, "r").table.to_pylist()
     assert (row["f"], row["url"], row["source_status"]) == (None, None, "ok")
     assert row["source_notes"] == "f: expected float64, found 1e400; url: expected text, found a number"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from builder.errors import ConfigError
-from builder.sources.tars.shards import expand_braces
+from builder.sources.tars.finding import expand_braces
 from builder.store import layout
 from builder.verbs.pipeline import load_pipeline
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.sources.tars import shards as tar_shards
+from builder.sources.tars.shards import TarShards
 from conftest import STAGES, Workspace, samples
 
 Make = Callable[..., Workspace]
@@ -96,9 +96,9 @@ def test_answers_whose_run_is_gone_are_told_too(noted: Workspace) -> None:
 def test_shards_that_an_older_ingest_has_read_are_told_and_stay(
     noted: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    newer = str(int(tar_shards.VERSION) + 1)
-    monkeypatch.setattr(tar_shards, "VERSION", newer)
-    monkeypatch.setattr(tar_shards, "CHANGES", {newer: "digits beyond 64 bits are kept"})
+    newer = str(int(TarShards.version) + 1)
+    monkeypatch.setattr(TarShards, "version", newer)
+    monkeypatch.setattr(TarShards, "changes", {newer: "digits beyond 64 bits are kept"})
     assert "ingest: nothing to do (2 shards)" in noted.run("ingest").stderr
     shown = noted.run("plan").stdout
     assert "ingest: 2 shards were read by version " in shown

@@ -19,10 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.errors import ConfigError
-from builder.sources.tars import samples as sample_columns
-from builder.sources.tars import shards as tar_shards
-from builder.sources.tars.shards import Reading
+from builder.sources.base import Found
+from builder.sources.tars import columns, json_values, shards
+from builder.sources.tars.finding import expand_braces, find_shards
+from builder.sources.tars.shards import TarShards
 from builder.table import schema
+from builder.verbs.ingest import deal
 from conftest import Sample, Workspace, builder, make_shard, picture, samples, write_tar
 
 JPG = picture()
@@ -56,7 +58,7 @@ def touch(*paths: Path) -> None:
     ],
 )
 def test_braces(pattern: str, expected: list[str]) -> None:
-    assert list(tar_shards.expand_braces(pattern)) == expected
+    assert list(expand_braces(pattern)) == expected
 
 
 NUMBER = st.tuples(st.integers(0, 120), st.integers(1, 4)).map(lambda pair: f"{pair[0]:0{pair[1]}d}")
@@ -70,7 +72,7 @@ BRACE = st.one_of(
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(st.text("xyz/.-", max_size=4), BRACE), max_size=3).map("".join))
 def test_braces_are_expanded_as_webdataset_does(pattern: str) -> None:
-    assert list(tar_shards.expand_braces(pattern)) == list(braceexpand(pattern))
+    assert list(expand_braces(pattern)) == list(braceexpand(pattern))
 
 
 def test_find_braces_globs_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +81,7 @@ def test_find_braces_globs_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyP
         *(tmp_path / name for name in ("a/00.tar", "a/01.tar", "a/03.tar", "b/x.tar", "b/y.tar", "b/y.json", "c/z.tar"))
     )
     (tmp_path / "b/folder.tar").mkdir()
-    found = tar_shards.find(["b/*.tar", "a/{00..03}.tar", "**/z.tar"])
+    found = find_shards(["b/*.tar", "a/{00..03}.tar", "**/z.tar"])
     assert found.paths == {
         "x": Path("b/x.tar"), "y": Path("b/y.tar"), "00": Path("a/00.tar"), "01": Path("a/01.tar"),
         "03": Path("a/03.tar"), "z": Path("c/z.tar"),
@@ -90,27 +92,27 @@ def test_find_braces_globs_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_find_tells_of_a_wildcard_that_matches_nothing(tmp_path: Path) -> None:
     touch(tmp_path / "a/0.tar")
-    found = tar_shards.find([f"{tmp_path}/{{a,b}}/*.tar"])
+    found = find_shards([f"{tmp_path}/{{a,b}}/*.tar"])
     assert (found.paths, found.missing) == ({"0": tmp_path / "a/0.tar"}, [tmp_path / "b/*.tar"])
 
 
 def test_find_takes_a_path_as_it_is_written(tmp_path: Path) -> None:
     touch(tmp_path / "run [1]/0.tar", tmp_path / "{x}/1.tar")
-    found = tar_shards.find([f"{tmp_path}/run [1]/0.tar", f"{tmp_path}/{{x}}/1.tar"])
+    found = find_shards([f"{tmp_path}/run [1]/0.tar", f"{tmp_path}/{{x}}/1.tar"])
     assert found.paths == {"0": tmp_path / "run [1]/0.tar", "1": tmp_path / "{x}/1.tar"}
 
 
 def test_one_shard_named_twice_is_one_shard(tmp_path: Path) -> None:
     touch(tmp_path / "a/0.tar")
     (tmp_path / "link").symlink_to(tmp_path / "a")
-    found = tar_shards.find([f"{tmp_path}/a/*.tar", f"{tmp_path}/a/0.tar", f"{tmp_path}/link/0.tar"])
+    found = find_shards([f"{tmp_path}/a/*.tar", f"{tmp_path}/a/0.tar", f"{tmp_path}/link/0.tar"])
     assert found.paths == {"0": tmp_path / "a/0.tar"}
 
 
 def test_two_shards_of_one_name(tmp_path: Path) -> None:
     touch(tmp_path / "a/0.tar", tmp_path / "b/0.tar")
     with pytest.raises(ConfigError) as caught:
-        tar_shards.find([f"{tmp_path}/*/*.tar"])
+        find_shards([f"{tmp_path}/*/*.tar"])
     assert str(caught.value) == (
         "two shards are named '0': a shard's name locates its samples\n"
         f"  one: {tmp_path}/a/0.tar\n"
@@ -123,7 +125,7 @@ def test_nothing_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError) as caught:
-        tar_shards.find(["empty/*.tar", "none/{0..1}.tar"])
+        find_shards(["empty/*.tar", "none/{0..1}.tar"])
     assert str(caught.value) == (
         "no shard matches dataset.shards\n"
         "  pattern: empty/*.tar, none/{0..1}.tar\n"
@@ -136,7 +138,7 @@ def test_nothing_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_nothing_matches_beside_other_tars(tmp_path: Path) -> None:
     touch(tmp_path / "00000.tar", tmp_path / "00001.tar")
     with pytest.raises(ConfigError) as caught:
-        tar_shards.find([f"{tmp_path}/{{00000000..00000335}}.tar"])
+        find_shards([f"{tmp_path}/{{00000000..00000335}}.tar"])
     assert str(caught.value) == (
         "no shard matches dataset.shards\n"
         f"  pattern: {tmp_path}/{{00000000..00000335}}.tar\n"
@@ -150,7 +152,7 @@ def test_nothing_matches_43000_names_within_a_second(tmp_path: Path) -> None:
     """Of the processor: the clock hangs on what else runs."""
     started = time.process_time()
     with pytest.raises(ConfigError):
-        tar_shards.find([f"{tmp_path}/{{00000000..00043027}}.tar"])
+        find_shards([f"{tmp_path}/{{00000000..00043027}}.tar"])
     assert time.process_time() - started < 1
 
 
@@ -173,8 +175,8 @@ def test_nothing_matches_on_the_command_line(workspace: Callable[..., Workspace]
 
 def read(path: Path, fields: dict[str, pa.DataType] | None = None, **options: Any) -> list[dict[str, Any]]:
     """The rows of one shard; everything that ingest writes must fit its columns."""
-    table = tar_shards.read_shard(path, "s", Reading(fields or {}, **options), "a-run").table
-    assert table.schema.names == [column.name for column in Reading(fields or {}, **options).columns]
+    table = shards.read_shard(path, "s", TarShards(fields or {}, **options), "a-run").table
+    assert table.schema.names == [column.name for column in TarShards(fields or {}, **options).columns]
     return list(table.to_pylist())
 
 
@@ -424,9 +426,9 @@ def test_fields_that_the_table_has_already_get_a_prefix(tmp_path: Path) -> None:
 
 
 def test_reading_goes_through_json_unchanged() -> None:
-    reading = Reading({"a": pa.string(), "b": pa.list_(pa.float64())}, "faces")
-    assert Reading.from_json(json.loads(json.dumps(reading.to_json()))) == reading
-    others = [Reading({"a": pa.string()}, "faces"), Reading(reading.fields, "face_bboxes"), Reading({}, "faces")]
+    reading = TarShards({"a": pa.string(), "b": pa.list_(pa.float64())}, "faces")
+    assert TarShards.from_json(json.loads(json.dumps(reading.to_json()))) == reading
+    others = [TarShards({"a": pa.string()}, "faces"), TarShards(reading.fields, "face_bboxes"), TarShards({}, "faces")]
     assert len({one.signature for one in [reading, *others]}) == 4
 
 
@@ -434,7 +436,7 @@ def test_json_nested_deep(tmp_path: Path) -> None:
     def deep(times: int) -> bytes:
         return b"[" * times + b"]" * times
 
-    limit = sample_columns.MAX_DEPTH
+    limit = json_values.MAX_DEPTH
     values = [deep(limit - 1), deep(limit), deep(900)]
     bodies = [b'{"mine": %b, "url": %b, "caption": "c"}' % (value, value) for value in values]
     bodies += [b"[" * 300_000, b'{"caption": "%b"}' % (b"[" * 200), b"[%b]" % b",".join([b"[]"] * 200)]
@@ -450,7 +452,7 @@ def test_json_nested_deep(tmp_path: Path) -> None:
 
 
 def test_json_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_columns, "MAX_TEXT", 20)
+    monkeypatch.setattr(columns, "MAX_TEXT", 20)
     made = [Sample("a", json=b'{"caption": "12345"}', txt=b"x" * 20), Sample("b", json=b" " * 21, txt=b"x" * 21)]
     one, other = read(make_shard(tmp_path / "s.tar", made))
     assert (one["caption"], one["source_notes"], one["source_error"]) == ("12345", None, None)
@@ -539,9 +541,8 @@ def test_every_member_of_a_sample_is_in_one_row_in_order(
 
 def test_vanished_and_deal(tmp_path: Path, dataset: Workspace) -> None:
     layout = dataset.load().layout
-    found = tar_shards.Found({"00000001": tmp_path / "x.tar"}, [])
-    assert tar_shards.vanished(layout, found) == ["00000000"]
-    paths = [Path(str(i)) for i in range(5)]
-    assert tar_shards.deal(paths, 2) == [[Path("0"), Path("2"), Path("4")], [Path("1"), Path("3")]]
-    assert tar_shards.deal(paths[:1], 4) == [[Path("0")]]
-    assert tar_shards.deal([], 4) == []
+    found = Found({"00000001": tmp_path / "x.tar"}, [])
+    assert found.gone(layout.shard_names()) == ["00000000"]
+    assert deal(["0", "1", "2", "3", "4"], 2) == [["0", "2", "4"], ["1", "3"]]
+    assert deal(["0"], 4) == [["0"]]
+    assert deal([], 4) == []

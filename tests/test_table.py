@@ -28,20 +28,20 @@ import pytest
 from hypothesis import given, settings
 
 from builder.errors import ConflictError, SchemaError
-from builder.sources.tars.shards import Reading
+from builder.sources.tars.shards import TarShards
 from builder.store import files
 from builder.store.layout import Layout
 from builder.table import column_files, commits, partitions, root_schema, schema, sweeps
-from builder.table.column_files import SourceShard
 from builder.table.commits import Swept
 from builder.table.edits import EditsTar
+from builder.table.origin import Origin
 from builder.table.schema import SOURCE, Column
 from builder.table.sweeps import Sweep
 from conftest import replace_everywhere
 
 SHARD = "00000000"
 TEXT = pa.string()
-SOURCE_COLUMNS = Reading({}).columns
+SOURCE_COLUMNS = TarShards({}).columns
 #: What every stage has beside its own columns.
 STATUS = ("status", "error", "run", "inputs", "sample", "digest")
 
@@ -71,7 +71,7 @@ class Root:
         values["source_members"] = [[{"ext": "jpg", "header": 0, "data": 512, "size": size}] for size in sizes]
         values |= {"source_status": ["ok"] * len(keys), "source_run": [run] * len(keys)}
         content = pa.table({column.name: pa.array(values[column.name], column.type) for column in SOURCE_COLUMNS})
-        commits.commit_source(self.layout, SHARD, SourceShard("/data/a.tar", 1, 2, "reading"), lambda earlier: content)
+        commits.commit_source(self.layout, SHARD, Origin("/data/a.tar", 1, 2, "reading"), lambda earlier: content)
         partitions.fold(self.layout, SHARD)
         return self.rows
 
@@ -338,7 +338,7 @@ def test_a_partition_says_what_it_was_folded_from(root: Root) -> None:
     assert metadata[b"builder.schema"] == b"3"
     assert metadata[b"builder.rows"].decode() == root.rows
     assert partitions.partition_state(root.layout, SHARD) == partitions.State(
-        {"one": 2, "source": 1}, 3, root.rows, SourceShard("/data/a.tar", 1, 2, "reading")
+        {"one": 2, "source": 1}, 3, root.rows, Origin("/data/a.tar", 1, 2, "reading")
     )
 
 

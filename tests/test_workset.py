@@ -21,10 +21,10 @@ from builder.engine.work import Choice, Counts, Work
 from builder.engine.workset import Slice, cut
 from builder.errors import ConfigError, ConflictError
 from builder.progress import Talk
-from builder.sources.tars.shards import Reading
+from builder.sources.tars.shards import TarShards
 from builder.store.layout import Layout, RunFiles
 from builder.table import commits, partitions, root_schema
-from builder.table.column_files import SourceShard
+from builder.table.origin import Origin
 from builder.verbs.plan import make_plan
 from builder.verbs.stage import run_stage
 from conftest import Workspace, ingest_here, make_shard, make_workspace, samples
@@ -337,7 +337,7 @@ def test_limit_means_what_it_says(mixed: Layout) -> None:
 def test_a_limit_without_an_order_takes_the_first_rows_every_time(tmp_path: Path) -> None:
     """Threads read partitions at once: the second one's few rows are found long before the last ones of the first."""
     layout = Layout(tmp_path)
-    columns = Reading({}).columns
+    columns = TarShards({}).columns
     root_schema.extend_schema(layout, columns)
     for shard, captions in {"a": ["no"] * 50_000 + ["yes"] * 3, "b": ["yes"] * 3}.items():
         values: dict[str, Any] = {
@@ -346,7 +346,7 @@ def test_a_limit_without_an_order_takes_the_first_rows_every_time(tmp_path: Path
         }  # fmt: skip
         nothing = [None] * len(captions)
         content = pa.table({c.name: pa.array(values.get(c.name, nothing), c.type) for c in columns})
-        commits.commit_source(layout, shard, SourceShard("a.tar", 1, 2, "reading"), lambda _, content=content: content)
+        commits.commit_source(layout, shard, Origin("a.tar", 1, 2, "reading"), lambda _, content=content: content)
         partitions.fold(layout, shard)
     for _ in range(10):
         found = frozen(layout, sql=f"{SQL} where caption like '%y%e%s%' limit 3")

@@ -96,7 +96,7 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
 
     loaded = load(scale, pipeline, sets)
     proof = prove(loaded, Talk(quiet=as_json))
-    if proof.shards == 0:
+    if proof.shards == 0 and loaded.asked.has_bytes:
         raise ConfigError(
             "there is nothing to verify: the table has none of the pipeline's shards",
             where={"root": loaded.layout.root},
@@ -106,6 +106,8 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
         click.echo(json.dumps(vars(proof)))
     else:
         print_facts("verify", summary(proof))
+        if not loaded.asked.has_bytes:
+            hint(f"no hybrid shards are written of sources of the kind '{loaded.asked.kind}': their rows have no bytes")
         for problem in proof.problems:
             hint(f"wrong: {plain(problem)}")
         if options := options_for(loaded, proof.problems):

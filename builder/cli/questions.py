@@ -14,10 +14,7 @@ import click
 from builder.cli.options import LocalPath, choice_options, json_option, load, pipeline_options
 from builder.cli.output import CELL_WIDTH, VALUE_WIDTH, cut, hint, is_number, json_of, print_facts, print_table, text_of
 from builder.errors import ConfigError
-from builder.progress import plain
-
-#: Names that a line lists before it only counts the others.
-_EXAMPLES = 3
+from builder.progress import few, plain
 
 
 @click.command()
@@ -169,8 +166,7 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
         click.echo(f"\n{notes:,} rows have notes, for example: {plain(cut(value['notes']['example'], CELL_WIDTH))}")
         hint(f"all of them: {loaded.command(f'sql {shlex.quote(question)}')}")
     if empty := value["no_sample"]:
-        more = f" and {len(empty) - _EXAMPLES} more" if len(empty) > _EXAMPLES else ""
-        hint(f"{len(empty)} shards hold no sample: {', '.join(empty[:_EXAMPLES])}{more}")
+        hint(f"{len(empty)} shards hold no sample: {few(empty)}")
     for reason, count in value["left_out"].items():
         helps = help_for(loaded, reason)
         click.echo(f"\n{count:,} new images are left out by write, of {REASONS[reason]}\n  {helps}")

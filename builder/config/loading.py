@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from builder import machine
 from builder.config.problems import Problems, checked_section, hint, table_at
-from builder.config.sections import EXECUTORS, Dataset, FieldSpec, Run, StageTable, Write
-from builder.errors import ConfigError, SchemaError
+from builder.config.sections import EXECUTORS, Dataset, Run, StageTable, Write
+from builder.errors import ConfigError
 from builder.store import layout
-from builder.table import schema
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,8 @@ class Config:
         """Where hybrid shards go, if not below the root."""
         return None if self.write.folder is None else Path(self.write.folder)
 
-    @property
-    def patterns(self) -> list[str]:
-        return [self.dataset.shards] if isinstance(self.dataset.shards, str) else list(self.dataset.shards)
 
-
-def load_config(path: Path, sets: tuple[str, ...] = ()) -> Config:
+def load_config(path: Path, sets: tuple[str, ...], kinds: Mapping[str, type[Dataset]]) -> Config:
     """Reads a pipeline file.
 
     What is wrong with its form is kept in `Config.problems`, for the stages' own to join them: the caller raises them
@@ -55,9 +51,10 @@ def load_config(path: Path, sets: tuple[str, ...] = ()) -> Config:
 
     Args:
         sets: overrides `dotted.key=value`, the value as TOML or else as text.
+        kinds: the section [dataset] of each kind of source; without the key `kind` it is the first one.
 
     Raises:
-        ConfigError: no such file, or no TOML.
+        ConfigError: there is no such file, or it is not TOML.
     """
     text = _read(path)
     try:
@@ -75,13 +72,24 @@ def load_config(path: Path, sets: tuple[str, ...] = ()) -> Config:
         problems.add(
             ("dataset",), 'missing section [dataset]\nadd it, with shards = "data/*.tar" and root = "out/mine"'
         )
-    dataset = checked_section(Dataset, data, ("dataset",), problems, shards=[], root="")
+    section = _dataset_section(data, kinds, problems)
+    dataset = checked_section(section, data, ("dataset",), problems, **section.stand_ins)
     run = checked_section(Run, data, ("run",), problems)
     if run.executor not in EXECUTORS:
         problems.add(("run", "executor"), _no_executor(run.executor))
     stages = table_at(data, ("stages",), problems)
     tables = {name: checked_section(StageTable, stages, ("stages", name), problems) for name in stages}
     return Config(str(path), dataset, run, tables, checked_section(Write, data, ("write",), problems), problems, sets)
+
+
+def _dataset_section(data: dict[str, Any], kinds: Mapping[str, type[Dataset]], problems: Problems) -> type[Dataset]:
+    """What [dataset] may say, by its key `kind`."""
+    first = next(iter(kinds))
+    section = data.get("dataset")
+    kind = section.get("kind", first) if isinstance(section, dict) else first
+    if isinstance(kind, str) and kind not in kinds:
+        problems.add(("dataset", "kind"), f"unknown kind of source '{kind}'\n{hint(kind, kinds)}")
+    return kinds.get(kind, kinds[first]) if isinstance(kind, str) else kinds[first]
 
 
 def _read(path: Path) -> str:
@@ -139,26 +147,6 @@ def run_of(config: Config, stage: str) -> Run:
 
 def _no_executor(name: str) -> str:
     return f"executor '{name}' is not part of this version\nuse: executor = \"local\""
-
-
-def fields_of(dataset: Dataset, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
-    """json fields with their Arrow types, and the columns of those for which one is named."""
-    fields: dict[str, Any] = {}
-    named: dict[str, str] = {}
-    for item in dataset.fields:
-        spec = item if isinstance(item, FieldSpec) else FieldSpec(name=item, type="")
-        try:
-            kind = schema.parse_type(spec.type) if spec.type else schema.FIELD_TYPES.get(spec.name, schema.TEXT)
-            if spec.column:
-                named[spec.name] = spec.column
-            fields[spec.name] = kind
-        except SchemaError as error:
-            problems.add(("dataset", "fields"), f"field '{spec.name}': {error.what}\n{error.fix}")
-    try:
-        schema.field_columns(fields, named)
-    except SchemaError as error:
-        problems.add(("dataset", "fields"), f"{error.what}\n{error.fix}")
-    return fields, named
 
 
 def _set(data: dict[str, Any], item: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -31,30 +31,18 @@ def _local(name: str) -> str:
 LocalPath = Annotated[str, AfterValidator(_local)]
 
 
-class FieldSpec(Strict):
-    """A json field with a type of its own: an entry `{name = ..., type = ...}` of `dataset.fields`."""
-
-    #: The field's name in the json.
-    name: str
-    #: `string`, `bool`, `int32`, `int64`, `float64`, `list<TYPE>`, `struct<name: TYPE, ...>` and so on.
-    type: str
-    #: Its column in the table, where its own name is not free.
-    column: str | None = Field(default=None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
-
-
 class Dataset(Strict):
-    """What goes in and where the table lies."""
+    """What goes in and where the table lies: keys of every kind of source."""
 
+    #: Values of required keys that are missing, so that the rest of the pipeline can be checked.
+    stand_ins: ClassVar[dict[str, Any]] = {"root": ""}
+
+    #: The kind of source: `shards` are tars of images, captions and json.
+    kind: str = "shards"
     #: Name of the dataset, for people.
     name: str = "dataset"
-    #: Tar shards: a path or a list of paths, with braces `{000..335}` and globs, from the working directory.
-    shards: str | list[str]
     #: Folder of the table, the edits and the hybrid shards.
     root: LocalPath
-    #: json fields carried into the table; others than DataComp's and img2dataset's are text unless {name, type}.
-    fields: list[str | FieldSpec] = []
-    #: The json field that holds precomputed face boxes.
-    boxes: str = "face_bboxes"
 
 
 class Run(Strict):

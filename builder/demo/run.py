@@ -15,7 +15,7 @@ from builder.demo.shards import TRUTH, faces_placed, make_demo_shards
 from builder.errors import ConfigError
 from builder.hybrid.verify import Proof, summary
 from builder.progress import Talk
-from builder.sources.members import MemberReader
+from builder.sources.reader import MemberReader
 from builder.store.files import write_atomic
 from builder.table.query import Sql
 from builder.verbs.pipeline import Pipeline, load_pipeline

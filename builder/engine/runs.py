@@ -14,7 +14,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -217,8 +217,8 @@ def _why(run: RunFiles, end: local.Ended, result: dict[str, Any]) -> BuilderErro
     )
 
 
-def tasks_of(run: RunFiles, dealt: Sequence[Sequence[Path]]) -> None:
-    """Writes the tasks of an ingest."""
+def tasks_of(run: RunFiles, dealt: Sequence[Mapping[str, Path]]) -> None:
+    """Writes the tasks of an ingest: of each the files that its shards are read from, by the shard's name."""
     for number, paths in enumerate(dealt):
-        text = json.dumps({"paths": [str(path.absolute()) for path in paths]}, indent=1)
+        text = json.dumps({"paths": {shard: str(path.absolute()) for shard, path in paths.items()}}, indent=1)
         files.write_atomic(run.task(number), text.encode())

@@ -29,7 +29,8 @@ from builder.engine.workset import Slice, read_slice, read_task
 from builder.errors import BuilderError, ConflictError, MachineError, ShardError, StageError, TransientError
 from builder.machine import Sort, asked_again
 from builder.progress import plain_lines
-from builder.sources.members import EDIT, NOT_READ, MemberReader, digests_of
+from builder.sources.members import EDIT, NOT_READ, digests_of
+from builder.sources.reader import MemberReader
 from builder.stages.contract import Preparing, Stage, columns_of, formats_asked
 from builder.store import files
 from builder.store.layout import Layout, RunFiles

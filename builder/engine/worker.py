@@ -26,11 +26,13 @@ from builder.hybrid import writer
 from builder.hybrid.edited_sample import Rules
 from builder.machine import asked_again
 from builder.progress import plain_lines
-from builder.sources.tars import shards as tar_shards
-from builder.sources.tars.samples import MAX_NAMES, Seen
+from builder.sources.base import Seen
+from builder.sources.ingest import ingest_shard
+from builder.sources.kinds import KINDS
+from builder.sources.tars.samples import MAX_NAMES
 from builder.stages.finding import find, own_code
 from builder.store import files
-from builder.store.layout import Layout, RunFiles, shard_name
+from builder.store.layout import Layout, RunFiles
 from builder.table import partitions
 from builder.table.query import Sql
 
@@ -119,34 +121,37 @@ def _stage_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable
 
 
 def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
-    reading = tar_shards.Reading.from_json(data["reading"])
+    source = KINDS[data["source"]["kind"]].from_json(data["source"])
     remarks: dict[str, list[str]] = {}
     seen = Seen()
     result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0, "changed": 0, "remarks": remarks}
-    paths = [Path(path) for path in json.loads(run.task(number).read_text("utf-8"))["paths"]]
+    paths = {shard: Path(path) for shard, path in json.loads(run.task(number).read_text("utf-8"))["paths"].items()}
+    names_of_shards = list(paths)
 
     def ingest(done: int) -> None:
+        shard = names_of_shards[done]
+        path = paths[shard]
         try:
-            ingested = tar_shards.ingest_shard(_layout(run), paths[done], reading, run.folder.name)
+            ingested = ingest_shard(_layout(run), source, shard, path, run.folder.name)
         except OSError as error:
-            if machine.is_of_the_machine(error) or error.filename not in (None, str(paths[done])):
+            if machine.is_of_the_machine(error) or error.filename not in (None, str(path)):
                 raise
             fix = "put it back or take it out of dataset.shards, then run the same command again"
-            raise ShardError(
-                f"the shard cannot be read: {error.strerror}", where={"file": paths[done]}, fix=fix
-            ) from error
+            raise ShardError(f"the shard cannot be read: {error.strerror}", where={"file": path}, fix=fix) from error
+        read = ingested.read
         result["shards"] += 1
         result["rows"] += ingested.rows
         result["failed"] += ingested.failed
-        result["of_macos"] = result.get("of_macos", 0) + ingested.of_macos
-        seen.wanted |= ingested.seen.wanted
+        for name, count in read.counts.items():
+            result[name] = result.get(name, 0) + count
+        seen.wanted |= read.seen.wanted
         if len(seen.others) < MAX_NAMES:
-            seen.others |= ingested.seen.others
+            seen.others |= read.seen.others
         result["changed"] += ingested.changed
-        if ingested.remarks:
-            remarks[shard_name(paths[done])] = ingested.remarks
+        if read.remarks:
+            remarks[shard] = read.remarks
 
-    undone = _shard_by_shard(run, number, [shard_name(path) for path in paths], ingest, stop)
+    undone = _shard_by_shard(run, number, names_of_shards, ingest, stop)
     names = {"wanted": sorted(seen.wanted), "others": sorted(seen.others)[:MAX_NAMES]}
     return {**result, **names, **undone}
 

@@ -32,11 +32,13 @@ from builder.hybrid import edited_sample
 from builder.hybrid.assembly import Assembly, Part, length
 from builder.hybrid.edited_sample import Edit, Rules, edited_json, manifest_provenance, members_of
 from builder.machine import Sort
-from builder.sources.members import AGAIN, opened
+from builder.sources.members import AGAIN
+from builder.sources.tars.opening import opened
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
 from builder.table import column_files, partitions, query, schema
 from builder.table.edits import EditsReader
+from builder.table.origin import Origin
 from builder.table.pointers import pointers_of
 from builder.table.query import Samples, Sql
 from builder.table.schema import Column, folded
@@ -89,7 +91,7 @@ class ShardPlan:
     """
 
     shard: str
-    source: column_files.SourceShard
+    source: Origin
     on_disk: tuple[int, int]
     edits: dict[int, Edit]
     digest: str
@@ -364,7 +366,7 @@ def plan_shard(
     return plan
 
 
-def _on_disk(source: column_files.SourceShard) -> tuple[int, int]:
+def _on_disk(source: Origin) -> tuple[int, int]:
     try:
         stat = Path(source.path).stat()
     except OSError:

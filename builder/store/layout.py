@@ -239,9 +239,8 @@ def shard_name(path: Path) -> str:
     return path.name[: -len(".tar")] if path.name.endswith(".tar") else path.name
 
 
-def shard_name_fault(path: Path) -> str:
-    """Why a shard's name cannot name files below the root; empty if it can."""
-    name = shard_name(path)
+def shard_name_fault(name: str, path: Path) -> str:
+    """Why the name of a shard, read from `path`, cannot name files below the root; empty if it can."""
     if name in ("", ".", ".."):
         return "nothing stands before '.tar' that could name its files"
     if name.endswith(TEMP_SUFFIX):

@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,6 +29,7 @@ from builder.errors import ShardError
 from builder.store import files
 from builder.store.layout import Layout, generation_of, names
 from builder.table import schema
+from builder.table.origin import Origin
 from builder.table.schema import SOURCE, Column
 
 #: Generations of a column file that a sweep keeps: readers may still hold the listing before the newest.
@@ -38,27 +39,6 @@ ROWS_KEY, SOURCE_KEY, SWEPT_KEY, GONE_KEY, FOLDED_KEY, SCHEMA_KEY = (
 )
 #: Which sample of a shard it is: its key, and how many before it have that key.
 Identity: TypeAlias = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class SourceShard:
-    """Where a shard's bytes lie and what they were when it was read.
-
-    Attributes:
-        path: absolute path of the tar.
-        size: its bytes.
-        mtime_ns: its time of modification.
-        reading: hash of the json fields that ingest carried.
-        version: ingest's version; a shard that an older one has read is still read.
-        end_mark: whether zeros close the tar; true where version 1 has read it.
-    """
-
-    path: str
-    size: int
-    mtime_ns: int
-    reading: str
-    version: str = field(default="1", compare=False)
-    end_mark: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)
@@ -74,7 +54,7 @@ class Content:
     table: pa.Table
     rows: str
     swept: tuple[str, ...] = ()
-    source: SourceShard | None = None
+    source: Origin | None = None
     gone: tuple[Identity, ...] = ()
 
     @property
@@ -141,7 +121,7 @@ def _content(table: pa.Table, metadata: dict[bytes, bytes]) -> Content:
         table=table,
         rows=metadata[ROWS_KEY].decode(),
         swept=tuple(json.loads(metadata.get(SWEPT_KEY, b"[]"))),
-        source=SourceShard(**json.loads(source)) if source else None,
+        source=Origin.from_json(source) if source else None,
         gone=tuple((key, number) for key, number in json.loads(metadata.get(GONE_KEY, b"[]"))),
     )
 
@@ -167,7 +147,7 @@ def commit_file(layout: Layout, shard: str, stage: str, generation: int, content
     if content.swept:
         metadata[SWEPT_KEY] = json.dumps(content.swept).encode()
     if content.source:
-        metadata[SOURCE_KEY] = json.dumps(vars(content.source)).encode()
+        metadata[SOURCE_KEY] = content.source.to_json()
     if content.gone:
         metadata[GONE_KEY] = json.dumps(content.gone).encode()
     path = layout.column_file(shard, stage, generation)

@@ -16,7 +16,6 @@ from builder.store import files
 from builder.store.layout import Layout, generation_of
 from builder.table.column_files import (
     Content,
-    SourceShard,
     aligned,
     column_values,
     commit_file,
@@ -25,6 +24,7 @@ from builder.table.column_files import (
     read_column_file,
     rows_hash,
 )
+from builder.table.origin import Origin
 from builder.table.partitions import fold
 from builder.table.schema import SOURCE, Column
 
@@ -54,9 +54,7 @@ def earlier_sources(layout: Layout, shard: str) -> list[Path]:
     return [layout.column_file(shard, SOURCE, generation) for generation in reversed(generations)]
 
 
-def commit_source(
-    layout: Layout, shard: str, source: SourceShard, follow: Callable[[Sequence[Path]], pa.Table]
-) -> None:
+def commit_source(layout: Layout, shard: str, source: Origin, follow: Callable[[Sequence[Path]], pa.Table]) -> None:
     """Commits what ingest read of a shard, and folds it.
 
     Args:

@@ -22,7 +22,6 @@ from builder.table.column_files import (
     SCHEMA_KEY,
     SOURCE_KEY,
     Content,
-    SourceShard,
     aligned,
     column_values,
     listing,
@@ -30,6 +29,7 @@ from builder.table.column_files import (
     read_column_file,
     write_parquet,
 )
+from builder.table.origin import Origin
 from builder.table.root_schema import load_schema, read_schema
 from builder.table.schema import SOURCE, Column
 
@@ -41,7 +41,7 @@ class State:
     generations: dict[str, int]
     schema_generation: int
     rows: str
-    source: SourceShard
+    source: Origin
 
 
 # --- fold and heal ---
@@ -94,14 +94,14 @@ def folded(
 
 
 def folded_metadata(
-    generations: dict[str, int], schema_generation: int, rows: str, source: SourceShard
+    generations: dict[str, int], schema_generation: int, rows: str, source: Origin
 ) -> dict[bytes, bytes]:
     """What a partition says it was folded from."""
     return {
         FOLDED_KEY: json.dumps(generations).encode(),
         SCHEMA_KEY: str(schema_generation).encode(),
         ROWS_KEY: rows.encode(),
-        SOURCE_KEY: json.dumps(vars(source)).encode(),
+        SOURCE_KEY: source.to_json(),
     }
 
 
@@ -181,7 +181,7 @@ def _state(metadata: dict[bytes, bytes]) -> State | None:
             generations=dict(json.loads(metadata[FOLDED_KEY])),
             schema_generation=int(metadata[SCHEMA_KEY]),
             rows=metadata[ROWS_KEY].decode(),
-            source=SourceShard(**json.loads(metadata[SOURCE_KEY])),
+            source=Origin.from_json(metadata[SOURCE_KEY]),
         )
     except (KeyError, ValueError, TypeError):  # damaged, or no partition
         return None

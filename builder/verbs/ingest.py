@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -12,14 +12,13 @@ from pathlib import Path
 from builder.engine import outdated, runs
 from builder.engine.runs import Outcome
 from builder.hybrid import writer
-from builder.progress import Talk
-from builder.sources.tars import shards as tar_shards
+from builder.progress import EXAMPLES, Talk, few
+from builder.sources.base import Found, Seen
+from builder.sources.ingest import ingested, is_same_on_disk
 from builder.store import files
-from builder.table import root_schema, schema
+from builder.table import root_schema
 from builder.table.query import Samples
-from builder.verbs.pipeline import EXAMPLES, Pipeline, few
-
-# --- ingest ---
+from builder.verbs.pipeline import Pipeline
 
 
 @dataclass
@@ -34,8 +33,8 @@ class IngestPlan:
         versions: how many shards of the table each version of ingest has read.
     """
 
-    found: tar_shards.Found
-    todo: list[Path]
+    found: Found
+    todo: list[str]
     missing: list[Path]
     vanished: list[str]
     changed: list[str]
@@ -44,64 +43,59 @@ class IngestPlan:
 
 def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
     """Compares the shards on disk with the table."""
-    found = tar_shards.find(pipeline.config.patterns)
-    layout, reading = pipeline.layout, pipeline.reading
+    layout, source = pipeline.layout, pipeline.source
+    found = source.find()
     writer.check_apart(layout, list(found.paths.values()))
-    todo: list[Path] = []
+    todo: list[str] = []
     changed: list[str] = []
     versions: Counter[str] = Counter()
     for shard, path in found.paths.items():
-        before = tar_shards.ingested(layout, path)
+        before = ingested(layout, shard, path)
         if before is None:
-            todo.append(path)
+            todo.append(shard)
             continue
         versions[before.version] += 1
-        now = tar_shards.identify(path, reading)
+        now = source.identify(path)
         if redo or before != now:
-            todo.append(path)
-            if not tar_shards.is_same_on_disk(before, now):
+            todo.append(shard)
+            if not is_same_on_disk(before, now):
                 changed.append(shard)
-    return IngestPlan(found, todo, found.missing, tar_shards.vanished(layout, found), changed, versions)
+    return IngestPlan(found, todo, found.missing, found.gone(layout.shard_names()), changed, versions)
 
 
 def run_ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
     """Reads new and changed shards into the table."""
     pipeline.layout.check_folders()
     plan = plan_ingest(pipeline, redo=redo)
-    _tell_missing(plan, talk)
+    _tell_missing(pipeline, plan, talk)
     layout = pipeline.layout
     if not plan.todo:
         talk.say(f"ingest: nothing to do ({len(plan.found.paths)} shards)")
         return Outcome()
     files.check_links(layout.root)
-    root_schema.extend_schema(layout, pipeline.reading.columns)
+    root_schema.extend_schema(layout, pipeline.source.columns)
     settings = pipeline.config.run
     run = runs.new_run(layout, "ingest")
     runs.describe(
-        run, "ingest", reading=pipeline.reading.to_json(), pipeline=pipeline.config.path, set=pipeline.config.sets
+        run,
+        "ingest",
+        source={"kind": pipeline.asked.kind, **pipeline.source.to_json()},
+        pipeline=pipeline.config.path,
+        set=pipeline.config.sets,
     )
-    dealt = tar_shards.deal(plan.todo, settings.workers)
-    runs.tasks_of(run, dealt)
+    dealt = deal(plan.todo, settings.workers)
+    runs.tasks_of(run, [{shard: plan.found.paths[shard] for shard in task} for task in dealt])
     outcome = runs.execute(run, len(dealt), settings, talk, "ingest", len(plan.todo), "shards")
     if outcome["rows"]:
-        _tell_unseen(pipeline.asked, outcome, talk)
+        for notice in pipeline.asked.notices(Seen(outcome.wanted, outcome.others)):
+            talk.say(f"ingest: {notice}")
     _tell_sizes_only(pipeline, plan.changed, talk)
     return outcome
 
 
-def _tell_unseen(asked: tar_shards.Reading, outcome: Outcome, talk: Talk) -> None:
-    """Says which json fields the pipeline names and no sample that was read has: a name may be misspelt."""
-    names = [*asked.fields, *([asked.boxes] if asked.boxes != tar_shards.BOXES else [])]
-    unseen = [name for name in names if name not in outcome.wanted]
-    if unseen and not outcome.others:
-        talk.say(f"ingest: no sample that was read has a json field, so these are null: {few(unseen)}")
-        return
-    others = sorted(outcome.others - set(names))
-    for name in unseen:
-        alike = [other for other in others if schema.folded(other) == schema.folded(name)]
-        near = alike or difflib.get_close_matches(name, others, 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"fields that there are: {few(others)}"
-        talk.say(f"ingest: no sample that was read has the json field '{name}', which the pipeline names: {hint}")
+def deal(todo: Sequence[str], tasks: int) -> list[list[str]]:
+    """Deals shards to tasks in turn, so that neighbours are read at about the same time."""
+    return [list(itertools.islice(todo, start, None, tasks)) for start in range(min(tasks, len(todo)))]
 
 
 def _tell_sizes_only(pipeline: Pipeline, changed: Sequence[str], talk: Talk) -> None:
@@ -121,9 +115,9 @@ def _tell_sizes_only(pipeline: Pipeline, changed: Sequence[str], talk: Talk) -> 
                 )
 
 
-def _tell_missing(plan: IngestPlan, talk: Talk) -> None:
+def _tell_missing(pipeline: Pipeline, plan: IngestPlan, talk: Talk) -> None:
     if plan.missing:
-        first = [f"{path} ({tar_shards.why_missing(path)})" for path in plan.missing[:EXAMPLES]]
+        first = [f"{path} ({pipeline.asked.why_missing(path)})" for path in plan.missing[:EXAMPLES]]
         told = few([*first, *plan.missing[EXAMPLES:]])
         talk.say(f"{len(plan.missing)} of the shards that dataset.shards names are no files: {told}")
     if plan.vanished:

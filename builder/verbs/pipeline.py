@@ -12,14 +12,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from builder.config.loading import Config, fields_of, load_config, run_of
+from builder.config.loading import Config, load_config, run_of
 from builder.config.problems import check
 from builder.config.sections import Run, StageTable
 from builder.engine import workset
 from builder.engine.work import Choice, Work
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError
 from builder.hybrid.edited_sample import Rules
-from builder.sources.tars import shards as tar_shards
+from builder.sources import kinds
+from builder.sources.base import Source
 from builder.stages.contract import Stage, columns_of
 from builder.stages.finding import find, own_code, with_built_in, with_unread
 from builder.stages.signature import options_hash
@@ -27,9 +28,6 @@ from builder.store.layout import Layout
 from builder.table import root_schema, schema
 from builder.table.query import Sql, parameters, read_sql
 from builder.table.schema import Column
-
-#: Names that a line lists before it only counts the others.
-EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Pipeline:
 
     config: Config
     stages: dict[str, StageUse]
-    asked: tar_shards.Reading
+    asked: Source
     named: tuple[str, ...] = ()
 
     def command(self, words: str) -> str:
@@ -73,9 +71,9 @@ class Pipeline:
         return shlex.join(["builder", *shlex.split(words), *self.named])
 
     @property
-    def reading(self) -> tar_shards.Reading:
-        """What ingest carries: the json fields that the pipeline asks for, and those that the root has."""
-        return self.asked.beside(root_schema.load_schema(self.layout)[1])
+    def source(self) -> Source:
+        """The source with what the pipeline asks for, and with what the root carries already."""
+        return self.asked.with_columns_of(root_schema.load_schema(self.layout)[1])
 
     @property
     def layout(self) -> Layout:
@@ -85,7 +83,7 @@ class Pipeline:
     def editing(self) -> Rules:
         """How samples are edited."""
         write = self.config.write
-        return Rules(write.image, write.other_pictures, write.gives_json, self.config.dataset.boxes)
+        return Rules(write.image, write.other_pictures, write.gives_json, self.asked.boxes)
 
     @property
     def own_columns(self) -> tuple[Column, ...]:
@@ -111,7 +109,7 @@ def load_pipeline(path: Path, sets: Sequence[str] = (), named: Sequence[str] = (
         ConfigError: every problem at once.
         SchemaError: two stages have one column.
     """
-    config = load_config(path, tuple(sets))
+    config = load_config(path, tuple(sets), kinds.sections())
     stages: dict[str, StageUse] = {}
     for name, section in config.stages.items():
         try:
@@ -128,9 +126,11 @@ def load_pipeline(path: Path, sets: Sequence[str] = (), named: Sequence[str] = (
                 stages[name] = StageUse(stage, options, _on_gpus(stage, run, section), section)
             except BuilderError as error:
                 config.problems.add(("stages", name), "\n".join([error.what, error.fix]))
-    fields, renamed = fields_of(config.dataset, config.problems)
+    source = kinds.KINDS.get(config.dataset.kind)
+    asked = None if source is None else source.from_options(config.dataset, config.problems)
     config.problems.raise_any()
-    pipeline = Pipeline(config, stages, tar_shards.Reading(fields, config.dataset.boxes, renamed), tuple(named))
+    assert asked is not None, "an unknown kind is a problem of the pipeline"
+    pipeline = Pipeline(config, stages, asked, tuple(named))
     with _in_file(config.path):
         _ = pipeline.own_columns
     return pipeline
@@ -149,14 +149,6 @@ def _in_file(path: str) -> Iterator[None]:
         yield
     except SchemaError as error:
         raise ConfigError(error.what, where={"file": path, **error.where}, fix=error.fix) from error
-
-
-def few(things: Sequence[object]) -> str:
-    more = f" and {len(things) - EXAMPLES} more" if len(things) > EXAMPLES else ""
-    return ", ".join(str(thing) for thing in things[:EXAMPLES]) + more
-
-
-# --- stages ---
 
 
 def use_of(pipeline: Pipeline, name: str) -> StageUse:
@@ -193,8 +185,12 @@ def _next_draw(use: StageUse) -> dict[str, Any]:
 
 def shards_of(pipeline: Pipeline) -> list[str]:
     """The shards that the pipeline names and the table has."""
-    found = tar_shards.find(pipeline.config.patterns)
-    return workset.narrow_to(list(found.paths), pipeline.layout.shard_names())
+    return workset.narrow_to(list(pipeline.asked.find().paths), pipeline.layout.shard_names())
+
+
+def hybrid_shards_of(pipeline: Pipeline) -> list[str]:
+    """Of `shards_of` those of which hybrid shards are written: none where the source has no bytes."""
+    return shards_of(pipeline) if pipeline.asked.has_bytes else []
 
 
 def table_shards(pipeline: Pipeline) -> list[str]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from builder.engine import rules
 from builder.engine.counting import count_rows
 from builder.engine.work import Choice, Counts
-from builder.sources.tars import shards as tar_shards
 from builder.table import partitions
 from builder.verbs.ingest import IngestPlan, plan_ingest
 from builder.verbs.pipeline import Pipeline, shards_of, work_of
@@ -40,7 +39,7 @@ def make_plan(pipeline: Pipeline, choice: Choice) -> Plan:
     by_run: dict[str, Counter[str]] = {}
     works = [work_of(pipeline, name, choice, shards) for name in pipeline.stages]
     counts = count_rows(layout, works, by_run)
-    older = rules.of_ingest(ingest_plan.versions, tar_shards.CHANGES)
+    older = rules.of_ingest(ingest_plan.versions, pipeline.asked.changes)
     for use in pipeline.stages.values():
         older += rules.of_stage(layout, use.stage, by_run[use.stage.name])
     write_plan = plan_write(pipeline, is_healed=True)

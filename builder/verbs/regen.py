@@ -23,7 +23,8 @@ from builder.engine.work import Choice, Work
 from builder.errors import ConfigError, ShardError, StageError
 from builder.executors.local import as_a_worker
 from builder.hybrid import writer
-from builder.sources.members import EDIT, MemberReader
+from builder.sources.members import EDIT
+from builder.sources.reader import MemberReader
 from builder.stages.contract import Stage, formats_asked
 from builder.stages.finding import find, own_code
 from builder.stages.signature import options_hash

@@ -15,7 +15,7 @@ from builder.engine.work import Choice, Counts
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError, TransientError
 from builder.hybrid import writer
 from builder.progress import Talk
-from builder.sources.tars import shards as tar_shards
+from builder.sources.base import Found
 from builder.stages.contract import columns_of
 from builder.stages.finding import own_code
 from builder.store import files
@@ -56,7 +56,7 @@ def check_first(pipeline: Pipeline) -> None:
     """
     layout = pipeline.layout
     layout.check_folders()
-    found = tar_shards.find(pipeline.config.patterns)
+    found = pipeline.asked.find()
     writer.check_apart(layout, list(found.paths.values()))
     problems: list[BuilderError] = []
     is_sql_fine = _is_sql_fine(pipeline)
@@ -76,7 +76,8 @@ def check_first(pipeline: Pipeline) -> None:
         )
     for problem in problems:
         raise problem
-    _check_room(layout, found)
+    if pipeline.asked.has_bytes:
+        _check_room(layout, found)
 
 
 def _is_sql_fine(pipeline: Pipeline) -> bool:
@@ -97,7 +98,7 @@ def _collecting(problems: list[BuilderError]) -> Iterator[None]:
             problems.append(error)
 
 
-def _check_room(layout: Layout, found: tar_shards.Found) -> None:
+def _check_room(layout: Layout, found: Found) -> None:
     """Raises TransientError where hybrid shards that do not exist yet, each about its source's size, would not fit."""
     there = set(names(layout.shards))
     new = [path for shard, path in found.paths.items() if f"{shard}.tar" not in there]

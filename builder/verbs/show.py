@@ -11,11 +11,13 @@ from typing import Any
 
 from builder import formats
 from builder.errors import ConfigError
-from builder.sources.members import MemberReader, place_of
+from builder.progress import few
+from builder.sources.members import place_of
+from builder.sources.reader import MemberReader
 from builder.store import files
 from builder.table import partitions
 from builder.table.query import Sql
-from builder.verbs.pipeline import Pipeline, few
+from builder.verbs.pipeline import Pipeline
 from builder.verbs.sql import all_samples
 
 #: SHARD:ROW, and digits of a row from which no shard has so many.

@@ -14,7 +14,7 @@ from builder.engine.work import Choice
 from builder.errors import ConfigError
 from builder.hybrid import writer
 from builder.hybrid.edited_sample import Rules, members_of
-from builder.sources.tars import shards as tar_shards
+from builder.sources.tars.shards import OF_SHARD
 from builder.store.layout import names
 from builder.table import partitions
 from builder.table.query import Samples
@@ -40,7 +40,7 @@ def read_status(pipeline: Pipeline) -> dict[str, Any]:
         counts = ", ".join(
             f"count(*) filter ({name}_status = 'ok'), count(*) filter ({name}_status = 'failed')" for name in stages
         )
-        of_a_shard = f"max(source_notes) filter (starts_with(source_notes, '{tar_shards.OF_SHARD}'))"
+        of_a_shard = f"max(source_notes) filter (starts_with(source_notes, '{OF_SHARD}'))"
         others = (
             f"count(source_notes), coalesce({of_a_shard}, max(source_notes)), count(distinct shard), count(image_path)"
         )

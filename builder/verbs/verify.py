@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from builder.engine import workset
 from builder.errors import BuilderError
 from builder.hybrid import verify
 from builder.progress import Talk
-from builder.sources.tars import shards as tar_shards
-from builder.verbs.pipeline import Pipeline
+from builder.verbs.pipeline import Pipeline, hybrid_shards_of
 from builder.verbs.write import plans_of
-
-# --- verify, gc, fold, drop ---
 
 
 def prove(pipeline: Pipeline, talk: Talk) -> verify.Proof:
     """Proves every hybrid shard of the pipeline; changes nothing on disk."""
     layout = pipeline.layout
-    on_disk = tar_shards.find(pipeline.config.patterns)
-    shards = workset.narrow_to(list(on_disk.paths), layout.shard_names())
+    shards = hybrid_shards_of(pipeline)
     prover = verify.Prover(layout, shards, pipeline.editing)
-    prover.check_gone(tar_shards.vanished(layout, on_disk))
+    prover.check_gone(pipeline.asked.find().gone(layout.shard_names()))
     refused: dict[str, BuilderError] = {}
     with talk.bar("verify", len(shards), "shards") as bar:
         readable = prover.readable()

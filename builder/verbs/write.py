@@ -17,12 +17,11 @@ from builder.errors import BuilderError, TransientError
 from builder.hybrid import writer
 from builder.hybrid.edited_sample import NO_TEXT, REASONS, SEVERAL_PICTURES
 from builder.progress import Talk
-from builder.sources.tars import shards as tar_shards
 from builder.store import files
 from builder.store.layout import Layout
 from builder.table import partitions
 from builder.table.query import read_sql
-from builder.verbs.pipeline import Pipeline, shards_of, table_shards
+from builder.verbs.pipeline import Pipeline, hybrid_shards_of, table_shards
 
 # --- write ---
 
@@ -60,7 +59,7 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: boo
         is_healed: whether the caller has healed the partitions.
     """
     layout = pipeline.layout
-    shards = shards_of(pipeline)
+    shards = hybrid_shards_of(pipeline)
     if not is_healed:
         partitions.heal(layout, shards)
     plan = WritePlan(free=writer.free_bytes(layout))
@@ -112,7 +111,7 @@ def run_write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Out
     """
     layout = pipeline.layout
     layout.check_folders()
-    found = tar_shards.find(pipeline.config.patterns)
+    found = pipeline.asked.find()
     writer.check_apart(layout, list(found.paths.values()))
     table_shards(pipeline)
     files.make_folder(layout.runs)

@@ -33,13 +33,12 @@ import pyarrow.dataset  # likewise, by read_table
 import pyarrow.parquet as pq
 
 from builder.cli import app
-from builder.engine import runs
+from builder.engine import runs, worker
 from builder.engine.work import Choice
 from builder.engine.worker import run_task
 from builder.executors import local
 from builder.hybrid import writer
 from builder.progress import Talk
-from builder.sources.tars import shards as tar_shards
 from builder.store.files import TEMP_SUFFIX, temp_path
 from builder.store.layout import Layout, names
 from builder.table import column_files, commits, partitions, root_schema
@@ -701,8 +700,8 @@ class Harness:
             commits.commit,
             lambda result, layout, shard, stage, columns, done, *_: ["rows", shard, stage, done["row"].to_pylist()],
         )
-        tar_shards.ingest_shard = noted(  # type: ignore[assignment]
-            tar_shards.ingest_shard, lambda result, layout, path, *_: ["shard", Path(path).stem]
+        worker.ingest_shard = noted(  # type: ignore[assignment]
+            worker.ingest_shard, lambda result, layout, source, shard, *_: ["shard", shard]
         )
         writer.write_shard = noted(  # type: ignore[assignment]
             writer.write_shard, lambda result, layout, plan: ["output", plan.shard]

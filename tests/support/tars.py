@@ -10,7 +10,7 @@ from typing import Any
 
 import webdataset
 
-from builder.sources.tars.shards import Reading, read_shard
+from builder.sources.tars.shards import TarShards, read_shard
 from builder.tar import chain, walk
 from builder.tar.index import Index
 
@@ -107,7 +107,7 @@ def by_webdataset(path: Path) -> Samples:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The table's rows of one shard."""
-    rows: list[dict[str, Any]] = read_shard(path, "s", Reading({}), "run").table.to_pylist()
+    rows: list[dict[str, Any]] = read_shard(path, "s", TarShards({}), "run").table.to_pylist()
     return rows
 
 

@@ -1,0 +1,77 @@
+"""A tar shard, open at the offsets that the table has, if it is still what was ingested."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from builder import machine
+from builder.errors import ShardError
+from builder.sources.members import AGAIN
+from builder.store import files
+from builder.store.layout import Layout
+from builder.table import partitions
+from builder.table.origin import Origin
+from builder.tar import head_check
+
+#: Rows whose headers are in memory at a time, while those of a touched shard are compared.
+_ROWS_A_STEP = 4096
+
+
+@contextlib.contextmanager
+def opened(layout: Layout, shard: str, source: Origin) -> Iterator[int]:
+    """A source shard, open for reading at offsets.
+
+    One of another time of modification is good as long as every sample's headers are where the table has them.
+
+    Raises:
+        ShardError: it is gone, may not be read, or is not what was ingested: another size, other headers.
+        OSError: the machine does not give it.
+    """
+    try:
+        descriptor = os.open(source.path, os.O_RDONLY)
+    except OSError as error:
+        if machine.is_of_the_machine(error):
+            raise
+        raise ShardError(
+            f"the source shard cannot be read: {error.strerror}", where={"file": source.path}, fix=AGAIN
+        ) from error
+    try:
+        with files.naming(Path(source.path)):
+            stat = os.fstat(descriptor)
+            if stat.st_size != source.size:
+                raise _changed(source, bytes=f"expected {source.size}, found {stat.st_size}")
+            if stat.st_mtime_ns != source.mtime_ns:
+                _check_heads(descriptor, layout, shard, source)
+                if os.fstat(descriptor).st_mtime_ns != stat.st_mtime_ns:
+                    raise _changed(source, time="it is being written to")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _changed(source: Origin, **place: object) -> ShardError:
+    return ShardError("the source shard changed since it was ingested", where={"file": source.path, **place}, fix=AGAIN)
+
+
+def _check_heads(descriptor: int, layout: Layout, shard: str, source: Origin) -> None:
+    """Compares the headers of every sample, prefixes included, with what the table says of them.
+
+    Raises:
+        ShardError: one of them is another.
+    """
+    places, state = partitions.read_partition(layout, shard, ["key", "source_members"])
+    if state.source != source:
+        raise ShardError("the shard was ingested again meanwhile", fix="run the same command again")
+    for start in range(0, places.num_rows, _ROWS_A_STEP):
+        rows = places.slice(start, _ROWS_A_STEP)
+        pairs = zip(rows["key"].to_pylist(), rows["source_members"].to_pylist(), strict=True)
+        found = [(f"{key}.{place['ext']}", place) for key, members in pairs for place in members]
+        names, sizes = [name for name, _ in found], [place["size"] for _, place in found]
+        heads = [os.pread(descriptor, place["data"] - place["header"], place["header"]) for _, place in found]
+        other = head_check.first_other_head(heads, names, sizes)
+        if other is not None:
+            at = found[other][1]["header"]
+            raise _changed(source, offset=at, member=f"expected '{names[other]}' of {sizes[other]} bytes")

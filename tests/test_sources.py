@@ -1,0 +1,176 @@
+"""A second kind of source, whose rows have no bytes at all, goes the whole way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pytest
+
+from builder.config.problems import Problems
+from builder.config.sections import Dataset
+from builder.errors import ConfigError
+from builder.sources import kinds
+from builder.sources.base import Found, Read, Seen
+from builder.store.layout import Layout
+from builder.table import partitions, schema
+from builder.table.origin import Origin
+from builder.table.schema import SOURCE, Column
+from conftest import STAGES, Workspace
+
+
+class LinesDataset(Dataset):
+    """Files of text, one sample per line."""
+
+    stand_ins: ClassVar[dict[str, Any]] = {"folder": "", "root": ""}
+    folder: str
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Every `*.txt` of a folder is a shard, every line of it a sample; there are no pictures."""
+
+    kind: ClassVar[str] = "lines"
+    version: ClassVar[str] = "1"
+    changes: ClassVar[dict[str, str]] = {}
+    has_bytes: ClassVar[bool] = False
+    Options: ClassVar[type[Dataset]] = LinesDataset
+
+    folder: str
+    boxes: str = ""
+
+    @classmethod
+    def from_options(cls, options: LinesDataset, problems: Problems) -> Lines:
+        return cls(options.folder)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Lines:
+        return cls(data["folder"])
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (*schema.IDENTITY, *schema.status_columns(SOURCE))
+
+    def with_columns_of(self, columns: Iterable[Column]) -> Lines:
+        return self
+
+    def find(self) -> Found:
+        return Found({path.stem: path for path in sorted(Path(self.folder).glob("*.txt"))}, [])
+
+    def why_missing(self, path: Path) -> str:
+        return "does not exist"
+
+    def identify(self, path: Path) -> Origin:
+        found = path.stat()
+        return Origin(str(path), found.st_size, found.st_mtime_ns, "lines", self.version, kind=self.kind)
+
+    def read(self, path: Path, shard: str, run: str) -> Read:
+        lines = path.read_text("utf-8").splitlines()
+        uids = [hashlib.md5(line.encode()).hexdigest() for line in lines]
+        count = len(lines)
+        known = {
+            "shard": [shard] * count, "row": range(count), "key": uids, "uid": uids, "caption": lines,
+            "source_members": [[]] * count,            "source_status": ["ok"] * count, "source_run": [run] * count,
+        }  # fmt: skip
+        arrays = {c.name: pa.array(known.get(c.name, [None] * count), c.type) for c in self.columns}
+        return Read(pa.table(arrays))
+
+    def digests(self, path: Path, rows: pa.Table) -> None:
+        return None
+
+    def notices(self, seen: Seen) -> list[str]:
+        return []
+
+    @classmethod
+    def opened(cls, layout: Layout, shard: str, origin: Origin) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+PIPELINE = """\
+[dataset]
+kind = "lines"
+folder = "{folder}/texts"
+root = "{folder}/out"
+
+[run]
+workers = 1
+
+[stages.lang]
+
+[stages.faces]
+
+[stages.note]
+python = "{stages}:Note"
+sql = "{folder}/note.sql"
+"""
+
+
+@pytest.fixture
+def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """Two files of three lines, and a pipeline over them."""
+    monkeypatch.setitem(kinds.KINDS, "lines", Lines)
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"texts/{name}.txt").write_text("".join(f"A photo of {n} dogs in {name}\n" for n in range(3)))
+    (tmp_path / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
+    file = tmp_path / "pipeline.toml"
+    file.write_text(PIPELINE.format(folder=tmp_path, stages=STAGES))
+    return Workspace(tmp_path, file)
+
+
+def test_rows_without_bytes_go_the_whole_way(lines: Workspace) -> None:
+    assert "ingest: 2 shards, 6 rows" in lines.run("ingest").stderr
+    assert "note: 6 rows, 6 ok" in lines.run("stage", "note").stderr
+    assert lines.run("stage", "lang").returncode == 0
+    lines.run("stage", "faces")
+    assert lines.rows("select distinct lang, note like 'seen: A photo%', len(source_members) from samples") == [
+        ("en", True, 0)
+    ]
+    assert lines.rows("select distinct face_count, face_source, face_notes from samples") == [(None, "unknown", None)]
+    assert partitions.partition_state(lines.load().layout, "a").source.kind == "lines"  # type: ignore[union-attr]
+    plan = json.loads(lines.run("plan", "--json").stdout)
+    assert (plan["ingest"]["todo"], plan["stages"]["note"]["todo"], plan["write"]["shards"]) == (0, 0, 0)
+    assert json.loads(lines.run("status", "--json").stdout)["rows"] == 6
+    assert "write: nothing to do" in lines.run("write").stderr
+    assert not (lines.root / "shards/a.tar").exists()
+    proof = lines.run("verify")
+    assert "no hybrid shards are written of sources of the kind 'lines'" in proof.stderr
+    assert "nothing to do" in lines.run("run").stderr
+
+
+def test_a_line_that_changes_is_read_again_and_answered_again(lines: Workspace) -> None:
+    lines.run("run")
+    (lines.folder / "texts/a.txt").write_text("A cat\nA photo of 1 dogs in a\n")
+    told = lines.run("run").stderr
+    assert "ingest: 1 shards, 2 rows, 1 changed" in told
+    assert "note: 1 rows, 1 ok" in told
+    assert lines.rows("select note from samples where shard = 'a' order by row") == [
+        ("seen: A cat",), ("seen: A photo of 1 dogs in a",),
+    ]  # fmt: skip
+
+
+def test_an_unknown_kind_is_reported(lines: Workspace) -> None:
+    lines.file.write_text(lines.file.read_text().replace('kind = "lines"', 'kind = "line"'))
+    with pytest.raises(ConfigError) as caught:
+        lines.load()
+    assert "unknown kind of source 'line'" in str(caught.value)
+    assert "did you mean 'lines'?" in str(caught.value)
+
+
+def test_a_root_of_a_kind_that_this_version_lacks(lines: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines.run("run")
+    pipeline = lines.load()
+    monkeypatch.delitem(kinds.KINDS, "lines")
+    state = partitions.partition_state(pipeline.layout, "a")
+    assert state is not None
+    with pytest.raises(Exception, match="a source of the kind 'lines', which this version does not know"):
+        kinds.kind_of(state.source)
