@@ -36,7 +36,7 @@ from PIL import ExifTags, Image
 
 from builder.cli import main as builder_command
 from builder.engine.batches import MAX_ERROR, answer
-from builder.engine.task import read_once
+from builder.engine.reading import read_once
 from builder.errors import RowError, ShardError
 from builder.models import pictures
 from builder.models.pictures import decode

@@ -20,10 +20,10 @@ import pytest
 
 from builder import Resources, Strict, machine, output
 from builder.engine import batches as answering
-from builder.engine import task
 from builder.engine.batches import error_text
 from builder.engine.in_hand import Deaths, Verdict
-from builder.engine.task import Result
+from builder.engine.shard import ShardWork
+from builder.engine.task_state import Result
 from builder.engine.work import Choice
 from builder.errors import ShardError, StageError, TransientError
 from builder.stages.contract import RowsFailed
@@ -548,7 +548,7 @@ def test_a_log_that_cannot_be_written_hides_no_other_error(layout: Layout, monke
     """A shard is left while a commit with failures that keep an old answer is being made."""
     do(layout, plan(layout, Note(Options())), Note(Options()))
     stage = Fails(Options(word="again", bad=[key(0)]))
-    real_read, real_commit = task._Shard.read, commits.commit
+    real_read, real_commit = ShardWork.read, commits.commit
 
     def full(path: Path, values: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -564,7 +564,7 @@ def test_a_log_that_cannot_be_written_hides_no_other_error(layout: Layout, monke
 
     run = plan(layout, stage, Choice(redo=True))
     monkeypatch.setattr(files, "append_lines", full)
-    monkeypatch.setattr(task._Shard, "read", bad)
+    monkeypatch.setattr(ShardWork, "read", bad)
     monkeypatch.setattr(commits, "commit", slow)
     result = do(layout, run, stage, batch_rows=4, checkpoint_rows=4)
     assert (result.refused, result.ok) == ({"00000000": "it cannot be read"}, 8)

@@ -19,7 +19,9 @@ from builder.engine import workset
 from builder.engine.batches import error_text
 from builder.engine.in_hand import Deaths, Verdict
 from builder.engine.runs import read
-from builder.engine.task import Setbacks, TaskSettings, run_stage_task
+from builder.engine.setbacks import Setbacks
+from builder.engine.task import run_stage_task
+from builder.engine.task_state import TaskSettings
 from builder.errors import BuilderError, MachineError, ShardError, StageError, TransientError
 from builder.executors import local
 from builder.hybrid import writer

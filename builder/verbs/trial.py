@@ -15,7 +15,7 @@ import pyarrow as pa
 from builder import formats
 from builder.engine import workset
 from builder.engine.batches import Failure, Left, answer, check_alone
-from builder.engine.task import read_once
+from builder.engine.reading import read_once
 from builder.engine.work import Choice
 from builder.errors import ConfigError, StageError
 from builder.executors.local import as_a_worker

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from builder.cli import app
-from builder.engine.worker import run_task
+from builder.engine import worker
 from builder.executors import local
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -60,7 +60,7 @@ def tasks_here(
             mock.patch.dict(os.environ, BUILDER_DEVICE=devices[number % len(devices)]),
         ):
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(talk):
-                code = run_task(Path(command(number)[-2]), number)
+                code = worker.run_task(Path(command(number)[-2]), number)
             out.seek(0)
             for line in out:
                 report = json.loads(line)

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 
 from builder.engine import runs, workset
-from builder.engine.task import Result, TaskSettings, run_stage_task
+from builder.engine.task import run_stage_task
+from builder.engine.task_state import Result, TaskSettings
 from builder.engine.work import Choice, Work
 from builder.stages.contract import Stage, columns_of
 from builder.stages.signature import options_hash
