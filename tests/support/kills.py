@@ -35,7 +35,6 @@ import pyarrow.parquet as pq
 from builder.cli import app
 from builder.engine import runs, worker
 from builder.engine.work import Choice
-from builder.engine.worker import run_task
 from builder.executors import local
 from builder.hybrid import writer
 from builder.progress import Talk
@@ -407,7 +406,7 @@ def tasks_here(
     line: Callable[[int], Sequence[str]], tasks: int, log: Callable[[int], Path], **_: Any
 ) -> list[local.Ended]:
     """An executor whose tasks are done by this process, one after the other."""
-    return [local.Ended(number, run_task(Path(line(number)[-2]), number), 0) for number in range(tasks)]
+    return [local.Ended(number, worker.run_task(Path(line(number)[-2]), number), 0) for number in range(tasks)]
 
 
 def do(made: Workspace, *arguments: str) -> int:
