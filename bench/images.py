@@ -32,7 +32,7 @@ from builder.engine.work import Choice
 from builder.engine.worker import run_task
 from builder.executors import local
 from builder.progress import Talk
-from builder.table.query import Sql
+from builder.table.sql_text import Sql
 from builder.verbs.ingest import run_ingest
 from builder.verbs.pipeline import load_pipeline
 from builder.verbs.sql import answer

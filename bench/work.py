@@ -31,7 +31,8 @@ from builder.stages.contract import columns_of
 from builder.stages.finding import find as find_stage
 from builder.store.layout import Layout
 from builder.table import column_files, commits, partitions, root_schema, schema
-from builder.table.query import Samples, read_sql
+from builder.table.query import Samples
+from builder.table.sql_text import read_sql
 from builder.verbs.pipeline import shards_of, work_of
 from builder.verbs.plan import make_plan
 from builder.verbs.status import read_status

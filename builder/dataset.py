@@ -11,8 +11,9 @@ from builder.sources.reader import MemberReader
 from builder.stages.finding import with_built_in
 from builder.store.layout import Layout
 from builder.table import root_schema
-from builder.table.query import DuckError, Samples, Sql, guarded
+from builder.table.query import Samples
 from builder.table.schema import arrow_schema
+from builder.table.sql_text import DuckError, Sql, guarded
 
 if TYPE_CHECKING:
     import polars

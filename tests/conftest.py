@@ -26,8 +26,8 @@ from builder.engine import worker
 from builder.executors import local
 from builder.sources.ingest import ingest_shard
 from builder.table import root_schema
-from builder.table.query import Sql
 from builder.table.schema import BOXES
+from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline, load_pipeline
 from builder.verbs.sql import answer
 from support.here import builder_here

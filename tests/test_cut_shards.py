@@ -16,7 +16,7 @@ import pytest
 from builder.hybrid.edited_sample import Rules
 from builder.hybrid.writer import plan_shard
 from builder.table import partitions
-from builder.table.query import Sql
+from builder.table.sql_text import Sql
 from builder.tar import indexing
 from conftest import Workspace, picture, write_tar
 from support.tars import END, by_webdataset, gnu_tar, pax, pax_record, record, written

@@ -25,9 +25,10 @@ from builder.stages.check import Check, CheckOptions
 from builder.stages.contract import Preparing, RowsFailed
 from builder.stages.faces import Faces, FacesOptions
 from builder.stages.signature import options_hash
-from builder.table import query
+from builder.table import lookups
+from builder.table.lookups import Lookup
 from builder.table.schema import BOXES
-from conftest import Sample, Workspace, make_workspace, metadata, picture, samples
+from conftest import Sample, Workspace, make_workspace, metadata, picture, replace_everywhere, samples
 from support.toy_scrfd import magenta, write_toy
 
 Make = Callable[..., Workspace]
@@ -377,13 +378,13 @@ def test_metadata_is_joined_once(dataset: Workspace, monkeypatch: pytest.MonkeyP
     dataset.file.write_text(
         dataset.file.read_text().replace('source = "json"', f'source = "metadata"\nmetadata = "{path}"')
     )
-    looked, look_up = [], query._look_up
+    looked, look_up = [], lookups.look_up
 
-    def noting(connection: Any, name: str, lookup: query.Lookup) -> None:
+    def noting(connection: Any, name: str, lookup: Lookup) -> None:
         looked.append(name)
         look_up(connection, name, lookup)
 
-    monkeypatch.setattr(query, "_look_up", noting)
+    replace_everywhere(monkeypatch, lookups.look_up, noting)
     assert "faces: 16 rows, 16 ok" in dataset.run("stage", "faces").stderr
     assert looked == ["metadata"]
 

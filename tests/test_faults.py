@@ -31,7 +31,8 @@ from builder.store import files
 from builder.store.layout import Layout
 from builder.table import column_files, commits, root_schema
 from builder.table.edits import EditsTar
-from builder.table.query import Samples, Sql
+from builder.table.query import Samples
+from builder.table.sql_text import Sql
 from builder.tar import indexing
 from conftest import Done, Workspace, ingest_here, samples, talk, write_tar
 from support.faults import Fault, armed, environment

@@ -26,8 +26,9 @@ from builder.store import files
 from builder.store.layout import Layout, RunFiles
 from builder.table import column_files, root_schema, sweeps
 from builder.table.edits import EditsReader
-from builder.table.query import Samples, Sql
+from builder.table.query import Samples
 from builder.table.schema import Column
+from builder.table.sql_text import Sql
 from builder.verbs.gc import collect_garbage
 from builder.verbs.regen import regenerate
 from builder.verbs.stage import run_stage

@@ -39,7 +39,7 @@ from builder.sources.tars.columns import MAX_TEXT
 from builder.sources.tars.samples import MAX_ERROR
 from builder.store.layout import MAX_SHARD_NAME, Layout, shard_name_fault
 from builder.table.edits import EditsReader, EditsTar
-from builder.table.query import Sql
+from builder.table.sql_text import Sql
 from builder.tar import blocks, indexing, member_names
 from builder.verbs import status
 from builder.verbs.pipeline import Pipeline, shards_of

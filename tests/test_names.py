@@ -16,7 +16,8 @@ from builder.errors import ConfigError, SchemaError
 from builder.hybrid.edited_sample import Edit, edited_json
 from builder.sources.tars.shards import TarShards, read_shard
 from builder.table import schema
-from builder.table.query import Lookup, Samples
+from builder.table.lookups import Lookup
+from builder.table.query import Samples
 from builder.table.schema import Column
 from conftest import Sample, Workspace, make_shard, picture, read_tar, samples, write_tar
 

@@ -21,8 +21,9 @@ from builder.stages.faces import Faces, FacesOptions
 from builder.stages.finding import find
 from builder.store import layout
 from builder.table import schema
-from builder.table.query import Samples, Sql, batches, checked, read_sql
+from builder.table.query import Samples
 from builder.table.repeatable import examine
+from builder.table.sql_text import Sql, batches, checked, read_sql
 from builder.verbs.plan import make_plan
 from builder.verbs.sql import all_samples, answer
 from builder.verbs.stage import run_stage

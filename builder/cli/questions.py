@@ -200,7 +200,7 @@ def sql(
       builder sql sql/stats.sql --scale small
       builder sql "select uid, caption from samples where lang = \\$lang" --param lang=fr --csv
     """
-    from builder.table.query import Sql, read_sql
+    from builder.table.sql_text import Sql, read_sql
     from builder.verbs.fold import behind
     from builder.verbs.sql import answer
 

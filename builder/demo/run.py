@@ -17,7 +17,7 @@ from builder.hybrid.verify import Proof, summary
 from builder.progress import Talk
 from builder.sources.reader import MemberReader
 from builder.store.files import write_atomic
-from builder.table.query import Sql
+from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline, load_pipeline
 from builder.verbs.run import run_all
 from builder.verbs.sql import answer

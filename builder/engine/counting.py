@@ -30,9 +30,10 @@ from builder.engine.states import (
 from builder.engine.work import Counts, Work
 from builder.errors import ConfigError
 from builder.store.layout import Layout
-from builder.table.query import Samples, Sql
+from builder.table.query import Samples
 from builder.table.rowwise import Rowwise, rowwise
 from builder.table.schema import Column
+from builder.table.sql_text import Sql
 
 
 def count_rows(layout: Layout, works: Sequence[Work], by_run: dict[str, Counter[str]] | None = None) -> list[Counts]:

@@ -11,14 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builder.engine.states import READ_ROWS, THE_TABLE, covered_rows, quoted, states_of, where_clause
+from builder.engine.states import READ_ROWS, THE_TABLE, covered_rows, states_of, where_clause
 from builder.engine.work import ROW_KEYS, Work
 from builder.errors import ConfigError
 from builder.store.layout import Layout
 from builder.table import schema
+from builder.table.lookups import Lookup
 from builder.table.partitions import partition_state
-from builder.table.query import Lookup, Samples, Sql
+from builder.table.query import Samples
 from builder.table.rowwise import Rowwise, rowwise
+from builder.table.sql_text import Sql
 
 T = TypeVar("T")
 
@@ -125,7 +127,7 @@ def side_by_side(
     place = {shard: number for number, shard in enumerate(shards)}
     these = ""
     if only is not None and len(only) < len(shards):
-        these = f" and {{}}.shard in ({', '.join(quoted(shard) for shard in only)})"
+        these = f" and {{}}.shard in ({', '.join(schema.literal(shard) for shard in only)})"
     answers = [
         _Answer(_answer(samples, work, place, sort=work.stage.name in sort, with_inputs=with_inputs, these=these))
         for work in works

@@ -13,8 +13,9 @@ from builder.engine import outdated
 from builder.engine.work import Choice, Work
 from builder.stages.contract import formats_asked
 from builder.table import schema
-from builder.table.query import Samples, Sql
+from builder.table.query import Samples
 from builder.table.rowwise import Rowwise
+from builder.table.sql_text import Sql
 
 #: Rows of one read from DuckDB, and of one row group of the work set.
 READ_ROWS = 20_000
@@ -74,7 +75,7 @@ def state_in_sql(work: Work) -> str:
     name, kind = work.stage.name, work.choice.retry_class
     retried = "false"
     if kind:
-        retried = "true" if kind == "failed" else f"starts_with(s.{name}_error, {quoted(kind + ':')})"
+        retried = "true" if kind == "failed" else f"starts_with(s.{name}_error, {schema.literal(kind + ':')})"
     return (
         f"(case s.{name}_status when 'ok' then {OK} when 'failed' then"
         f" case when {retried} then {RETRIED} else {FAILED} end else 0 end)::utinyint"
@@ -156,10 +157,6 @@ def unused_name(name: str, columns: Iterable[str]) -> str:
     while any(column.startswith(name) for column in taken):
         name += "_"
     return name
-
-
-def quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def where_clause(condition: str) -> Sql:

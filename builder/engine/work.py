@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from builder.errors import ConfigError
 from builder.stages.contract import Stage
-from builder.table.query import Lookup, Sql
+from builder.table.lookups import Lookup
 from builder.table.schema import Column
+from builder.table.sql_text import Sql
 
 ROW_KEYS = ("shard", "row", "uid")
 #: What `Choice.retry` may be: all failed rows, or those of one class of error, which is a word.

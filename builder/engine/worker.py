@@ -36,7 +36,7 @@ from builder.stages.finding import find, own_code
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
 from builder.table import partitions
-from builder.table.query import Sql
+from builder.table.sql_text import Sql
 
 # --- the worker's side ---
 

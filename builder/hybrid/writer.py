@@ -36,12 +36,13 @@ from builder.sources.members import AGAIN
 from builder.sources.tars.opening import opened
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
-from builder.table import column_files, partitions, query, schema
+from builder.table import column_files, partitions, schema
 from builder.table.edits import EditsReader
 from builder.table.origin import Origin
 from builder.table.pointers import pointers_of
-from builder.table.query import Samples, Sql
+from builder.table.query import Samples
 from builder.table.schema import Column, folded
+from builder.table.sql_text import DuckError, Sql, batches, guarded
 from builder.tar import blocks, indexing, record_heads
 from builder.tar.index import Index
 
@@ -183,8 +184,8 @@ def plans(
                     continue
                 plan.frozen_schema = frozen
                 yield plan
-        except query.DuckError as error:
-            raise query.guarded(sql, error) from error
+        except DuckError as error:
+            raise guarded(sql, error) from error
 
 
 def _in_python(batch: pa.RecordBatch, sql: Sql) -> list[dict[str, Any]]:
@@ -312,7 +313,7 @@ def _texts(column: pa.ChunkedArray) -> list[str | None]:
 def _by_shard(reader: pa.RecordBatchReader, sql: Sql) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     shard: str | None = None
     rows: list[dict[str, Any]] = []
-    for batch in query.batches(reader):
+    for batch in batches(reader):
         for row in _in_python(batch, sql):
             if row["shard"] != shard:
                 if shard is not None:

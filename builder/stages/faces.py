@@ -23,7 +23,7 @@ from builder.models.faces.finder import (
 from builder.stages.comparison import difference
 from builder.stages.contract import Resources, answered
 from builder.table import boxes
-from builder.table.query import Lookup
+from builder.table.lookups import Lookup
 from builder.table.schema import BOXES, output
 
 

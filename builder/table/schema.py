@@ -351,6 +351,11 @@ def type_text(kind: pa.DataType) -> str:
     return _BY_TYPE[kind]
 
 
+def literal(text: str) -> str:
+    """A text as SQL has it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def quoted(name: str) -> str:
     """A name of a column as SQL takes it, whatever it holds."""
     return '"' + name.replace('"', '""') + '"'

@@ -26,8 +26,8 @@ from builder.stages.finding import find, own_code, with_built_in, with_unread
 from builder.stages.signature import options_hash
 from builder.store.layout import Layout
 from builder.table import root_schema, schema
-from builder.table.query import Sql, parameters, read_sql
 from builder.table.schema import Column
+from builder.table.sql_text import Sql, parameters, read_sql
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from builder.sources.reader import MemberReader
 from builder.stages.contract import Stage, formats_asked
 from builder.stages.finding import find, own_code
 from builder.stages.signature import options_hash
-from builder.table.query import Sql
+from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline
 from builder.verbs.show import find_samples
 from builder.verbs.stage import python_of

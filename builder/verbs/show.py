@@ -16,7 +16,7 @@ from builder.sources.members import place_of
 from builder.sources.reader import MemberReader
 from builder.store import files
 from builder.table import partitions
-from builder.table.query import Sql
+from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline
 from builder.verbs.sql import all_samples
 

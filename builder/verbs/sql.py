@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from builder.table.query import Samples, Sql
+from builder.table.query import Samples
+from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline
 
 

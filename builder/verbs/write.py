@@ -20,7 +20,7 @@ from builder.progress import Talk
 from builder.store import files
 from builder.store.layout import Layout
 from builder.table import partitions
-from builder.table.query import read_sql
+from builder.table.sql_text import read_sql
 from builder.verbs.pipeline import Pipeline, hybrid_shards_of, table_shards
 
 # --- write ---

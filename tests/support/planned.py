@@ -14,7 +14,7 @@ from builder.stages.contract import Stage, columns_of
 from builder.stages.signature import options_hash
 from builder.store.layout import Layout, RunFiles
 from builder.table import partitions, root_schema, schema
-from builder.table.query import Sql
+from builder.table.sql_text import Sql
 from builder.verbs import pipeline as pipelines
 from builder.verbs.pipeline import Pipeline, shards_of
 from builder.verbs.stage import _describe_stage
