@@ -56,7 +56,7 @@ def look_up(connection: duckdb.DuckDBPyConnection, name: str, lookup: Lookup) ->
             f'select count(*), min(uid, {_EXAMPLES}) from "{name}" where is_ambiguous'
         ).fetchall()[0]
         if count:
-            listed = ", ".join(map(quoted_text, uids))
+            listed = ", ".join(map(schema.literal, uids))
             found = connection.execute(
                 f"select distinct * from ({rows}) where uid in ({listed}) order by all limit {3 * _EXAMPLES}"
             ).fetchall()
