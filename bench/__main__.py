@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from bench import corpus, faces, images, prompts, tables, work
 from bench.report import Result, compared, rounds_of, table, write
-from builder.executors.local import DEFAULTS
+from builder.executors.base import DEFAULTS
 from builder.sources.ingest import ingest_shard
 from builder.stages.contract import columns_of
 from builder.stages.finding import find as find_stage

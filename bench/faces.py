@@ -24,7 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,21 @@ import numpy as np
 
 from bench.plain_mtcnn import PlainMtcnn
 from bench.report import Result, compared, rounds_of, table
+from builder import exit_codes
 from builder.demo.shards import make_demo_shards
 from builder.engine.work import Choice
 from builder.engine.worker import run_task
-from builder.executors import local
+from builder.executors.base import Ended, Submission
+from builder.executors.by_name import EXECUTORS
+from builder.executors.local import LocalExecutor
 from builder.models.faces.mtcnn import Mtcnn
 from builder.models.pictures import decode
 from builder.progress import Talk
+from builder.store.layout import RunFiles
 from builder.verbs.ingest import run_ingest
 from builder.verbs.pipeline import load_pipeline
 from builder.verbs.stage import run_stage
+from tests.support.in_process import Tasks
 
 WORKERS = 2
 #: Samples of shards that are made.
@@ -137,7 +142,7 @@ def stage(rounds: int, shards: list[Path]) -> list[Result]:
             images = processes.images
 
             def whole_stage() -> tuple[float, float]:
-                with mock.patch.object(local, "run", processes.run):
+                with mock.patch.dict(EXECUTORS, local=lambda: processes):
                     done = run_stage(load_pipeline(file), "faces", Choice(redo=True), Talk(quiet=True))
                 if done["ok"] != images:
                     raise SystemExit(f"the stage answered {done['ok']} of {images} rows: {done.counts}")
@@ -155,8 +160,11 @@ def stage(rounds: int, shards: list[Path]) -> list[Result]:
     return results
 
 
-class Processes:
-    """One process a shard, its pictures decoded in memory, that does a bare loop over them or a task when asked to."""
+class Processes(LocalExecutor):
+    """An executor: one process for each shard, the shard's pictures decoded in its memory.
+
+    When asked to, a process does a bare loop over these pictures, or a task.
+    """
 
     def __init__(self, shards: list[Path]) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # as the engine sets it
@@ -182,12 +190,11 @@ class Processes:
         self.took = (max(wall for wall, _ in answers), sum(cpu for _, cpu in answers))
         return self.took
 
-    def run(self, command: Callable[[int], list[str]], tasks: int, log: Any, **_: Any) -> list[local.Ended]:
-        """In place of `builder.executors.local.run`: the tasks of a run, one for each process."""
-        folder, number = command(0)[-2:]
-        assert (tasks, number) == (WORKERS, "0")
-        self.ask([("task", folder, number) for number in range(tasks)])
-        return [local.Ended(number, local.DONE, 0) for number in range(tasks)]
+    def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Submission:
+        """Does the tasks of a run, one for each process."""
+        assert tasks == WORKERS
+        self.ask([("task", str(run.folder), number) for number in range(tasks)])
+        return Tasks([[Ended(number, exit_codes.DONE, 0) for number in range(tasks)]])
 
     def __enter__(self) -> Processes:
         return self
@@ -207,7 +214,7 @@ def _serve(shard: Path, pipe: Connection) -> None:
         if order[0] == "loop":
             for image in images:
                 detector.detect(image)
-        elif (code := run_task(Path(order[1]), order[2])) != local.DONE:
+        elif (code := run_task(Path(order[1]), order[2])) != exit_codes.DONE:
             raise SystemExit(f"task {order[2]} of '{order[1]}' ended with {code}")
         pipe.send((time.monotonic() - wall, time.process_time() - cpu))
 

@@ -20,24 +20,28 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from bench import corpus
 from bench.report import Result, compared, table
+from builder import exit_codes
 from builder.engine.work import Choice
 from builder.engine.worker import run_task
-from builder.executors import local
+from builder.executors.base import DEFAULTS, Ended, Submission
+from builder.executors.by_name import EXECUTORS
+from builder.executors.local import LocalExecutor
 from builder.progress import Talk
+from builder.store.layout import RunFiles
 from builder.table.sql_text import Sql
 from builder.verbs.ingest import run_ingest
 from builder.verbs.pipeline import load_pipeline
 from builder.verbs.sql import answer
 from builder.verbs.stage import run_stage
 from tests.support import tiny_diffusers
+from tests.support.in_process import Tasks
 
 #: Images of a round, the model's batch and steps, and the side of the image, px.
 IMAGES, BATCH, STEPS, SIDE = 960, 8, 4, 64
@@ -85,7 +89,7 @@ def _measure(name: str, make: Callable[[Path], Path], rounds: int, shards: Path,
 
             def whole_stage(count: int = images) -> float:
                 choice = Choice(redo=True, where=f"row < {count // 2}")
-                with mock.patch.object(local, "run", worker.run):
+                with mock.patch.dict(EXECUTORS, local=lambda: worker):
                     done = run_stage(load_pipeline(file), "generate", choice, Talk(quiet=True))
                 if done["ok"] != count:
                     raise SystemExit(f"the stage answered {done['ok']} of {count} rows: {done.counts}")
@@ -98,13 +102,13 @@ def _measure(name: str, make: Callable[[Path], Path], rounds: int, shards: Path,
     return compared(what, ours, peer, TARGET, unit="images/s", more=True)
 
 
-class Worker:
-    """A process that loops over prompts with a bare pipeline, or does a task of the engine, when asked to."""
+class Worker(LocalExecutor):
+    """An executor: a process that loops over prompts with a bare pipeline, or does a task, when asked to."""
 
     def __init__(self, model: Path, prompts: list[str]) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        with mock.patch.dict(os.environ, local.DEFAULTS):
+        with mock.patch.dict(os.environ, DEFAULTS):
             self._process = context.Process(target=_serve, args=(model, prompts, theirs), daemon=True)
             self._process.start()
         theirs.close()
@@ -117,12 +121,10 @@ class Worker:
         self.took = self._pipe.recv()
         return self.took
 
-    def run(self, command: Callable[[int], list[str]], tasks: int, log: Any, **_: Any) -> list[local.Ended]:
-        """In place of `builder.executors.local.run`."""
-        folder, number = command(0)[-2:]
-        assert (tasks, number) == (1, "0")
-        self.ask("task", folder)
-        return [local.Ended(0, local.DONE, 0)]
+    def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Submission:
+        assert tasks == 1
+        self.ask("task", str(run.folder))
+        return Tasks([[Ended(0, exit_codes.DONE, 0)]])
 
     def __enter__(self) -> Worker:
         return self
@@ -156,7 +158,7 @@ def _serve(model: Path, prompts: list[str], pipe: Connection) -> None:
         began = time.monotonic()
         if order[0] == "loop":
             loop()
-        elif (code := run_task(Path(order[1]), 0)) != local.DONE:
+        elif (code := run_task(Path(order[1]), 0)) != exit_codes.DONE:
             raise SystemExit(f"task 0 of '{order[1]}' ended with {code}")
         pipe.send(time.monotonic() - began)
 

@@ -44,6 +44,19 @@ class BuilderError(Exception):
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
 
+    def to_json(self) -> dict[str, Any]:
+        """The error as `--json` prints it and as a task hands it to its run: class, what, where, fix."""
+        place = {name: str(value) for name, value in self.where.items()}
+        return {"class": type(self).__name__, "what": self.what, "where": place, "fix": self.fix}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> BuilderError:
+        """The error that `to_json` described; a StageError where this version does not know its class."""
+        kind = globals().get(data["class"])
+        if not (isinstance(kind, type) and issubclass(kind, BuilderError)):
+            kind = StageError
+        return kind(data["what"], where=data["where"], fix=data["fix"])
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.what, self.where, self.fix)
 

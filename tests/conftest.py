@@ -23,7 +23,8 @@ import pytest
 from PIL import Image
 
 from builder.engine import worker
-from builder.executors import local
+from builder.executors.base import take_task_defaults
+from builder.executors.by_name import EXECUTORS
 from builder.sources.ingest import ingest_shard
 from builder.table import root_schema
 from builder.table.schema import BOXES
@@ -32,7 +33,7 @@ from builder.verbs.pipeline import Pipeline, load_pipeline
 from builder.verbs.sql import answer
 from support.here import builder_here
 
-local.as_a_worker()  # before a library counts its threads
+take_task_defaults()  # before a library counts its threads
 STAGES = Path(__file__).parent / "support/stages.py"
 #: mtime of the test tars' members; the fraction makes tarfile write a pax header for each, as webdataset's writer does.
 PAX_MTIME, USTAR_MTIME = 1_700_000_000.5, 1_700_000_000
@@ -334,11 +335,11 @@ class Done:
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
     """Runs `builder ARGUMENTS` in this process, its tasks too."""
-    from support.kills import do, tasks_here
+    from support.kills import do
 
-    monkeypatch.setattr(local, "run", tasks_here)
+    monkeypatch.setitem(EXECUTORS, "local", EXECUTORS["local"])  # `do` replaces it
     monkeypatch.setattr(worker.faulthandler, "enable", lambda: None)  # pytest has its own
-    monkeypatch.setattr(worker, "_report", lambda done, failed: None)
+    monkeypatch.setattr(worker, "_report_progress", lambda done, failed: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     here = Path.cwd()
 

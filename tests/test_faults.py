@@ -23,8 +23,8 @@ import pytest
 from builder import machine
 from builder.engine import worker
 from builder.errors import TransientError
-from builder.executors import local
-from builder.executors.local import Ended
+from builder.executors.base import Ended, run_to_end
+from builder.executors.local import TaskPool
 from builder.hybrid import writer
 from builder.sources.tars import shards
 from builder.store import files
@@ -765,10 +765,11 @@ def test_a_question_with_too_many_open_files(own: Callable[..., Workspace]) -> N
 def test_workers_that_cannot_be_started_are_done_without(tmp_path: Path) -> None:
     """A real limit: descriptors for two or three workers, and four are asked for."""
     with descriptors(12):
-        ended = local.run(
+        pool = TaskPool(
             lambda number: [sys.executable, "-c", "import time; time.sleep(0.3)"], 4,
             lambda number: tmp_path / f"logs/{number}.log", workers=4,
         )  # fmt: skip
+        ended = run_to_end(pool, 4)
     assert ended == [Ended(number, 0, 0) for number in range(4)]
 
 

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from builder.errors import ConfigError, ShardError, TransientError
+from builder.executors.by_name import liveness_of
 from builder.store import files
+from builder.store.owners import Liveness, process_liveness
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -126,7 +128,7 @@ def test_temp_names_are_unique_and_fit(tmp_path: Path) -> None:
         path.touch()
         assert path.name.startswith(".")
         assert path.name.endswith(".tmp")
-        assert not files.is_dead_temp(path)
+        assert not files.is_dead_temp(path, liveness_of)
 
 
 def test_a_temp_file_is_dead_with_its_process(tmp_path: Path) -> None:
@@ -142,7 +144,7 @@ def test_a_temp_file_is_dead_with_its_process(tmp_path: Path) -> None:
     }
     for name in expected:
         (tmp_path / name).touch()
-    assert {name: files.is_dead_temp(tmp_path / name) for name in expected} == expected
+    assert {name: files.is_dead_temp(tmp_path / name, liveness_of) for name in expected} == expected
 
 
 def test_a_temp_file_of_another_host_is_left_alone_for_two_days(tmp_path: Path) -> None:
@@ -151,9 +153,9 @@ def test_a_temp_file_of_another_host_is_left_alone_for_two_days(tmp_path: Path) 
     for hours, is_dead in ((47, False), (49, True)):
         then = time.time() - hours * 3600
         os.utime(path, (then, then))
-        assert files.is_dead_temp(path) is is_dead
+        assert files.is_dead_temp(path, liveness_of) is is_dead
     path.unlink()
-    assert files.is_dead_temp(path) is False
+    assert files.is_dead_temp(path, liveness_of) is False
 
 
 def test_read_at_reads_exactly_or_says_where_the_file_ends(tmp_path: Path) -> None:
@@ -232,10 +234,10 @@ def test_a_process_that_ended_and_was_not_asked_how_is_dead() -> None:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     try:
         deadline = time.monotonic() + 30
-        while files.process_lives(socket.gethostname(), process.pid):
+        while process_liveness(socket.gethostname(), process.pid) is not Liveness.DEAD:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(process.pid, 0)  # its number is still taken
     finally:
         process.wait()
-    assert files.process_lives(socket.gethostname(), os.getpid())
+    assert process_liveness(socket.gethostname(), os.getpid()) is Liveness.LIVES

@@ -153,7 +153,7 @@ def test_a_run_that_is_a_link_is_deleted_as_a_link(given: Given) -> None:
 
 @pytest.mark.parametrize("inside", ["tasks", "logs"])
 def test_a_folder_of_a_run_that_is_a_link_is_not_written_to(given: Given, inside: str) -> None:
-    run = RunFiles(_a_run(given.root))
+    run = RunFiles.at(_a_run(given.root))
     (run.folder / inside).mkdir(exist_ok=True)
     given.link(f"runs/{run.folder.name}/{inside}")
     before = given.state()
@@ -184,7 +184,7 @@ def test_files_that_are_links_are_replaced_and_never_written_through(given: Give
 
 
 def test_a_log_that_is_a_link_is_not_appended_to(given: Given) -> None:
-    run = RunFiles(_a_run(given.root))
+    run = RunFiles.at(_a_run(given.root))
     secret = given.outside / "secret"
     secret.write_bytes(SECRET)
     run.failures(9).parent.mkdir(exist_ok=True)
@@ -435,7 +435,7 @@ def test_a_schema_that_is_damaged_is_told_with_its_file(given: Given) -> None:
 @pytest.mark.parametrize("text", [b"", b"\xff", b"[]", b"{}", b'{"stage": 1, "host": 2}', b"[" * 100_000])
 def test_a_description_of_a_run_that_is_damaged_is_told(given: Given, text: bytes) -> None:
     name, row = _pointed(given.root)
-    description = RunFiles(given.root / "runs" / row["generate_run"]).description
+    description = RunFiles.at(given.root / "runs" / row["generate_run"]).description
     description.write_bytes(text)
     for arguments in (("plan",), ("plan", "--stale"), ("run",), ("write",), ("regen", name, "--check")):
         ended = given.made.run(*arguments, check=False)
@@ -584,8 +584,8 @@ def _is_raw(call: ast.Call) -> bool:
 _KNOWN = [
     "table/edits.py: self._temp.open('xb')",  # a temp name in a folder that make_folder has just looked at
     "table/edits.py: self._temp.unlink(missing_ok=True)",
-    "verbs/pipeline.py: frozen.unlink(missing_ok=True)",  # a temp name in runs/, which check_folders has looked at
-    "verbs/pipeline.py: frozen.unlink(missing_ok=True)",
+    "verbs/stage.py: frozen.unlink(missing_ok=True)",  # a temp name in runs/, which check_folders has looked at
+    "verbs/write.py: frozen.unlink(missing_ok=True)",
     "table/column_files.py: probe.touch()",  # behind check_no_link
     "table/column_files.py: probe.unlink(missing_ok=True)",
     "table/sweeps.py: shutil.rmtree(temp, ignore_errors=True)",  # behind check_no_link; follows no link itself

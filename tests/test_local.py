@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from builder.executors import local
-from builder.executors.local import Ended
+from builder.executors.base import PARENT_PIPE, Ended, run_to_end
+from builder.executors.local import TaskPool
 
 #: A worker: writes its number, pid and start to a file of its own, then does what the test says.
 HEAD = """\
@@ -26,15 +27,22 @@ start.write_text(f"{os.getpid()} {time.monotonic()} {os.environ.get('BUILDER_DEV
 """
 
 
+def ignore(task: int, done: int, failed: int) -> None:
+    """Progress that a test does not look at."""
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., list[Ended]]:
     """Runs tasks whose process is Python text."""
 
-    def start(text: str, tasks: int, **options: Any) -> list[Ended]:
+    def start(text: str, tasks: int, *, on_progress: Callable[..., None] = ignore, **options: Any) -> list[Ended]:
         def command(number: int) -> Sequence[str]:
             return [sys.executable, "-c", HEAD + text, str(number), str(tmp_path)]
 
-        return local.run(command, tasks, lambda number: tmp_path / f"logs/{number}.log", **{"workers": 2, **options})
+        options = {"workers": 2, **options}
+        return run_to_end(
+            TaskPool(command, tasks, lambda number: tmp_path / f"logs/{number}.log", **options), tasks, on_progress
+        )
 
     return start
 
@@ -164,14 +172,15 @@ print(json.dumps({"done": 7, "failed": 0}), flush=True)
 PARENT = """\
 import signal, sys
 from pathlib import Path
-from builder.executors import local
+from builder.executors.base import run_to_end
+from builder.executors.local import TaskPool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started with it ignored
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the same under nohup
 folder = Path(sys.argv[1])
 worker = (folder / "worker.py").read_text()
 try:
-    local.run(lambda number: [sys.executable, "-c", worker, str(number), str(folder)], 2, lambda number: folder / "log",
-              workers=2)
+    run_to_end(TaskPool(lambda number: [sys.executable, "-c", worker, str(number), str(folder)], 2,
+                        lambda number: folder / "log", workers=2), 2)
 except KeyboardInterrupt:
     print("stopped", flush=True)
 """
@@ -248,7 +257,7 @@ def test_workers_die_with_their_parent(parent: subprocess.Popen[str], tmp_path: 
 
 def test_a_task_started_by_hand_needs_no_parent(tmp_path: Path) -> None:
     """Without the mark of the executor, a standard input that ends means nothing."""
-    environment = {name: value for name, value in os.environ.items() if name != local.PARENT_PIPE}
+    environment = {name: value for name, value in os.environ.items() if name != PARENT_PIPE}
     (tmp_path / "worker.py").write_text(HEAD + WORKER)
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "worker.py"), "0", str(tmp_path)], stdin=subprocess.DEVNULL, env=environment

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from builder.engine import workset
 from builder.engine.work import Choice
-from builder.executors import local
+from builder.executors.by_name import EXECUTORS
 from builder.progress import Talk
 from builder.sources.members import digest_of
 from builder.store import files
@@ -36,7 +36,7 @@ from builder.verbs.verify import prove
 from builder.verbs.write import plan_write
 from conftest import STAGES, Sample, Workspace, make_shard, make_workspace, read_tar, samples
 from support import make_root, old_root, planned
-from support.here import tasks_here
+from support.in_process import InProcess
 
 QUIET = Talk(quiet=True)
 SQL = {
@@ -50,7 +50,7 @@ KINDS = {"looks": "Looks", "words": "Words", "after": "After"}
 @pytest.fixture(autouse=True)
 def _tasks_in_this_process() -> Iterator[None]:
     """And no disk is waited for: nobody pulls the plug here."""
-    with mock.patch.object(local, "run", tasks_here), mock.patch.object(os, "fsync", lambda descriptor: None):
+    with mock.patch.dict(EXECUTORS, local=InProcess), mock.patch.object(os, "fsync", lambda descriptor: None):
         yield
 
 

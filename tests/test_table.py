@@ -28,6 +28,7 @@ import pytest
 from hypothesis import given, settings
 
 from builder.errors import ConflictError, SchemaError
+from builder.executors.by_name import liveness_of
 from builder.sources.tars.shards import TarShards
 from builder.store import files
 from builder.store.layout import Layout
@@ -146,7 +147,7 @@ class Root:
         """A sweep of everything; returns what was deleted, relative to the root."""
         found = Sweep()
         sweeps.sweep_shard(self.layout, SHARD, ["paint"], found, dry_run=dry_run)
-        sweeps.sweep_temps(self.layout, found, dry_run=dry_run)
+        sweeps.sweep_temps(self.layout, found, liveness_of, dry_run=dry_run)
         return [str(path.relative_to(self.layout.root)) for path in found.paths]
 
 

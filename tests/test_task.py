@@ -1247,7 +1247,7 @@ def test_a_result_is_json() -> None:
 
 
 def test_a_run_directory_is_all_that_a_task_needs(dataset: Workspace) -> None:
-    run = RunFiles(plan(dataset.load().layout, Note(Options())).folder)
+    run = RunFiles.at(plan(dataset.load().layout, Note(Options())).folder)
     assert sorted(path.name for path in run.folder.iterdir()) == ["tasks", "workset.parquet"]
     assert json.loads(run.task(0).read_text())["slices"][1] == {
         "shard": "00000001", "first": 8, "count": 8, "again": 0,

@@ -105,7 +105,7 @@ def test_an_image_is_made_of_what_its_row_recorded(drawn: Workspace) -> None:
 def test_an_image_that_comes_out_otherwise_is_told_with_the_reasons(drawn: Workspace) -> None:
     uid, shard, row = an_image(drawn)
     [(run,)] = drawn.rows(f"select generate_run from samples where uid = '{uid}'")
-    description = RunFiles(drawn.load().layout.run(run)).description
+    description = RunFiles.at(drawn.load().layout.run(run)).description
     data = json.loads(description.read_text())
     data["options"]["seed"] = 1
     data["packages"]["pillow"] = "0.1"
@@ -162,7 +162,7 @@ def test_stored_bytes_that_are_no_picture_are_told(drawn: Workspace) -> None:
 def test_options_that_are_known_no_more_are_told(drawn: Workspace) -> None:
     uid, _, _ = an_image(drawn)
     [(run,)] = drawn.rows(f"select generate_run from samples where uid = '{uid}'")
-    description = RunFiles(drawn.load().layout.run(run)).description
+    description = RunFiles.at(drawn.load().layout.run(run)).description
     data = json.loads(description.read_text())
     data["options"]["brush"] = 3
     description.write_text(json.dumps(data))

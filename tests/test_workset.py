@@ -511,7 +511,7 @@ def test_a_slice_is_read_across_row_groups(layout: Layout, monkeypatch: pytest.M
 
 def test_a_work_set_without_rows_has_no_tasks(layout: Layout) -> None:
     run = plan(layout, Note(Options()), sql=f"{SQL} where false")
-    assert RunFiles(run.folder).workset.exists()
+    assert RunFiles.at(run.folder).workset.exists()
     assert not run.task(0).exists()
 
 

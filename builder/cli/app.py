@@ -14,11 +14,11 @@ from typing import Any
 
 import click
 
-from builder import __version__
+from builder import __version__, exit_codes
 from builder.cli import console
 from builder.cli.care import drop, fold, gc
 from builder.cli.checks import regen, verify
-from builder.cli.failures import EXIT_CODES, EXIT_INTERRUPTED, EXIT_UNFINISHED, EXIT_USAGE, fail, name_pipeline
+from builder.cli.failures import EXIT_CODES, fail, name_pipeline
 from builder.cli.output import hint
 from builder.cli.questions import plan, show, sql, status
 from builder.cli.work import demo, ingest, init, run, stage, task, write
@@ -56,7 +56,7 @@ class _Group(click.Group):
                 sys.stdout.flush()  # a full disk behind it is told here, and not by the interpreter at its end
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.ctx.get_help() if error.ctx else "")
-            sys.exit(EXIT_USAGE)
+            sys.exit(exit_codes.USAGE)
         except (click.UsageError, BuilderError) as error:
             told = console.misused(error) if isinstance(error, click.UsageError) else error
             name_pipeline(told, arguments)
@@ -67,7 +67,7 @@ class _Group(click.Group):
                 click.echo(json.dumps({"error": {"class": "Interrupted", "what": "stopped", "where": {}, "fix": fix}}))
             else:
                 click.echo(f"\nstopped: {fix}", err=True)
-            sys.exit(EXIT_INTERRUPTED)
+            sys.exit(exit_codes.INTERRUPTED)
         except Exception as error:
             from builder import machine
 
@@ -76,7 +76,7 @@ class _Group(click.Group):
                 if as_json:
                     fail(StageError(f"{type(error).__name__}: {error}", fix="run it without --json to see where"), True)
                 hint(traceback.format_exc().rstrip("\n"))
-                sys.exit(EXIT_UNFINISHED)
+                sys.exit(exit_codes.UNFINISHED)
             fail(machine.told(error), as_json)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from builder.cli.failures import EXIT_DONE, EXIT_FAILED_ROWS, EXIT_UNFINISHED, options_for
+from builder import exit_codes
+from builder.cli.failures import options_for
 from builder.cli.options import LocalPath, json_option, load, pipeline_options
 from builder.cli.output import hint, print_facts
 from builder.errors import ConfigError
@@ -62,7 +63,7 @@ def regen(
         _show_regen(again)
         if out is not None:
             hint(f"written {out}")
-    sys.exit(EXIT_FAILED_ROWS if check and not again.is_same else EXIT_DONE)
+    sys.exit(exit_codes.FAILED_ROWS if check and not again.is_same else exit_codes.DONE)
 
 
 def _show_regen(again: Any) -> None:
@@ -115,5 +116,5 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
         for shard in proof.unread:
             hint(f"not proven, not read: {shard}")
     if proof.unread and not proof.problems:
-        sys.exit(EXIT_UNFINISHED)
-    sys.exit(EXIT_FAILED_ROWS if proof.problems else EXIT_DONE)
+        sys.exit(exit_codes.UNFINISHED)
+    sys.exit(exit_codes.FAILED_ROWS if proof.problems else exit_codes.DONE)

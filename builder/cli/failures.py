@@ -1,4 +1,4 @@
-"""How a command ends that did not do what it should: its exit code, and the error as a message or as json."""
+"""How a command reports that it failed: its exit code, and the error as a message or as json."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
+from builder import exit_codes
 from builder.cli.output import hint
 from builder.errors import BuilderError, ConfigError, SchemaError
 
 if TYPE_CHECKING:
     from builder.verbs.pipeline import Pipeline
 
-EXIT_DONE, EXIT_UNFINISHED, EXIT_USAGE, EXIT_FAILED_ROWS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+#: What `--help` says of `builder.exit_codes`.
 EXIT_CODES = (
     "Exit codes: 0 done; 1 it did not finish; 2 usage or a bad pipeline file; 3 done, but this command's own work left "
     "failed rows or refused shards; 130 interrupted."
 )
-
-
-#: A command of ours inside a sentence, that a pipeline's options belong to.
+#: A builder command inside a sentence, that a pipeline's options belong to.
 _COMMAND = re.compile(r"\bbuilder (ingest|stage|run|write|plan|status|sql|show|regen|verify|gc|fold|drop)\b(?! --help)")
 
 
@@ -55,10 +54,9 @@ def _pipeline_words(arguments: Sequence[str]) -> list[str]:
 
 
 def fail(error: BuilderError, as_json: bool) -> NoReturn:
+    """Ends the command: the error as a message on stderr, or as one JSON value on stdout."""
     if as_json:
-        place = {name: str(value) for name, value in error.where.items()}
-        told = {"class": type(error).__name__, "what": error.what, "where": place, "fix": error.fix}
-        click.echo(json.dumps({"error": told}))
+        click.echo(json.dumps({"error": error.to_json()}))
     else:
         hint(f"error: {error}")
-    sys.exit(EXIT_USAGE if isinstance(error, ConfigError | SchemaError) else EXIT_UNFINISHED)
+    sys.exit(exit_codes.USAGE if isinstance(error, ConfigError | SchemaError) else exit_codes.UNFINISHED)

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from builder.cli.failures import EXIT_DONE, EXIT_FAILED_ROWS, EXIT_UNFINISHED, options_for
+from builder import exit_codes
+from builder.cli.failures import options_for
 from builder.progress import Talk, plain
 
 if TYPE_CHECKING:
@@ -72,5 +73,5 @@ def tell_failed(loaded: Pipeline, outcomes: dict[str, Outcome], talk: Talk) -> N
 def exit_code(outcomes: Iterable[Outcome]) -> int:
     done = list(outcomes)
     if any(outcome.left or outcome.unfinished for outcome in done):
-        return EXIT_UNFINISHED
-    return EXIT_DONE if all(outcome.is_clean for outcome in done) else EXIT_FAILED_ROWS
+        return exit_codes.UNFINISHED
+    return exit_codes.DONE if all(outcome.is_clean for outcome in done) else exit_codes.FAILED_ROWS

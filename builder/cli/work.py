@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from builder.cli.failures import EXIT_DONE, EXIT_FAILED_ROWS
+from builder import exit_codes
 from builder.cli.options import LocalPath, choice_options, load, pipeline_options
 from builder.cli.outcomes import exit_code, tell_failed, tell_outcome
 from builder.cli.output import hint, json_of, print_table
@@ -146,7 +146,7 @@ def _try_stage(loaded: Pipeline, name: str, choice: Any, count: int, save: Path 
         click.echo(f"alone and in a batch: difference {trial.difference:g} at most", err=True)
     for path in save_generated(loaded, name, trial, save) if save else []:
         hint(f"written {path}")
-    return EXIT_FAILED_ROWS if trial.failed else EXIT_DONE
+    return exit_codes.FAILED_ROWS if trial.failed else exit_codes.DONE
 
 
 def _short(value: Any) -> Any:
@@ -217,7 +217,7 @@ def demo(out: Path, workers: int) -> None:
     """
     from builder.demo.run import run_demo
 
-    sys.exit(EXIT_DONE if run_demo(out, Talk(), workers=workers) else EXIT_FAILED_ROWS)
+    sys.exit(exit_codes.DONE if run_demo(out, Talk(), workers=workers) else exit_codes.FAILED_ROWS)
 
 
 @click.command(hidden=True)

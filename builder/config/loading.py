@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from builder import machine
-from builder.config.problems import Problems, checked_section, hint, table_at
-from builder.config.sections import EXECUTORS, Dataset, Run, StageTable, Write
+from builder.config.problems import Keys, Problems, checked_section, hint, shown_key, table_at
+from builder.config.sections import Dataset, Run, StageTable, Write
 from builder.errors import ConfigError
+from builder.executors.by_name import EXECUTORS, LATER
 from builder.store import layout
 
 
@@ -75,8 +76,7 @@ def load_config(path: Path, sets: tuple[str, ...], kinds: Mapping[str, type[Data
     section = _dataset_section(data, kinds, problems)
     dataset = checked_section(section, data, ("dataset",), problems, **section.stand_ins)
     run = checked_section(Run, data, ("run",), problems)
-    if run.executor not in EXECUTORS:
-        problems.add(("run", "executor"), _no_executor(run.executor))
+    _check_executor(run.executor, ("run", "executor"), problems)
     stages = table_at(data, ("stages",), problems)
     tables = {name: checked_section(StageTable, stages, ("stages", name), problems) for name in stages}
     return Config(str(path), dataset, run, tables, checked_section(Write, data, ("write",), problems), problems, sets)
@@ -140,13 +140,19 @@ def run_of(config: Config, stage: str) -> Run:
         own.setdefault("workers", len(own["devices"]))
     keys = ("stages", stage, "run")
     merged = checked_section(Run, {"run": {**config.run.model_dump(), **own}}, keys, config.problems)
-    if "executor" in own and merged.executor not in EXECUTORS:
-        config.problems.add((*keys, "executor"), _no_executor(merged.executor))
+    if "executor" in own:
+        _check_executor(merged.executor, (*keys, "executor"), config.problems)
     return merged
 
 
-def _no_executor(name: str) -> str:
-    return f"executor '{name}' is not part of this version\nuse: executor = \"local\""
+def _check_executor(name: str, keys: Keys, problems: Problems) -> None:
+    if name in EXECUTORS:
+        return
+    if name in LATER:
+        problems.add(keys, f"executor '{name}' is not part of this version\nuse: executor = \"local\"")
+        return
+    key, place = shown_key(keys)
+    problems.add(keys, f"'{key}'{place} is {name!r}\n{hint(name, (*EXECUTORS, *LATER))}")
 
 
 def _set(data: dict[str, Any], item: str) -> None:

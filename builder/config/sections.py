@@ -9,8 +9,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from builder.errors import ConfigError
 from builder.store import layout
 
-#: Executors that this version carries.
-EXECUTORS = ("local",)
 Param = str | int | float | bool | list[str] | list[int] | list[float]
 
 
@@ -49,7 +47,7 @@ class Run(Strict):
     """How work is executed; `[run]` for all stages, `[stages.<name>.run]` for one."""
 
     #: Where tasks run; this version has `local` only.
-    executor: Literal["local", "slurm", "ray"] = "local"
+    executor: str = "local"
     #: Worker processes; one a device for a stage that takes a GPU, or whose own section names devices, and not this.
     workers: int = Field(default=2, ge=1)
     #: Most rows that a task answers without committing them: what a kill costs.

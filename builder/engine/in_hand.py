@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from builder.executors.local import DIED_OF
+from builder.executors.base import DIED_OF, KILLED
+from builder.executors.by_name import liveness_of, own_executor
 from builder.store import files
-
-#: With which a system ends a process, as for want of memory; faults of native code have signals of their own.
-KILLED = "SIGKILL"
+from builder.store.owners import Liveness
 
 
 class Verdict(Enum):
@@ -55,7 +53,7 @@ class Deaths:
             return
         self._groups = data["groups"]
         self._before = data["in_hand"].get("answered", 0)
-        if not files.process_lives(data["host"], data["pid"]):
+        if liveness_of(data) is not Liveness.LIVES:
             self._died(data["in_hand"], signal in ("", KILLED))
 
     def _died(self, last: dict[str, Any], is_killed: bool) -> None:
@@ -119,6 +117,5 @@ class Deaths:
             "shard": shard, "rows": rows, "ahead": others, "deaths": self._of(shard, rows).get("deaths", 0),
             "answered": self._before + answered,
         }  # fmt: skip
-        owner = {"host": socket.gethostname(), "pid": os.getpid()}
-        text = json.dumps({"groups": self._groups, "in_hand": in_hand, **owner})
+        text = json.dumps({"groups": self._groups, "in_hand": in_hand, **own_executor().owner()})
         files.write_atomic(self._path, text.encode(), durable=False)

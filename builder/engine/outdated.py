@@ -177,7 +177,7 @@ def _was_other(rows: pa.Table, stage: Stage) -> Mask:
 
 def signature_of(layout: Layout, run: str | None) -> str | None:
     """Hash of version and options of a run, `stage.options_hash`; None if the run is gone or does not say it."""
-    return None if run is None else _signature_in(RunFiles(layout.run(run)).description)
+    return None if run is None else _signature_in(RunFiles(layout, run).description)
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from builder.engine import runs
 from builder.errors import ConfigError
 from builder.stages.contract import Stage
-from builder.store.layout import Layout
+from builder.store.layout import Layout, RunFiles
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def of_stage(layout: Layout, stage: Stage, by_run: Mapping[str, int]) -> list[Ol
 
 def _version_of(layout: Layout, run: str) -> str:
     try:
-        return str(runs.read(layout.run(run)).get("version", "unknown")) if run else "unknown"
+        return str(runs.read(RunFiles(layout, run)).get("version", "unknown")) if run else "unknown"
     except ConfigError:
         return "unknown"
 

@@ -1,6 +1,7 @@
-"""Runs: describe one execution on disk, hand its tasks to an executor, collect what they did.
+"""Runs: one execution is planned on disk, its tasks are handed to an executor, what they did is added up.
 
-Owns `runs/<run>/run.json` and the results beside it. A run is readable with ls and cat, and a task needs nothing else.
+Owns `runs/<run>/run.json` and the results next to it. A run is readable with ls and cat, and a task needs nothing else.
+The three verbs that make runs have the same steps: plan the run, `execute` it, finish.
 """
 
 from __future__ import annotations
@@ -8,23 +9,21 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import secrets
 import signal
-import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from builder import __version__, errors
+from builder import __version__, errors, exit_codes
 from builder.config.sections import Run
-from builder.engine.in_hand import KILLED
 from builder.errors import BuilderError, MachineError, ShardError, StageError
-from builder.executors import local
+from builder.executors.base import KILLED, Ended, Executor, run_to_end
+from builder.executors.by_name import executor_named
 from builder.progress import Talk
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
@@ -46,10 +45,10 @@ class Outcome:
     Attributes:
         counts: by name: rows, ok, failed, kept, dropped, edited ...
         refused: shards that could not be used, with the reason.
-        left: shards that the machine kept from being done, with the reason: the same command does them later.
-        unfinished: what of the machine's ended it, where others go on behind it.
-        folder: the run directory; None where there was nothing to do.
-        totals: what the stage has counted itself, by task.
+        left: shards that could not be done because of the machine, with the reason: the same command does them later.
+        unfinished: the fault of the machine that ended it early, if what comes after it can go on all the same.
+        folder: the run directory; None if there was nothing to do.
+        totals: what the stage has counted itself, for each task.
         remarks: what is strange about shards that were read, by shard.
         wanted, others: names of json fields, as of `sources.samples.Seen`.
     """
@@ -85,48 +84,81 @@ class Outcome:
         return not (self["failed"] or self["kept"] or self.refused or self.left or self.unfinished)
 
 
-def new_run(layout: Layout, name: str) -> RunFiles:
-    """A new run's own name: time, what it does, a random tail. `describe` makes its directory."""
-    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    return RunFiles(layout.run(f"{now}-{name}-{secrets.token_hex(2)}"))
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that is whole on disk, and none of whose tasks has been started.
 
-
-def describe(run: RunFiles, kind: str, **facts: Any) -> None:
-    """Makes a run directory with its `run.json`: everything that a task needs, and what a person wants to know later.
-
-    The directory gets its name with the file in it. It names the process, so that a sweep can tell a run that was
-    killed while it was planned.
+    Attributes:
+        files: its directory.
+        settings: which executor does it, with how many workers, on which devices.
+        tasks: how many tasks it has.
+        label: what it does, for people: `ingest`, `write`, or the name of a stage.
+        total: how much work it is, in units of `unit`.
+        unit: `rows` or `shards`.
     """
+
+    files: RunFiles
+    settings: Run
+    tasks: int
+    label: str
+    total: int
+    unit: str
+
+
+def new_name(name: str) -> str:
+    """The name of a new run: the time, what it does, a random tail."""
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    return f"{now}-{name}-{secrets.token_hex(2)}"
+
+
+def describe_new(layout: Layout, name: str, kind: str, executor: str, **facts: Any) -> RunFiles:
+    """Makes the directory of a new run with its `run.json`: all that a task needs, and what people look up later.
+
+    The directory appears with the file in it. The file names the owner of the run, so that a sweep finds a run whose
+    command was killed while it planned.
+
+    Args:
+        name: what the run does, as `new_name` takes it.
+        kind: which of `worker.TASKS` its tasks are.
+        executor: the name of the executor that the run is planned for.
+    """
+    run = RunFiles(layout, new_name(name))
     data = {
         "kind": kind,
-        "run": run.folder.name,
+        "run": run.name,
         **facts,
         "builder": __version__,
         "python": platform.python_version(),
         "packages": versions(),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
+        **executor_named(executor).owner(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    temp = RunFiles(files.temp_path(run.folder))
+    temp = RunFiles(layout, files.temp_path(run.folder).name)
     files.write_atomic(temp.description, json.dumps(data, indent=1, default=str).encode())
     temp.folder.rename(files.check_no_link(run.folder))
     files.sync_folder(run.folder.parent)
+    return run
 
 
-def read(folder: Path) -> dict[str, Any]:
+def write_tasks(run: RunFiles, tasks: Sequence[dict[str, Any]]) -> None:
+    """Writes what each task of a run is to do, as json."""
+    for number, task in enumerate(tasks):
+        files.write_atomic(run.task(number), json.dumps(task, indent=1).encode())
+
+
+def read(run: RunFiles) -> dict[str, Any]:
     """`run.json` of a run directory.
 
     Raises:
-        ConfigError: there is none, or it is damaged.
+        ConfigError: it does not exist, or is damaged.
     """
     try:
-        return files.read_object(RunFiles(folder).description)
+        return files.read_object(run.description)
     except (FileNotFoundError, NotADirectoryError):
         raise errors.ConfigError(
-            f"'{folder}' is no run directory",
-            where={"looked for": RunFiles(folder).description},
-            fix="name one below runs/",
+            f"'{run.folder}' is not a run directory",
+            where={"looked for": run.description},
+            fix="name a directory in runs/",
         ) from None
     except ShardError as error:
         raise errors.ConfigError(error.what, where=error.where, fix="do the run's work again: --redo") from None
@@ -144,36 +176,34 @@ def versions() -> dict[str, str]:
 # --- the parent's side ---
 
 
-def execute(run: RunFiles, tasks: int, settings: Run, talk: Talk, label: str, total: int, unit: str) -> Outcome:
-    """Runs all tasks and adds up what they did.
+def execute(planned: PlannedRun, talk: Talk, executor: Executor | None = None) -> Outcome:
+    """Has all tasks of a planned run done, and adds up what they did.
+
+    Args:
+        executor: the one that the run's settings name if absent.
 
     Raises:
         BuilderError: a task did not finish; the others did.
         KeyboardInterrupt: stopped when asked; everything committed is kept.
     """
+    run, settings = planned.files, planned.settings
+    executor = executor or executor_named(settings.executor)
     started = time.monotonic()
     progress: dict[int, tuple[int, int]] = {}
-    with talk.bar(label, total, unit) as bar:
+    with talk.bar(planned.label, planned.total, planned.unit) as bar:
 
         def on_progress(task: int, done: int, failed: int) -> None:
             progress[task] = (done, failed)
             bar.update(sum(d for d, _ in progress.values()), sum(f for _, f in progress.values()))
 
-        ended = local.run(
-            lambda number: local.task_command(run.folder, number),
-            tasks,
-            run.log,
-            workers=settings.workers,
-            devices=settings.devices,
-            in_hand=run.in_hand,
-            on_progress=on_progress,
-        )
+        submission = executor.submit(run, planned.tasks, workers=settings.workers, devices=settings.devices)
+        ended = run_to_end(submission, planned.tasks, on_progress)
     outcome = Outcome()
     broken: list[BuilderError] = []
     for end in ended:
         result = _result(run, end.number)
         outcome.add(result)
-        if end.code not in (local.DONE, local.DONE_WITH_FAILURES) or not result:
+        if end.code not in (exit_codes.DONE, exit_codes.FAILED_ROWS) or not result:
             broken.append(_why(run, end, result))
     outcome.seconds, outcome.folder = time.monotonic() - started, run.folder
     if broken:
@@ -191,34 +221,25 @@ def _result(run: RunFiles, number: int) -> dict[str, Any]:
         return {}
 
 
-def _why(run: RunFiles, end: local.Ended, result: dict[str, Any]) -> BuilderError:
-    """The error of a task that did not finish: its own if it could say one, else how its process died."""
+def _why(run: RunFiles, end: Ended, result: dict[str, Any]) -> BuilderError:
+    """The error of a task that did not finish: its own if it could report one, else how its process ended."""
     log = {"log": run.log(end.number)}
-    if told := end.error or result.get("error"):
-        kind = getattr(errors, told["class"], StageError)
-        error: BuilderError = kind(told["what"], where={**told["where"], **log}, fix=told["fix"])
+    if said := end.error or result.get("error"):
+        error = BuilderError.from_json(said)
+        error.where = {**error.where, **log}
         return error
     lines = []
     with contextlib.suppress(FileNotFoundError):
         lines = run.log(end.number).read_text("utf-8", "replace").splitlines()[-_LOG_TAIL:]
     how = signal.Signals(-end.code).name if end.code < 0 else f"exit code {end.code}"
-    kind = MachineError if how == KILLED else StageError
+    times = f" {end.deaths} times" if end.deaths > 1 else ""
+    kind: type[BuilderError] = StageError
+    help_ = "fix the cause"
+    if how == KILLED:
+        kind = MachineError
+        help_ = "see dmesg for lack of memory; end other programs or set fewer workers"
     return kind(
-        f"task {end.number} was given up: its process ended with {how}"
-        + (f" {end.deaths} times" if end.deaths > 1 else ""),
+        f"task {end.number} was given up: its process ended with {how}{times}",
         where={**log, "last lines": "".join(f"\n    {line}" for line in lines) or "none"},
-        fix="what was committed is kept: "
-        + (
-            "see dmesg for want of memory; end other programs or set fewer workers"
-            if how == KILLED
-            else "mend the cause"
-        )
-        + " and run the same command again",
+        fix=f"what was committed is kept: {help_} and run the same command again",
     )
-
-
-def tasks_of(run: RunFiles, dealt: Sequence[Mapping[str, Path]]) -> None:
-    """Writes the tasks of an ingest: of each the files that its shards are read from, by the shard's name."""
-    for number, paths in enumerate(dealt):
-        text = json.dumps({"paths": {shard: str(path.absolute()) for shard, path in paths.items()}}, indent=1)
-        files.write_atomic(run.task(number), text.encode())

@@ -1,4 +1,7 @@
-"""One task of a run in this process: what an executor starts."""
+"""Does one task of a run in this process: what an executor starts.
+
+`TASKS` has a function for each kind of run.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,24 @@ import contextlib
 import faulthandler
 import functools
 import json
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from builder import machine
-from builder.engine import workset
+from builder import exit_codes, machine
+from builder.engine import runs, workset
 from builder.engine.batches import error_text
 from builder.engine.in_hand import Deaths, Verdict
-from builder.engine.runs import read
 from builder.engine.setbacks import Setbacks
 from builder.engine.task import run_stage_task
 from builder.engine.task_state import TaskSettings
 from builder.errors import BuilderError, MachineError, ShardError, StageError, TransientError
-from builder.executors import local
+from builder.executors.base import error_line, has_listener, progress_line, task_device
+from builder.executors.by_name import own_executor
 from builder.hybrid import writer
 from builder.hybrid.edited_sample import Rules
 from builder.machine import asked_again
@@ -34,11 +37,9 @@ from builder.sources.kinds import KINDS
 from builder.sources.tars.samples import MAX_NAMES
 from builder.stages.finding import find, own_code
 from builder.store import files
-from builder.store.layout import Layout, RunFiles
+from builder.store.layout import RunFiles
 from builder.table import partitions
 from builder.table.sql_text import Sql
-
-# --- the worker's side ---
 
 
 class _Stop:
@@ -56,85 +57,111 @@ class _Stop:
         return self._asked
 
 
-def _report(done: int, failed: int) -> None:
-    """Tells the parent how far this task is; a parent that is gone is no reason to lose a checkpoint."""
-    with contextlib.suppress(BrokenPipeError):
-        print(json.dumps({"done": done, "failed": failed}), flush=True)
+@dataclass(frozen=True)
+class Task:
+    """One task of a run.
+
+    Attributes:
+        run: the files of the run.
+        number: which of its tasks.
+        data: the run's description, `run.json`.
+        is_stopping: whether the process was asked to stop.
+    """
+
+    run: RunFiles
+    number: int
+    data: dict[str, Any]
+    is_stopping: Callable[[], bool]
 
 
 def run_task(folder: Path, number: int) -> int:
-    """Does task `number` of a run and returns its exit code; what it did or why not is in its result file."""
-    run = RunFiles(folder.absolute())
-    data = read(run.folder)
+    """Does task `number` of a run and returns its exit code; what it did, or why it failed, is in its result file.
+
+    Args:
+        folder: the run's directory.
+
+    Raises:
+        ConfigError: it is not a run's directory.
+    """
+    run = RunFiles.at(folder.absolute())
+    data = runs.read(run)
     stop = _Stop()
-    faulthandler.enable()  # a fault in native code leaves in the log where it was
-    local.die_with_parent()
-    work = {"stage": _stage_task, "ingest": _ingest_task, "write": _write_task}[data["kind"]]
+    faulthandler.enable()  # a fault in native code leaves its place in the log
+    own_executor().enter_task()
     try:
-        result = work(run, number, data, stop)
+        result = TASKS[data["kind"]](Task(run, number, data, stop))
         files.write_atomic(run.result(number), json.dumps(result, default=str).encode(), durable=False)
     except (Exception, SystemExit) as error:
-        _tell(run, number, error)
-        return 1
+        _report_failure(run, number, error)
+        return exit_codes.UNFINISHED
     if stop():
-        return local.STOPPED
+        return exit_codes.INTERRUPTED
     is_clean = not (result.get("failed") or result.get("kept") or result.get("refused") or result.get("left"))
-    return local.DONE if is_clean else local.DONE_WITH_FAILURES
+    return exit_codes.DONE if is_clean else exit_codes.FAILED_ROWS
 
 
-def _tell(run: RunFiles, number: int, error: BaseException) -> None:
-    """Says why a task did not finish: to its log, to the parent, to the result file, whichever of them can be told."""
+def _report_progress(done: int, failed: int) -> None:
+    """Reports how far this task is. A parent that is gone is not a reason to lose a checkpoint."""
+    with contextlib.suppress(BrokenPipeError):
+        print(progress_line(done, failed), flush=True)
+
+
+def _report_failure(run: RunFiles, number: int, error: BaseException) -> None:
+    """Reports why a task did not finish: to its log, its parent and its result file, as far as each works."""
     if isinstance(error, BuilderError):
         why = error
     elif isinstance(error, OSError) or machine.is_of_the_machine(error):
         why = machine.told(error)
     else:
-        fix = f"see the traceback in {run.log(number)}, mend the cause, run the same command again"
+        fix = f"see the traceback in {run.log(number)}, fix the cause, run the same command again"
         why = StageError(error_text(error), fix=fix)
-    place = {name: str(value) for name, value in why.where.items()}
-    text = json.dumps({"error": {"class": type(why).__name__, "what": why.what, "where": place, "fix": why.fix}})
-    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+    text = error_line(why.to_json())
+    with contextlib.suppress(OSError):  # the log may be on the disk that is full
         if why is not error or why.__cause__ is not None:
             print(plain_lines("".join(traceback.format_exception(error))), file=sys.stderr)
         print(plain_lines(str(why)), file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
-        if os.environ.get(local.PARENT_PIPE) == "1":
+        if has_listener():
             print(text, flush=True)
     with contextlib.suppress(OSError):
         files.write_atomic(run.result(number), text.encode(), durable=False)
 
 
-def _layout(run: RunFiles, output: str | None = None) -> Layout:
-    return Layout(run.folder.parent.parent, None if output is None else Path(output))
+# --- the kinds of tasks ---
 
 
-def _stage_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
+def _stage_task(task: Task) -> dict[str, Any]:
+    """Asks a stage about rows of a work set."""
+    run, data = task.run, task.data
     kind = find(data["stage"], data["python_file"])
     settings = TaskSettings(**data["settings"])
-    device = os.environ.get("BUILDER_DEVICE", "cpu")
     with own_code(kind, data["stage"]):
         stage = kind(kind.Options.model_validate_json(json.dumps(data["options"])))  # type: ignore[call-arg]
         if hasattr(stage, "workers"):
             stage.workers = run.tasks
         result = run_stage_task(
-            _layout(run), run, number, stage, settings, device=device, progress=_report, stopping=stop
-        )
+            run.layout, run, task.number, stage, settings,
+            device=task_device(), progress=_report_progress, stopping=task.is_stopping,
+        )  # fmt: skip
     return result.to_json()
 
 
-def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
+def _ingest_task(task: Task) -> dict[str, Any]:
+    """Reads shards of the source into the table."""
+    run, data = task.run, task.data
     source = KINDS[data["source"]["kind"]].from_json(data["source"])
     remarks: dict[str, list[str]] = {}
     seen = Seen()
     result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0, "changed": 0, "remarks": remarks}
-    paths = {shard: Path(path) for shard, path in json.loads(run.task(number).read_text("utf-8"))["paths"].items()}
+    said = json.loads(run.task(task.number).read_text("utf-8"))
+    paths = {shard: Path(path) for shard, path in said["paths"].items()}
     names_of_shards = list(paths)
 
     def ingest(done: int) -> None:
         shard = names_of_shards[done]
         path = paths[shard]
         try:
-            ingested = ingest_shard(_layout(run), source, shard, path, run.folder.name)
+            ingested = ingest_shard(run.layout, source, shard, path, run.name)
         except OSError as error:
             if machine.is_of_the_machine(error) or error.filename not in (None, str(path)):
                 raise
@@ -153,15 +180,18 @@ def _ingest_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callabl
         if read.remarks:
             remarks[shard] = read.remarks
 
-    undone = _shard_by_shard(run, number, names_of_shards, ingest, stop)
+    undone = _shard_by_shard(task, names_of_shards, ingest)
     names = {"wanted": sorted(seen.wanted), "others": sorted(seen.others)[:MAX_NAMES]}
     return {**result, **names, **undone}
 
 
-def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
-    layout = _layout(run, data.get("folder"))
+def _write_task(task: Task) -> dict[str, Any]:
+    """Writes hybrid shards."""
+    run, data = task.run, task.data
+    folder = data.get("folder")
+    layout = run.layout if folder is None else replace(run.layout, output=Path(folder))
     result: dict[str, Any] = {"shards": 0}
-    slices = workset.read_task(run, number)
+    slices = workset.read_task(run, task.number)
 
     def write(done: int) -> None:
         part = slices[done]
@@ -178,28 +208,40 @@ def _write_task(run: RunFiles, number: int, data: dict[str, Any], stop: Callable
                 result[name] = result.get(name, 0) + value
         result["no_end_mark"] = result.get("no_end_mark", 0) + (not written.source_end_mark)
 
-    undone = _shard_by_shard(run, number, [part.shard for part in slices], write, stop)
+    undone = _shard_by_shard(task, [part.shard for part in slices], write)
     return {**result, **undone}
 
 
-def _shard_by_shard(
-    run: RunFiles, number: int, shards: Sequence[str], do: Callable[[int], None], stop: Callable[[], bool]
-) -> dict[str, dict[str, str]]:
+#: What does a task of each kind of run, and returns what its result file holds.
+TASKS: dict[str, Callable[[Task], dict[str, Any]]] = {
+    "stage": _stage_task,
+    "ingest": _ingest_task,
+    "write": _write_task,
+}
+
+
+# --- shard by shard ---
+
+
+def _shard_by_shard(task: Task, shards: Sequence[str], do: Callable[[int], None]) -> dict[str, dict[str, str]]:
     """Does the shards of a task in order; returns those that were `refused` and those that were `left`, with reasons.
 
-    A shard in which the process died twice is one of these: the process that takes its place goes on behind it.
+    A shard in which the process died twice is refused or left, too: the next process goes on with the shard after it.
+
+    Args:
+        do: does the shard at a position in `shards`.
 
     Raises:
-        TransientError: what kept the last shards in a row from being done stands in the way of every other, too.
+        TransientError: a fault of the machine that kept several shards in a row from being done would hit all others.
     """
     refused: dict[str, str] = {}
     left: dict[str, str] = {}
-    deaths, setbacks = Deaths(run.in_hand(number)), Setbacks()
+    deaths, setbacks = Deaths(task.run.in_hand(task.number)), Setbacks()
     for done, shard in enumerate(shards):
-        if stop():
+        if task.is_stopping():
             break
         try:
-            _check_deaths(deaths, shard, run.log(number))
+            _check_deaths(deaths, shard, task.run.log(task.number))
             deaths.begin(shard, [0])
             asked_again(functools.partial(do, done))
             setbacks.end()
@@ -213,9 +255,9 @@ def _shard_by_shard(
                 refused[shard] = str(error)
             else:
                 raise
-        _report(done + 1, len(refused) + len(left))
-    with contextlib.suppress(OSError):  # as useless where it cannot be deleted
-        files.remove(run.in_hand(number))
+        _report_progress(done + 1, len(refused) + len(left))
+    with contextlib.suppress(OSError):  # if it cannot be deleted, it does no harm
+        files.remove(task.run.in_hand(task.number))
     return {"refused": refused, "left": left}
 
 
@@ -231,11 +273,11 @@ def _check_deaths(deaths: Deaths, shard: str, log: Path) -> None:
         raise MachineError(
             "the system killed the process twice in this shard",
             where={"log": log},
-            fix="see dmesg for want of memory; end other programs or set fewer workers; run the same command again",
+            fix="see dmesg for lack of memory; end other programs or set fewer workers; run the same command again",
         )
     if verdict is Verdict.FAILED:
         raise ShardError(
             "the process died twice in this shard",
             where={"log": log},
-            fix="see the log; mend that and run the same command again, or take the shard out of dataset.shards",
+            fix="see the log; fix the cause and run the same command again, or take the shard out of dataset.shards",
         )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -165,13 +166,13 @@ def cut(slices: Sequence[Slice], tasks: int) -> list[list[Slice]]:
     return [task for task in dealt if task]
 
 
-def write_tasks(run: RunFiles, tasks: Sequence[Sequence[Slice]]) -> None:
-    for number, task in enumerate(tasks):
-        text = json.dumps({"slices": [asdict(part) for part in task]}, indent=1)
-        files.write_atomic(run.task(number), text.encode())
+def task_of(slices: Sequence[Slice]) -> dict[str, Any]:
+    """What a task over slices is to do, as json; `read_task` reads it."""
+    return {"slices": [asdict(part) for part in slices]}
 
 
 def read_task(run: RunFiles, number: int) -> list[Slice]:
+    """The slices that a task of a run is to do."""
     data = json.loads(run.task(number).read_text("utf-8"))
     return [Slice(**part) for part in data["slices"]]
 

@@ -1,17 +1,15 @@
-"""Runs tasks 0..n-1 as processes of this machine.
+"""Runs tasks as processes of this machine.
 
-Owns worker processes: one per device in turn, replaced when they die, stopped when asked. Knows nothing of data: a
-worker prints one json a line, `{"done": rows, "failed": rows}`, at the end perhaps `{"error": why}`, and its exit code
-says how it ended.
+Owns worker processes: they get the devices in turn, are replaced when they die, and stop when asked.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,40 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.executors.base import PARENT_PIPE, Ended, Reported, Submission, has_listener, read_line, task_environment
 from builder.store import files
+from builder.store.layout import RunFiles
+from builder.store.owners import Liveness, process_liveness
 
-#: Exit codes of a task: done, done with failed rows, stopped when asked; any other did not finish.
-DONE, DONE_WITH_FAILURES, STOPPED = 0, 3, 130
 #: Deaths of one task's process after which it is given up. A row that kills the process is found by halving its batch,
-#: which costs two deaths a halving.
+#: which costs two deaths for each halving.
 MAX_DEATHS = 40
-#: What a process has to do, rows or shards, for the deaths before its own to count no more: a task may run for weeks.
+#: Rows or shards that a process has to do for the deaths before its own to be forgotten: a task may run for weeks.
 FORGIVEN_AFTER = 10_000
-#: Deaths without any halving between them, after which a task is given up: the process dies before its first batch.
+#: Deaths in a row, with the same batch in hand or none, after which a task is given up: it does not get on.
 MAX_IDLE_DEATHS = 3
-#: Seconds in which the last lines of a worker that ended are awaited.
+#: Seconds to wait for the last lines of a worker that ended.
 _LAST_WORDS_S = 1.0
-#: Environment of a worker where the caller's says nothing: one thread each, and the allocator of the system for Arrow,
-#: with which a worker's first parquet files take 15 ms instead of 22.
-DEFAULTS = {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-#: Environment of a worker that takes the place of one that died: the name of the signal.
-DIED_OF = "BUILDER_DIED_OF"
-#: Set for a worker whose standard input ends when its parent dies.
-PARENT_PIPE = "BUILDER_PARENT_PIPE"
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a task ended: its number, its last exit code (negative: the signal), how often its process died.
-
-    Attributes:
-        error: what its last process told of why it did not finish; none if it could not.
-    """
-
-    number: int
-    code: int
-    deaths: int
-    error: dict[str, Any] | None = None
+#: Seconds that a poll waits for news.
+_POLL_S = 1.0
 
 
 @dataclass
@@ -68,42 +48,55 @@ class _Worker:
     done: int = 0
 
 
-def run(
-    command: Callable[[int], Sequence[str]],
-    tasks: int,
-    log: Callable[[int], Path],
-    *,
-    workers: int,
-    devices: Sequence[str] = ("cpu",),
-    in_hand: Callable[[int], Path] | None = None,
-    on_progress: Callable[[int, int, int], None] = lambda task, done, failed: None,
-) -> list[Ended]:
-    """Runs every task and returns how each ended.
+class LocalExecutor:
+    """Runs every task in a process of its own on this machine."""
+
+    name = "local"
+
+    def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Submission:
+        def command(number: int) -> Sequence[str]:
+            return task_command(run.folder, number)
+
+        return TaskPool(command, tasks, run.log, workers=workers, devices=devices, in_hand=run.in_hand)
+
+    def enter_task(self) -> None:
+        die_with_parent()
+
+    def owner(self) -> dict[str, Any]:
+        return {"host": socket.gethostname(), "pid": os.getpid()}
+
+    def liveness(self, owner: dict[str, Any]) -> Liveness:
+        host, pid = owner.get("host"), owner.get("pid")
+        if not isinstance(host, str) or not isinstance(pid, int):
+            raise ValueError(f"it names no process: host {host!r}, pid {pid!r}")
+        return process_liveness(host, pid)
+
+
+class TaskPool:
+    """Processes that do tasks 0 to `tasks - 1`; they are started, and replaced when they die, while it is polled.
 
     Args:
         command: the command line of a task.
-        log: where its standard error goes.
-        in_hand: the file that changes whenever a task begins a batch: a death is idle if it did not.
-        on_progress: called with task, rows done, rows failed.
-
-    Raises:
-        KeyboardInterrupt: asked to stop; every worker has committed what it had and ended.
+        log: the file that a task's standard error goes to.
+        workers: how many processes run at the same time; fewer where the machine does not give as many.
+        devices: each worker gets one of these, in turn.
+        in_hand: the file that changes whenever a task begins a batch; a process that dies before it changed has not
+            got on.
     """
-    return _Pool(command, log, workers, devices, in_hand, on_progress).run(tasks)
 
-
-class _Pool:
     def __init__(
         self,
         command: Callable[[int], Sequence[str]],
+        tasks: int,
         log: Callable[[int], Path],
+        *,
         workers: int,
-        devices: Sequence[str],
-        in_hand: Callable[[int], Path] | None,
-        on_progress: Callable[[int, int, int], None],
+        devices: Sequence[str] = ("cpu",),
+        in_hand: Callable[[int], Path] | None = None,
     ) -> None:
         self._command, self._log, self._workers = command, log, workers
-        self._devices, self._in_hand, self._on_progress = list(devices), in_hand, on_progress
+        self._devices, self._in_hand = list(devices), in_hand
+        self._waiting = list(range(tasks))
         self._events: queue.Queue[tuple[_Worker, bytes | None]] = queue.Queue()
         self._running: dict[int, _Worker] = {}
         self._deaths: dict[int, int] = {}
@@ -111,35 +104,25 @@ class _Pool:
         self._last: dict[int, str] = {}
         self._died_of: dict[int, str] = {}
 
-    def run(self, tasks: int) -> list[Ended]:
-        waiting = list(range(tasks))
-        ended: list[Ended] = []
+    def poll(self) -> list[Reported | Ended]:
+        """What the processes report next, and tasks that ended.
+
+        Raises:
+            OSError: no process at all can be started.
+        """
+        while self._waiting and len(self._running) < self._workers:
+            if not self._try_to_start(self._waiting[0]):
+                break
+            self._waiting.pop(0)
         try:
-            while waiting or self._running:
-                while waiting and len(self._running) < self._workers:
-                    if not self._try_to_start(waiting[0]):
-                        break
-                    waiting.pop(0)
-                worker, line = self._events.get()
-                if line is not None:
-                    self._report(worker, line)
-                    continue
-                code = worker.process.wait()
-                del self._running[worker.slot]
-                if self._again(worker, code):
-                    waiting.insert(0, worker.number)
-                else:
-                    ended.append(Ended(worker.number, code, self._deaths.get(worker.number, 0), worker.error))
-        except KeyboardInterrupt:
-            self._stop()
-            raise
-        except BaseException:
-            self._kill()
-            raise
-        return sorted(ended, key=lambda end: end.number)
+            worker, line = self._events.get(timeout=_POLL_S)
+        except queue.Empty:
+            return []
+        news = self._ended(worker) if line is None else self._reported(worker, line)
+        return [] if news is None else [news]
 
     def _try_to_start(self, number: int) -> bool:
-        """Starts a task's process; False if the machine gives no more processes or files beside those that run."""
+        """Starts a task's process; False if the machine gives no more processes or files than those that run have."""
         try:
             self._start(number)
         except OSError:
@@ -152,20 +135,15 @@ class _Pool:
     def _start(self, number: int) -> None:
         slot = next(i for i in range(self._workers) if i not in self._running)
         path = self._log(number)
-        environment = {
-            **DEFAULTS,
-            **os.environ,
-            PARENT_PIPE: "1",
-            "BUILDER_DEVICE": self._devices[slot % len(self._devices)],
-            DIED_OF: self._died_of.get(number, ""),
-        }
+        device = self._devices[slot % len(self._devices)]
+        environment = task_environment("local", device, self._died_of.get(number, ""))
         with files.open_log(path) as log:
             process = subprocess.Popen(
                 list(self._command(number)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment,
+                env={**environment, PARENT_PIPE: "1"},
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which asks its workers to stop
             )
         worker = _Worker(number, slot, process, path)
@@ -180,30 +158,38 @@ class _Pool:
             self._events.put((worker, line))
 
     def _wait(self, worker: _Worker, listener: threading.Thread) -> None:
-        """Tells when a worker ended; a process that its stage left behind may hold its output open for ever."""
+        """Notes when a worker has ended. Its output may not: a process that its stage started may hold it open."""
         worker.process.wait()
         listener.join(_LAST_WORDS_S)
         self._events.put((worker, None))
 
-    def _report(self, worker: _Worker, line: bytes) -> None:
-        try:
-            report = json.loads(line)
-            if "error" in report:
-                worker.error = dict(report["error"])
-                return
-            done, failed = int(report["done"]), int(report["failed"])
-        except (ValueError, KeyError, TypeError):
-            with (
-                contextlib.suppress(OSError),
-                files.open_log(worker.log) as log,
-            ):  # on a full disk the work matters more
-                log.write(line)  # something that a stage printed
-            return
-        worker.begun, worker.done = done if worker.begun is None else worker.begun, done
-        self._on_progress(worker.number, done, failed)
+    def _reported(self, worker: _Worker, line: bytes) -> Reported | None:
+        """How far a worker is, if a line of its output says that."""
+        said = read_line(worker.number, line)
+        if isinstance(said, Reported):
+            if worker.begun is None:
+                worker.begun = said.done
+            worker.done = said.done
+            return said
+        if said is not None:
+            worker.error = said
+            return None
+        # Something that a stage printed. On a full disk it is lost: the work matters more.
+        with contextlib.suppress(OSError), files.open_log(worker.log) as log:
+            log.write(line)
+        return None
 
-    def _again(self, worker: _Worker, code: int) -> bool:
-        """Whether a task whose process ended so is tried again: after a death that found out something."""
+    def _ended(self, worker: _Worker) -> Ended | None:
+        """How the task of a worker that ended came out; None if another process tries it again."""
+        code = worker.process.wait()
+        del self._running[worker.slot]
+        if self._is_tried_again(worker, code):
+            self._waiting.insert(0, worker.number)
+            return None
+        return Ended(worker.number, code, self._deaths.get(worker.number, 0), worker.error)
+
+    def _is_tried_again(self, worker: _Worker, code: int) -> bool:
+        """Whether another process goes on with a task: after a death, unless the task dies again and again."""
         if code >= 0:
             return False
         number = worker.number
@@ -224,35 +210,31 @@ class _Pool:
         except FileNotFoundError:
             return ""
 
-    def _stop(self) -> None:
+    def cancel(self) -> None:
+        """Asks the processes to commit and end, and waits for them; a second Ctrl-C kills them."""
         for worker in self._running.values():
             worker.process.send_signal(signal.SIGTERM)
         try:
             for worker in self._running.values():
                 worker.process.wait()
         except KeyboardInterrupt:
-            self._kill()
+            self.kill()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """Kills the processes and waits for their end."""
         for worker in self._running.values():
             worker.process.kill()
             worker.process.wait()
 
 
-def as_a_worker() -> None:
-    """Gives this process the environment of a worker, for what shall answer as one does."""
-    for variable, value in DEFAULTS.items():
-        os.environ.setdefault(variable, value)
-
-
 def task_command(run_folder: Path, number: int) -> list[str]:
-    """The command line of one task; `-P`: nothing in the working directory is taken for a module."""
+    """The command line of one task. With `-P`, no file of the working directory is imported in place of a module."""
     return [sys.executable, "-P", "-m", "builder", "task", str(run_folder), str(number)]
 
 
 def die_with_parent() -> None:
     """In a worker: ends the process as soon as the parent that holds its standard input is gone."""
-    if os.environ.get(PARENT_PIPE) != "1":
+    if not has_listener():
         return
 
     def watch() -> None:

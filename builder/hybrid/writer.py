@@ -475,7 +475,7 @@ class _Provenance:
         return self._known[run]
 
     def _read(self, run: str) -> dict[str, Any]:
-        path = RunFiles(self._layout.run(run)).description
+        path = RunFiles(self._layout, run).description
         try:
             data = files.read_object(path)
             return {"stage": data["stage"], "version": data["version"], "options": data["options_hash"]}

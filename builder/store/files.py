@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from builder.errors import ConfigError, ShardError, TransientError
+from builder.store.owners import AskLiveness, is_abandoned
 
 T = TypeVar("T")
 #: Folders that were opened as roots, as their path was given: below these nothing is written or deleted behind a link.
@@ -32,8 +33,6 @@ _UNASKED = 1 << 20
 TEMP_SUFFIX = ".tmp"
 #: A temp name says whose it is: `.NAME@HOST-PID-8 hex.tmp`.
 _TEMP = re.compile(r"\..*@(?P<host>[^@]+)-(?P<pid>\d+)-[0-9a-f]{8}" + re.escape(TEMP_SUFFIX))
-#: A temp file of another host is left alone for so long after its last write, in seconds: its process cannot be asked.
-_ALIVE_ELSEWHERE_S = 48 * 3600
 #: What the kernel answers where a file system has no hard links (vfat, exfat, some FUSE and SMB mounts).
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
@@ -124,38 +123,17 @@ def temp_path(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}@{owner}{TEMP_SUFFIX}")
 
 
-def process_lives(host: str, pid: int) -> bool | None:
-    """Whether a process lives; None for one of another host, which cannot be asked."""
-    if host != socket.gethostname():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return not _is_zombie(pid)
+def is_dead_temp(path: Path, liveness: AskLiveness) -> bool:
+    """Whether a file is a temp file that its process will not touch again.
 
-
-def _is_zombie(pid: int) -> bool:
-    """Whether a process ended and only waits for its parent to ask how; False where /proc cannot tell."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] in ("Z", "X")
-
-
-def is_dead_temp(path: Path) -> bool:
-    """Whether a file is a temp file whose process is gone."""
+    Args:
+        liveness: of the owner `{"host": name, "pid": number}`.
+    """
     owner = _TEMP.fullmatch(path.name)
     if owner is None:
         return False
-    lives = process_lives(owner["host"], int(owner["pid"]))
-    if lives is not None:
-        return not lives
     try:
-        return time.time() - path.stat().st_mtime > _ALIVE_ELSEWHERE_S
+        return is_abandoned(path, liveness({"host": owner["host"], "pid": int(owner["pid"])}))
     except FileNotFoundError:
         return False
 

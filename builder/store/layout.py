@@ -162,9 +162,24 @@ class Layout:
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The paths of one run directory."""
+    """The paths of one run directory.
 
-    folder: Path
+    Attributes:
+        layout: of the root that the run is in.
+        name: the run's name.
+    """
+
+    layout: Layout
+    name: str
+
+    @classmethod
+    def at(cls, folder: Path) -> RunFiles:
+        """The paths of a run directory that is named by its path, as on a command line."""
+        return cls(Layout(folder.parent.parent), folder.name)
+
+    @cached_property
+    def folder(self) -> Path:
+        return self.layout.run(self.name)
 
     @property
     def description(self) -> Path:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from builder.store import files
 from builder.store.layout import Layout, names
+from builder.store.owners import AskLiveness
 from builder.table.column_files import (
     KEPT_GENERATIONS,
     commit_file,
@@ -73,18 +74,24 @@ def sweep_shard(layout: Layout, shard: str, stages: Iterable[str], sweep: Sweep,
     return runs
 
 
-def sweep_temps(layout: Layout, sweep: Sweep, *, dry_run: bool) -> None:
-    """Deletes the temp files of dead processes, wherever they lie in the root, and their temp folders; and those
-    beside hybrid shards that go elsewhere."""
-    _sweep_temps_in(os.walk(layout.root), sweep, dry_run=dry_run)
+def sweep_temps(layout: Layout, sweep: Sweep, liveness: AskLiveness, *, dry_run: bool) -> None:
+    """Deletes temp files and temp folders of dead processes: everywhere in the root, and next to hybrid shards that go
+    to another folder.
+
+    Args:
+        liveness: as `files.is_dead_temp` takes it.
+    """
+    _sweep_temps_in(os.walk(layout.root), sweep, liveness, dry_run=dry_run)
     if layout.output is not None:
         for folder in (layout.shards, layout.manifests):
-            _sweep_temps_in(itertools.islice(os.walk(folder), 1), sweep, dry_run=dry_run)
+            _sweep_temps_in(itertools.islice(os.walk(folder), 1), sweep, liveness, dry_run=dry_run)
 
 
-def _sweep_temps_in(walk: Iterable[tuple[str, list[str], list[str]]], sweep: Sweep, *, dry_run: bool) -> None:
+def _sweep_temps_in(
+    walk: Iterable[tuple[str, list[str], list[str]]], sweep: Sweep, liveness: AskLiveness, *, dry_run: bool
+) -> None:
     for folder, inner, inside in walk:
-        dead = {name for name in (*inner, *inside) if files.is_dead_temp(Path(folder, name))}
+        dead = {name for name in (*inner, *inside) if files.is_dead_temp(Path(folder, name), liveness)}
         inner[:] = sorted(set(inner) - dead)
         for name in sorted(dead):
             sweep.add(Path(folder, name))

@@ -1,21 +1,16 @@
-"""The verb `gc`: what nothing needs goes."""
+"""The verb `gc`: deletes what nothing needs."""
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
-
 from builder.engine import runs
 from builder.errors import ConfigError
+from builder.executors.by_name import liveness_of
 from builder.progress import Talk
-from builder.store import files
-from builder.store.layout import names
+from builder.store.layout import RunFiles, names
+from builder.store.owners import is_abandoned
 from builder.table import partitions, root_schema, sweeps
 from builder.table.pointers import pointers_of
 from builder.verbs.pipeline import Pipeline
-
-#: A run of another host is taken for alive so long, in seconds: its process cannot be asked.
-_ALIVE_ELSEWHERE_S = 48 * 3600
 
 
 def collect_garbage(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> sweeps.Sweep:
@@ -25,7 +20,7 @@ def collect_garbage(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> sweeps.
     sweep = sweeps.Sweep()
     pointers = pointers_of(root_schema.load_schema(layout)[1])
     alive: set[str] = set()
-    idle = [name for name in names(layout.runs) if _is_idle(layout.run(name))]  # these commit no more rows
+    idle = [name for name in names(layout.runs) if _is_idle(RunFiles(layout, name))]  # these commit no more rows
     shards = layout.shard_names()
     with talk.bar("gc", len(shards), "shards") as bar:
         for done, shard in enumerate(shards, 1):
@@ -33,7 +28,7 @@ def collect_garbage(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> sweeps.
             if not dry_run:
                 partitions.heal(layout, [shard])
             bar.update(done)
-    sweeps.sweep_temps(layout, sweep, dry_run=dry_run)
+    sweeps.sweep_temps(layout, sweep, liveness_of, dry_run=dry_run)
     for name in idle:
         if name not in alive:
             sweep.add(layout.run(name))
@@ -42,14 +37,10 @@ def collect_garbage(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> sweeps.
     return sweep
 
 
-def _is_idle(folder: Path) -> bool:
-    """Whether a folder is a run whose process is gone; one of another host is believed to live for two days."""
+def _is_idle(run: RunFiles) -> bool:
+    """Whether a folder is a run that nobody works on any more."""
     try:
-        data = runs.read(folder)
-    except ConfigError:
-        return False  # nobody's to sweep: a run has had its description, whole, as long as its name
-    host, pid = data.get("host"), data.get("pid")
-    if not isinstance(host, str) or not isinstance(pid, int):
+        return is_abandoned(run.folder, liveness_of(runs.read(run)))
+    except (ConfigError, ValueError):
+        # A run has its whole description as long as it has its name: a folder without one is somebody else's.
         return False
-    lives = files.process_lives(host, pid)
-    return time.time() - folder.stat().st_mtime > _ALIVE_ELSEWHERE_S if lives is None else not lives

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder.engine import outdated, runs
-from builder.engine.runs import Outcome
+from builder.engine.runs import Outcome, PlannedRun, execute
 from builder.hybrid import writer
 from builder.progress import EXAMPLES, Talk, few
 from builder.sources.base import Found, Seen
@@ -28,9 +28,9 @@ class IngestPlan:
     Attributes:
         todo: shards that are new, changed on disk, or read with other fields.
         missing: files that the pattern names and that do not exist.
-        vanished: shards of the table that the pipeline names no more.
-        changed: of todo, shards that are not as they were on disk: their members are read, too.
-        versions: how many shards of the table each version of ingest has read.
+        vanished: shards of the table that the pipeline does not name any more.
+        changed: those shards of `todo` that have changed on disk: their members are read, too.
+        versions: how many shards of the table were read by each version of ingest.
     """
 
     found: Found
@@ -63,34 +63,51 @@ def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
     return IngestPlan(found, todo, found.missing, found.gone(layout.shard_names()), changed, versions)
 
 
+@dataclass(frozen=True)
+class PlannedIngest(PlannedRun):
+    """A planned ingest.
+
+    Attributes:
+        changed: as `IngestPlan` has them.
+    """
+
+    changed: Sequence[str]
+
+
 def run_ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
     """Reads new and changed shards into the table."""
-    pipeline.layout.check_folders()
+    planned = plan_ingest_run(pipeline, talk, redo=redo)
+    if planned is None:
+        return Outcome()
+    outcome = execute(planned, talk)
+    finish_ingest_run(pipeline, planned, outcome, talk)
+    return outcome
+
+
+def plan_ingest_run(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> PlannedIngest | None:
+    """Writes the run of an ingest and its tasks; returns None if there is nothing to do."""
+    layout, config = pipeline.layout, pipeline.config
+    layout.check_folders()
     plan = plan_ingest(pipeline, redo=redo)
-    _tell_missing(pipeline, plan, talk)
-    layout = pipeline.layout
+    _say_missing(pipeline, plan, talk)
     if not plan.todo:
         talk.say(f"ingest: nothing to do ({len(plan.found.paths)} shards)")
-        return Outcome()
+        return None
     files.check_links(layout.root)
     root_schema.extend_schema(layout, pipeline.source.columns)
-    settings = pipeline.config.run
-    run = runs.new_run(layout, "ingest")
-    runs.describe(
-        run,
+    run = runs.describe_new(
+        layout,
         "ingest",
+        "ingest",
+        config.run.executor,
         source={"kind": pipeline.asked.kind, **pipeline.source.to_json()},
-        pipeline=pipeline.config.path,
-        set=pipeline.config.sets,
+        pipeline=config.path,
+        set=config.sets,
     )
-    dealt = deal(plan.todo, settings.workers)
-    runs.tasks_of(run, [{shard: plan.found.paths[shard] for shard in task} for task in dealt])
-    outcome = runs.execute(run, len(dealt), settings, talk, "ingest", len(plan.todo), "shards")
-    if outcome["rows"]:
-        for notice in pipeline.asked.notices(Seen(outcome.wanted, outcome.others)):
-            talk.say(f"ingest: {notice}")
-    _tell_sizes_only(pipeline, plan.changed, talk)
-    return outcome
+    dealt = deal(plan.todo, config.run.workers)
+    paths = {shard: str(path.absolute()) for shard, path in plan.found.paths.items()}
+    runs.write_tasks(run, [{"paths": {shard: paths[shard] for shard in task}} for task in dealt])
+    return PlannedIngest(run, config.run, len(dealt), "ingest", len(plan.todo), "shards", plan.changed)
 
 
 def deal(todo: Sequence[str], tasks: int) -> list[list[str]]:
@@ -98,8 +115,16 @@ def deal(todo: Sequence[str], tasks: int) -> list[list[str]]:
     return [list(itertools.islice(todo, start, None, tasks)) for start in range(min(tasks, len(todo)))]
 
 
-def _tell_sizes_only(pipeline: Pipeline, changed: Sequence[str], talk: Talk) -> None:
-    """Says of which answers nobody can tell whether their pictures are still the same bytes."""
+def finish_ingest_run(pipeline: Pipeline, planned: PlannedIngest, outcome: Outcome, talk: Talk) -> None:
+    """Reports what the source says of what was read, and answers that may be of other bytes than it has now."""
+    if outcome["rows"]:
+        for notice in pipeline.asked.notices(Seen(outcome.wanted, outcome.others)):
+            talk.say(f"ingest: {notice}")
+    _say_sizes_only(pipeline, planned.changed, talk)
+
+
+def _say_sizes_only(pipeline: Pipeline, changed: Sequence[str], talk: Talk) -> None:
+    """Reports answers of which nobody can say whether their pictures are still the same bytes."""
     uses = [use for use in pipeline.stages.values() if outdated.source_members(use.stage)]
     if not changed or not uses:
         return
@@ -115,11 +140,11 @@ def _tell_sizes_only(pipeline: Pipeline, changed: Sequence[str], talk: Talk) -> 
                 )
 
 
-def _tell_missing(pipeline: Pipeline, plan: IngestPlan, talk: Talk) -> None:
+def _say_missing(pipeline: Pipeline, plan: IngestPlan, talk: Talk) -> None:
     if plan.missing:
         first = [f"{path} ({pipeline.asked.why_missing(path)})" for path in plan.missing[:EXAMPLES]]
-        told = few([*first, *plan.missing[EXAMPLES:]])
-        talk.say(f"{len(plan.missing)} of the shards that dataset.shards names are no files: {told}")
+        names = few([*first, *plan.missing[EXAMPLES:]])
+        talk.say(f"{len(plan.missing)} of the shards that dataset.shards names are no files: {names}")
     if plan.vanished:
         talk.say(
             f"{len(plan.vanished)} shards of the table are gone from dataset.shards, their rows stay and are not "

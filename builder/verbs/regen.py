@@ -21,13 +21,14 @@ from builder.engine import runs, workset
 from builder.engine.batches import Failure, Left, answer
 from builder.engine.work import Choice, Work
 from builder.errors import ConfigError, ShardError, StageError
-from builder.executors.local import as_a_worker
+from builder.executors.base import take_task_defaults
 from builder.hybrid import writer
 from builder.sources.members import EDIT
 from builder.sources.reader import MemberReader
 from builder.stages.contract import Stage, formats_asked
 from builder.stages.finding import find, own_code
 from builder.stages.signature import options_hash
+from builder.store.layout import RunFiles
 from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline
 from builder.verbs.show import find_samples
@@ -102,7 +103,7 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
     kind = _code_of(pipeline, stage_name)
     stage, options = _stage_of(kind, run, row)
     inputs = _inputs(pipeline, run, stage, options, row)
-    as_a_worker()
+    take_task_defaults()
     place = device or (pipeline.stages[stage_name].run.devices[0] if stage_name in pipeline.stages else "cpu")
     with own_code(kind, stage_name):
         stage.setup(place)
@@ -133,7 +134,7 @@ def _run_of(pipeline: Pipeline, stage: str, name: str) -> _Run:
         ConfigError: it is gone, or does not say how the image was made.
     """
     try:
-        return _Run.model_validate(runs.read(pipeline.layout.run(name)))
+        return _Run.model_validate(runs.read(RunFiles(pipeline.layout, name)))
     except ValidationError as error:
         [first, *_] = error.errors()
         raise ConfigError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from builder.engine import runs, workset
 from builder.engine.counting import count_rows
-from builder.engine.runs import Outcome
+from builder.engine.runs import Outcome, PlannedRun, execute
 from builder.engine.work import Choice, Counts, Work
 from builder.errors import LASTING
 from builder.progress import Talk
@@ -21,11 +21,36 @@ from builder.table.query import Samples
 from builder.verbs.pipeline import Pipeline, StageUse, table_shards, use_of, work_of
 
 
+@dataclass(frozen=True)
+class PlannedStage(PlannedRun):
+    """A planned run of a stage.
+
+    Attributes:
+        work: what its work set was made from.
+    """
+
+    work: Work
+
+
 def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outcome:
     """Runs one stage over its work set.
 
     Raises:
         BuilderError: bad SQL, a stage that cannot start, a task that did not finish.
+    """
+    planned = plan_stage_run(pipeline, name, choice, talk)
+    if planned is None:
+        return Outcome()
+    outcome = execute(planned, talk)
+    finish_stage_run(pipeline, planned, outcome, talk)
+    return outcome
+
+
+def plan_stage_run(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> PlannedStage | None:
+    """Freezes a stage's work set and writes its run and its tasks; returns None if there is nothing to do.
+
+    Raises:
+        BuilderError: bad SQL.
     """
     layout, use = pipeline.layout, use_of(pipeline, name)
     layout.check_folders()
@@ -41,29 +66,33 @@ def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outc
         if not slices:
             [counts] = count_rows(layout, [work])
             if choice.retry and counts.failed:
-                _tell_classes(layout, work, talk)
-            return nothing_to_do(name, counts, talk)
+                _say_classes(layout, work, talk)
+            nothing_to_do(name, counts, talk)
+            return None
         if notice := getattr(use.stage, "notice", ""):
             talk.say(f"{name}: {notice}")
         if again := sum(part.again for part in slices):
             talk.say(f"{name}: {again} rows are answered again: their inputs have changed since")
-        run = runs.new_run(layout, name)
-        _describe_stage(pipeline, run, use, work)
+        run = _describe(pipeline, use, work)
         files.write_atomic(run.workset, frozen.replace)
     finally:
         frozen.unlink(missing_ok=True)
     dealt = workset.cut(slices, use.run.workers)
-    workset.write_tasks(run, dealt)
-    outcome = runs.execute(run, len(dealt), use.run, talk, name, sum(part.count for part in slices), "rows")
-    for line in getattr(use.stage, "summary", lambda totals: [])(outcome.totals):
-        talk.say(f"{name}: {line}")
-    if column := getattr(use.stage, "noting", ""):
-        _tell_notes(pipeline, work, column, run.folder.name, talk)
-    return outcome
+    runs.write_tasks(run, [workset.task_of(task) for task in dealt])
+    return PlannedStage(run, use.run, len(dealt), name, sum(part.count for part in slices), "rows", work)
 
 
-def _tell_notes(pipeline: Pipeline, work: Work, column: str, run: str, talk: Talk) -> None:
-    """Says of how many rows a run has noted that something was not taken as it came."""
+def finish_stage_run(pipeline: Pipeline, planned: PlannedStage, outcome: Outcome, talk: Talk) -> None:
+    """Reports what the stage has counted itself, and how many of its answers have a note."""
+    work = planned.work
+    for line in getattr(work.stage, "summary", lambda totals: [])(outcome.totals):
+        talk.say(f"{planned.label}: {line}")
+    if column := getattr(work.stage, "noting", ""):
+        _say_notes(pipeline, work, column, planned.files.name, talk)
+
+
+def _say_notes(pipeline: Pipeline, work: Work, column: str, run: str, talk: Talk) -> None:
+    """Reports how many rows of a run have a note: something of them was not taken as it came."""
     with Samples(pipeline.layout, work.columns, work.shards) as samples:
         of_run = f"{column} is not null and {work.stage.name}_run = '{run}'"
         [(rows, example)] = samples.fixed(f"select count(*), min({column}) from samples where {of_run}")
@@ -78,8 +107,8 @@ def nothing_to_do(name: str, counts: Counts, talk: Talk) -> Outcome:
     return Outcome()
 
 
-def _tell_classes(layout: Layout, work: Work, talk: Talk) -> None:
-    """Says of what classes a stage's failures in the table are: no row asked for is of the one to try again."""
+def _say_classes(layout: Layout, work: Work, talk: Talk) -> None:
+    """Reports the classes of a stage's failures in the table, where none of them is of the class to try again."""
     with Samples(layout, work.columns, work.shards) as samples:
         classes = ", ".join(f"{kind} ({rows})" for kind, rows, _ in failure_classes(samples, work.stage.name))
     talk.say(f"{work.stage.name}: no row asked for has failed with '{work.choice.retry_class}'; there are: {classes}")
@@ -105,16 +134,19 @@ def is_lasting(pipeline: Pipeline, name: str, outcome: Outcome) -> bool:
     return bool(failed) and all(kind in LASTING for (kind,) in failed)
 
 
-def _describe_stage(pipeline: Pipeline, run: RunFiles, use: StageUse, work: Work) -> None:
+def _describe(pipeline: Pipeline, use: StageUse, work: Work) -> RunFiles:
+    """Makes the directory of a stage's run."""
     settings = {
         "checkpoint_rows": use.run.checkpoint_rows,
         "checkpoint_seconds": use.run.checkpoint_seconds,
         "max_failed": use.run.max_failed,
         "batch_rows": use.run.batch_rows or use.stage.resources.batch_rows,
     }
-    runs.describe(
-        run,
+    return runs.describe_new(
+        pipeline.layout,
+        use.stage.name,
         "stage",
+        use.run.executor,
         stage=use.stage.name,
         version=use.stage.version,
         options=use.options.model_dump(mode="json"),
@@ -131,7 +163,7 @@ def _describe_stage(pipeline: Pipeline, run: RunFiles, use: StageUse, work: Work
 
 
 def python_of(use: StageUse) -> str | None:
-    """Where the code of a stage of one's own lies: `FILE:CLASS`, the file absolute; None for an installed one."""
+    """Where a stage's code is: `FILE:CLASS`, the file absolute; None if the stage is installed."""
     if not use.table.python:
         return None
     path, _, name = use.table.python.rpartition(":")

@@ -18,7 +18,7 @@ from builder.engine.batches import Failure, Left, answer, check_alone
 from builder.engine.reading import read_once
 from builder.engine.work import Choice
 from builder.errors import ConfigError, StageError
-from builder.executors.local import as_a_worker
+from builder.executors.base import take_task_defaults
 from builder.stages.finding import own_code
 from builder.store import files
 from builder.table import partitions, schema
@@ -66,7 +66,7 @@ def try_stage(pipeline: Pipeline, name: str, choice: Choice, count: int) -> Tria
             where={"sql": use.sql.origin},
             fix="with --redo rows that have an answer are tried, too",
         )
-    as_a_worker()
+    take_task_defaults()
     stage = use.stage
     trial = Trial(notice=getattr(stage, "notice", ""))
     size = use.run.batch_rows or stage.resources.batch_rows

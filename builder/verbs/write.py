@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.engine import runs, workset
-from builder.engine.runs import Outcome
+from builder.engine.runs import Outcome, PlannedRun, execute
 from builder.engine.workset import Slice
 from builder.errors import BuilderError, TransientError
 from builder.hybrid import writer
@@ -22,8 +22,6 @@ from builder.store.layout import Layout
 from builder.table import partitions
 from builder.table.sql_text import read_sql
 from builder.verbs.pipeline import Pipeline, hybrid_shards_of, table_shards
-
-# --- write ---
 
 
 @dataclass
@@ -106,10 +104,28 @@ def plans_of(
 def run_write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome:
     """Writes the hybrid shards that are not up to date.
 
+    Args:
+        is_healed: whether the caller has healed the partitions.
+
     Raises:
         TransientError: too little free disk.
     """
-    layout = pipeline.layout
+    planned = plan_write_run(pipeline, talk, is_healed=is_healed)
+    outcome = Outcome() if planned is None else execute(planned, talk)
+    finish_write_run(pipeline, outcome, talk)
+    return outcome
+
+
+def plan_write_run(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> PlannedRun | None:
+    """Freezes the rows of the write SQL and writes a run and its tasks; returns None if every shard is up to date.
+
+    Args:
+        is_healed: whether the caller has healed the partitions.
+
+    Raises:
+        TransientError: too little free disk.
+    """
+    layout, config = pipeline.layout, pipeline.config
     layout.check_folders()
     found = pipeline.asked.find()
     writer.check_apart(layout, list(found.paths.values()))
@@ -119,43 +135,51 @@ def run_write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Out
     try:
         with files.naming(frozen):
             plan = plan_write(pipeline, freeze=frozen, is_healed=is_healed)
-        if plan.stale:
-            talk.say(
-                f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were "
-                f"made from (draw them again: {_draw_again(pipeline)})"
-            )
-        for reason, count in plan.kept.items():
-            talk.say(f"write: {count} {REASONS[reason]} stay the source's ({help_for(pipeline, reason)})")
+        _say_kept(pipeline, plan, talk)
         if not plan.todo:
             talk.say(f"write: nothing to do ({plan.shards} hybrid shards up to date)")
-            writer.write_sizes(layout)
-            return Outcome()
+            return None
         check_disk(plan, layout)
-        run = runs.new_run(layout, "write")
-        runs.describe(
-            run,
+        run = runs.describe_new(
+            layout,
             "write",
-            sql=read_sql(pipeline.config.write.select).origin,
+            "write",
+            config.run.executor,
+            sql=read_sql(config.write.select).origin,
             image_stage=writer.image_stage(pipeline.known_columns()),
             editing=asdict(pipeline.editing),
             folder=None if layout.output is None else str(layout.output.absolute()),
-            pipeline=pipeline.config.path,
-            set=pipeline.config.sets,
+            pipeline=config.path,
+            set=config.sets,
         )
         if frozen.exists():
             frozen.replace(run.workset)
     finally:
         frozen.unlink(missing_ok=True)
-    dealt = _deal(plan.todo, pipeline.config.run.workers)
-    workset.write_tasks(run, dealt)
-    outcome = runs.execute(run, len(dealt), pipeline.config.run, talk, "write", len(plan.todo), "shards")
-    writer.write_sizes(layout)
+    dealt = _deal(plan.todo, config.run.workers)
+    runs.write_tasks(run, [workset.task_of(task) for task in dealt])
+    return PlannedRun(run, config.run, len(dealt), "write", len(plan.todo), "shards")
+
+
+def finish_write_run(pipeline: Pipeline, outcome: Outcome, talk: Talk) -> None:
+    """Writes `sizes.json`, and reports sources that were cut."""
+    writer.write_sizes(pipeline.layout)
     if cut := outcome["no_end_mark"]:
         talk.say(
             f"write: the sources of {cut} shards have no end mark, so they were cut; the hybrid shards are closed, and "
             "their _stats.json says source_end_mark: false"
         )
-    return outcome
+
+
+def _say_kept(pipeline: Pipeline, plan: WritePlan, talk: Talk) -> None:
+    """Reports samples whose caption is older than their prompt, and samples that stay the source's."""
+    if plan.stale:
+        talk.say(
+            f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were "
+            f"made from (draw them again: {_draw_again(pipeline)})"
+        )
+    for reason, count in plan.kept.items():
+        talk.say(f"write: {count} {REASONS[reason]} stay the source's ({help_for(pipeline, reason)})")
 
 
 def help_for(pipeline: Pipeline, reason: str) -> str:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builder.executors.local import PARENT_PIPE
+from builder.executors.base import PARENT_PIPE
 
 #: Kinds of points; `read` is one at an offset, `create` a file opened for writing, `parquet` one that is finished.
 KINDS = ("read", "create", "write", "parquet", "fsync", "link", "rename", "unlink", "mkdir")

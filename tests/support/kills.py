@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from builder.cli import app
 from builder.engine import runs, worker
 from builder.engine.work import Choice
-from builder.executors import local
+from builder.executors.by_name import EXECUTORS
 from builder.hybrid import writer
 from builder.progress import Talk
 from builder.store.files import TEMP_SUFFIX, temp_path
@@ -47,6 +47,7 @@ from builder.verbs.plan import make_plan
 from builder.verbs.verify import prove
 from conftest import PIPELINE, Workspace, make_shard, samples
 from support.faults import HALVES, READS, Fault, Point, arm
+from support.in_process import InProcess
 from support.planned import SQL, section
 
 BATCH_ROWS = 2
@@ -321,8 +322,7 @@ def _litter(made: Workspace) -> None:
         temp = temp_path(path)
         temp.with_name(temp.name.replace(f"-{os.getpid()}-", f"-{NOBODY}-")).write_bytes(b"half")
     [tar, *_] = sorted(layout.edits.rglob("*.tar"))
-    run = runs.new_run(layout, "generate")
-    runs.describe(run, "stage", stage="generate", version="1", options_hash="")
+    run = runs.describe_new(layout, "generate", "stage", "local", stage="generate", version="1", options_hash="")
     shutil.copy(tar, layout.edits_tar("00000001", f"{run.folder.name}-0a0b0c", 0))
 
 
@@ -402,17 +402,10 @@ def seeded(kills: Sequence[Kill], count: int, seed: int) -> list[Kill]:
 # --- the harness: forks ---
 
 
-def tasks_here(
-    line: Callable[[int], Sequence[str]], tasks: int, log: Callable[[int], Path], **_: Any
-) -> list[local.Ended]:
-    """An executor whose tasks are done by this process, one after the other."""
-    return [local.Ended(number, worker.run_task(Path(line(number)[-2]), number), 0) for number in range(tasks)]
-
-
 def do(made: Workspace, *arguments: str) -> int:
     """`builder ARGUMENTS` in this process, tasks and all; its exit code."""
     os.chdir(made.folder)
-    local.run = tasks_here  # type: ignore[assignment]
+    EXECUTORS["local"] = partial(InProcess, is_logged=False)
     try:
         app.main.main([*arguments, "--pipeline", str(made.file)])
     except SystemExit as end:

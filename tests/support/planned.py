@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -10,14 +11,14 @@ from builder.engine import runs, workset
 from builder.engine.task import run_stage_task
 from builder.engine.task_state import Result, TaskSettings
 from builder.engine.work import Choice, Work
+from builder.progress import Talk
 from builder.stages.contract import Stage, columns_of
 from builder.stages.signature import options_hash
 from builder.store.layout import Layout, RunFiles
 from builder.table import partitions, root_schema, schema
 from builder.table.sql_text import Sql
-from builder.verbs import pipeline as pipelines
-from builder.verbs.pipeline import Pipeline, shards_of
-from builder.verbs.stage import _describe_stage
+from builder.verbs.pipeline import Pipeline
+from builder.verbs.stage import plan_stage_run
 from conftest import STAGES
 
 #: Work SQL of the stages of tests/support/stages.py.
@@ -41,9 +42,9 @@ def plan(layout: Layout, stage: Stage, choice: Choice = Choice(), sql: str = SQL
     """Freezes the work of a stage as one task; returns its run."""
     root_schema.extend_schema(layout, columns_of(type(stage)))
     partitions.heal(layout, layout.shard_names())
-    run = runs.new_run(layout, type(stage).name)
+    run = RunFiles(layout, runs.new_name(type(stage).name))
     slices = workset.freeze(layout, run.workset, work_of(layout, stage, choice, sql, **params))
-    workset.write_tasks(run, workset.cut(slices, 1))
+    runs.write_tasks(run, [workset.task_of(task) for task in workset.cut(slices, 1)])
     return run
 
 
@@ -65,15 +66,11 @@ def do(
 
 def described(pipeline: Pipeline, name: str, choice: Choice, tasks: int) -> RunFiles:
     """A run as `builder stage NAME` leaves it before it starts its tasks: `builder task RUN 0` does one."""
-    layout, use = pipeline.layout, pipeline.stages[name]
-    shards = shards_of(pipeline)
-    work = pipelines.work_of(pipeline, name, choice, shards)
-    root_schema.extend_schema(layout, columns_of(use.stage))
-    partitions.heal(layout, shards)
-    run = runs.new_run(layout, name)
-    _describe_stage(pipeline, run, use, work)
-    workset.write_tasks(run, workset.cut(workset.freeze(layout, run.workset, work), tasks))
-    return run
+    use = pipeline.stages[name]
+    pipeline.stages[name] = replace(use, run=use.run.model_copy(update={"workers": tasks}))
+    planned = plan_stage_run(pipeline, name, choice, Talk(quiet=True))
+    assert planned is not None
+    return planned.files
 
 
 def rows_of(frozen: pa.Table) -> list[tuple[str, int]]:
