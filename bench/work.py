@@ -23,8 +23,8 @@ from bench import corpus, tables
 from bench.report import peak_mb
 from builder.engine import workset
 from builder.engine.work import Choice
-from builder.hybrid import writer
-from builder.hybrid.edited_sample import Rules
+from builder.hybrid import shard_plan, splice
+from builder.hybrid.edit import Rules
 from builder.sources.ingest import ingest_shard
 from builder.sources.tars import shards
 from builder.stages.contract import columns_of
@@ -87,8 +87,8 @@ def write(root: str, durable: str, *shards: str) -> Work:
     sql, columns = read_sql("sql/write.sql"), hybrid_columns()
 
     def work() -> None:
-        for plan in writer.plans(layout, columns, shards, sql, {}, Rules()):
-            writer.write_shard(layout, plan)
+        for plan in shard_plan.plans(layout, columns, shards, sql, {}, Rules()):
+            splice.write_shard(layout, plan)
 
     work()
     for shard in shards:

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from builder.cli import app, console, failures, output
 from builder.errors import ConfigError
-from builder.hybrid import writer
+from builder.hybrid import output_folder
 from builder.table import column_files
 from conftest import STAGES, Sample, Workspace, builder, make_shard, make_workspace, picture, samples, starts_in_ascii
 from support.stages import cannot
@@ -953,7 +953,7 @@ def test_a_run_tells_every_problem_at_once(workspace: Make) -> None:
 def test_a_run_finds_a_full_disk_first(workspace: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     made = workspace({"a": samples(4), "b": samples(4, start=4)})
     sizes = [path.stat().st_size for path in sorted((made.folder / "source").iterdir())]
-    monkeypatch.setattr(writer, "free_bytes", lambda layout: sum(sizes) - 1)
+    monkeypatch.setattr(output_folder, "free_bytes", lambda layout: sum(sizes) - 1)
     done = made.run("run", check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(
@@ -963,7 +963,7 @@ def test_a_run_finds_a_full_disk_first(workspace: Make, monkeypatch: pytest.Monk
     assert not made.root.exists()
     monkeypatch.undo()
     made.run("run")
-    monkeypatch.setattr(writer, "free_bytes", lambda layout: sizes[0])  # what is written already takes no more
+    monkeypatch.setattr(output_folder, "free_bytes", lambda layout: sizes[0])  # what is written already takes no more
     made.run("run")
 
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from builder.hybrid.edited_sample import Rules
-from builder.hybrid.writer import plan_shard
+from builder.hybrid.edit import Rules
+from builder.hybrid.shard_plan import plan_shard
 from builder.table import partitions
 from builder.table.sql_text import Sql
 from builder.tar import indexing

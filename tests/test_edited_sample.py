@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from builder import formats
-from builder.hybrid.edited_sample import (
+from builder.hybrid.edit import (
     NO_TEXT,
     OTHER_FORMAT,
     REASONS,

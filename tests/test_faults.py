@@ -25,7 +25,7 @@ from builder.engine import worker
 from builder.errors import TransientError
 from builder.executors.base import Ended, run_to_end
 from builder.executors.local import TaskPool
-from builder.hybrid import writer
+from builder.hybrid import splice
 from builder.sources.tars import shards
 from builder.store import files
 from builder.store.layout import Layout
@@ -557,7 +557,7 @@ def vanish(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, path: Path) -
             "note: 4 rows, 4 ok",
         ),
         (
-            ("write",), writer, "write_shard", "write: 2 shards, 8 rows, 2 edited",
+            ("write",), splice, "write_shard", "write: 2 shards, 8 rows, 2 edited",
             ["the source shard cannot be read: No such file or directory", "  shard: 00000001", "  file: {path}",
              "  fix: put it back, or ingest it as it is now: builder ingest",
              "(each builder command with --pipeline {pipeline})"],

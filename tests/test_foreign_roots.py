@@ -590,7 +590,7 @@ _KNOWN = [
     "table/column_files.py: probe.unlink(missing_ok=True)",
     "table/sweeps.py: shutil.rmtree(temp, ignore_errors=True)",  # behind check_no_link; follows no link itself
     "engine/workset.py: path.touch()",  # a temp name in a folder that make_folder has just looked at
-    "hybrid/writer.py: path.open('wb', buffering=0)",  # a temp name that write_temp has made
+    "hybrid/splice.py: path.open('wb', buffering=0)",  # a temp name that write_temp has made
 ]
 
 

@@ -32,7 +32,7 @@ from PIL import Image
 import hostile
 from builder.cli import main
 from builder.errors import ConfigError, ShardError
-from builder.hybrid import writer
+from builder.hybrid import output_folder, splice
 from builder.models.pictures import decode
 from builder.progress import Talk, plain
 from builder.sources.tars.columns import MAX_TEXT
@@ -801,8 +801,8 @@ def outside(made: Workspace) -> set[str]:
 def write_here(pipeline: Pipeline) -> list[str]:
     """Writes every hybrid shard in this process; returns what is wrong with them."""
     for plan in write_plans(pipeline, shards_of(pipeline)):
-        writer.write_shard(pipeline.layout, plan)
-    writer.write_sizes(pipeline.layout)
+        splice.write_shard(pipeline.layout, plan)
+    output_folder.write_sizes(pipeline.layout)
     return prove(pipeline, Talk(quiet=True)).problems
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from builder.errors import ConfigError, SchemaError
-from builder.hybrid.edited_sample import Edit, edited_json
+from builder.hybrid.edit import Edit, edited_json
 from builder.sources.tars.shards import TarShards, read_shard
 from builder.table import schema
 from builder.table.lookups import Lookup

@@ -17,11 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.errors import ConfigError
-from builder.hybrid import writer
-from builder.hybrid.edited_sample import Edit, edited_json
+from builder.errors import ConfigError, ShardError
+from builder.hybrid import shard_plan, splice
+from builder.hybrid.edit import Edit, edited_json
+from builder.hybrid.manifest import is_written
 from builder.progress import Talk
 from builder.store import files
+from builder.table import partitions
 from builder.verbs.ingest import run_ingest
 from builder.verbs.write import plan_write, run_write, write_plans
 from conftest import Sample, Workspace, picture, read_tar, samples, write_tar
@@ -32,7 +34,7 @@ MADE = {
 }  # fmt: skip
 
 
-def plan_of(made: Workspace, *sets: str) -> writer.ShardPlan:
+def plan_of(made: Workspace, *sets: str) -> shard_plan.ShardPlan:
     """What is planned for the first hybrid shard."""
     [plan] = write_plans(made.load(*sets), ["00000000"])
     return plan
@@ -245,8 +247,8 @@ def test_a_source_that_vanished_is_refused_and_the_others_are_written(workspace:
     assert [part.shard for part in plan.todo] == ["00000000", "00000001"]
     first = plan_of(made)
     (made.folder / "source/00000000.tar").unlink()
-    with pytest.raises(writer.ShardError) as caught:
-        writer.write_shard(made.load().layout, first)
+    with pytest.raises(ShardError) as caught:
+        splice.write_shard(made.load().layout, first)
     assert str(caught.value) == (
         "the source shard cannot be read: No such file or directory\n"
         "  shard: 00000000\n"
@@ -277,8 +279,8 @@ def test_a_source_cut_while_it_is_copied_is_refused(
         return done
 
     monkeypatch.setattr(os, "writev", writev)
-    with pytest.raises(writer.ShardError) as caught:
-        writer.write_shard(made.load().layout, first)
+    with pytest.raises(ShardError) as caught:
+        splice.write_shard(made.load().layout, first)
     assert str(caught.value) == (
         "the source shard changed while it was copied\n"
         "  shard: 00000000\n"
@@ -304,7 +306,7 @@ def test_a_source_that_is_linked_meanwhile_is_copied_again(
         return real(target, parts)
 
     monkeypatch.setattr(os, "writev", writev)
-    assert writer.write_shard(made.load().layout, first).edited == len(first.edits)
+    assert splice.write_shard(made.load().layout, first).edited == len(first.edits)
     assert (made.root / "shards/00000000.tar").read_bytes() == before
 
 
@@ -314,16 +316,16 @@ def test_a_source_that_changes_while_its_partition_is_read_is_refused(
     made = workspace()
     made.run("run")
     first = plan_of(made)
-    source, real = made.folder / "source/00000000.tar", writer.table.read_partition
+    source, real = made.folder / "source/00000000.tar", partitions.read_partition
 
     def read(*arguments: Any) -> Any:
         with source.open("r+b") as file:
             file.write(bytes(512))
         return real(*arguments)
 
-    monkeypatch.setattr(writer.table, "read_partition", read)
-    with pytest.raises(writer.ShardError, match="the source shard changed while it was copied"):
-        writer.write_shard(made.load().layout, first)
+    monkeypatch.setattr(partitions, "read_partition", read)
+    with pytest.raises(ShardError, match="the source shard changed while it was copied"):
+        splice.write_shard(made.load().layout, first)
 
 
 def test_json_that_is_not_what_was_ingested_is_refused_with_its_row(workspace: Callable[..., Workspace]) -> None:
@@ -336,8 +338,8 @@ def test_json_that_is_not_what_was_ingested_is_refused_with_its_row(workspace: C
     sql = made.folder / "write.sql"
     sql.write_text("select shard, row, uid, 'new' as caption from samples where row = 3")
     first = plan_of(made, f"write.select={sql}")
-    with pytest.raises(writer.ShardError) as caught:
-        writer.write_shard(made.load().layout, first)
+    with pytest.raises(ShardError) as caught:
+        splice.write_shard(made.load().layout, first)
     assert str(caught.value) == (
         "the json of an edited sample is not what was ingested: Expecting value: line 1 column 1 (char 0)\n"
         "  shard: 00000000\n"
@@ -378,7 +380,7 @@ def test_large_members_of_an_edited_sample_are_copied(
     monkeypatch.setattr(files, "read_at", read_at)
     pipeline = made.load(f"write.select={sql}")
     [plan] = write_plans(pipeline, ["a"])
-    writer.write_shard(pipeline.layout, plan)
+    splice.write_shard(pipeline.layout, plan)
     assert sum(sizes) > len(large) and max(sizes) <= 1 << 20  # read for its hash, a piece at a time
 
 
@@ -393,7 +395,7 @@ def test_a_damaged_manifest_is_written_again(workspace: Callable[..., Workspace]
         damaged[raw.rfind(value) + shift] ^= 0xFF
         manifest.write_bytes(damaged)
         first = plan_of(made)
-        assert not writer.is_written(made.load().layout, first), shift
+        assert not is_written(made.load().layout, first), shift
     assert "1 shards" in made.run("write").stderr
     made.run("verify")
 

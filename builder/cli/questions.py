@@ -40,7 +40,7 @@ def plan(
       builder plan --scale large --stale
     """
     from builder.engine.work import Choice
-    from builder.hybrid.edited_sample import REASONS
+    from builder.hybrid.edit import REASONS
     from builder.verbs.plan import make_plan
     from builder.verbs.write import help_for
 
@@ -139,7 +139,7 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     Example:
       builder status --scale small
     """
-    from builder.hybrid.edited_sample import REASONS
+    from builder.hybrid.edit import REASONS
     from builder.verbs.status import read_status
     from builder.verbs.write import help_for
 

@@ -27,8 +27,8 @@ from builder.engine.task_state import TaskSettings
 from builder.errors import BuilderError, MachineError, ShardError, StageError, TransientError
 from builder.executors.base import error_line, has_listener, progress_line, task_device
 from builder.executors.by_name import own_executor
-from builder.hybrid import writer
-from builder.hybrid.edited_sample import Rules
+from builder.hybrid import shard_plan, splice
+from builder.hybrid.edit import Rules
 from builder.machine import asked_again
 from builder.progress import plain_lines
 from builder.sources.base import Seen
@@ -200,8 +200,8 @@ def _write_task(task: Task) -> dict[str, Any]:
             raise ShardError("the shard was ingested again", where={"shard": part.shard}, fix="run write again")
         rows = workset.read_slice(run, part).to_pylist() if part.count else []
         sql, editing = Sql("", data["sql"]), Rules(**data["editing"])
-        plan = writer.plan_shard(layout, part.shard, state, rows, sql, data["image_stage"], editing)
-        written = writer.write_shard(layout, plan)
+        plan = shard_plan.plan_shard(layout, part.shard, state, rows, sql, data["image_stage"], editing)
+        written = splice.write_shard(layout, plan)
         result["shards"] += 1
         for name, value in vars(written).items():
             if not isinstance(value, bool):

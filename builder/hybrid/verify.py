@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 from builder import formats, machine
 from builder.errors import BuilderError, ShardError
 from builder.formats import IMAGE_EXTENSIONS
-from builder.hybrid.edited_sample import Edit, Rules, edited_json, manifest_provenance
-from builder.hybrid.writer import ShardPlan, read_description
+from builder.hybrid.edit import Edit, Rules, edited_json, manifest_provenance
+from builder.hybrid.manifest import read_description
+from builder.hybrid.shard_plan import ShardPlan
 from builder.machine import asked_again
 from builder.sources import members
 from builder.store import files

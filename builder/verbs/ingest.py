@@ -11,7 +11,7 @@ from pathlib import Path
 
 from builder.engine import outdated, runs
 from builder.engine.runs import Outcome, PlannedRun, execute
-from builder.hybrid import writer
+from builder.hybrid import output_folder
 from builder.progress import EXAMPLES, Talk, few
 from builder.sources.base import Found, Seen
 from builder.sources.ingest import ingested, is_same_on_disk
@@ -45,7 +45,7 @@ def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
     """Compares the shards on disk with the table."""
     layout, source = pipeline.layout, pipeline.source
     found = source.find()
-    writer.check_apart(layout, list(found.paths.values()))
+    output_folder.check_apart(layout, list(found.paths.values()))
     todo: list[str] = []
     changed: list[str] = []
     versions: Counter[str] = Counter()

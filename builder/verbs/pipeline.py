@@ -18,7 +18,7 @@ from builder.config.sections import Run, StageTable
 from builder.engine import workset
 from builder.engine.work import Choice, Work
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError
-from builder.hybrid.edited_sample import Rules
+from builder.hybrid.edit import Rules
 from builder.sources import kinds
 from builder.sources.base import Source
 from builder.stages.contract import Stage, columns_of

@@ -22,7 +22,7 @@ from builder.engine.batches import Failure, Left, answer
 from builder.engine.work import Choice, Work
 from builder.errors import ConfigError, ShardError, StageError
 from builder.executors.base import take_task_defaults
-from builder.hybrid import writer
+from builder.hybrid import image
 from builder.sources.members import EDIT
 from builder.sources.reader import MemberReader
 from builder.stages.contract import Stage, formats_asked
@@ -86,7 +86,7 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
         ConfigError: no such sample, or none with a generated image; its run, or the model's package, is gone.
         StageError: the stage cannot start, or fails on the row.
     """
-    stage_name = writer.image_stage(pipeline.known_columns())
+    stage_name = image.image_stage(pipeline.known_columns())
     rows = [row for row in find_samples(pipeline, uid) if row.get("image_path") is not None]
     if not rows or stage_name is None:
         raise ConfigError(

@@ -13,7 +13,7 @@ from builder.engine.counting import count_rows
 from builder.engine.runs import Outcome
 from builder.engine.work import Choice, Counts
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError, TransientError
-from builder.hybrid import writer
+from builder.hybrid import output_folder
 from builder.progress import Talk
 from builder.sources.base import Found
 from builder.stages.contract import columns_of
@@ -57,7 +57,7 @@ def check_first(pipeline: Pipeline) -> None:
     layout = pipeline.layout
     layout.check_folders()
     found = pipeline.asked.find()
-    writer.check_apart(layout, list(found.paths.values()))
+    output_folder.check_apart(layout, list(found.paths.values()))
     problems: list[BuilderError] = []
     is_sql_fine = _is_sql_fine(pipeline)
     for name, use in pipeline.stages.items():
@@ -103,7 +103,7 @@ def _check_room(layout: Layout, found: Found) -> None:
     there = set(names(layout.shards))
     new = [path for shard, path in found.paths.items() if f"{shard}.tar" not in there]
     needed = sum(_size(path) for path in new)
-    free = writer.free_bytes(layout)
+    free = output_folder.free_bytes(layout)
     if needed > free:
         raise TransientError(
             f"too little free disk: {len(new)} hybrid shards take about {needed:,} bytes, {free:,} are free",

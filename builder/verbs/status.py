@@ -12,8 +12,8 @@ from builder.engine import outdated
 from builder.engine.counting import count_rows
 from builder.engine.work import Choice
 from builder.errors import ConfigError
-from builder.hybrid import writer
-from builder.hybrid.edited_sample import Rules, members_of
+from builder.hybrid import image
+from builder.hybrid.edit import Rules, members_of
 from builder.sources.tars.shards import OF_SHARD
 from builder.store.layout import names
 from builder.table import partitions
@@ -78,7 +78,7 @@ def read_status(pipeline: Pipeline) -> dict[str, Any]:
 def _left_out(samples: Samples, columns: Sequence[Column], editing: Rules) -> Counter[str]:
     """New images that the writer leaves out, since their samples stay the source's, by reason."""
     found: Counter[str] = Counter()
-    kind = "image_format" if writer.says_format(columns) else "null"
+    kind = "image_format" if image.says_format(columns) else "null"
     alike = samples.fixed(
         f"select list_transform(source_members, lambda m: m.ext), {kind}, count(*) from samples "
         "where image_path is not null and source_status = 'ok' group by all order by all"

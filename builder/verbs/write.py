@@ -14,8 +14,8 @@ from builder.engine import runs, workset
 from builder.engine.runs import Outcome, PlannedRun, execute
 from builder.engine.workset import Slice
 from builder.errors import BuilderError, TransientError
-from builder.hybrid import writer
-from builder.hybrid.edited_sample import NO_TEXT, REASONS, SEVERAL_PICTURES
+from builder.hybrid import image, manifest, output_folder, shard_plan
+from builder.hybrid.edit import NO_TEXT, REASONS, SEVERAL_PICTURES
 from builder.progress import Talk
 from builder.store import files
 from builder.store.layout import Layout
@@ -60,7 +60,7 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: boo
     shards = hybrid_shards_of(pipeline)
     if not is_healed:
         partitions.heal(layout, shards)
-    plan = WritePlan(free=writer.free_bytes(layout))
+    plan = WritePlan(free=output_folder.free_bytes(layout))
     largest = position = 0
     sink: pq.ParquetWriter | None = None
     try:
@@ -71,9 +71,9 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: boo
             plan.kept += shard.kept
             plan.dropped += sum(edit.dropped for edit in shard.edits.values())
             plan.edited += sum(not edit.dropped for edit in shard.edits.values())
-            if writer.is_written(layout, shard):
+            if manifest.is_written(layout, shard):
                 continue
-            size, more = writer.sizes_of(layout, shard)
+            size, more = output_folder.sizes_of(layout, shard)
             plan.needed, largest, plan.bytes = plan.needed + more, max(largest, size), plan.bytes + size
             plan.todo.append(Slice(shard.shard, position, len(shard.frozen), shard.rows))
             position += len(shard.frozen)
@@ -88,17 +88,17 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: boo
     return plan
 
 
-def write_plans(pipeline: Pipeline, shards: Sequence[str]) -> Iterator[writer.ShardPlan]:
+def write_plans(pipeline: Pipeline, shards: Sequence[str]) -> Iterator[shard_plan.ShardPlan]:
     """The plan of every hybrid shard, in order."""
     return plans_of(pipeline, shards, None)
 
 
 def plans_of(
     pipeline: Pipeline, shards: Sequence[str], refused: dict[str, BuilderError] | None
-) -> Iterator[writer.ShardPlan]:
+) -> Iterator[shard_plan.ShardPlan]:
     write = pipeline.config.write
     columns, sql = pipeline.known_columns(), read_sql(write.select)
-    return writer.plans(pipeline.layout, columns, shards, sql, write.params, pipeline.editing, refused)
+    return shard_plan.plans(pipeline.layout, columns, shards, sql, write.params, pipeline.editing, refused)
 
 
 def run_write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome:
@@ -128,7 +128,7 @@ def plan_write_run(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -
     layout, config = pipeline.layout, pipeline.config
     layout.check_folders()
     found = pipeline.asked.find()
-    writer.check_apart(layout, list(found.paths.values()))
+    output_folder.check_apart(layout, list(found.paths.values()))
     table_shards(pipeline)
     files.make_folder(layout.runs)
     frozen = files.temp_path(layout.runs / "write.parquet")
@@ -146,7 +146,7 @@ def plan_write_run(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -
             "write",
             config.run.executor,
             sql=read_sql(config.write.select).origin,
-            image_stage=writer.image_stage(pipeline.known_columns()),
+            image_stage=image.image_stage(pipeline.known_columns()),
             editing=asdict(pipeline.editing),
             folder=None if layout.output is None else str(layout.output.absolute()),
             pipeline=config.path,
@@ -163,7 +163,7 @@ def plan_write_run(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -
 
 def finish_write_run(pipeline: Pipeline, outcome: Outcome, talk: Talk) -> None:
     """Writes `sizes.json`, and reports sources that were cut."""
-    writer.write_sizes(pipeline.layout)
+    output_folder.write_sizes(pipeline.layout)
     if cut := outcome["no_end_mark"]:
         talk.say(
             f"write: the sources of {cut} shards have no end mark, so they were cut; the hybrid shards are closed, and "
@@ -193,7 +193,7 @@ def help_for(pipeline: Pipeline, reason: str) -> str:
 
 def _draw_again(pipeline: Pipeline) -> str:
     """The command that makes new images where the inputs of the old ones have changed."""
-    return pipeline.command(f"stage {writer.image_stage(pipeline.known_columns())} --stale")
+    return pipeline.command(f"stage {image.image_stage(pipeline.known_columns())} --stale")
 
 
 def check_disk(plan: WritePlan, layout: Layout) -> None:

@@ -36,7 +36,7 @@ from builder.cli import app
 from builder.engine import runs, worker
 from builder.engine.work import Choice
 from builder.executors.by_name import EXECUTORS
-from builder.hybrid import writer
+from builder.hybrid import splice
 from builder.progress import Talk
 from builder.store.files import TEMP_SUFFIX, temp_path
 from builder.store.layout import Layout, names
@@ -695,8 +695,8 @@ class Harness:
         worker.ingest_shard = noted(  # type: ignore[assignment]
             worker.ingest_shard, lambda result, layout, source, shard, *_: ["shard", shard]
         )
-        writer.write_shard = noted(  # type: ignore[assignment]
-            writer.write_shard, lambda result, layout, plan: ["output", plan.shard]
+        splice.write_shard = noted(  # type: ignore[assignment]
+            splice.write_shard, lambda result, layout, plan: ["output", plan.shard]
         )
 
     def _kill_on_the_command_line(self, scene: Scene, who: str) -> bool:
