@@ -15,7 +15,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 #: Of each extension of a sample's picture, lower case, its format.
 OF_EXTENSION = {extension: JPG if extension == "jpeg" else extension for extension in IMAGE_EXTENSIONS}
 #: Extensions of pictures that are never a sample's own one.
-_OTHERS = frozenset({"avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "pbm", "pgm", "ppm", "tif", "tiff"})
+OTHER_EXTENSIONS = frozenset({"avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "pbm", "pgm", "ppm", "tif", "tiff"})
 
 
 def of_bytes(data: bytes) -> str | None:
@@ -45,4 +45,4 @@ def picture_of(extensions: Sequence[str]) -> int | None:
 def pictures_of(extensions: Sequence[str]) -> list[int]:
     """The positions of all that is a picture, `mask.png` and `gif` too: the last part of the extension says so."""
     last = [extension.lower().rpartition(".")[2] for extension in extensions]
-    return [i for i, extension in enumerate(last) if extension in OF_EXTENSION or extension in _OTHERS]
+    return [i for i, extension in enumerate(last) if extension in OF_EXTENSION or extension in OTHER_EXTENSIONS]

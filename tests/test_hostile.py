@@ -901,7 +901,7 @@ def test_pointers_that_leave_the_edits_folder_are_refused(tmp_path: Path, path: 
 
 @pytest.mark.parametrize(("offset", "size"), [(0, 60 * 10**9), (-1, 4), (0, -1), (2**62, 2**62), (7, 100_000)])
 def test_pointers_beyond_their_tar_are_refused_without_memory(tmp_path: Path, offset: int, size: int) -> None:
-    with EditsTar(Layout(tmp_path), "a", "run", 0) as made:
+    with EditsTar(Layout(tmp_path), "a", "20260101T000000-generate-0a1b-2c3d4e", 0) as made:
         pointer = made.add("0.jpg", JPG)
         made.close()
     with EditsReader(tmp_path) as reader:

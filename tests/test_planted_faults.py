@@ -14,16 +14,27 @@ import pytest
 from builder.hybrid import edit, image, manifest, output_folder, shard_plan, splice
 from builder.progress import Talk
 from builder.tar import blocks, record_heads
+from builder.tar.walk import pax_records
 from builder.verbs.verify import prove
 from builder.verbs.write import write_plans
-from conftest import STANDARD_STAGES, Workspace, make_workspace, replace_everywhere, samples, write_tar
+from conftest import Workspace, make_workspace, replace_everywhere, samples, write_tar
 
 Patch = pytest.MonkeyPatch
 Fields = dict[str, Any]
 SHARD = "a"
+#: Every sample gets a prompt and an image.
+STAGES = """\
+[stages.prompts]
+sql = "{folder}/prompts.sql"
+
+[stages.generate]
+width = 64
+height = 64
+"""
 IMAGES = """
 select shard, row, uid, row = 5 as dropped, image_path, image_offset, image_size, image_width, image_height,
-       image_sha256, image_seed, image_model, image_prompt, prompt, 2.50 as set_Rating, [1, null] as set_list
+       image_sha256, image_seed, image_model, image_prompt, prompt,
+       case when row <> 3 then 2.50 end as set_Rating, case when row <> 3 then [1, null] end as set_list
 from samples where image_path is not null and row > 0
 """
 CAPTIONS = "select shard, row, uid, 'new ü' as caption, 7 as set_rating from samples where row in (1, 2)"
@@ -36,8 +47,9 @@ KEYS = [f"{0:032x}-0", f"{1:032x}-0", LONG, *(f"{i:032x}-0" for i in range(3, 7)
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A root with generated images and nothing written; prompts have changed since the images were made."""
-    stages = STANDARD_STAGES.replace("min_faces = 1", "min_faces = 0")
-    made = make_workspace(tmp_path_factory.mktemp("planted"), {SHARD: []}, stages=stages)
+    folder = tmp_path_factory.mktemp("planted")
+    made = make_workspace(folder, {SHARD: []}, stages=STAGES.format(folder=folder))
+    (folder / "prompts.sql").write_text("select shard, row, uid, caption as text from samples")
     members: list[tuple[str, bytes]] = []
     for number, sample in enumerate(samples(7)):
         sample.key = KEYS[number]
@@ -88,8 +100,8 @@ def in_json(change: Callable[[Fields, Fields], object], indent: int = 4) -> Call
 
         def edited(raw: bytes | None, *rest: Any) -> bytes:
             fields = json.loads(real(raw, *rest))
-            changed = change(fields, json.loads(raw or b"{}"))
-            return json.dumps(changed if isinstance(changed, dict) else fields, indent=indent).encode()
+            change(fields, json.loads(raw or b"{}"))
+            return json.dumps(fields, indent=indent).encode()
 
         replace_everywhere(patch, real, edited)
 
@@ -105,15 +117,29 @@ def of_provenance(change: Callable[[Fields], object]) -> Callable[[Patch], None]
     return in_json(lambda new, old: change(new["provenance"]))
 
 
-def reordered(new: Fields, old: Fields) -> Fields:
-    return dict(sorted(new.items()))
+def reordered(new: Fields, old: Fields) -> None:
+    items = sorted(new.items())
+    new.clear()
+    new.update(items)
 
 
 JSON: list[tuple[str, Callable[[Patch], None], str]] = [
-    ("original_caption dropped", in_json(lambda new, old: new.pop("original_caption")), "'original_caption' is nothing, and should be 'a man"),
-    ("original_caption is the new one", in_json(lambda new, old: new.update(original_caption=new["caption"])), "'original_caption' is 'A photo"),
+    (
+        "original_caption dropped",
+        in_json(lambda new, old: new.pop("original_caption")),
+        "'original_caption' is nothing, and should be 'a man",
+    ),
+    (
+        "original_caption is the new one",
+        in_json(lambda new, old: new.update(original_caption=new["caption"])),
+        "'original_caption' is 'A photo",
+    ),
     ("a field dropped", in_json(lambda new, old: new.pop("status")), "'status' is nothing, and should be 'success'"),
-    ("a null field dropped", in_json(lambda new, old: new.pop("error_message")), "'error_message' is nothing, and should be null"),
+    (
+        "a null field dropped",
+        in_json(lambda new, old: new.pop("error_message")),
+        "'error_message' is nothing, and should be null",
+    ),
     ("a field changed", in_json(lambda new, old: new.update(status="x")), "'status' is 'x', and should be 'success'"),
     ("a number as a float", in_json(lambda new, old: new.update(n=1e30)), "'n' is 1e+30, and should be 1000"),
     ("a number as text", in_json(lambda new, old: new.update(f="2.5")), "'f' is '2.5', and should be 2.5"),
@@ -127,17 +153,47 @@ JSON: list[tuple[str, Callable[[Patch], None], str]] = [
     ("url left", left("url"), "'url' is 'https://example.org/a.jpg', and should be ''"),
     ("exif left", left("exif"), "'exif' is '{\"a\": 1}', and should be ''"),
     ("boxes left", left("face_bboxes"), "its json still has the old image's face_bboxes"),
-    ("another caption", in_json(lambda new, old: new.update(caption=old["caption"])), "its json does not hold the new caption"),
+    (
+        "another caption",
+        in_json(lambda new, old: new.update(caption=old["caption"])),
+        "its json does not hold the new caption",
+    ),
     ("a set field forgotten", left("rating"), "'rating' is 1, and should be 2.5"),
-    ("a set list changed", in_json(lambda new, old: new.update(list=[1, 0])), "'list' is [1, 0], and should be [1, None]"),
-    ("no provenance", in_json(lambda new, old: new.pop("provenance")), "'provenance' is nothing, and should be {'replaced'"),
-    ("provenance without a replaced field", of_provenance(lambda all: all["replaced"].pop("url")), "'provenance' is {'replaced'"),
-    ("provenance of another replaced field", of_provenance(lambda all: all["replaced"].update(rating=9)), "'provenance' is {'replaced'"),
-    *((f"provenance with another {name}", of_provenance(lambda all, name=name: all.update({name: "x"})), "'provenance' is {'replaced'")
-      for name in ("model", "seed", "prompt", "stage", "version", "options")),
+    (
+        "a set list changed",
+        in_json(lambda new, old: new.update(list=[1, 0])),
+        "'list' is [1, 0], and should be [1, None]",
+    ),
+    (
+        "no provenance",
+        in_json(lambda new, old: new.pop("provenance")),
+        "'provenance' is nothing, and should be {'replaced'",
+    ),
+    (
+        "provenance without a replaced field",
+        of_provenance(lambda all: all["replaced"].pop("url")),
+        "'provenance' is {'replaced'",
+    ),
+    (
+        "provenance of another replaced field",
+        of_provenance(lambda all: all["replaced"].update(rating=9)),
+        "'provenance' is {'replaced'",
+    ),
+    *(
+        (
+            f"provenance with another {name}",
+            of_provenance(lambda all, name=name: all.update({name: "x"})),
+            "'provenance' is {'replaced'",
+        )
+        for name in ("model", "seed", "prompt", "stage", "version", "options")
+    ),
     ("fields in another order", in_json(reordered), "its json has the right fields in another order than the source"),
-    ("another layout", in_json(lambda new, old: None, indent=2), "its json has the right fields in another text than the writer's"),
-]  # fmt: skip
+    (
+        "another layout",
+        in_json(lambda new, old: None, indent=2),
+        "its json has the right fields in another text than the writer's",
+    ),
+]
 
 
 @pytest.mark.parametrize(("plant", "said"), [one[1:] for one in JSON], ids=[one[0] for one in JSON])
@@ -226,18 +282,42 @@ def not_dropped(found: edit.Edit) -> Any:
 
 
 EDITS: list[tuple[str, Callable[[Patch], None], str]] = [
-    ("an edit forgotten", of_edits(lambda found: None if found.row == 1 else found), f"{label(1)[:-2]} should be edited"),
-    ("an edit kept back", of_edits(lambda found: edit.NO_TEXT if found.row == 1 else found), f"{label(1)[:-2]} should be edited"),
+    (
+        "an edit forgotten",
+        of_edits(lambda found: None if found.row == 1 else found),
+        f"{label(1)}its txt is not the new caption",
+    ),
+    (
+        "an edit kept back",
+        of_edits(lambda found: edit.NO_TEXT if found.row == 1 else found),
+        f"{label(1)}its txt is not the new caption",
+    ),
     ("a sample not dropped", of_edits(not_dropped), f"{label(5)[:-2]} should be dropped"),
-    ("a sample dropped", of_edits(lambda found: replace(found, dropped=True)), f"{label(1)[:-2]} should be edited and is not at byte"),
+    (
+        "a sample dropped",
+        of_edits(lambda found: replace(found, dropped=True)),
+        f"{label(1)[:-2]} should be edited and is not at byte",
+    ),
     ("a row that the SQL does not return", one_more, f"shard '{SHARD}': row 0: member '{KEYS[0]}.jpg' is not edited"),
     ("the prompt of now", with_caption_of_now, f"{label(1)}its txt is not the new caption"),
-    ("a caption with a space", of_edits(lambda found: replace(found, caption=f"{found.caption} ")), f"{label(1)}its txt is not"),
-    ("other boxes", of_edits(lambda found: replace(found, boxes=("others",))), f"{label(1)}its json still has the old image's face_bboxes"),
-    ("a set field left out", of_edits(lambda found: replace(found, fields={})), f"{label(1)}its json field 'rating' is 1"),
+    (
+        "a caption with a space",
+        of_edits(lambda found: replace(found, caption=f"{found.caption} ")),
+        f"{label(1)}its txt is not",
+    ),
+    (
+        "other boxes",
+        of_edits(lambda found: replace(found, boxes=("others",))),
+        f"{label(1)}its json still has the old image's face_bboxes",
+    ),
+    (
+        "a set field left out",
+        of_edits(lambda found: replace(found, fields={})),
+        f"{label(1)}its json field 'rating' is 1",
+    ),
     ("a set field rounded", rounding, f"{label(1)}its json field 'rating' is 2"),
     ("another run", another_run, f"{label(1)}its json field 'provenance' is"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("plant", "said"), [one[1:] for one in EDITS], ids=[one[0] for one in EDITS])
@@ -304,19 +384,42 @@ def unpadded(patch: Patch) -> None:
 
 
 MEMBERS: list[tuple[str, Callable[[Patch], None], str]] = [
-    ("another order", of_members(lambda all: all[::-1]), "its members are txt, json, jpg, and should be jpg, json, txt"),
-    ("the json missing", of_members(lambda all: tuple(m for m in all if m.holds != "json")), "its members are jpg, txt, and should be jpg, json, txt"),
-    ("the txt missing", of_members(lambda all: tuple(m for m in all if m.holds != "txt")), "its members are jpg, json, and should be"),
+    (
+        "another order",
+        of_members(lambda all: all[::-1]),
+        "its members are txt, json, jpg, and should be jpg, json, txt",
+    ),
+    (
+        "the json missing",
+        of_members(lambda all: tuple(m for m in all if m.holds != "json")),
+        "its members are jpg, txt, and should be jpg, json, txt",
+    ),
+    (
+        "the txt missing",
+        of_members(lambda all: tuple(m for m in all if m.holds != "txt" or len(all) == 2)),
+        "its members are jpg, json, and should be",
+    ),
     ("the picture missing", of_members(lambda all: all[1:]), "its members are json, txt, and should be"),
-    ("one more", of_members(lambda all: (*all, edit.Member("cls", 0, "json", True))), "its members are jpg, json, txt, cls, and should be"),
-    ("another name", of_members(lambda all: (replace(all[0], extension="jpeg"), *all[1:])), "its members are jpeg, json, txt, and"),
-    ("the header of another member", of_members(lambda all: (replace(all[0], place=2), *all[1:])), ""),
+    (
+        "one more",
+        of_members(lambda all: (*all, edit.Member("cls", 0, "json", True))),
+        "its members are jpg, json, txt, cls, and should be",
+    ),
+    (
+        "another name",
+        of_members(lambda all: (replace(all[0], extension="jpeg"), *all[1:])),
+        "its members are jpeg, json, txt, and",
+    ),
     ("the picture of another sample", picture_of_another, "its image is not the one that the table describes"),
-    ("the picture cut", of_bodies("image", lambda data: data[:-1]), "its image is not the one that the table describes"),
+    (
+        "the picture cut",
+        of_bodies("image", lambda data: data[:-1]),
+        "its image is not the one that the table describes",
+    ),
     ("the caption in the txt cut", of_bodies("txt", lambda data: data[:-1]), "its txt is not the new caption"),
     ("a line end after the caption", of_bodies("txt", lambda data: data + b"\n"), "its txt is not the new caption"),
     ("bytes behind a member", unpadded, "its member 'jpg' is followed by bytes that are not zero"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("plant", "said"), [one[1:] for one in MEMBERS], ids=[one[0] for one in MEMBERS])
@@ -326,7 +429,6 @@ def test_a_fault_of_members(
     plant(monkeypatch)
     [problem] = problems()
     assert problem.startswith(f"{label(1)}{said}"), problem
-    assert said
 
 
 # --- headers ---
@@ -367,8 +469,6 @@ def of_pax(change: Callable[[dict[bytes, bytes]], object], row: int | None = Non
             if head[156:157] != b"x" or (row is not None and KEYS[row] not in name):
                 return head
             length = blocks.number_of(head[124:136])
-            from builder.tar.walk import pax_records
-
             records = pax_records(head[512 : 512 + length], 0)
             change(records)
             body = b"".join(record_heads._pax_record(key, value) for key, value in records.items())
@@ -397,7 +497,6 @@ HEADS: list[tuple[str, int, Callable[[Patch], None], str]] = [
     ("rest of the block", 1, of_header(505, b"x"), "the end of the block"),
     ("not ustar", 1, of_header(257, b"ustar  \0"), "the format"),
     ("old tar", 1, of_header(257, bytes(8)), "the format"),
-    ("time of pax", 1, of_pax(lambda records: records.update(mtime=b"1.5")), "the pax records"),
     ("pax mtime changed", 1, of_pax(lambda records: records.update({b"mtime": b"1.5"})), "the pax records"),
     ("pax mtime lost", 1, of_pax(lambda records: records.pop(b"mtime")), "the pax records"),
     ("a pax record more", 1, of_pax(lambda records: records.update({b"comment": b"x"})), "the pax records"),
@@ -405,8 +504,7 @@ HEADS: list[tuple[str, int, Callable[[Patch], None], str]] = [
     ("mode of a long name", 2, of_header(100, b"0000777\0", row=2), "mode"),
     ("pax header of a long name", 2, of_header(100, b"0000777\0", kind=b"x", row=2), "mode of the pax header"),
     ("pax mtime of a long name", 2, of_pax(lambda records: records.pop(b"mtime"), row=2), "the pax records"),
-]  # fmt: skip
-HEADS = [one for one in HEADS if one[0] != "time of pax"]
+]
 
 
 @pytest.mark.parametrize(("row", "plant", "said"), [one[1:] for one in HEADS], ids=[one[0] for one in HEADS])
@@ -453,8 +551,16 @@ def of_manifest(name: str, value: Any, row: int = 3) -> Callable[[Patch], None]:
     return plant
 
 
-MANIFEST = [("shard", "b", 3), ("row", 0, 3), ("member", "x.jpg", 3), ("sha256", "0" * 64, 3), ("sha256", "0" * 64, 0),
-            ("origin", "source", 3), ("provenance", "{}", 3), ("provenance", "{}", 9)]  # fmt: skip
+MANIFEST = [
+    ("shard", "b", 3),
+    ("row", 0, 3),
+    ("member", "x.jpg", 3),
+    ("sha256", "0" * 64, 3),
+    ("sha256", "0" * 64, 0),
+    ("origin", "source", 3),
+    ("provenance", "{}", 3),
+    ("provenance", "{}", 9),
+]
 
 
 @pytest.mark.parametrize(("name", "value", "row"), MANIFEST)
@@ -481,7 +587,7 @@ def without_seed(patch: Patch) -> None:
 def test_a_manifest_without_what_made_a_sample(problems: Callable[..., list[str]], monkeypatch: Patch) -> None:
     """Row 3 has no json: how it was made stands in the manifest."""
     real = edit.manifest_provenance
-    replace_everywhere(monkeypatch, real, lambda *arguments: json.dumps({**json.loads(real(*arguments)), "seed": 0}))
+    replace_everywhere(monkeypatch, real, lambda *arguments: json.dumps({**json.loads(real(*arguments)), "seed": -1}))
     [problem] = problems()
     assert problem.startswith(f"shard '{SHARD}': its manifest's row 9, of member '{KEYS[3]}.jpg', says provenance = ")
 

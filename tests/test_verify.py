@@ -515,7 +515,7 @@ PLANTED: list[tuple[Callable[[Made], At | None], str]] = [
     (old_boxes, f"{ROW}: its json still has the old image's face_bboxes{REWRITE}"),
     (other_uid, f"{ROW}: its json field 'uid' is '{9:032x}', and should be '{1:032x}'{REWRITE}"),
     (other_text_of_json, f"{ROW}: its json has the right fields in another text than the writer's{REWRITE}"),
-    (other_mode, f"{ROW}: its member 'txt' has another header than the record that it replaces{REWRITE}"),
+    (other_mode, f"{ROW}: its member 'txt' has another header than the record that it replaces: mode{REWRITE}"),
     (extra_member, f"{ROW}: its members are jpg, json, exe, txt, and should be jpg, json, txt{REWRITE}"),
     (missing_sample, f"{THIRD}'{key(4)}.jpg'{REWRITE}"),
     (missing_edited_sample, f"{ROW} should be edited and is not at byte {{at}}, where member '{OTHER}.jpg' is"

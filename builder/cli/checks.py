@@ -92,7 +92,7 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     Example:
       builder verify --scale small
     """
-    from builder.hybrid.verify import summary
+    from builder.hybrid.verify.proof import summary
     from builder.verbs.verify import prove
 
     loaded = load(scale, pipeline, sets)

@@ -13,7 +13,7 @@ from typing import Any
 
 from builder.demo.shards import TRUTH, faces_placed, make_demo_shards
 from builder.errors import ConfigError
-from builder.hybrid.verify import Proof, summary
+from builder.hybrid.verify.proof import Proof, summary
 from builder.progress import Talk
 from builder.sources.reader import MemberReader
 from builder.store.files import write_atomic

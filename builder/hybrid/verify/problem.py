@@ -1,0 +1,48 @@
+"""What is wrong with a shard, in words, and what fixes it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from builder.errors import BuilderError
+from builder.sources import members
+
+FOLD, WRITE = "builder fold", "builder write"
+INGEST = f"{members.AGAIN}, then {WRITE}"
+#: Characters of a value that a problem quotes.
+_SHOWN = 70
+
+
+class Wrong(Exception):
+    """The first thing that is wrong with a shard.
+
+    Args:
+        what: half a sentence.
+        fix: what to do about it.
+    """
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{' '.join(what.split())}; fix: {fix}")
+
+
+def removing(path: Path, then: str) -> str:
+    """A fix: remove a file, then run a command that makes it again."""
+    return f"rm {shlex.quote(str(path))}, then {then}"
+
+
+def reason(error: Exception) -> str:
+    """What an error says, on one line, with the row and without the fix."""
+    if isinstance(error, BuilderError):
+        row = f"row {error.where['row']}: " if "row" in error.where else ""
+        return row + error.what
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, and `nothing` for None."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
