@@ -116,7 +116,7 @@ class Changes:
 
     def _run(self, name: str) -> dict[str, Any]:
         if name not in self._runs:
-            told = json.loads(RunFiles(self._layout.run(name)).description.read_bytes())
+            told = json.loads(RunFiles(self._layout, name).description.read_bytes())
             self._runs[name] = {"stage": told["stage"], "version": told["version"], "options": told["options_hash"]}
         return self._runs[name]
 
