@@ -3,20 +3,35 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Dataset", "Resources", "Strict", "__version__", "open_dataset", "output"]
+__all__ = [
+    "Bytes",
+    "Dataset",
+    "Preparing",
+    "Resources",
+    "Stage",
+    "Strict",
+    "Value",
+    "__version__",
+    "open_dataset",
+    "output",
+]
 
 if TYPE_CHECKING:
     from builder.config.sections import Strict
     from builder.dataset import Dataset, open_dataset
-    from builder.stages.contract import Resources
-    from builder.table.schema import output
+    from builder.stages.contract import Preparing, Resources, Stage
+    from builder.table.outputs import Bytes, Value, output
 
 _WHERE = {
     "Dataset": "dataset",
     "open_dataset": "dataset",
     "Strict": "config.sections",
-    "output": "table.schema",
+    "Bytes": "table.outputs",
+    "Value": "table.outputs",
+    "output": "table.outputs",
+    "Preparing": "stages.contract",
     "Resources": "stages.contract",
+    "Stage": "stages.contract",
 }
 
 

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from builder.cli import main as command_line
 from builder.config.sections import Run, StageTable, Write
 from builder.sources.tars.section import FieldSpec, TarDataset
-from builder.stages.contract import Stage
+from builder.stages.contract import Stage, columns_of
 from builder.stages.finding import find
 from builder.table import schema
 
@@ -99,7 +99,7 @@ def columns_page() -> str:
     for name in STAGES:
         kind = find(name)
         lines += ["", f"## Columns of {name}", "", _first_line(kind), ""]
-        lines += _columns(schema.output_columns(name, kind.outputs))
+        lines += _columns(columns_of(kind))
     lines += ["", "## Configuration", "", "Keys of a pipeline file, section by section.", ""]
     for title, model, prefix in _sections():
         lines += [f"### {title}", "", *_keys(model, prefix), ""]

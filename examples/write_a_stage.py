@@ -1,18 +1,16 @@
-"""A stage of one's own: how bright an image is.
+"""A stage of your own: how bright an image is.
 
     builder run --pipeline examples/write_a_stage.toml --set "dataset.shards=/data/*.tar"
     builder sql "select uid, brightness from samples order by 2 limit 5" --pipeline examples/write_a_stage.toml
 
-To run it from the folder above this one.
+Run it from the folder above this one.
 """
-
-from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from builder import Resources, Strict, output
+from builder import Resources, Stage, Strict, Value
 from builder.models.pictures import decode
 
 
@@ -23,28 +21,27 @@ class Options(Strict):
     middle: float = Field(default=1.0, gt=0, le=1)
 
 
-class Brightness:
+class Brightness(Stage):
     """Adds `brightness`. A batch in, the same rows out: it sees no path, no rank and no table."""
 
-    name: ClassVar[str] = "brightness"
-    version: ClassVar[str] = "1"  # raise it when the meaning of an output changes
+    name = "brightness"
+    version = "1"  # raise it when the meaning of an output changes
     Options = Options
-    inputs: ClassVar[pa.Schema] = pa.schema([])  # what the work SQL returns besides shard, row, uid
-    members: ClassVar[tuple[str, ...]] = ("image",)  # arrives as a binary column
-    outputs: ClassVar[pa.Schema] = pa.schema([output("brightness", pa.float64(), "mean of all pixels, 0 to 1")])
-    resources: ClassVar[Resources] = Resources(cpus=1, memory_gb=0.5, batch_rows=32)
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    options: Options
+    inputs = pa.schema([])  # what the work SQL returns in addition to shard, row, uid
+    members = ("image",)  # arrives as a binary column
+    outputs = (Value("brightness", pa.float64(), "mean of all pixels, 0 to 1"),)
+    resources = Resources(cpus=1, batch_rows=32)
+    packages = ("pillow",)  # a run records their versions
 
     def setup(self, device: str) -> None:
-        """Once a worker: load a model here, and raise here what would fail every row."""
+        """Called once per worker: load a model here, and raise here what would fail every row."""
 
     def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         # A row that raises fails alone: the engine halves the batch until it has found it.
         images = [decode(data) for data in batch.column("image").to_pylist()]
         means = [float(self._middle(image).mean() / 255) for image in images]
-        return pa.RecordBatch.from_pydict({"brightness": means}, schema=self.outputs)
+        return pa.RecordBatch.from_pydict({"brightness": means}, schema=self.schema)
 
     def _middle(self, image: np.ndarray) -> np.ndarray:
         height, width = image.shape[:2]

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from builder import output
+from builder import Value
 from builder.cli import main
 from builder.engine.counting import count_rows
 from builder.engine.work import Choice
@@ -224,8 +224,8 @@ def test_a_stage_that_gains_an_output_is_stale(workspace: Make, tmp_path: Path) 
     made.run("stage", "note")
     text = file.read_text()
     text = text.replace(
-        'pa.schema([output("note", pa.string(), "the word and the caption")])',
-        'pa.schema([output("note", pa.string(), "the note"), output("size", pa.int64(), "its length")])',
+        '(Value("note", pa.string(), "the word and the caption"),)',
+        '(Value("note", pa.string(), "the note"), Value("size", pa.int64(), "its length"))',
         1,
     ).replace("[pa.array(notes, pa.string())]", "[pa.array(notes), pa.array([len(note) for note in notes])]")
     file.write_text(text)
@@ -237,11 +237,11 @@ def test_a_stage_that_gains_an_output_is_stale(workspace: Make, tmp_path: Path) 
 class Signed(Note):
     """Note, and by whom: a record that decides nothing."""
 
-    outputs = pa.schema([*Note.outputs, output("note_by", pa.string(), "who wrote it", decides=False)])
+    outputs = (*Note.outputs, Value("note_by", pa.string(), "who wrote it", decides=False))
 
     def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         notes = Note(self.options).process(batch)
-        return pa.RecordBatch.from_arrays([notes["note"], pa.array(["me"] * len(notes))], schema=self.outputs)
+        return pa.RecordBatch.from_arrays([notes["note"], pa.array(["me"] * len(notes))], schema=self.schema)
 
 
 def test_a_stage_that_gains_a_record_of_how_it_answered_is_not_stale(dataset: Workspace) -> None:

@@ -27,6 +27,7 @@ from builder.stages.faces import Faces, FacesOptions
 from builder.stages.signature import options_hash
 from builder.table import lookups
 from builder.table.lookups import Lookup
+from builder.table.outputs import schema_of
 from builder.table.schema import BOXES
 from conftest import Sample, Workspace, make_workspace, metadata, picture, replace_everywhere, samples
 from support.toy_scrfd import magenta, write_toy
@@ -628,7 +629,7 @@ def test_how_far_detections_are_apart(one: Detections, other: Detections, apart:
 
 def told_of(face_count: int, *, boxes: list[list[float]], scores: list[float]) -> pa.RecordBatch:
     row = {"face_count": face_count, "face_boxes": boxes, "face_scores": scores, "face_source": "scrfd"}
-    return pa.RecordBatch.from_pylist([row], schema=Faces.outputs)
+    return pa.RecordBatch.from_pylist([row], schema=schema_of(Faces.outputs))
 
 
 def test_a_score_at_a_threshold_is_no_difference() -> None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pytest
 
-from builder import Resources, Strict, machine, output
+from builder import Bytes, Preparing, Resources, Stage, Strict, Value, machine
 from builder.engine import batches as answering
 from builder.engine.batches import error_text
 from builder.engine.in_hand import Deaths, Verdict
@@ -26,10 +26,11 @@ from builder.engine.shard import ShardWork
 from builder.engine.task_state import Result
 from builder.engine.work import Choice
 from builder.errors import ShardError, StageError, TransientError
+from builder.stages.comparison import difference
 from builder.stages.contract import RowsFailed
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
-from builder.table import column_files, commits, partitions, schema, sweeps
+from builder.table import column_files, commits, partitions, sweeps
 from builder.table.commits import Swept
 from builder.tar import head_check
 from conftest import Workspace, ingest_here, make_shard, samples
@@ -183,12 +184,12 @@ class Silent(Base):
             "stage 'note' returned other columns than it declares\n"
             "  declared: note string\n"
             "  returned: note string, more int64\n"
-            "  fix: return pa.RecordBatch.from_pydict({...}, schema=self.outputs)",
+            "  fix: return pa.RecordBatch.from_pydict({...}, schema=self.schema)",
         ),
         (
             Silent,
             "stage 'note' returned NoneType, not a RecordBatch: did you forget the return statement?\n"
-            "  fix: return pa.RecordBatch.from_pydict({...}, schema=self.outputs)",
+            "  fix: return pa.RecordBatch.from_pydict({...}, schema=self.schema)",
         ),
     ],
 )
@@ -389,7 +390,7 @@ def test_what_is_answered_is_committed_before_a_batch_that_died(layout: Layout) 
 # --- batches prepared ahead ---
 
 
-class Ahead(Base):
+class Ahead(Base, Preparing):
     """Makes its answers in `prepare`, in another thread; `process` hands them on."""
 
     def __init__(self, options: Options = Options()) -> None:  # noqa: B008
@@ -414,7 +415,7 @@ class Ahead(Base):
         last = min(following + 2 * self.resources.ahead, 16) - 1
         if following < 16 and self.waits:  # the next ones are prepared while this one is processed
             assert self.began[last].wait(60)
-        return pa.RecordBatch.from_pydict({"note": prepared}, schema=self.outputs)
+        return pa.RecordBatch.from_pydict({"note": prepared}, schema=self.schema)
 
 
 class AheadFails(Ahead):
@@ -453,7 +454,7 @@ def test_a_stop_begins_nothing_that_is_not_under_way(layout: Layout) -> None:
 def test_the_next_batches_are_prepared_while_one_is_processed(layout: Layout, ahead: int) -> None:
     """Those of the next shard, too."""
     stage = Ahead()
-    stage.resources = Resources(ahead=ahead)  # type: ignore[misc]
+    stage.resources = Resources(ahead=ahead)
     stage.waits = True
     do(layout, plan(layout, stage), stage, batch_rows=2)
     assert notes(layout) == [f"ahead: {caption(i)}" for i in range(16)]
@@ -471,7 +472,7 @@ def test_a_shard_that_is_left_takes_what_was_read_of_it_along(layout: Layout, mo
 
     monkeypatch.setattr(commits, "commit", refused)
     stage = Ahead()
-    stage.resources = Resources(ahead=3)  # type: ignore[misc]
+    stage.resources = Resources(ahead=3)
     result = do(layout, plan(layout, stage), stage, batch_rows=2, checkpoint_rows=2)
     assert (result.refused, result.ok) == ({"00000000": "it cannot be used"}, 8)
     assert notes(layout) == [None] * 8 + [f"ahead: {caption(i)}" for i in range(8, 16)]
@@ -490,7 +491,7 @@ def test_a_swept_attempt_is_done_again_behind_what_was_read_ahead(
 
     monkeypatch.setattr(commits, "commit", swept)
     stage = Ahead()
-    stage.resources = Resources(ahead=5)  # type: ignore[misc]
+    stage.resources = Resources(ahead=5)
     assert do(layout, plan(layout, stage), stage, batch_rows=2).ok == 16
     assert notes(layout) == [f"ahead: {caption(i)}" for i in range(16)]
     assert len(set(attempts)) == 3  # the swept one, that of the other shard, a new one
@@ -535,7 +536,7 @@ def test_a_batch_that_cannot_be_noted_costs_its_shard_alone(
 
     monkeypatch.setattr(Deaths, "begin", full)
     stage = kind(Options())
-    stage.resources = Resources(ahead=3)  # type: ignore[misc]
+    stage.resources = Resources(ahead=3)
     result = do(layout, plan(layout, stage), stage, batch_rows=4)
     assert len(result.left) == 1
     done = [note is not None for note in notes(layout)]
@@ -575,7 +576,7 @@ def test_more_small_batches_are_read_ahead(workspace: Make) -> None:
     made = workspace({f"{i:08d}": samples(2, start=2 * i) for i in range(8)})
     ingest_here(made.load())
     stage = Ahead()
-    stage.resources = Resources(ahead=2)  # type: ignore[misc]
+    stage.resources = Resources(ahead=2)
     seen = []
     stage.before = lambda: seen.append(stage.began[11].wait(60))  # of the sixth shard
     do(made.load().layout, plan(made.load().layout, stage), stage, batch_rows=5)
@@ -701,7 +702,7 @@ def test_of_two_batches_in_hand_neither_is_blamed(tmp_path: Path) -> None:
 class Leaking(Base):
     """Adds a number that depends on how many rows stand beside; it says by how much it may."""
 
-    outputs = pa.schema([output("note", pa.string(), "text"), output("number", pa.list_(pa.float64()), "a number")])
+    outputs = (Value("note", pa.string(), "text"), Value("number", pa.list_(pa.float64()), "a number"))
     leak = 0.0
 
     def __init__(self, tolerance: float | None, leak: float) -> None:
@@ -715,7 +716,7 @@ class Leaking(Base):
     def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         self.sizes.append(batch.num_rows)
         values = [[1.0 + self.leak * batch.num_rows]] * batch.num_rows
-        return pa.RecordBatch.from_pydict({"note": ["a"] * batch.num_rows, "number": values}, schema=self.outputs)
+        return pa.RecordBatch.from_pydict({"note": ["a"] * batch.num_rows, "number": values}, schema=self.schema)
 
 
 def test_a_stage_that_lets_rows_change_each_other_is_refused(layout: Layout) -> None:
@@ -780,7 +781,7 @@ def test_a_stage_may_measure_the_difference_itself(layout: Layout) -> None:
 )
 def test_differences_of_answers(a: Any, b: Any, expected: float) -> None:
     batches = [pa.RecordBatch.from_pylist([{"value": value}]) for value in (a, b)]
-    assert answering.difference(*batches) == expected
+    assert difference(*batches) == expected
 
 
 # --- notes ---
@@ -974,14 +975,14 @@ def test_a_shard_that_was_ingested_again_is_left(dataset: Workspace) -> None:
 class Sized(Base):
     """Needs the image's bytes of some rows only."""
 
-    members: ClassVar[tuple[str, ...]] = ("image",)
+    members = ("image",)
 
     def needs_bytes(self, batch: pa.RecordBatch) -> list[bool]:
         return [text != caption(1) for text in batch.column("text").to_pylist()]
 
     def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         sizes = [None if data is None else str(len(data)) for data in batch.column("image").to_pylist()]
-        return pa.RecordBatch.from_pydict({"note": sizes}, schema=self.outputs)
+        return pa.RecordBatch.from_pydict({"note": sizes}, schema=self.schema)
 
 
 def test_a_stage_gets_the_bytes_that_it_asks_for(layout: Layout) -> None:
@@ -1082,15 +1083,14 @@ class PaintOptions(Strict):
     """Options of Paint."""
 
 
-class Paint:
+class Paint(Stage):
     """Generates the caption's bytes; nothing for row 1."""
 
-    name: ClassVar[str] = "paint"
-    version: ClassVar[str] = "1"
+    name = "paint"
+    version = "1"
     Options = PaintOptions
-    inputs: ClassVar[pa.Schema] = Base.inputs
-    members: ClassVar[tuple[str, ...]] = ()
-    outputs: ClassVar[pa.Schema] = pa.schema([output("image", schema.GENERATED, "a picture", extension="jpg")])
+    inputs = Base.inputs
+    outputs = (Bytes("image", "a picture", extension="jpg"),)
     resources = Base.resources
 
     def __init__(self, options: PaintOptions) -> None:
@@ -1104,7 +1104,7 @@ class Paint:
         self.after()
         texts = batch.column("text").to_pylist()
         images = [None if text == caption(1) else text.encode() for text in texts]
-        return pa.RecordBatch.from_pydict({"image": images}, schema=self.outputs)
+        return pa.RecordBatch.from_pydict({"image": images}, schema=self.schema)
 
     def close(self) -> None:
         """Holds nothing."""

@@ -19,7 +19,6 @@ import pyarrow as pa
 from builder import machine
 from builder.errors import BuilderError, StageError, TransientError
 from builder.machine import Sort
-from builder.stages.comparison import difference
 from builder.stages.contract import Preparing, RowsFailed, Stage, check_result
 from builder.stages.finding import place_in
 from builder.store.files import ReadError
@@ -241,21 +240,20 @@ def check_alone(stage: Stage, batch: pa.RecordBatch, answers: Sequence[tuple[int
     Raises:
         StageError: it is larger than the stage's `tolerance`.
     """
-    tolerance: float | None = getattr(stage, "tolerance", None)
+    tolerance = stage.tolerance
     places = [(first + i, answer.slice(i, 1)) for first, answer in _good(answers) for i in range(answer.num_rows)]
     if tolerance is None or batch.num_rows < 2 or not places:
         return None
-    measure = getattr(stage, "difference", difference)
     largest = 0.0
     for i in range(min(TESTED, len(places))):
         row, within = places[i * (len(places) - 1) // max(min(TESTED, len(places)) - 1, 1)]
         [(_, alone)] = answer(stage, batch.slice(row, 1))
         if isinstance(alone, Left) or (isinstance(alone, Failure) and alone.error.startswith(TransientError.__name__)):
             continue  # that says nothing of the answers
-        found = math.inf if isinstance(alone, Failure) else measure(alone, within)
+        found = math.inf if isinstance(alone, Failure) else stage.difference(alone, within)
         if not found <= tolerance:
             said = alone.error if isinstance(alone, Failure) else _shown(alone)
-            own = getattr(stage, "batch_option", None)
+            own = stage.batch_option
             alone_by = f"{own} = 1 in [stages.{stage.name}]" if own else f"batch_rows = 1 in [stages.{stage.name}.run]"
             place = {"shard": batch.column("shard")[row].as_py(), "row": batch.column("row")[row].as_py()}
             raise StageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +49,7 @@ class Reader:
     """Makes batches: the rows of a work set with the bytes that the stage needs."""
 
     def __init__(self, layout: Layout, shard: str, stage: Stage) -> None:
-        self._names, self._formats = stage.members, formats_asked(stage)
-        self._needs: Callable[[pa.RecordBatch], list[bool]] | None = getattr(stage, "needs_bytes", None)
+        self._stage, self._names, self._formats = stage, stage.members, formats_asked(stage)
         self._members = asked_again(lambda: MemberReader(layout, shard, stage.members))
 
     def batches(self, work: pa.Table, inputs: pa.Schema, preparing: Preparing | None) -> list[Batch]:
@@ -65,7 +63,7 @@ class Reader:
         """
         rows = work["row"].to_pylist()
         chosen = work.select(["shard", "row", "uid", *inputs.names, *self._formats]).combine_chunks()
-        needed = self._needs(chosen.to_batches()[0]) if self._needs else [True] * len(rows)
+        needed = self._stage.needs_bytes(chosen.to_batches()[0])
         good: list[int] = []
         found: dict[str, list[bytes | None]] = {name: [] for name in self._names}
         failures: list[Batch] = []

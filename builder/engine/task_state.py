@@ -149,9 +149,8 @@ class TaskState:
 
     def keep_notes(self) -> None:
         """Writes what the stage wants to be kept beside its answers to the run's log."""
-        take = getattr(self.stage, "take_notes", None)
-        if take is not None:
-            files.append_lines(self.run.notes(self.number), take())
+        if notes := self.stage.take_notes():
+            files.append_lines(self.run.notes(self.number), notes)
 
     def keep_witness(self, row: pa.RecordBatch) -> None:
         self._witness = row

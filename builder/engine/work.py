@@ -109,5 +109,4 @@ class Work:
     @property
     def lookups(self) -> Mapping[str, Lookup]:
         """The files that the SQL may join."""
-        found: Mapping[str, Lookup] = getattr(self.stage, "lookups", {})
-        return found
+        return self.stage.lookups

@@ -136,9 +136,8 @@ def _stage_task(task: Task) -> dict[str, Any]:
     kind = find(data["stage"], data["python_file"])
     settings = TaskSettings(**data["settings"])
     with own_code(kind, data["stage"]):
-        stage = kind(kind.Options.model_validate_json(json.dumps(data["options"])))  # type: ignore[call-arg]
-        if hasattr(stage, "workers"):
-            stage.workers = run.tasks
+        stage = kind(kind.Options.model_validate_json(json.dumps(data["options"])))
+        stage.workers = run.tasks
         result = run_stage_task(
             run.layout, run, task.number, stage, settings,
             device=task_device(), progress=_report_progress, stopping=task.is_stopping,

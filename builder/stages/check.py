@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from builder.errors import RowError
 from builder.models.faces.finder import (
     DETECTORS,
     DIGITS,
+    FACE_PACKAGES,
     PICTURES_OF_2,
     Block,
     DetectorOptions,
@@ -24,8 +26,8 @@ from builder.models.faces.finder import (
 from builder.models.images import safety
 from builder.models.images.safety import SafetyModel
 from builder.models.pictures import Pixels
-from builder.stages.contract import Resources, answered
-from builder.table.schema import output
+from builder.stages.contract import Preparing, Resources, answered
+from builder.table.outputs import Value
 
 #: Weights of red, green and blue in the grey image, in thousandths. Source: ITU-R BT.601, as Pillow's mode L.
 _GREY = np.array([299, 587, 114])
@@ -42,30 +44,30 @@ class CheckOptions(DetectorOptions):
     nsfw_labels: list[str] = Field(default_factory=list)
 
 
-class Check:
+class Check(Preparing):
     """Adds `check_faces`, `check_std`, `check_nsfw` of the generated image."""
 
-    name: ClassVar[str] = "check"
-    version: ClassVar[str] = "2"
-    changes: ClassVar[dict[str, str]] = {"2": PICTURES_OF_2}
+    name = "check"
+    version = "2"
+    changes: ClassVar[Mapping[str, str]] = {"2": PICTURES_OF_2}
     Options = CheckOptions
-    inputs: ClassVar[pa.Schema] = pa.schema([])
-    members: ClassVar[tuple[str, ...]] = ("edit",)
-    outputs: ClassVar[pa.Schema] = pa.schema(
-        [
-            output("check_faces", pa.int32(), "faces in the generated image that pass min_score and min_size"),
-            output("check_std", pa.float64(), "standard deviation of its grey values, 0..127.5; near 0 = blank"),
-            output("check_nsfw", pa.float64(), "probability that it is unsafe, 0..1; null without nsfw_model"),
-        ]
+    inputs = pa.schema([])
+    members = ("edit",)
+    outputs = (
+        Value("check_faces", pa.int32(), "faces in the generated image that pass min_score and min_size"),
+        Value("check_std", pa.float64(), "standard deviation of its grey values, 0..127.5; near 0 = blank"),
+        Value("check_nsfw", pa.float64(), "probability that it is unsafe, 0..1; null without nsfw_model"),
     )
-    resources: Resources = Resources(cpus=1, memory_gb=1, batch_rows=32)
+    packages = (*FACE_PACKAGES, "torch", "transformers")
+    resources = Resources(batch_rows=32)
 
     def __init__(self, options: CheckOptions) -> None:
         check_options(options, self.name)
         self.options = options
         kind = DETECTORS[options.detector]
         #: A classifier looks at one picture at a time: only the detector's answers may move.
-        self.tolerance, self.resources, self.notice = kind.tolerance, kind.resources, kind.notice
+        self.tolerance, self.notice = kind.tolerance, kind.notice
+        self.resources = Resources(batch_rows=kind.batch_rows, ahead=kind.ahead)
         self._finder: FaceFinder | None = None
         self._safety: SafetyModel | None = None
 
@@ -105,7 +107,7 @@ class Check:
             std, looked = found.looked
             unsafe = None if self._safety is None else round(self._safety.score(looked), DIGITS)
             rows.append((found.faces.count, std, unsafe))
-        return answered(self.outputs, rows, errors)
+        return answered(self.schema, rows, errors)
 
     def close(self) -> None:
         if self._finder is not None:

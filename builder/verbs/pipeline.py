@@ -41,13 +41,13 @@ class StageUse:
 
     @property
     def sql(self) -> Sql:
-        default = getattr(self.stage, "sql", f"{self.stage.name}.sql")
+        default = self.stage.sql or f"{self.stage.name}.sql"
         return read_sql(self.table.sql or f"sql/{default}")
 
     @property
     def params(self) -> dict[str, Any]:
         """Values of the $names in the work SQL: the pipeline's; of the stage's own those that the SQL uses."""
-        own = getattr(self.stage, "params", {})
+        own = self.stage.params
         given = {schema.folded(name) for name in self.table.params}
         used = {schema.folded(name) for name in parameters(self.sql)} - given
         return {**{name: own[name] for name in own if name in used}, **self.table.params}
@@ -122,7 +122,7 @@ def load_pipeline(path: Path, sets: Sequence[str] = (), named: Sequence[str] = (
         if options is not None:
             try:
                 with own_code(kind, name):
-                    stage = kind(options)  # type: ignore[call-arg]
+                    stage = kind(options)
                 stages[name] = StageUse(stage, options, _on_gpus(stage, run, section), section)
             except BuilderError as error:
                 config.problems.add(("stages", name), "\n".join([error.what, error.fix]))

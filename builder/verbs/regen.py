@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,8 +180,7 @@ def _stage_of(kind: type[Stage], run: _Run, row: dict[str, Any]) -> tuple[Stage,
     Raises:
         ConfigError: this version does not know one of the options.
     """
-    as_made: Callable[..., dict[str, Any]] = getattr(kind, "as_made", lambda options, row: options)
-    options = as_made(run.options, row)
+    options = kind.as_made(run.options, row)
     try:
         known = kind.Options.model_validate_json(json.dumps(options))
     except ValidationError as error:
@@ -192,7 +190,7 @@ def _stage_of(kind: type[Stage], run: _Run, row: dict[str, Any]) -> tuple[Stage,
             where={"run": run.run, "option": ".".join(map(str, first["loc"]))},
             fix=f"use the version that made it: builder {run.builder}",
         ) from error
-    return kind(known), known  # type: ignore[call-arg]
+    return kind(known), known
 
 
 def _inputs(pipeline: Pipeline, run: _Run, stage: Stage, options: BaseModel, row: dict[str, Any]) -> pa.RecordBatch:
@@ -209,7 +207,7 @@ def _inputs(pipeline: Pipeline, run: _Run, stage: Stage, options: BaseModel, row
         options_hash(stage, options),
     )  # fmt: skip
     found = workset.first_rows(pipeline.layout, work, 1, repeatable=False)
-    recorded: dict[str, str] = getattr(stage, "recorded", {})
+    recorded = stage.recorded
     given = found.to_pylist()[0] if found.num_rows else row
     asked = [pa.field(name, pa.string()) for name in formats_asked(stage)]
     values = {field.name: row[recorded[field.name]] for field in stage.inputs if field.name in recorded}
@@ -233,7 +231,7 @@ def _reasons(run: _Run, stage: Stage, row: dict[str, Any], values: dict[str, Any
     found = []
     if run.version != stage.version:
         found.append(f"stage '{stage.name}': version {run.version}, now {stage.version}")
-    now = runs.versions()
+    now = runs.versions(stage.packages)
     for name in sorted({*run.packages, *now}):
         then = run.packages.get(name, "not installed")
         if then != now.get(name, "not installed"):

@@ -65,7 +65,7 @@ def check_first(pipeline: Pipeline) -> None:
             with _collecting(problems):
                 count_rows(layout, [work_of(pipeline, name, Choice(), [])])
         with _collecting(problems), own_code(type(use.stage), name):
-            getattr(use.stage, "check_setup", lambda: None)()
+            use.stage.check_setup()
     with _collecting(problems):
         for _ in write_plans(pipeline, []):
             pass

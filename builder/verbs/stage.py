@@ -69,8 +69,8 @@ def plan_stage_run(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) ->
                 _say_classes(layout, work, talk)
             nothing_to_do(name, counts, talk)
             return None
-        if notice := getattr(use.stage, "notice", ""):
-            talk.say(f"{name}: {notice}")
+        if use.stage.notice:
+            talk.say(f"{name}: {use.stage.notice}")
         if again := sum(part.again for part in slices):
             talk.say(f"{name}: {again} rows are answered again: their inputs have changed since")
         run = _describe(pipeline, use, work)
@@ -85,10 +85,10 @@ def plan_stage_run(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) ->
 def finish_stage_run(pipeline: Pipeline, planned: PlannedStage, outcome: Outcome, talk: Talk) -> None:
     """Reports what the stage has counted itself, and how many of its answers have a note."""
     work = planned.work
-    for line in getattr(work.stage, "summary", lambda totals: [])(outcome.totals):
+    for line in work.stage.summary(outcome.totals):
         talk.say(f"{planned.label}: {line}")
-    if column := getattr(work.stage, "noting", ""):
-        _say_notes(pipeline, work, column, planned.files.name, talk)
+    if work.stage.noting:
+        _say_notes(pipeline, work, work.stage.noting, planned.files.name, talk)
 
 
 def _say_notes(pipeline: Pipeline, work: Work, column: str, run: str, talk: Talk) -> None:
@@ -147,6 +147,7 @@ def _describe(pipeline: Pipeline, use: StageUse, work: Work) -> RunFiles:
         use.stage.name,
         "stage",
         use.run.executor,
+        packages=use.stage.packages,
         stage=use.stage.name,
         version=use.stage.version,
         options=use.options.model_dump(mode="json"),

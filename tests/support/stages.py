@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import pyarrow as pa
 from pydantic import Field
 
-from builder import Resources, Strict, output
+from builder import Resources, Stage, Strict, Value
 
 
 class Options(Strict):
@@ -32,16 +31,15 @@ class Options(Strict):
     pause_s: float = 0.0
 
 
-class Base:
+class Base(Stage):
     """Adds `note`: the word and the caption."""
 
-    name: ClassVar[str] = "note"
-    version: ClassVar[str] = "1"
+    name = "note"
+    version = "1"
     Options = Options
-    inputs: ClassVar[pa.Schema] = pa.schema([("key", pa.string()), ("text", pa.string())])
-    members: ClassVar[tuple[str, ...]] = ()
-    outputs: ClassVar[pa.Schema] = pa.schema([output("note", pa.string(), "the word and the caption")])
-    resources: ClassVar[Resources] = Resources(batch_rows=4)
+    inputs = pa.schema([("key", pa.string()), ("text", pa.string())])
+    outputs = (Value("note", pa.string(), "the word and the caption"),)
+    resources = Resources(batch_rows=4)
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -57,7 +55,7 @@ class Base:
             time.sleep(self.options.pause_s)
         self.check(batch)
         notes = [f"{self.options.word}: {text}" for text in batch.column("text").to_pylist()]
-        return pa.RecordBatch.from_arrays([pa.array(notes, pa.string())], schema=self.outputs)
+        return pa.RecordBatch.from_arrays([pa.array(notes, pa.string())], schema=self.schema)
 
     def check(self, batch: pa.RecordBatch) -> None:
         """Does nothing."""
@@ -101,21 +99,21 @@ class Dies(Base):
 class Sized(Base):
     """Adds the size of the image, which it reads."""
 
-    members: ClassVar[tuple[str, ...]] = ("image",)
+    members = ("image",)
 
     def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         sizes = [str(len(data)) for data in batch.column("image").to_pylist()]
-        return pa.RecordBatch.from_arrays([pa.array(sizes, pa.string())], schema=self.outputs)
+        return pa.RecordBatch.from_arrays([pa.array(sizes, pa.string())], schema=self.schema)
 
 
 class SizedText(Sized):
     """Adds the size of the txt, which it reads; 0 where there is none."""
 
-    members: ClassVar[tuple[str, ...]] = ("txt",)
+    members = ("txt",)
 
     def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         sizes = [str(len(data or b"")) for data in batch.column("txt").to_pylist()]
-        return pa.RecordBatch.from_arrays([pa.array(sizes, pa.string())], schema=self.outputs)
+        return pa.RecordBatch.from_arrays([pa.array(sizes, pa.string())], schema=self.schema)
 
 
 class Short(Base):
@@ -128,14 +126,14 @@ class Short(Base):
 class Other(Base):
     """A second stage beside the first, with columns of its own."""
 
-    name: ClassVar[str] = "other"
-    outputs: ClassVar[pa.Schema] = pa.schema([output("remark", pa.string(), "the word and the caption")])
+    name = "other"
+    outputs = (Value("remark", pa.string(), "the word and the caption"),)
 
 
 class Rival(Base):
     """Wants a column that another stage has."""
 
-    name: ClassVar[str] = "rival"
+    name = "rival"
 
 
 class NoModel(Base):
@@ -224,10 +222,10 @@ SAID: dict[str, Callable[[], Exception]] = {
 class Looks(Base):
     """Reads the image and one field: says what it saw."""
 
-    name: ClassVar[str] = "looks"
-    inputs: ClassVar[pa.Schema] = pa.schema([("width", pa.int32())])
-    members: ClassVar[tuple[str, ...]] = ("image",)
-    outputs: ClassVar[pa.Schema] = pa.schema([output("seen", pa.string(), "what is to be seen")])
+    name = "looks"
+    inputs = pa.schema([("width", pa.int32())])
+    members = ("image",)
+    outputs = (Value("seen", pa.string(), "what is to be seen"),)
 
     def answer(self, width: int, image: bytes) -> str:
         return f"{width}: {hashlib.sha256(image).hexdigest()[:16]}"
@@ -237,16 +235,15 @@ class Looks(Base):
             log.write("".join(f"{self.name} {uid}\n" for uid in batch.column("uid").to_pylist()))
         columns = [batch.column(name).to_pylist() for name in (*self.inputs.names, *self.members)]
         answers = [self.answer(*row) for row in zip(*columns, strict=True)]
-        return pa.RecordBatch.from_arrays([pa.array(answers, pa.string())], schema=self.outputs)
+        return pa.RecordBatch.from_arrays([pa.array(answers, pa.string())], schema=self.schema)
 
 
 class Words(Looks):
     """Reads the caption."""
 
-    name: ClassVar[str] = "words"
-    inputs: ClassVar[pa.Schema] = pa.schema([("text", pa.string())])
-    members: ClassVar[tuple[str, ...]] = ()
-    outputs: ClassVar[pa.Schema] = pa.schema([output("words", pa.string(), "the first words of the caption")])
+    name = "words"
+    inputs = pa.schema([("text", pa.string())])
+    outputs = (Value("words", pa.string(), "the first words of the caption"),)
 
     def answer(self, text: str) -> str:  # type: ignore[override]
         if text.startswith("bad"):
@@ -257,10 +254,9 @@ class Words(Looks):
 class After(Looks):
     """Reads what `words` said."""
 
-    name: ClassVar[str] = "after"
-    inputs: ClassVar[pa.Schema] = pa.schema([("words", pa.string())])
-    members: ClassVar[tuple[str, ...]] = ()
-    outputs: ClassVar[pa.Schema] = pa.schema([output("echo", pa.string(), "the words again")])
+    name = "after"
+    inputs = pa.schema([("words", pa.string())])
+    outputs = (Value("echo", pa.string(), "the words again"),)
 
     def answer(self, words: str) -> str:  # type: ignore[override]
         return f"{words}, {words}"

