@@ -22,7 +22,7 @@ from builder.errors import ConfigError, StageError
 from builder.models.faces import finder
 from builder.models.faces.finder import DETECTORS, DetectorOptions, nearness
 from builder.stages.check import Check, CheckOptions
-from builder.stages.contract import Preparing, RowsFailed
+from builder.stages.contract import Preparing, Resources, RowsFailed
 from builder.stages.faces import Faces, FacesOptions
 from builder.stages.signature import options_hash
 from builder.table import lookups
@@ -722,7 +722,8 @@ def test_a_third_detector_has_options_of_its_own(
     if message is None:
         made = Faces(chosen)
         kind = DETECTORS[options["detector"]]
-        assert (made.tolerance, made.notice, made.resources) == (kind.tolerance, kind.notice, kind.resources)
+        assert (made.tolerance, made.notice) == (kind.tolerance, kind.notice)
+        assert made.resources == Resources(batch_rows=kind.batch_rows, ahead=kind.ahead)
         if kind is third:
             made.check_setup()
             assert asked == [chosen]

@@ -502,15 +502,15 @@ def test_what_the_options_decide() -> None:
     kind = find("prompts")
     template = Prompts(PromptsOptions())
     assert (template.inputs, template.tolerance, template.resources.batch_rows) == (kind.inputs, 0.0, 1024)
-    assert not hasattr(template, "sql")
+    assert template.sql == ""
     asked = Prompts(PromptsOptions(backend="openai", ports=[11434] * 8, model="m", groups=GROUPS))
     assert (asked.inputs.names, asked.sql) == (["text", "key"], "prompts_groups.sql")
     assert (asked.resources.batch_rows, asked.resources.ahead) == (256, 1)
     assert asked.resources.ahead_rows == 256 + 4 * 8 * 64
-    assert not hasattr(asked, "tolerance")
+    assert asked.tolerance is None
     inside = Prompts(PromptsOptions(backend="vllm", model="m"))
     assert (inside.inputs.names, inside.resources.gpus, inside.resources.batch_rows) == (["text"], 1, 4096)
-    assert not hasattr(inside, "tolerance")
+    assert inside.tolerance is None
 
 
 def test_template_fills_what_applies() -> None:
@@ -589,7 +589,7 @@ def test_values_that_no_server_could_take(options: dict[str, Any], why: str) -> 
 
 
 def test_groups_that_a_template_does_not_assign_are_told() -> None:
-    assert not hasattr(Prompts(PromptsOptions()), "notice")
+    assert Prompts(PromptsOptions()).notice == ""
     told = "backend 'template' assigns no groups: its prompts show none"
     assert Prompts(PromptsOptions(groups=GROUPS)).notice == told
 
