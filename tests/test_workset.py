@@ -130,6 +130,21 @@ def test_a_parameter_that_is_not_used_is_refused(layout: Layout) -> None:
     assert frozen(layout, sql=f"{SQL} where row < $limit", limit=2) == [row for row in ALL if row[1] < 2]
 
 
+@pytest.mark.parametrize("name", ["inputs", "previous_run", "source_changed"])
+def test_an_input_with_the_name_of_a_column_of_the_work_set_is_refused(layout: Layout, name: str) -> None:
+    class Clashing(Note):
+        inputs = pa.schema([(name, pa.string())])
+
+    with pytest.raises(ConfigError) as refused:
+        plan(layout, Clashing(Options()), sql=f"select shard, row, uid, key as {name} from samples")
+    assert str(refused.value) == (
+        f"work SQL returned a column '{name}', which is the name of a column of the work set\n"
+        "  file: work.sql\n"
+        f"  returned: shard, row, uid, {name}\n"
+        "  fix: give it another name, here and in the inputs of stage 'note'"
+    )
+
+
 def test_two_columns_of_one_name_are_refused(layout: Layout) -> None:
     assert refusal(layout, "select shard, row, uid, key, caption as text, key as text from samples") == (
         "SQL returns two columns that are one name to it: 'text' and 'text'\n"

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from builder.engine.states import READ_ROWS, THE_TABLE, covered_rows, states_of, where_clause
-from builder.engine.work import ROW_KEYS, Work
+from builder.engine.work import ROW_KEYS, WORK_COLUMNS, Work
 from builder.errors import ConfigError
 from builder.store.layout import Layout
 from builder.table import schema
@@ -233,6 +233,13 @@ def check_columns(samples: Samples, work: Work) -> None:
                 f"work SQL returned no column '{name}', which stage '{work.stage.name}' needs",
                 where=place,
                 fix=f"add it, for example: select {', '.join(given)}",
+            )
+    for name in wanted:
+        if name in WORK_COLUMNS:
+            raise ConfigError(
+                f"work SQL returned a column '{name}', which is the name of a column of the work set",
+                where=place,
+                fix=f"give it another name, here and in the inputs of stage '{work.stage.name}'",
             )
     extra = [name for name in returned if schema.folded(name) not in wanted]
     if extra:

@@ -14,6 +14,8 @@ from builder.table.schema import Column
 from builder.table.sql_text import Sql
 
 ROW_KEYS = ("shard", "row", "uid")
+#: Columns that a work set has of its own, so that no input of a stage can be called so.
+WORK_COLUMNS = ("previous_run", "inputs", "source_changed")
 #: What `Choice.retry` may be: all failed rows, or those of one class of error, which is a word.
 _RETRY = re.compile(r"failed(:[A-Za-z]\w*)?")
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from builder.engine import outdated
 from builder.engine.coverage import check_columns, in_one_pass_or_two, rows_covered, rows_of
 from builder.engine.states import READ_ROWS, is_tried
-from builder.engine.work import ROW_KEYS, Work
+from builder.engine.work import ROW_KEYS, WORK_COLUMNS, Work
 from builder.errors import ConflictError
 from builder.stages.contract import formats_asked
 from builder.store import files
@@ -148,7 +148,7 @@ def _as_work(rows: pa.Table, work: Work) -> pa.Table:
     for name in formats_asked(work.stage):
         result = result.append_column(name, rows[f"{work.stage.name}_format_asked"])
     names = [*(field.name for field in work.stage.inputs), *formats_asked(work.stage)]
-    return result.select([*ROW_KEYS, *names, "previous_run", "inputs", "source_changed"])
+    return result.select([*ROW_KEYS, *names, *WORK_COLUMNS])
 
 
 def cut(slices: Sequence[Slice], tasks: int) -> list[list[Slice]]:
