@@ -338,7 +338,6 @@ def ask(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
     from support.kills import do
 
     monkeypatch.setitem(EXECUTORS, "local", EXECUTORS["local"])  # `do` replaces it
-    monkeypatch.setattr(worker.faulthandler, "enable", lambda: None)  # pytest has its own
     monkeypatch.setattr(worker, "_report_progress", lambda done, failed: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     here = Path.cwd()

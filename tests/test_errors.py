@@ -12,7 +12,17 @@ import pytest
 
 import builder
 from builder import errors
-from builder.errors import BuilderError, ConfigError, ShardError, StageError, missing_extra, where
+from builder.errors import (
+    BuilderError,
+    ConfigError,
+    ConflictError,
+    SchemaError,
+    ShardError,
+    StageError,
+    TransientError,
+    missing_extra,
+    where,
+)
 
 PACKAGE = Path(builder.__file__).parent
 
@@ -99,3 +109,21 @@ def test_no_error_is_raised_without_a_sentence() -> None:
             ):
                 bare.append(f"{path.name}:{node.lineno}")
     assert bare == []
+
+
+@pytest.mark.parametrize("kind", [ConfigError, ShardError, SchemaError, StageError, ConflictError, TransientError])
+def test_an_error_survives_as_json(kind: type[BuilderError]) -> None:
+    error = kind("it is broken", where={"file": Path("a b.tar"), "rows": 3}, fix="make it whole")
+    data = error.to_json()
+    assert data == {
+        "class": kind.__name__, "what": "it is broken", "where": {"file": "a b.tar", "rows": "3"}, "fix": "make it whole",
+    }  # fmt: skip
+    again = BuilderError.from_json(data)
+    assert (type(again), str(again)) == (kind, str(error))
+
+
+@pytest.mark.parametrize("name", ["OfALaterVersion", "Iterator", "RowError", "LASTING", "where"])
+def test_an_error_of_an_unknown_class_is_a_stages(name: str) -> None:
+    """A name that means something else in the module of errors is as unknown as any."""
+    again = BuilderError.from_json({"class": name, "what": "it", "where": {}, "fix": ""})
+    assert (type(again), str(again)) == (StageError, "it")

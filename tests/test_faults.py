@@ -850,7 +850,7 @@ def test_a_row_alone_in_which_the_system_kills_the_process_is_left(own: Callable
         "left shard '00000001' as it is: the system killed the process twice in row 1, with no other row answered in "
         "between",
         f"  log: {run}/logs/00000.log",
-        "  fix: see dmesg for want of memory; end other programs or set fewer workers, then run the same command again",
+        "  fix: see dmesg for lack of memory; end other programs or set fewer workers, then run the same command again",
     ])  # fmt: skip
     assert count(made, "note_status is not null") == 0
     sql.write_text(SQL)
@@ -868,7 +868,7 @@ def test_a_stage_whose_process_dies_before_its_first_row(own: Callable[..., Work
     assert (done.returncode, talk(done.stderr)) == (1, [
         "error: task 0 was given up: its process ended with SIGKILL 3 times",
         f"  log: {run}/logs/00000.log", "  last lines: none",
-        "  fix: what was committed is kept: see dmesg for want of memory; end other programs or set fewer workers and "
+        "  fix: what was committed is kept: see dmesg for lack of memory; end other programs or set fewer workers and "
         "run the same command again",
     ])  # fmt: skip
 
@@ -912,7 +912,7 @@ def test_a_shard_in_which_the_process_dies_is_left(own: Callable[..., Workspace]
         "ingest: 2 shards, 8 rows",
         "left shard '00000001' as it is: the system killed the process twice in this shard",
         f"  log: {run}/logs/00000.log",
-        "  fix: see dmesg for want of memory; end other programs or set fewer workers; run the same command again",
+        "  fix: see dmesg for lack of memory; end other programs or set fewer workers; run the same command again",
     ])  # fmt: skip
     assert talk(made.process("ingest", cwd=made.folder).stderr) == ["ingest: 1 shards, 4 rows"]
     assert count(made, "source_status = 'ok'") == 12

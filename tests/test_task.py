@@ -21,7 +21,7 @@ import pytest
 from builder import Bytes, Preparing, Resources, Stage, Strict, Value, machine
 from builder.engine import batches as answering
 from builder.engine.batches import error_text
-from builder.engine.in_hand import Deaths, Verdict
+from builder.engine.in_hand import InHand, Verdict
 from builder.engine.shard import ShardWork
 from builder.engine.task_state import Result
 from builder.engine.work import Choice
@@ -302,19 +302,19 @@ def test_a_row_whose_process_dies_fails_alone(workspace: Make) -> None:
     assert {number: seen.count(uid(number)) for number in range(8, 16)} == dict.fromkeys(range(8, 16), 1)
 
 
-def died(path: Path, shard: str, rows: list[int], *ahead: tuple[str, list[int]]) -> Deaths:
+def died(path: Path, shard: str, rows: list[int], *ahead: tuple[str, list[int]]) -> InHand:
     """What the next process knows after one that died in a batch, perhaps with others prepared ahead."""
     pid = subprocess.Popen([sys.executable, "-c", ""])
     pid.wait()
-    Deaths(path).begin(shard, rows, ahead)
+    InHand(path).begin(shard, rows, ahead)
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "pid": pid.pid}))
-    return Deaths(path, "SIGSEGV")
+    return InHand(path, "SIGSEGV")
 
 
 def test_deaths_are_halved_down_to_a_row(tmp_path: Path) -> None:
     path = tmp_path / "batch.json"
-    assert Deaths(path).groups("a") == []
+    assert InHand(path).groups("a") == []
     assert died(path, "a", [1, 2, 3, 4]).groups("a") == [[1, 2, 3, 4]]
     assert died(path, "a", [1, 2, 3, 4]).groups("a") == [[1, 2], [3, 4]]
     assert died(path, "a", [3, 4]).groups("a") == [[1, 2], [3, 4]]
@@ -329,14 +329,14 @@ def test_deaths_are_halved_down_to_a_row(tmp_path: Path) -> None:
     assert known.verdict("a", []) is Verdict.AGAIN
 
 
-def killed(path: Path, shard: str, rows: list[int], answered: int) -> Deaths:
+def killed(path: Path, shard: str, rows: list[int], answered: int) -> InHand:
     """The same after a process that the system killed, which had answered so many rows."""
     pid = subprocess.Popen([sys.executable, "-c", ""])
     pid.wait()
-    Deaths(path, "").begin(shard, rows, answered=answered)
+    InHand(path, "").begin(shard, rows, answered=answered)
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "pid": pid.pid}))
-    return Deaths(path, "SIGKILL")
+    return InHand(path, "SIGKILL")
 
 
 def test_a_row_in_which_the_system_kills_has_failed_only_if_others_were_answered_between(tmp_path: Path) -> None:
@@ -364,9 +364,9 @@ def test_part_of_a_batch_that_died_carries_its_deaths(tmp_path: Path) -> None:
 
 
 def test_a_batch_in_the_hand_of_a_process_that_lives_is_no_death(tmp_path: Path) -> None:
-    Deaths(tmp_path / "batch.json").begin("a", [1])
+    InHand(tmp_path / "batch.json").begin("a", [1])
     for _ in range(3):
-        assert Deaths(tmp_path / "batch.json").groups("a") == []
+        assert InHand(tmp_path / "batch.json").groups("a") == []
 
 
 def test_what_is_answered_is_committed_before_a_batch_that_died(layout: Layout) -> None:
@@ -526,15 +526,15 @@ def test_an_attempt_that_is_swept_at_its_last_commit_is_done_again(
 def test_a_batch_that_cannot_be_noted_costs_its_shard_alone(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, kind: type[Base], failing: int
 ) -> None:
-    begin, calls = Deaths.begin, [0]
+    begin, calls = InHand.begin, [0]
 
-    def full(self: Deaths, *args: Any) -> None:
+    def full(self: InHand, *args: Any) -> None:
         calls[0] += 1
         if calls[0] == failing:
             raise OSError(errno.ENOSPC, "No space left on device")
         begin(self, *args)
 
-    monkeypatch.setattr(Deaths, "begin", full)
+    monkeypatch.setattr(InHand, "begin", full)
     stage = kind(Options())
     stage.resources = Resources(ahead=3)
     result = do(layout, plan(layout, stage), stage, batch_rows=4)

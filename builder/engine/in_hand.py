@@ -1,4 +1,4 @@
-"""The batch in hand, on disk: what the next process knows of one that died.
+"""Records the batch being processed, so that a restarted worker can tell which rows crashed the last one.
 
 Owns `runs/<run>/tasks/*.batch.json`.
 """
@@ -19,34 +19,40 @@ from builder.store.owners import Liveness
 
 
 class Verdict(Enum):
-    """What is to become of a group of rows in which the process died."""
+    """What to do with rows in which the process may have died."""
 
-    #: It is asked about again.
+    #: They are processed again.
     AGAIN = "again"
-    #: It is one row that kills the process.
+    #: It is one row, and it ends the process.
     FAILED = "failed"
-    #: The system killed the process in it, and nothing else was answered since: the row may not be what is at fault.
+    #: The system killed the process in them and no other row was answered since: the machine may be at fault.
     LEFT = "left"
 
 
-class Deaths:
-    """The batch in hand, on disk, so that the next process knows in which rows the last one died.
+class InHand:
+    """The batch in hand of one task, on disk.
 
-    A batch in which the process died twice is halved; a single row in which it died twice has failed. Where the system
-    killed the process, as for want of memory, it has failed only if others were answered between two deaths: else it
-    may be the machine. A batch in the hand of a process that lives is a copy's of the task, and no death. Where others
-    were being prepared ahead, it is not known which of them killed: each stands alone from then on, and no death is
-    counted yet.
+    A batch in which the process died twice is halved. A single row in which it died twice has failed. If it was the
+    system that killed the process, for example for lack of memory, the row has failed only if other rows were answered
+    between two deaths; otherwise the machine may be at fault.
+
+    If the process that noted the batch is still alive, it is another copy of the task: not a death. If other batches
+    were being prepared at the same time, any of them may be the cause: each is processed alone from now on, and no
+    death is counted yet.
 
     Args:
-        signal: of which the last process died, as its parent says; empty where that is not known.
+        path: the file; it need not exist.
+        signal: the signal that the last process died of, as its parent reports it; empty if that is not known.
     """
 
     def __init__(self, path: Path, signal: str | None = None) -> None:
         signal = os.environ.get(DIED_OF, "") if signal is None else signal
         self._path = path
+        #: Rows that are processed apart from all others: shard, rows, how often the process died in them, and (of the
+        #: last death) how many rows had been answered until then, and whether it is proven that the rows are the cause.
         self._groups: list[dict[str, Any]] = []
-        self._before = 0  # rows that the processes before this one have answered
+        #: Rows that the processes before this one have answered.
+        self._before = 0
         try:
             data = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
@@ -54,18 +60,16 @@ class Deaths:
         self._groups = data["groups"]
         self._before = data["in_hand"].get("answered", 0)
         if liveness_of(data) is not Liveness.LIVES:
-            self._died(data["in_hand"], signal in ("", KILLED))
+            self._count_death(data["in_hand"], signal in ("", KILLED))
 
-    def _died(self, last: dict[str, Any], is_killed: bool) -> None:
+    def _count_death(self, last: dict[str, Any], is_killed: bool) -> None:
+        """Puts the rows that a dead process had in hand into groups."""
         shard, rows, deaths = last["shard"], last["rows"], last["deaths"]
         ahead = [(group["shard"], group["rows"]) for group in last["ahead"]]
-        known = {(name, row) for name, found in [(shard, rows), *ahead] for row in found}
-        own = self._of(shard, rows)
-        is_proven = not is_killed or own.get("proven", False) or self._before > own.get("since", self._before)
-        self._groups = [
-            {**group, "rows": [row for row in group["rows"] if (group["shard"], row) not in known]}
-            for group in self._groups
-        ]
+        group = self._group_of(shard, rows)
+        has_answered_since = self._before > group.get("since", self._before)
+        is_proven = not is_killed or group.get("proven", False) or has_answered_since
+        self._take_out([(shard, rows), *ahead])
         if ahead:
             found = [(shard, rows, deaths), *((name, others, 0) for name, others in ahead)]
         elif deaths + 1 < 2 or len(rows) == 1:
@@ -79,43 +83,60 @@ class Deaths:
         ]
         self._groups = [group for group in self._groups if group["rows"]]
 
+    def _take_out(self, batches: Sequence[tuple[str, list[int]]]) -> None:
+        """Takes the rows of batches out of the groups that they are in."""
+        known = {(shard, row) for shard, rows in batches for row in rows}
+        self._groups = [
+            {**group, "rows": [row for row in group["rows"] if (group["shard"], row) not in known]}
+            for group in self._groups
+        ]
+
     def groups(self, shard: str) -> list[list[int]]:
-        """Rows of a shard that go into batches of their own."""
+        """Rows of a shard that are processed apart, each list in a batch of its own."""
         return [group["rows"] for group in self._groups if group["shard"] == shard]
 
     def is_last(self, shard: str) -> bool:
-        """Whether a shard is to be done behind the others: what they answer says whether it is the machine."""
+        """Whether a shard is to be done after the others: only if those are answered is its own row at fault."""
         return any(self._verdict(group, 0) is Verdict.LEFT for group in self._groups if group["shard"] == shard)
 
-    def _of(self, shard: str, rows: list[int]) -> dict[str, Any]:
+    def _group_of(self, shard: str, rows: list[int]) -> dict[str, Any]:
         """The group that rows belong to; empty if they belong to none."""
+        if not rows:
+            return {}
         wanted = set(rows)
         groups = (group for group in self._groups if group["shard"] == shard and wanted <= set(group["rows"]))
-        return next(groups, {}) if rows else {}
+        return next(groups, {})
 
     def verdict(self, shard: str, rows: list[int], answered: int = 0) -> Verdict:
-        """What is to become of rows.
+        """What to do with rows.
 
         Args:
-            answered: rows that this process has answered.
+            answered: how many rows this process has answered.
         """
-        return self._verdict(self._of(shard, rows), answered)
+        return self._verdict(self._group_of(shard, rows), answered)
 
     def _verdict(self, group: dict[str, Any], answered: int) -> Verdict:
         if group.get("deaths", 0) < 2:
             return Verdict.AGAIN
-        if group.get("proven", True):  # as an older version has noted it, too
+        if group.get("proven", True):  # files of older versions do not say it
             return Verdict.FAILED
         return Verdict.AGAIN if self._before + answered > group["since"] else Verdict.LEFT
 
     def begin(
         self, shard: str, rows: list[int], ahead: Sequence[tuple[str, list[int]]] = (), answered: int = 0
     ) -> None:
-        """Notes the batch that is processed now, and those that are prepared meanwhile, by shard."""
-        others = [{"shard": name, "rows": found} for name, found in ahead]
+        """Notes the batch that is processed now.
+
+        Args:
+            ahead: batches, as shard and rows, that are prepared meanwhile.
+            answered: how many rows this process has answered.
+        """
         in_hand = {
-            "shard": shard, "rows": rows, "ahead": others, "deaths": self._of(shard, rows).get("deaths", 0),
+            "shard": shard,
+            "rows": rows,
+            "ahead": [{"shard": name, "rows": found} for name, found in ahead],
+            "deaths": self._group_of(shard, rows).get("deaths", 0),
             "answered": self._before + answered,
-        }  # fmt: skip
+        }
         text = json.dumps({"groups": self._groups, "in_hand": in_hand, **own_executor().owner()})
         files.write_atomic(self._path, text.encode(), durable=False)

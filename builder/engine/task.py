@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from builder import machine
-from builder.engine.in_hand import Deaths, Verdict
+from builder.engine.in_hand import InHand, Verdict
 from builder.engine.reading import Batch
 from builder.engine.setbacks import Setbacks, is_left
 from builder.engine.shard import Group, ShardWork
@@ -118,10 +118,10 @@ class Task:
         self.state = TaskState(layout, run, number, stage, settings, progress)
         self._layout, self._run, self._number, self._stage = layout, run, number, stage
         self._settings, self._stopping = settings, stopping
-        self._deaths = Deaths(run.in_hand(number))
+        self._in_hand = InHand(run.in_hand(number))
         self._setbacks = Setbacks()
         parts = read_task(run, number)
-        self._waiting = deque(sorted(parts, key=lambda part: self._deaths.is_last(part.shard)))
+        self._waiting = deque(sorted(parts, key=lambda part: self._in_hand.is_last(part.shard)))
         self._groups = self._grouped()
         self._window: deque[_Step] = deque()
         self._coming: deque[tuple[ShardWork, Group]] = deque()  # groups behind the window whose note is not written
@@ -204,12 +204,12 @@ class Task:
         """
         if not group.alone:
             return Verdict.AGAIN
-        verdict = self._deaths.verdict(shard.part.shard, rows, self.state.tally.answered)
+        verdict = self._in_hand.verdict(shard.part.shard, rows, self.state.tally.answered)
         if verdict is Verdict.LEFT:
             raise MachineError(
                 f"the system killed the process twice in row {rows[0]}, with no other row answered in between",
                 where={"log": self._run.log(self._number)},
-                fix="see dmesg for want of memory; end other programs or set fewer workers, then run the same command "
+                fix="see dmesg for lack of memory; end other programs or set fewer workers, then run the same command "
                 "again",
             )
         return verdict
@@ -251,7 +251,7 @@ class Task:
         ahead = [(shard, group) for shard, group in (*((s.shard, s.group) for s in self._window), *new) if preparing]
         told = [(shard.part.shard, shard.rows_of(group)) for shard, group in ahead if not group.alone]
         if step is not None or told:
-            self._deaths.begin(step.shard.part.shard if step else "", in_hand, told, self.state.tally.answered)
+            self._in_hand.begin(step.shard.part.shard if step else "", in_hand, told, self.state.tally.answered)
         while new:
             shard, group = new.popleft()
             read = self._reader.submit(shard.read, group, None if group.alone else preparing)
@@ -283,7 +283,7 @@ class Task:
             opened: list[ShardWork] = []
             with self._leaving(part):
                 partitions.heal(self._layout, [part.shard])
-                opened.append(ShardWork(self.state, part, self._deaths.groups(part.shard)))
+                opened.append(ShardWork(self.state, part, self._in_hand.groups(part.shard)))
                 if not opened[0].groups:
                     self.state.add_shard(part)
                     self.state.passed[part.shard] = part.count

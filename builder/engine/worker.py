@@ -20,7 +20,7 @@ from typing import Any
 from builder import exit_codes, machine
 from builder.engine import runs, workset
 from builder.engine.batches import error_text
-from builder.engine.in_hand import Deaths, Verdict
+from builder.engine.in_hand import InHand, Verdict
 from builder.engine.setbacks import Setbacks
 from builder.engine.task import run_stage_task
 from builder.engine.task_state import TaskSettings
@@ -235,13 +235,13 @@ def _shard_by_shard(task: Task, shards: Sequence[str], do: Callable[[int], None]
     """
     refused: dict[str, str] = {}
     left: dict[str, str] = {}
-    deaths, setbacks = Deaths(task.run.in_hand(task.number)), Setbacks()
+    in_hand, setbacks = InHand(task.run.in_hand(task.number)), Setbacks()
     for done, shard in enumerate(shards):
         if task.is_stopping():
             break
         try:
-            _check_deaths(deaths, shard, task.run.log(task.number))
-            deaths.begin(shard, [0])
+            _check_in_hand(in_hand, shard, task.run.log(task.number))
+            in_hand.begin(shard, [0])
             asked_again(functools.partial(do, done))
             setbacks.end()
         except Exception as error:
@@ -260,14 +260,14 @@ def _shard_by_shard(task: Task, shards: Sequence[str], do: Callable[[int], None]
     return {"refused": refused, "left": left}
 
 
-def _check_deaths(deaths: Deaths, shard: str, log: Path) -> None:
+def _check_in_hand(in_hand: InHand, shard: str, log: Path) -> None:
     """Refuses a shard in which the process died twice, and leaves one in which the system killed it.
 
     Raises:
         ShardError: it died by itself.
         MachineError: it was killed.
     """
-    verdict = deaths.verdict(shard, [0])
+    verdict = in_hand.verdict(shard, [0])
     if verdict is Verdict.LEFT:
         raise MachineError(
             "the system killed the process twice in this shard",

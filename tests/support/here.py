@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import signal
 import subprocess
@@ -46,7 +45,7 @@ def _as_a_process(cwd: Path | None) -> Iterator[None]:
     before, folder = {number: signal.getsignal(number) for number in _SIGNALS}, Path.cwd()
     try:
         os.chdir(cwd or folder)
-        with mock.patch.object(faulthandler, "enable", lambda: None), mock.patch.dict(os.environ):  # pytest has its own
+        with mock.patch.dict(os.environ):
             take_task_defaults()
             yield
     finally:

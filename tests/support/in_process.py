@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from unittest import mock
@@ -47,13 +48,25 @@ class InProcess(LocalExecutor):
         return Tasks(self._do(run, number, devices[number % len(devices)]) for number in range(tasks))
 
     def _do(self, run: RunFiles, number: int, device: str) -> News:
-        with mock.patch.dict(os.environ, {base.EXECUTOR: self.name, base.DEVICE: device}):
+        with _task_of_its_own(), mock.patch.dict(os.environ, {base.EXECUTOR: self.name, base.DEVICE: device}):
             if not self._is_logged:
                 return [Ended(number, worker.run_task(run.folder, number), 0)]
             with _talk_in(run, number) as lines:
                 code = worker.run_task(run.folder, number)
         said = [base.read_line(number, line) for line in lines]
         return [*(one for one in said if isinstance(one, Reported)), Ended(number, code, 0)]
+
+
+@contextlib.contextmanager
+def _task_of_its_own() -> Iterator[None]:
+    """What a task does to its process is undone, or not done at all."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with mock.patch.object(worker.faulthandler, "enable", lambda: None):  # pytest has its own
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
