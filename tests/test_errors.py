@@ -113,10 +113,10 @@ def test_no_error_is_raised_without_a_sentence() -> None:
 
 @pytest.mark.parametrize("kind", [ConfigError, ShardError, SchemaError, StageError, ConflictError, TransientError])
 def test_an_error_survives_as_json(kind: type[BuilderError]) -> None:
-    error = kind("it is broken", where={"file": Path("a b.tar"), "rows": 3}, fix="make it whole")
+    error = kind("it is broken", where={"file": Path("a b.tar"), "rows": 3}, fix="try it")
     data = error.to_json()
     assert data == {
-        "class": kind.__name__, "what": "it is broken", "where": {"file": "a b.tar", "rows": "3"}, "fix": "make it whole",
+        "class": kind.__name__, "what": "it is broken", "where": {"file": "a b.tar", "rows": "3"}, "fix": "try it",
     }  # fmt: skip
     again = BuilderError.from_json(data)
     assert (type(again), str(again)) == (kind, str(error))
