@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from builder.cli.options import load, pipeline_options
+from builder.cli.options import PipelineOptions, pipeline_options
 from builder.cli.output import hint
 from builder.progress import Talk, plain
 
@@ -15,7 +14,7 @@ from builder.progress import Talk, plain
 @click.command()
 @pipeline_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
-def gc(scale: str | None, pipeline: str | None, sets: Sequence[str], dry_run: bool) -> None:
+def gc(named: PipelineOptions, dry_run: bool) -> None:
     """Delete what nothing needs any more.
 
     Old generations of column files, temp files of dead processes, edits tars and runs that no row points to. Nothing
@@ -27,7 +26,7 @@ def gc(scale: str | None, pipeline: str | None, sets: Sequence[str], dry_run: bo
     """
     from builder.verbs.gc import collect_garbage
 
-    sweep = collect_garbage(load(scale, pipeline, sets), Talk(), dry_run=dry_run)
+    sweep = collect_garbage(named.load(), Talk(), dry_run=dry_run)
     for path in sweep.paths:
         click.echo(plain(str(path)))
     click.echo(
@@ -38,7 +37,7 @@ def gc(scale: str | None, pipeline: str | None, sets: Sequence[str], dry_run: bo
 
 @click.command()
 @pipeline_options
-def fold(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
+def fold(named: PipelineOptions) -> None:
     """Bring every partition up to date for other tools.
 
     Afterwards each has all of the root's columns, and what its newest column files hold.
@@ -49,14 +48,14 @@ def fold(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
     """
     from builder.verbs.fold import fold_all
 
-    folded = fold_all(load(scale, pipeline, sets), Talk())
+    folded = fold_all(named.load(), Talk())
     click.echo(f"{folded} partitions folded", err=True)
 
 
 @click.command()
 @click.argument("column")
 @pipeline_options
-def drop(column: str, scale: str | None, pipeline: str | None, sets: Sequence[str]) -> None:
+def drop(named: PipelineOptions, column: str) -> None:
     """Take a stage's column out of the table.
 
     COLUMN is an output of a stage. Its column files keep it: a pipeline that still has the stage brings it back with
@@ -68,7 +67,7 @@ def drop(column: str, scale: str | None, pipeline: str | None, sets: Sequence[st
     """
     from builder.verbs.drop import drop_column
 
-    loaded = load(scale, pipeline, sets)
+    loaded = named.load()
     drop_column(loaded, column)
     hint(f"column '{column}' is dropped; {loaded.command('fold')} takes it out of the partitions")
     owner = next((name for name, use in loaded.stages.items() if column in _outputs(use.stage)), None)

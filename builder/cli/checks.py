@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import click
 
 from builder import exit_codes
 from builder.cli.failures import options_for
-from builder.cli.options import LocalPath, json_option, load, pipeline_options
+from builder.cli.options import LocalPath, PipelineOptions, json_option, pipeline_options
 from builder.cli.output import hint, print_facts
 from builder.errors import ConfigError
 from builder.progress import Talk, plain
@@ -28,9 +27,7 @@ from builder.progress import Talk, plain
 @click.option("--device", metavar="NAME", help="What to make it on: cpu, cuda:0; the stage's first device if absent.")
 def regen(
     uid: str,
-    scale: str | None,
-    pipeline: str | None,
-    sets: Sequence[str],
+    named: PipelineOptions,
     as_json: bool,
     check: bool,
     out: Path | None,
@@ -52,7 +49,7 @@ def regen(
         raise ConfigError(
             "builder regen needs --check, --out FILE, or both", fix=f"builder regen {shlex.quote(uid)} --check"
         )
-    again = regenerate(load(scale, pipeline, sets), uid, device=device)
+    again = regenerate(named.load(), uid, device=device)
     if out is not None:
         write_atomic(out, again.made, durable=False)
     if as_json:
@@ -83,7 +80,7 @@ def _show_regen(again: Any) -> None:
 @click.command()
 @pipeline_options
 @json_option
-def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json: bool) -> None:
+def verify(named: PipelineOptions, as_json: bool) -> None:
     """Prove the hybrid shards against their sources.
 
     Exactly the selected samples differ; every other byte is the source's.
@@ -95,7 +92,7 @@ def verify(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     from builder.hybrid.verify.proof import summary
     from builder.verbs.verify import prove
 
-    loaded = load(scale, pipeline, sets)
+    loaded = named.load()
     proof = prove(loaded, Talk(quiet=as_json))
     if proof.shards == 0 and loaded.asked.has_bytes:
         raise ConfigError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +14,8 @@ from builder.errors import ConfigError
 if TYPE_CHECKING:
     from builder.verbs.pipeline import Pipeline
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+#: A function under click's decorators: it gets its options by name.
+Command = Callable[..., None]
 
 
 class LocalPath(click.Path):
@@ -24,21 +27,76 @@ class LocalPath(click.Path):
         return super().convert(local(value) if isinstance(value, str) else value, param, ctx)
 
 
+@dataclass(frozen=True)
+class PipelineOptions:
+    """The options that name a pipeline, as they were given."""
+
+    scale: str | None
+    pipeline: str | None
+    sets: Sequence[str]
+
+    def load(self) -> Pipeline:
+        """The pipeline that they name.
+
+        Raises:
+            ConfigError: they name none or two, or it is wrong.
+        """
+        from builder.config.loading import find_pipeline
+        from builder.verbs.pipeline import load_pipeline
+
+        if self.scale and self.pipeline:
+            raise ConfigError("--scale and --pipeline both name a pipeline", fix="give one of them")
+        loaded = load_pipeline(find_pipeline(self.scale, self.pipeline), self.sets, self.words)
+        root = loaded.layout.root
+        if root.exists() and not root.is_dir():
+            raise ConfigError(
+                f"dataset.root '{root}' is a file",
+                where={"pipeline": loaded.config.path},
+                fix="name a folder, new or old",
+            )
+        return loaded
+
+    @property
+    def words(self) -> list[str]:
+        """The options as words of a command line."""
+        words = []
+        if self.pipeline:
+            words = ["--pipeline", self.pipeline]
+        elif self.scale:
+            words = ["--scale", self.scale]
+        for item in self.sets:
+            words += ["--set", item]
+        return words
+
+
 def pipeline_options(command: Command) -> Command:
+    """Gives a command the options that name a pipeline, as the argument `named`."""
+
+    @functools.wraps(command)
+    def with_pipeline(scale: str | None, pipeline: str | None, sets: Sequence[str], **options: Any) -> None:
+        command(named=PipelineOptions(scale, pipeline, sets), **options)
+
     for option in (
         click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a key; repeatable."),
         click.option("--pipeline", metavar="FILE", help="A pipeline file."),
         click.option("--scale", metavar="NAME", help="The pipeline of that name: small (the default) or large."),
     ):
-        command = option(command)
-    return command
+        with_pipeline = option(with_pipeline)
+    return with_pipeline
 
 
 def json_option(command: Command) -> Command:
+    """Gives a command the flag `--json`, as the argument `as_json`."""
     return click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout, nothing else.")(command)
 
 
 def choice_options(command: Command) -> Command:
+    """Gives a command the fields of `Choice` that options set, by name, as the argument `choice`."""
+
+    @functools.wraps(command)
+    def with_choice(retry: str | None, redo: bool, stale: bool, where: str | None, **options: Any) -> None:
+        command(choice={"retry": retry, "redo": redo, "stale": stale, "where": where}, **options)
+
     for option in (
         click.option("--where", metavar="SQL", help="Only rows for which this condition over samples holds."),
         click.option("--stale", is_flag=True, help="Rows whose inputs, stage version or options changed, too."),
@@ -49,28 +107,16 @@ def choice_options(command: Command) -> Command:
             help="With 'failed', failed rows, too; with 'failed:timeout' those of that class of error alone.",
         ),
     ):
-        command = option(command)
-    return command
+        with_choice = option(with_choice)
+    return with_choice
 
 
-def load(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> Pipeline:
-    from builder.config.loading import find_pipeline
-    from builder.verbs.pipeline import load_pipeline
-
-    if scale and pipeline:
-        raise ConfigError("--scale and --pipeline both name a pipeline", fix="give one of them")
-    loaded = load_pipeline(find_pipeline(scale, pipeline), sets, _named(scale, pipeline, sets))
-    root = loaded.layout.root
-    if root.exists() and not root.is_dir():
-        raise ConfigError(
-            f"dataset.root '{root}' is a file", where={"pipeline": loaded.config.path}, fix="name a folder, new or old"
-        )
-    return loaded
-
-
-def _named(scale: str | None, pipeline: str | None, sets: Sequence[str]) -> list[str]:
-    """The options that name a pipeline, as they were given."""
-    words = ["--pipeline", pipeline] if pipeline else ["--scale", scale] if scale else []
-    for item in sets:
-        words += ["--set", item]
+def choice_words(choice: Mapping[str, Any]) -> list[str]:
+    """The options of `choice_options` as words of a command line."""
+    words = []
+    for name, value in choice.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value:
+            words += [f"--{name}", value]
     return words

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from builder.cli.options import LocalPath, choice_options, json_option, load, pipeline_options
+from builder.cli.options import LocalPath, PipelineOptions, choice_options, choice_words, json_option, pipeline_options
 from builder.cli.output import CELL_WIDTH, VALUE_WIDTH, cut, hint, is_number, json_of, print_facts, print_table, text_of
 from builder.errors import ConfigError
 from builder.progress import few, plain
@@ -22,13 +22,8 @@ from builder.progress import few, plain
 @choice_options
 @json_option
 def plan(
-    scale: str | None,
-    pipeline: str | None,
-    sets: Sequence[str],
-    retry: str | None,
-    redo: bool,
-    stale: bool,
-    where: str | None,
+    named: PipelineOptions,
+    choice: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Show what there is to do; start nothing.
@@ -44,9 +39,9 @@ def plan(
     from builder.verbs.plan import make_plan
     from builder.verbs.write import help_for
 
-    loaded = load(scale, pipeline, sets)
-    choice = Choice(retry=retry, redo=redo, stale=stale, where=where)
-    found = make_plan(loaded, choice)
+    loaded = named.load()
+    asked = Choice(**choice)
+    found = make_plan(loaded, asked)
     shards, write_plan = found.ingest, found.write
     commands = [loaded.command(rule.command) for rule in found.older]
     if as_json:
@@ -117,10 +112,8 @@ def plan(
             err=True,
         )
     first = next((name for name, counts in found.stages.items() if counts.todo), None)
-    if first is not None and choice != Choice():
-        words = f"stage {first}" + " --redo" * redo + " --stale" * stale + (f" --retry {retry}" if retry else "")
-        words += f" --where {shlex.quote(where)}" if where else ""
-        hint(f"next: {loaded.command(words)}")
+    if first is not None and asked != Choice():
+        hint(f"next: {loaded.command(shlex.join(['stage', first, *choice_words(choice)]))}")
     elif first is not None or shards.todo or write_plan.todo:
         hint(f"next: {loaded.command('run')}")
     else:
@@ -130,7 +123,7 @@ def plan(
 @click.command()
 @pipeline_options
 @json_option
-def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json: bool) -> None:
+def status(named: PipelineOptions, as_json: bool) -> None:
     """Show what the table holds, and why rows failed.
 
     Partitions that are behind their column files are brought up to date first.
@@ -143,7 +136,7 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
     from builder.verbs.status import read_status
     from builder.verbs.write import help_for
 
-    loaded = load(scale, pipeline, sets)
+    loaded = named.load()
     value = read_status(loaded)
     if as_json:
         click.echo(json.dumps(value))
@@ -182,9 +175,7 @@ def status(scale: str | None, pipeline: str | None, sets: Sequence[str], as_json
 @click.option("--param", "params", multiple=True, metavar="NAME=VALUE", help="A value for $NAME; repeatable.")
 def sql(
     question: str,
-    scale: str | None,
-    pipeline: str | None,
-    sets: Sequence[str],
+    named: PipelineOptions,
     as_json: bool,
     as_csv: bool,
     params: Sequence[str],
@@ -204,7 +195,7 @@ def sql(
     from builder.verbs.fold import behind
     from builder.verbs.sql import answer
 
-    loaded = load(scale, pipeline, sets)
+    loaded = named.load()
     text = read_sql(question) if question.endswith(".sql") else Sql(question, "the command line")
     names, rows = answer(loaded, text, _params(params))
     if as_json:
@@ -248,9 +239,7 @@ def _params(items: Sequence[str]) -> dict[str, Any]:
 @click.option(
     "--save", type=LocalPath(path_type=Path), metavar="DIR", help="Also write the sample's image and its new image."
 )
-def show(
-    uid: str, scale: str | None, pipeline: str | None, sets: Sequence[str], as_json: bool, save: Path | None
-) -> None:
+def show(named: PipelineOptions, uid: str, as_json: bool, save: Path | None) -> None:
     """Show everything about one sample.
 
     UID is its uid, or SHARD:ROW. Columns without a value are left out; --json has them all.
@@ -261,7 +250,7 @@ def show(
     """
     from builder.verbs.show import find_samples, save_images
 
-    loaded = load(scale, pipeline, sets)
+    loaded = named.load()
     rows = find_samples(loaded, uid)
     saved = save_images(loaded, rows, save) if save is not None else []
     if as_json:
