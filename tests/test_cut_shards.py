@@ -16,7 +16,6 @@ import pytest
 from builder.hybrid.edit import Rules
 from builder.hybrid.shard_plan import plan_shard
 from builder.table import partitions
-from builder.table.sql_text import Sql
 from builder.tar import indexing
 from conftest import Workspace, picture, write_tar
 from support.tars import END, by_webdataset, gnu_tar, pax, pax_record, record, written
@@ -104,7 +103,7 @@ def test_a_hybrid_that_was_written_before_the_cut_was_known_is_written_again(one
     state = partitions.partition_state(one.load().layout, "0")
     assert state is not None
     known = replace(state, source=replace(state.source, end_mark=False))
-    plans = [plan_shard(one.load().layout, "0", of, [], Sql("", "test"), None, Rules()) for of in (state, known)]
+    plans = [plan_shard(one.load().layout, "0", of, [], None, Rules()) for of in (state, known)]
     assert plans[0].digest != plans[1].digest
 
 

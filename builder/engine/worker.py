@@ -39,7 +39,6 @@ from builder.stages.finding import find, own_code
 from builder.store import files
 from builder.store.layout import RunFiles
 from builder.table import partitions
-from builder.table.sql_text import Sql
 
 
 class _Stop:
@@ -198,8 +197,8 @@ def _write_task(task: Task) -> dict[str, Any]:
         if state is None or state.rows != part.rows:
             raise ShardError("the shard was ingested again", where={"shard": part.shard}, fix="run write again")
         rows = workset.read_slice(run, part).to_pylist() if part.count else []
-        sql, editing = Sql("", data["sql"]), Rules(**data["editing"])
-        plan = shard_plan.plan_shard(layout, part.shard, state, rows, sql, data["image_stage"], editing)
+        editing = Rules(**data["editing"])
+        plan = shard_plan.plan_shard(layout, part.shard, state, rows, data["image_stage"], editing)
         written = splice.write_shard(layout, plan)
         result["shards"] += 1
         for name, value in vars(written).items():

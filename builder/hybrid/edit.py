@@ -19,9 +19,6 @@ from builder.table.schema import folded
 
 #: What a member of an edited sample holds: what the source has there, or what is new.
 Holds = Literal["source", "image", "json", "txt"]
-#: json fields that the writer alone sets: always, and where there is a new image that they describe.
-OWNED = frozenset({"caption", "original_caption", "provenance"})
-DESCRIBING = frozenset({"width", "height", "original_width", "original_height", "sha256"})
 #: json fields that describe the replaced image: emptied, since the new one has no origin. Source: img2dataset's fields.
 _EMPTIED = ("url", "exif")
 #: The json field that holds boxes of faces in DataComp's shards; a pipeline may name another one.

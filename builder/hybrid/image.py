@@ -1,24 +1,42 @@
-"""The generated image in the table: the stage that owns it, its columns, its format, and how its run made it."""
+"""The generated image: the stage that owns it, its columns in the table, its bytes, and how its run made it.
+
+One stage of a root owns the columns `image_path`, `image_offset` and `image_size`, which point into edits tars.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from builder import formats
 from builder.errors import ConfigError, ShardError
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
+from builder.table import edits
+from builder.table.edits import EditsReader
 from builder.table.pointers import pointers_of
 from builder.table.schema import Column
 
+#: The columns that point to an image: edits tar relative to the root, first byte, bytes.
 POINTER = ("image_path", "image_offset", "image_size")
-MADE = ("image_width", "image_height", "image_sha256", "image_seed", "image_model", "image_prompt", "prompt")
+#: The columns that describe it and how it was made; it belongs together with its prompt, which becomes the caption.
+_MADE = ("image_width", "image_height", "image_sha256", "image_seed", "image_model", "image_prompt")
+#: All columns of an image with their types in SQL; `prompt` is the prompt as it is now, `image_prompt` that of then.
+SQL_TYPES = {
+    "image_path": "varchar", "image_offset": "bigint", "image_size": "bigint", "image_width": "integer",
+    "image_height": "integer", "image_sha256": "varchar", "image_seed": "bigint", "image_model": "varchar",
+    "image_prompt": "varchar", "prompt": "varchar", "image_format": "varchar",
+}  # fmt: skip
+#: Columns without which an image is not taken.
+NEEDED = (*POINTER, "image_prompt", "prompt", "image_width", "image_height", "image_sha256")
 
 
 def image_stage(columns: Sequence[Column]) -> str | None:
-    """The stage that owns the image pointer."""
+    """The stage that owns the image, None for a root without one."""
     return next((stage for stage, names in pointers_of(columns).items() if "image_path" in names), None)
 
 
@@ -27,14 +45,104 @@ def says_format(columns: Sequence[Column]) -> bool:
     return any(column.name == "image_format" and column.type == pa.string() for column in columns)
 
 
+def table_columns(columns: Sequence[Column]) -> dict[str, str]:
+    """What is read of the table for a selected image, by the name that it gets: its run, and its format if there is."""
+    stage = image_stage(columns)
+    if stage is None:
+        return {}
+    found = {"image_run": f"{stage}_run"}
+    if says_format(columns):
+        found["image_format"] = "image_format"
+    return found
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """The image of one selected row.
+
+    Attributes:
+        place: as `POINTER`.
+        prompt: the text that it was made from.
+        made: what describes it and how it was made, by column; `stage`, `version` and `options` of its run, if known.
+        kind: its format, None where the table does not say it.
+    """
+
+    place: tuple[str, int, int]
+    prompt: str
+    made: dict[str, Any]
+    kind: str | None
+
+
+def image_in(row: dict[str, Any], provenance: Provenance) -> GeneratedImage | None:
+    """The image of a row of the write selection; None if it has none.
+
+    Raises:
+        ConfigError: the row has only a part of an image's columns, or the run that made it is gone.
+    """
+    if row.get("image_path") is None:
+        return None
+    if row["image_prompt"] is None:
+        raise ConfigError(
+            "an image has no image_prompt, so its caption is not known",
+            where={"shard": row["shard"], "row": row["row"]},
+            fix="leave such rows out of the write SQL: where image_prompt is not null",
+        )
+    if row["image_offset"] is None or row["image_size"] is None:
+        raise ConfigError(
+            "an image has no image_offset or no image_size",
+            where={"shard": row["shard"], "row": row["row"]},
+            fix="return all of a row's image columns, or none of them",
+        )
+    made = {name: row.get(name) for name in _MADE} | provenance.of(row.get("image_run"))
+    said = row.get("image_format")
+    kind = formats.named(said) if said else None
+    return GeneratedImage((row["image_path"], row["image_offset"], row["image_size"]), row["image_prompt"], made, kind)
+
+
+def read_image(
+    generated: EditsReader, place: tuple[str, int, int], sha256: str, kind: str | None, row: int
+) -> tuple[bytes, str]:
+    """The bytes of an image and their sha256, which is the table's.
+
+    Raises:
+        ShardError: the edits tar is gone or holds something else.
+        OSError: the machine does not give the bytes.
+    """
+    picture = generated.read(*place)
+    digest = hashlib.sha256(picture).hexdigest()
+    if digest != sha256:
+        raise ShardError(
+            "generated bytes are not those that the table describes",
+            where={"row": row, "edits tar": place[0]},
+            fix=edits.again(place[0]),
+        )
+    found = formats.of_bytes(picture)
+    if found is not None and kind is not None and found != kind:
+        raise ShardError(
+            f"a new image is {found}, and its row says {kind}",
+            where={"row": row, "edits tar": place[0]},
+            fix="return image_format of the stage that made the image, next to image_path",
+        )
+    return picture, digest
+
+
 class Provenance:
-    """Stage, version and options hash of images, out of their runs; each run is read once."""
+    """Stage, version and options hash of images, out of their runs; each run is read once.
+
+    Args:
+        stage: the stage that owns the image, as `image_stage`.
+    """
 
     def __init__(self, layout: Layout, stage: str | None) -> None:
         self._layout, self._stage = layout, stage
         self._known: dict[str, dict[str, Any]] = {}
 
     def of(self, run: str | None) -> dict[str, Any]:
+        """What a run says, empty where the table names none.
+
+        Raises:
+            ConfigError: the run is gone or damaged.
+        """
         if self._stage is None or run is None:
             return {}
         if run not in self._known:

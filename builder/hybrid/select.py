@@ -1,35 +1,139 @@
-"""Write selection: the rows that write SQL returns, by shard, next to what the table says of them."""
+"""Write selection: the rows that write SQL returns, shard by shard, with what the table says of their samples.
+
+Whatever is made of selected samples stands on it. It knows no tars and nothing of what becomes of a sample.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builder.errors import ConfigError
-from builder.hybrid import edit as edited_sample
-from builder.hybrid.edit import Rules
-from builder.hybrid.image import MADE, POINTER, says_format
+from builder import machine
+from builder.errors import BuilderError, ConfigError
+from builder.hybrid import image
 from builder.store.layout import Layout
 from builder.table import partitions, schema
+from builder.table.query import Samples
 from builder.table.schema import Column, folded
-from builder.table.sql_text import Sql, batches
+from builder.table.sql_text import DuckError, Sql, batches, guarded
 
-ROW_KEYS = ("shard", "row", "uid")
-_OTHER = ("dropped", "caption", "image_format")
+#: Columns that write SQL returns always.
+_KEYS = ("shard", "row", "uid")
+#: Columns that it may return, with their types in SQL. All others begin with `SET`.
 _TYPES = {
-    "shard": "varchar", "row": "bigint", "uid": "varchar", "dropped": "boolean", "caption": "varchar",
-    "image_path": "varchar", "image_offset": "bigint", "image_size": "bigint", "image_width": "integer",
-    "image_height": "integer", "image_sha256": "varchar", "image_seed": "bigint", "image_model": "varchar",
-    "image_prompt": "varchar", "prompt": "varchar", "image_format": "varchar",
+    "shard": "varchar", "row": "bigint", "uid": "varchar", "dropped": "boolean", "caption": "varchar", **image.SQL_TYPES
 }  # fmt: skip
+#: A column `set_<name>` sets the json field `<name>`.
 SET = "set_"
+#: json fields that no column may set: always, and where the SQL returns images that they describe.
+_OWNED = frozenset({"caption", "original_caption", "provenance"})
+_DESCRIBING = frozenset({"width", "height", "original_width", "original_height", "sha256"})
 #: Words for types of SQL that json does not have, or that Arrow does not hold: it takes the largest UHUGEINT for -1.
 _NOT_IN_JSON = ("INTERVAL", "MAP(", "UNION(", "UHUGEINT")
 #: Between the extensions of a sample's members, none of which holds it.
-BETWEEN = "/"
+_BETWEEN = "/"
+#: Rows of an answer that are read at a time.
+_BATCH = 10_000
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected samples of one shard.
+
+    Attributes:
+        state: the shard's source, and the identity of its rows.
+        rows: one dict per sample, ascending by `row`, each row once; empty where the SQL returns none. It has
+            `shard` (str), `row` (int, position in the shard from 0), `uid` (str), and of these what the SQL returns:
+            `dropped` (bool), `caption` (str), the columns of an image (`image.SQL_TYPES`; offset and size in bytes,
+            width and height in pixels), `set_<json field>` (any value that json has). From the table come
+            `source_status` (`ok`, or `failed` for a sample with a bad source), `source_extensions` (see
+            `extensions_of`) and, with images, `image_run` (the run that made it) and `image_format`. None is null.
+        row_schema: the Arrow schema of the rows, the same for all shards.
+    """
+
+    shard: str
+    state: partitions.State
+    rows: list[dict[str, Any]]
+    row_schema: pa.Schema
+
+
+def select(
+    layout: Layout,
+    columns: Sequence[Column],
+    shards: Sequence[str],
+    sql: Sql,
+    params: dict[str, Any],
+    *,
+    boxes: Collection[str] = (),
+    refused: dict[str, BuilderError] | None = None,
+) -> Iterator[Selection]:
+    """Evaluates write SQL once and yields the selection of every shard of the table among `shards`, sorted by name.
+
+    Args:
+        columns: of the table.
+        boxes: json fields that hold boxes of a sample's picture; SQL that returns images sets none of them.
+        refused: takes the shards of which there is no selection, with the reason; without it the first one ends all.
+
+    Raises:
+        ConfigError: the SQL is refused, returns a column that has no meaning here, or returns a row twice.
+    """
+    with Samples(layout, columns, shards, deciding=[sql]) as samples:
+        relation = samples.select(sql, params)
+        returned = [_known_name(name) for name in samples.names(sql, params)]
+        _check_columns(returned, [str(kind) for kind in relation.types], sql, boxes)
+        chosen = ", ".join(_cast(name) for name in returned)
+        around = f"select {chosen} from {{}} w order by w.shard, w.row"
+        more = _columns_of_table(columns, returned)
+        try:
+            reader = samples.select(sql, params, around=around).to_arrow_reader(_BATCH)
+            row_schema = pa.schema([*reader.schema, *((name, pa.string()) for name in more)])
+            by_shard = _by_shard(reader, sql)
+            waiting = next(by_shard, None)
+            for shard in sorted(shards):
+                state = partitions.partition_state(layout, shard)
+                if state is None:
+                    continue
+                while waiting is not None and waiting[0] < shard:
+                    waiting = next(by_shard, None)  # of a shard that the table does not have
+                rows: list[dict[str, Any]] = []
+                try:
+                    if waiting is not None and waiting[0] == shard:
+                        rows, state = _with_table(layout, shard, waiting[1], more)
+                        waiting = next(by_shard, None)
+                    _check_once(shard, rows, sql)
+                except Exception as error:
+                    note_refused(refused, shard, error)
+                    continue
+                yield Selection(shard, state, rows, row_schema)
+        except DuckError as error:
+            raise guarded(sql, error) from error
+
+
+def note_refused(refused: dict[str, BuilderError] | None, shard: str, error: Exception) -> None:
+    """Takes note of a shard that is refused; raises the error where nothing takes it or it is not of the shard."""
+    if refused is None or not (isinstance(error, BuilderError) or machine.is_of_the_machine(error)):
+        raise error
+    refused[shard] = error if isinstance(error, BuilderError) else machine.told(error)
+
+
+def extensions_of(row: dict[str, Any]) -> tuple[str, ...]:
+    """The extensions of a selected sample's members, in the order in which they lie in the source."""
+    return tuple(row["source_extensions"].split(_BETWEEN))
+
+
+def _check_once(shard: str, rows: list[dict[str, Any]], sql: Sql) -> None:
+    for before, row in pairwise(rows):
+        if before["row"] == row["row"]:
+            raise ConfigError(
+                f"write SQL returns row {row['row']} of shard '{shard}' more than once",
+                where={"file": sql.origin},
+                fix="each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
+            )
 
 
 def _in_python(batch: pa.RecordBatch, sql: Sql) -> list[dict[str, Any]]:
@@ -57,82 +161,88 @@ def _in_python(batch: pa.RecordBatch, sql: Sql) -> list[dict[str, Any]]:
         raise
 
 
-def known_name(name: str) -> str:
-    """A column of the write SQL as the writer calls it: SQL does not tell the case of a name, json fields do."""
+def _known_name(name: str) -> str:
+    """A column of the SQL by its name here: SQL does not distinguish case, json fields do."""
     lower = folded(name)
     if lower.startswith(SET):
         return SET + name[len(SET) :]
     return lower if lower in _TYPES else name
 
 
-def cast_column(name: str) -> str:
+def _cast(name: str) -> str:
     quoted = schema.quoted(name)
-    return f"cast(w.{quoted} as {_TYPES[name]}) as {quoted}" if name in _TYPES else f"w.{quoted} as {quoted}"
+    if name in _TYPES:
+        return f"cast(w.{quoted} as {_TYPES[name]}) as {quoted}"
+    return f"w.{quoted} as {quoted}"
 
 
-def check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql, rules: Rules) -> None:
+def _check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql, boxes: Collection[str]) -> None:
     place = {"file": sql.origin, "returned": ", ".join(returned)}
-    for name in ROW_KEYS:
+    for name in _KEYS:
         if name not in returned:
             raise ConfigError(f"write SQL returned no column '{name}'", where=place, fix="select shard, row, uid, ...")
     for name in returned:
-        if name not in (*ROW_KEYS, *POINTER, *MADE, *_OTHER) and not name.startswith(SET):
+        if name not in _TYPES and not name.startswith(SET):
             raise ConfigError(
                 f"write SQL returned a column '{name}', which the writer does not know",
                 where=place,
                 fix=f"to set a json field write: {name} as {SET}{name}",
             )
-    describing = edited_sample.DESCRIBING | {*rules.box_fields}
-    owned = edited_sample.OWNED | (describing if "image_path" in returned else set())
+    owned = {*_OWNED, *_DESCRIBING, *boxes} if "image_path" in returned else _OWNED
     for name, kind in zip(returned, types, strict=True):
-        if folded(name.removeprefix(SET)) in owned and name.startswith(SET):
+        if not name.startswith(SET):
+            continue
+        if folded(name.removeprefix(SET)) in owned:
+            is_caption = folded(name) == f"{SET}caption"
             raise ConfigError(
                 f"write SQL returned '{name}', which the writer sets itself",
                 where=place,
-                fix="leave it out" if folded(name) != f"{SET}caption" else "return the new caption as: caption",
+                fix="return the new caption as: caption" if is_caption else "leave it out",
             )
-        if name.startswith(SET) and any(word in kind for word in _NOT_IN_JSON):
+        if any(word in kind for word in _NOT_IN_JSON):
             raise ConfigError(
                 f"write SQL returned '{name}' of type {kind}, which json does not have",
                 where=place,
                 fix=f"cast it, for example: cast({name} as varchar)",
             )
-    if "image_path" in returned and "caption" in returned:
+    if "image_path" in returned:
+        _check_image_columns(returned, place)
+
+
+def _check_image_columns(returned: Sequence[str], place: dict[str, str]) -> None:
+    if "caption" in returned:
         raise ConfigError(
             "write SQL returned both 'image_path' and 'caption'",
             where=place,
             fix="the caption of a new image is its image_prompt: leave caption out",
         )
-    needed = (*POINTER, "image_prompt", "prompt", "image_width", "image_height", "image_sha256")
-    if "image_path" in returned and (missing := [name for name in needed if name not in returned]):
-        raise ConfigError(
-            f"write SQL returned 'image_path' without '{missing[0]}'",
-            where=place,
-            fix=f"image and caption belong together; select all of: {', '.join(needed)}",
-        )
+    for name in image.NEEDED:
+        if name not in returned:
+            raise ConfigError(
+                f"write SQL returned 'image_path' without '{name}'",
+                where=place,
+                fix=f"image and caption belong together; select all of: {', '.join(image.NEEDED)}",
+            )
 
 
-def columns_beside(columns: Sequence[Column], stage: str | None, returned: Sequence[str]) -> dict[str, str]:
-    """What the plan wants to know of a row beside what the SQL returns, and the column that says it."""
-    beside = {"source_status": "source_status", "source_extensions": "source_members.list.element.ext"}
-    if stage and "image_path" in returned:
-        beside["image_run"] = f"{stage}_run"
-        if says_format(columns):
-            beside["image_format"] = "image_format"
-    return {name: column for name, column in beside.items() if name not in returned}
+def _columns_of_table(columns: Sequence[Column], returned: Sequence[str]) -> dict[str, str]:
+    """What a selection has from the table, by the name that it gets: the column that says it."""
+    found = {"source_status": "source_status", "source_extensions": "source_members.list.element.ext"}
+    if "image_path" in returned:
+        found |= image.table_columns(columns)
+    return {name: column for name, column in found.items() if name not in returned}
 
 
-def with_table(
+def _with_table(
     layout: Layout, shard: str, rows: list[dict[str, Any]], columns: dict[str, str]
 ) -> tuple[list[dict[str, Any]], partitions.State]:
-    """The rows of the write SQL that the table has, with what `columns` say of them."""
+    """The rows of the SQL that the table has, with what `columns` say of them."""
     have, state = partitions.read_partition(layout, shard, list(columns.values()))
     known = [row for row in rows if row["row"] is not None and 0 <= row["row"] < have.num_rows]
     at = pa.array([row["row"] for row in known], pa.int64())
     found = {name: _texts(have[column].take(at)) for name, column in columns.items()}
-    return [
-        {**row, **dict(zip(found, values, strict=True))} for row, *values in zip(known, *found.values(), strict=True)
-    ], state
+    values = zip(*found.values(), strict=True)
+    return [{**row, **dict(zip(found, more, strict=True))} for row, more in zip(known, values, strict=True)], state
 
 
 def _texts(column: pa.ChunkedArray) -> list[str | None]:
@@ -141,10 +251,10 @@ def _texts(column: pa.ChunkedArray) -> list[str | None]:
         return list(column.to_pylist())
     members = column.combine_chunks()
     lists = pa.ListArray.from_arrays(members.offsets, members.values.field("ext"))
-    return list(pc.binary_join(lists, BETWEEN).to_pylist())
+    return list(pc.binary_join(lists, _BETWEEN).to_pylist())
 
 
-def by_shard(reader: pa.RecordBatchReader, sql: Sql) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _by_shard(reader: pa.RecordBatchReader, sql: Sql) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     shard: str | None = None
     rows: list[dict[str, Any]] = []
     for batch in batches(reader):

@@ -14,19 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from builder import formats
 from builder.errors import ShardError, where
-from builder.hybrid import edit as edited_sample
 from builder.hybrid.assembly import Assembly, Part, length
-from builder.hybrid.edit import Edit, edited_json, manifest_provenance
-from builder.hybrid.manifest import DIGEST, INFO, Written
+from builder.hybrid.edit import Edit, Member, edited_json, manifest_provenance
+from builder.hybrid.image import read_image
+from builder.hybrid.manifest import EditedMember, SourceMembers, Written, encoded, manifest_of
 from builder.hybrid.output_folder import check_apart
 from builder.hybrid.shard_plan import ShardPlan
 from builder.sources.members import AGAIN
 from builder.sources.tars.opening import opened
 from builder.store import files
 from builder.store.layout import Layout
-from builder.table import column_files, edits, partitions
+from builder.table import partitions
 from builder.table.edits import EditsReader
 from builder.tar import blocks, indexing, record_heads
 from builder.tar.index import Index
@@ -37,9 +36,6 @@ _NEAR = 8192
 _LARGE = 1 << 20
 #: Times that a shard is written whose source's time of change, and nothing else, changes meanwhile.
 _TRIES = 3
-
-
-# --- one shard ---
 
 
 def write_shard(layout: Layout, plan: ShardPlan) -> Written:
@@ -66,7 +62,7 @@ def write_shard(layout: Layout, plan: ShardPlan) -> Written:
 
 def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Buffer, Path]:
     """Makes a hybrid shard under a temp name, durably; returns what it holds, its manifest and that name."""
-    with opened(layout, plan.shard, plan.source) as source, EditsReader(layout.root) as edits:
+    with opened(layout, plan.shard, plan.source) as source, EditsReader(layout.root) as generated:
         before = _identity(source)
         places, state = partitions.read_partition(layout, plan.shard, ["key", "source_members"])
         if state.source != plan.source:
@@ -77,7 +73,7 @@ def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Buffer, Path]
         def write(path: Path) -> None:
             was = before
             for _ in range(_TRIES):
-                made.append(_Splicer(source, edits, plan, places))
+                made.append(_Splicer(source, generated, plan, places))
                 made[-1].write(path)
                 now = _identity(source)
                 if now == was:
@@ -147,15 +143,13 @@ class _Prepared:
     Attributes:
         parts: header, content and padding of its members, in order.
         ranges: bytes of the source that it replaces, ascending.
-        members: name and sha256 of each new member.
-        provenance: of a sample without json, as the manifest carries it.
+        members: the new members, for the manifest.
     """
 
     edit: Edit
     parts: list[Part]
     ranges: list[tuple[int, int]]
-    members: list[tuple[str, str]]
-    provenance: str | None = None
+    members: list[EditedMember]
 
 
 class _Splicer:
@@ -165,13 +159,12 @@ class _Splicer:
         manifest: every member, as a parquet file, once it is written.
     """
 
-    def __init__(self, source: int, edits: EditsReader, plan: ShardPlan, places: pa.Table) -> None:
-        self._source, self._edits, self._plan = source, edits, plan
+    def __init__(self, source: int, generated: EditsReader, plan: ShardPlan, places: pa.Table) -> None:
+        self._source, self._generated, self._plan = source, generated, plan
         self._members = _Members(places)
         self._window = (0, b"")
         self.manifest: pa.Buffer
-        self._made: list[tuple[int, str, str]] = []  # row, name and sha256 of every new member
-        self._provenance: dict[int, str] = {}  # of edited samples without json, by row
+        self._made: list[EditedMember] = []
         self._stays, self._tail = self._ending()
         self.written = Written(rows=len(self._members.keys), source_end_mark=self._tail.has_end_mark)
 
@@ -186,11 +179,11 @@ class _Splicer:
                 for start, stop in prepared.ranges[1:]:
                     self._copy(made, at, start)  # members between that belong to no sample
                     at = stop
-                self.written.dropped += prepared.edit.dropped
-                self.written.edited += not prepared.edit.dropped
-                self._made += [(prepared.edit.row, *member) for member in prepared.members]
-                if prepared.provenance is not None:
-                    self._provenance[prepared.edit.row] = prepared.provenance
+                if prepared.edit.dropped:
+                    self.written.dropped += 1
+                else:
+                    self.written.edited += 1
+                self._made += prepared.members
             self._finish(made, at)
             self.written.size = made.size
             self.manifest = self._encoded(self._manifest())  # while the last parts are still being written
@@ -198,25 +191,30 @@ class _Splicer:
     def _prepare(self, edit: Edit) -> _Prepared:
         members = self._members.of(edit.row)
         parts: list[Part] = []
-        made: list[tuple[str, str]] = []
-        provenance = None
+        made: list[EditedMember] = []
         if not edit.dropped:
             key = self._members.keys[edit.row]
             old = self._read(edit, members)
+            provenance = self._provenance_without_json(edit, old)
             for member, body, digest in self._bodies(edit, old):
                 name = f"{key}.{member.extension}"
                 size = length(body)
                 head = record_heads.remake_record_head(old[member.place][0], name, size)
                 parts += (head, body, bytes(blocks.padding(size)))
-                made.append((name, digest or self._sha256(body)))
-            if all(member.holds != "json" for member in edit.members):
-                txt = old[next(member.place for member in edit.members if member.holds == "txt")][1]
-                assert isinstance(txt, bytes)
-                provenance = manifest_provenance(txt, edit)
+                made.append(EditedMember(self._plan.shard, edit.row, name, digest or self._sha256(body), provenance))
+                provenance = None  # the first member of the sample carries it
         ranges = sorted(
             (place["header"], place["data"] + place["size"] + blocks.padding(place["size"])) for place in members
         )
-        return _Prepared(edit, parts, ranges, made, provenance)
+        return _Prepared(edit, parts, ranges, made)
+
+    def _provenance_without_json(self, edit: Edit, old: dict[int, tuple[bytes, Part]]) -> str | None:
+        """How a sample was made that has no json to say so, as the manifest carries it."""
+        if any(member.holds == "json" for member in edit.members):
+            return None
+        txt = old[next(member.place for member in edit.members if member.holds == "txt")][1]
+        assert isinstance(txt, bytes)
+        return manifest_provenance(txt, edit)
 
     def _ending(self) -> tuple[int, Index]:
         """First byte after the last member that is not dropped, and the source's members behind the last such row.
@@ -274,9 +272,7 @@ class _Splicer:
             digest.update(files.read_at(self._source, start, min(_LARGE, body[1] - start)))
         return digest.hexdigest()
 
-    def _bodies(
-        self, edit: Edit, old: dict[int, tuple[bytes, Part]]
-    ) -> Iterator[tuple[edited_sample.Member, Part, str]]:
+    def _bodies(self, edit: Edit, old: dict[int, tuple[bytes, Part]]) -> Iterator[tuple[Member, Part, str]]:
         """Each member of an edited sample with its content, and its sha256 where it is known."""
         for member in edit.members:
             digest = ""
@@ -290,7 +286,7 @@ class _Splicer:
                 content = edit.caption.encode()
             yield member, content, digest
 
-    def _json(self, edit: Edit, old: dict[int, tuple[bytes, Part]], member: edited_sample.Member) -> bytes:
+    def _json(self, edit: Edit, old: dict[int, tuple[bytes, Part]], member: Member) -> bytes:
         raw = None if member.is_added else self._whole(old[member.place][1])
         txt = next((self._whole(old[m.place][1]) for m in edit.members if m.extension.lower() == "txt"), None)
         try:
@@ -306,21 +302,7 @@ class _Splicer:
     def _picture(self, edit: Edit) -> tuple[bytes, str]:
         """The new image and its sha256, which is the table's."""
         assert edit.image is not None
-        picture = self._edits.read(*edit.image)
-        digest = hashlib.sha256(picture).hexdigest()
-        if digest != edit.made["image_sha256"]:
-            raise ShardError(
-                "generated bytes are not those that the table describes",
-                where={"row": edit.row, "edits tar": edit.image[0]},
-                fix=edits.again(edit.image[0]),
-            )
-        if (found := formats.of_bytes(picture)) not in (None, edit.kind or found):
-            raise ShardError(
-                f"a new image is {found}, and its row says {edit.kind}",
-                where={"row": edit.row, "edits tar": edit.image[0]},
-                fix="return image_format of the stage that made the image, beside image_path",
-            )
-        return picture, digest
+        return read_image(self._generated, edit.image, edit.made["image_sha256"], edit.kind, edit.row)
 
     def _near(self, start: int, size: int) -> bytes:
         """Bytes of the source, out of those that were read last where they hold them."""
@@ -332,8 +314,7 @@ class _Splicer:
         return self._window[1][at : at + size]
 
     def _manifest(self) -> pa.Table:
-        """Every member of the hybrid shard: row, member, sha256 of edited ones, origin; provenance of a sample that has
-        no json for it, on the row of its first member."""
+        """Every member of the hybrid shard."""
         members = self._members
         counts = np.diff(members.first)
         row_of = np.repeat(np.arange(len(counts)), counts)
@@ -341,30 +322,7 @@ class _Splicer:
         keys = pa.array(members.keys, pa.string()).take(pa.array(row_of[kept]))
         extensions = pa.array(members.extension, pa.string()).filter(pa.array(kept))
         names = pc.binary_join_element_wise(keys, extensions, ".")
-        new = self._made
-        rows = np.concatenate([row_of[kept], np.array([row for row, _, _ in new], np.int64)])
-        count = len(names)
-        table_ = pa.table(
-            {
-                "shard": pa.array([self._plan.shard] * len(rows), pa.string()),
-                "row": pa.array(rows, pa.int64()),
-                "member": pa.chunked_array([names, pa.array([name for _, name, _ in new], pa.string())]),
-                "sha256": pa.chunked_array(
-                    [pa.nulls(count, pa.string()), pa.array([digest for _, _, digest in new], pa.string())]
-                ),
-                "origin": pa.array(["source"] * count + ["edited"] * len(new), pa.string()),
-                "provenance": pa.chunked_array([pa.nulls(count, pa.string()), pa.array(self._told(), pa.string())]),
-            }
-        )
-        return table_.take(pa.array(np.argsort(rows, kind="stable")))
-
-    def _told(self) -> list[str | None]:
-        """The provenance of each new member that the manifest carries."""
-        left = dict(self._provenance)
-        return [left.pop(row, None) for row, _, _ in self._made]
+        return manifest_of(SourceMembers(self._plan.shard, row_of[kept], names), self._made)
 
     def _encoded(self, manifest: pa.Table) -> pa.Buffer:
-        info = json.dumps({**vars(self.written), "source": self._plan.on_disk}).encode()
-        sink = pa.BufferOutputStream()
-        column_files.write_parquet(manifest, {DIGEST: self._plan.digest.encode(), INFO: info}, sink)
-        return sink.getvalue()
+        return encoded(manifest, self._plan.digest, self.written, self._plan.on_disk)

@@ -75,10 +75,10 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: boo
                 continue
             size, more = output_folder.sizes_of(layout, shard)
             plan.needed, largest, plan.bytes = plan.needed + more, max(largest, size), plan.bytes + size
-            plan.todo.append(Slice(shard.shard, position, len(shard.frozen), shard.rows))
-            position += len(shard.frozen)
-            if freeze is not None and shard.frozen:
-                rows = pa.Table.from_pylist(shard.frozen, schema=shard.frozen_schema)
+            plan.todo.append(Slice(shard.shard, position, len(shard.selected), shard.rows))
+            position += len(shard.selected)
+            if freeze is not None and shard.selected:
+                rows = pa.Table.from_pylist(shard.selected, schema=shard.row_schema)
                 sink = sink or pq.ParquetWriter(freeze, rows.schema, compression="zstd", compression_level=1)
                 sink.write_table(rows)
     finally:

@@ -100,7 +100,7 @@ class Pair:
         """What becomes of the samples that the write SQL returns, by row."""
         changes = Changes(self._layout, self._rules)
         self._changes: dict[int, Change] = {}
-        for row in self._plan.frozen:
+        for row in self._plan.selected:
             extensions = [place["ext"] for place in self._places[row["row"]]]
             change = changes.of(row, extensions)
             if change is not None:
