@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from builder.hybrid import edit, image, manifest, output_folder, shard_plan, splice
+from builder.hybrid.verify import proof
 from builder.progress import Talk
 from builder.tar import blocks, record_heads
 from builder.tar.walk import pax_records
@@ -624,3 +627,24 @@ def test_a_fault_of_the_statistics(problems: Callable[..., list[str]], monkeypat
     monkeypatch.setattr(manifest.Written, "statistics", property(lambda self: {**real(self), name: 1000}))
     found = problems()
     assert f"shard '{SHARD}': '{SHARD}_stats.json' says " in found[0]
+
+
+# --- what the proof shares with the writer ---
+
+
+def test_the_proof_shares_no_decision_with_the_writer() -> None:
+    """Data alone: how a pipeline edits, source and digest of a plan, the rows of the selection, a manifest's footer."""
+    shared: set[str] = set()
+    attributes: set[str] = set()
+    for path in Path(proof.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                shared |= {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("plan", "self._plan", "manifest"):
+                attributes.add(node.attr)
+    of_writer = {name for name in shared if name.startswith("builder.hybrid") and ".verify" not in name}
+    assert of_writer == {
+        "builder.hybrid.edit.Rules", "builder.hybrid.shard_plan.ShardPlan", "builder.hybrid.manifest",
+    }  # fmt: skip
+    assert attributes == {"shard", "source", "digest", "selected", "read_description"}
+    assert not [name for name in shared if "record_heads" in name or name.startswith("builder.formats.picture")]
