@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 from builder.store.layout import RunFiles
 from builder.store.owners import Liveness
 
-# --- the environment of a task ---
+# --- how a task is started ---
 
 #: The executor that started this process; `local` if it is not set.
 EXECUTOR = "BUILDER_EXECUTOR"
@@ -34,6 +35,11 @@ KILLED = "SIGKILL"
 def task_environment(executor: str, device: str, died_of: str = "") -> dict[str, str]:
     """The environment that a task's process is started with."""
     return {**DEFAULTS, **os.environ, EXECUTOR: executor, DEVICE: device, DIED_OF: died_of}
+
+
+def task_command(run: RunFiles, number: int) -> list[str]:
+    """The command line of one task. With `-P`, no file of the working directory is imported in place of a module."""
+    return [sys.executable, "-P", "-m", "builder", "task", str(run.folder), str(number)]
 
 
 def take_task_defaults() -> None:
@@ -142,7 +148,7 @@ class Executor(Protocol):
     def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Submission:
         """Takes tasks 0 to `tasks - 1` of a run.
 
-        Each is `builder task RUN NUMBER` with the environment of `task_environment`.
+        Each is started with `task_command` and the environment of `task_environment`.
 
         Args:
             workers: how many tasks may be done at the same time.

@@ -11,14 +11,22 @@ import queue
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.executors.base import PARENT_PIPE, Ended, Reported, Submission, has_listener, read_line, task_environment
+from builder.executors.base import (
+    PARENT_PIPE,
+    Ended,
+    Reported,
+    Submission,
+    has_listener,
+    read_line,
+    task_command,
+    task_environment,
+)
 from builder.store import files
 from builder.store.layout import RunFiles
 from builder.store.owners import Liveness, process_liveness
@@ -55,7 +63,7 @@ class LocalExecutor:
 
     def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Submission:
         def command(number: int) -> Sequence[str]:
-            return task_command(run.folder, number)
+            return task_command(run, number)
 
         return TaskPool(command, tasks, run.log, workers=workers, devices=devices, in_hand=run.in_hand)
 
@@ -225,11 +233,6 @@ class TaskPool:
         for worker in self._running.values():
             worker.process.kill()
             worker.process.wait()
-
-
-def task_command(run_folder: Path, number: int) -> list[str]:
-    """The command line of one task. With `-P`, no file of the working directory is imported in place of a module."""
-    return [sys.executable, "-P", "-m", "builder", "task", str(run_folder), str(number)]
 
 
 def die_with_parent() -> None:
