@@ -102,6 +102,19 @@ print(json.dumps({"done": 2, "failed": 1}), flush=True)
     assert sorted(lines) == ["a stage prints", "and to stderr", '{"done": "many"}']
 
 
+def test_a_worker_knows_its_executor_and_how_the_last_one_died(run: Callable[..., list[Ended]], tmp_path: Path) -> None:
+    text = """
+said = [os.environ[name] for name in ("BUILDER_EXECUTOR", "BUILDER_DIED_OF", "BUILDER_PARENT_PIPE", "OMP_NUM_THREADS")]
+with (folder / "said").open("a") as out:
+    print(*said, sep=",", file=out)
+if start.name.endswith("-0"):
+    os.kill(os.getpid(), signal.SIGSEGV)
+"""
+    assert run(text, 1, in_hand=lambda number: tmp_path / "in_hand") == [Ended(0, 0, 1)]
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    assert (tmp_path / "said").read_text().split() == [f"local,,1,{threads}", f"local,SIGSEGV,1,{threads}"]
+
+
 def test_a_worker_that_dies_is_replaced(run: Callable[..., list[Ended]], tmp_path: Path) -> None:
     """Task 1 dies twice, each time in another batch."""
     text = """

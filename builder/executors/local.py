@@ -88,8 +88,8 @@ class TaskPool:
         log: the file that a task's standard error goes to.
         workers: how many processes run at the same time; fewer where the machine does not give as many.
         devices: each worker gets one of these, in turn.
-        in_hand: the file that changes whenever a task begins a batch; a process that dies before it changed has not
-            got on.
+        in_hand: the file that changes whenever a task begins a batch. A task whose processes die with the same content
+            in it does not get on.
     """
 
     def __init__(
