@@ -19,6 +19,7 @@ from builder.store.layout import Layout
 from builder.table import column_files, partitions, root_schema
 from builder.table.schema import SOURCE
 from builder.verbs.pipeline import Pipeline, load_pipeline
+from builder.verbs.snapshot import Snapshot
 
 #: Share of rows with an answer, by stage.
 DONE = {"faces": 1.0, "lang": 1.0, "prompts": 0.0, "generate": 0.0}
@@ -54,7 +55,7 @@ def _shard(folder: Path, layout: Layout, pipeline: Pipeline, name: str, content:
     named = content.set_column(content.column_names.index("shard"), "shard", pa.array([name] * content.num_rows))
     named = named.set_column(named.column_names.index("uid"), "uid", pa.array(uids))
     write = partial(column_files.write_parquet, named)
-    source = pipeline.source.identify(path)
+    source = Snapshot(pipeline).source.identify(path)
     write(partitions.folded_metadata(generations, 1, name, source), layout.partition(name))
 
 
@@ -62,7 +63,7 @@ def _content(pipeline: Pipeline, rows: int) -> pa.Table:
     """Rows of one partition."""
     random = np.random.default_rng(SEED)
     columns = {}
-    for column in pipeline.columns():
+    for column in Snapshot(pipeline).columns:
         values = pa.nulls(rows, column.type)
         if column.name == "row":
             values = pa.array(range(rows), pa.int64())

@@ -33,9 +33,10 @@ from builder.store.layout import Layout
 from builder.table import column_files, commits, partitions, root_schema, schema
 from builder.table.query import Samples
 from builder.table.sql_text import read_sql
-from builder.verbs.pipeline import shards_of, work_of
 from builder.verbs.plan import make_plan
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.status import read_status
+from builder.verbs.works import work_of
 
 #: Every json field of DataComp and img2dataset is carried.
 READING = shards.TarShards(dict(schema.FIELD_TYPES))
@@ -126,7 +127,7 @@ def ask(folder: str) -> Work:
     pipeline = tables.pipeline_in(Path(folder))
 
     def work() -> None:
-        with Samples(pipeline.layout, pipeline.columns(), pipeline.layout.partitions()) as samples:
+        with Samples(pipeline.layout, Snapshot(pipeline).columns, pipeline.layout.partitions()) as samples:
             samples.fixed(QUESTION)
 
     return work
@@ -145,7 +146,7 @@ def status(folder: str) -> Work:
 def heal(folder: str) -> Work:
     """Looks whether every partition holds what its column files do."""
     pipeline = tables.pipeline_in(Path(folder))
-    return lambda: partitions.heal(pipeline.layout, shards_of(pipeline))
+    return lambda: partitions.heal(pipeline.layout, Snapshot(pipeline).shards)
 
 
 def freeze(folder: str) -> Work:
@@ -153,7 +154,7 @@ def freeze(folder: str) -> Work:
     pipeline = tables.pipeline_in(Path(folder))
     path = pipeline.layout.root / "bench-workset.parquet"
     return lambda: workset.freeze(
-        pipeline.layout, path, work_of(pipeline, "lang", Choice(redo=True), shards_of(pipeline))
+        pipeline.layout, path, work_of(Snapshot(pipeline), "lang", Choice(redo=True), Snapshot(pipeline).shards)
     )
 
 

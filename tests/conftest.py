@@ -30,6 +30,7 @@ from builder.table import root_schema
 from builder.table.schema import BOXES
 from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline, load_pipeline
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.sql import answer
 from support.here import builder_here
 
@@ -229,9 +230,10 @@ def builder(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 def ingest_here(pipeline: Pipeline) -> None:
     """Ingests every shard in this process."""
-    root_schema.extend_schema(pipeline.layout, pipeline.source.columns)
+    root_schema.extend_schema(pipeline.layout, Snapshot(pipeline).source.columns)
+    source = Snapshot(pipeline).source
     for shard, path in pipeline.asked.find().paths.items():
-        ingest_shard(pipeline.layout, pipeline.source, shard, path, "ingest-run")
+        ingest_shard(pipeline.layout, source, shard, path, "ingest-run")
 
 
 def make_workspace(

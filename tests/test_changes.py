@@ -25,6 +25,7 @@ from builder.verbs.ingest import run_ingest
 from builder.verbs.pipeline import Pipeline
 from builder.verbs.plan import make_plan
 from builder.verbs.run import run_all
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.stage import run_stage
 from builder.verbs.status import read_status
 from builder.verbs.verify import prove
@@ -298,7 +299,7 @@ def refused(made: Workspace, select: str) -> tuple[str, str]:
     sql = made.folder / "w.sql"
     sql.write_text(select)
     with pytest.raises(ConfigError) as caught:
-        plan_write(made.load(f"write.select={sql}"))
+        plan_write(Snapshot(made.load(f"write.select={sql}")))
     return caught.value.what, caught.value.fix
 
 

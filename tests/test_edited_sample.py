@@ -25,6 +25,7 @@ from builder.hybrid.edit import (
     was_so,
 )
 from builder.table import partitions, root_schema
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.write import write_plans
 from conftest import CAPTION, Workspace, members_like, picture, read_tar, write_tar
 
@@ -350,7 +351,7 @@ from samples where image_path is not null
 
 
 def digest(made: Workspace, *sets: str) -> str:
-    [plan] = write_plans(made.load(*sets), ["a"])
+    [plan] = write_plans(Snapshot(made.load(*sets)), ["a"])
     return plan.digest
 
 

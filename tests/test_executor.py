@@ -24,6 +24,7 @@ from builder.store.layout import RunFiles
 from builder.store.owners import Liveness
 from builder.verbs.gc import collect_garbage
 from builder.verbs.ingest import finish_ingest_run, plan_ingest_run
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.stage import finish_stage_run, plan_stage_run
 from builder.verbs.write import finish_write_run, plan_write_run
 from conftest import Workspace, ingest_here
@@ -86,10 +87,10 @@ def inside(planned: PlannedRun) -> list[str]:
 def plan_of(made: Workspace, verb: str) -> Any:
     pipeline = made.load()
     if verb == "ingest":
-        return plan_ingest_run(pipeline, QUIET)
+        return plan_ingest_run(Snapshot(pipeline), QUIET)
     if verb == "stage":
-        return plan_stage_run(pipeline, "note", Choice(), QUIET)
-    return plan_write_run(pipeline, QUIET)
+        return plan_stage_run(Snapshot(pipeline), "note", Choice(), QUIET)
+    return plan_write_run(Snapshot(pipeline), QUIET)
 
 
 def test_ingest_stage_and_write_have_the_same_three_steps(made: Workspace, elsewhere: Elsewhere) -> None:
@@ -108,10 +109,10 @@ def test_ingest_stage_and_write_have_the_same_three_steps(made: Workspace, elsew
         assert elsewhere.submitted.pop() == (verb, 2, 2, ["cpu"])
         pipeline = made.load()
         if verb == "ingest":
-            finish_ingest_run(pipeline, planned, outcome, QUIET)
+            finish_ingest_run(Snapshot(pipeline), planned, outcome, QUIET)
             assert outcome["rows"] == 16
         elif verb == "stage":
-            finish_stage_run(pipeline, planned, outcome, QUIET)
+            finish_stage_run(Snapshot(pipeline), planned, outcome, QUIET)
             assert outcome["ok"] == 16
         else:
             assert not (made.root / "shards/sizes.json").exists()

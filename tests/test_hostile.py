@@ -42,7 +42,8 @@ from builder.table.edits import EditsReader, EditsTar
 from builder.table.sql_text import Sql
 from builder.tar import blocks, indexing, member_names
 from builder.verbs import status
-from builder.verbs.pipeline import Pipeline, shards_of
+from builder.verbs.pipeline import Pipeline
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.sql import answer
 from builder.verbs.verify import prove
 from builder.verbs.write import run_write, write_plans
@@ -800,7 +801,7 @@ def outside(made: Workspace) -> set[str]:
 
 def write_here(pipeline: Pipeline) -> list[str]:
     """Writes every hybrid shard in this process; returns what is wrong with them."""
-    for plan in write_plans(pipeline, shards_of(pipeline)):
+    for plan in write_plans(Snapshot(pipeline), Snapshot(pipeline).shards):
         splice.write_shard(pipeline.layout, plan)
     output_folder.write_sizes(pipeline.layout)
     return prove(pipeline, Talk(quiet=True)).problems

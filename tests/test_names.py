@@ -19,6 +19,7 @@ from builder.table import schema
 from builder.table.lookups import Lookup
 from builder.table.query import Samples
 from builder.table.schema import Column
+from builder.verbs.snapshot import Snapshot
 from conftest import Sample, Workspace, make_shard, picture, read_tar, samples, write_tar
 
 
@@ -182,7 +183,7 @@ def test_columns_of_a_lookup_in_another_case(dataset: Workspace, tmp_path: Path)
     pq.write_table(pa.table({"UID": [uid], "Score": [3]}), file)
     lookup = Lookup(str(file), {"uid": (pa.string(), ("uid",)), "score": (pa.int64(), ("score",))})
     pipeline = dataset.load()
-    with Samples(pipeline.layout, pipeline.columns(), ["00000000"], {"m": lookup}) as found:
+    with Samples(pipeline.layout, Snapshot(pipeline).columns, ["00000000"], {"m": lookup}) as found:
         assert found.fixed("select uid, score from m") == [(uid, 3)]
 
 
@@ -266,6 +267,9 @@ def test_two_names_in_work_sql(dataset: Workspace) -> None:
     file = dataset.folder / "l.sql"
     file.write_text("select shard, row, uid, caption as text, uid as TEXT from samples")
     pipeline = dataset.load(f"stages.lang.sql={file}")
-    with Samples(pipeline.layout, pipeline.columns(), ["00000000"]) as found, pytest.raises(ConfigError) as caught:
+    with (
+        Samples(pipeline.layout, Snapshot(pipeline).columns, ["00000000"]) as found,
+        pytest.raises(ConfigError) as caught,
+    ):
         found.names(pipeline.stages["lang"].sql)
     assert "'text' and 'TEXT'" in caught.value.what

@@ -27,12 +27,13 @@ from builder.store import files
 from builder.table import partitions
 from builder.verbs.gc import collect_garbage
 from builder.verbs.ingest import run_ingest
-from builder.verbs.pipeline import work_of
 from builder.verbs.plan import make_plan
 from builder.verbs.run import run_all
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.stage import run_stage
 from builder.verbs.status import read_status
 from builder.verbs.verify import prove
+from builder.verbs.works import work_of
 from builder.verbs.write import plan_write
 from conftest import STAGES, Sample, Workspace, make_shard, make_workspace, read_tar, samples
 from support import make_root, old_root, planned
@@ -441,7 +442,9 @@ def test_what_choices_do_with_rows_that_are_out_of_date(tmp_path: Path) -> None:
         [found] = [make_plan(root.made.load(), choice).stages["words"]]
         late = 0 if choice.where else 1
         assert (found.out_of_date, found.todo, found.ok, found.failed) == (late, todo, 3 - (not late), 1), choice
-        outcome = workset.first_rows(root.made.load().layout, work_of(root.made.load(), "words", choice, ["a"]), 9)
+        outcome = workset.first_rows(
+            root.made.load().layout, work_of(Snapshot(root.made.load()), "words", choice, ["a"]), 9
+        )
         assert outcome.num_rows == todo, choice
 
 
@@ -520,7 +523,7 @@ def test_an_old_root_that_is_read_again_keeps_its_rows_and_writes_nothing(
     monkeypatch.chdir(made.folder)
     layout = made.load().layout
     before = {shard: partitions.partition_state(layout, shard).rows for shard in layout.shard_names()}  # type: ignore[union-attr]
-    todo = [part.shard for part in plan_write(made.load()).todo]
+    todo = [part.shard for part in plan_write(Snapshot(made.load())).todo]
     run_ingest(made.load(), QUIET, redo=True)
     assert {shard: partitions.partition_state(layout, shard).rows for shard in before} == before  # type: ignore[union-attr]
-    assert [part.shard for part in plan_write(made.load()).todo] == todo
+    assert [part.shard for part in plan_write(Snapshot(made.load())).todo] == todo

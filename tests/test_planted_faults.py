@@ -18,6 +18,7 @@ from builder.hybrid.verify import proof
 from builder.progress import Talk
 from builder.tar import blocks, record_heads
 from builder.tar.walk import pax_records
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.verify import prove
 from builder.verbs.write import write_plans
 from conftest import Workspace, make_workspace, replace_everywhere, samples, write_tar
@@ -75,7 +76,7 @@ def problems(root: Workspace) -> Iterator[Callable[..., list[str]]]:
     def look(sql: str = "images") -> list[str]:
         shutil.rmtree(root.root / "shards", ignore_errors=True)
         pipeline = root.load(f"write.select={root.folder}/{sql}.sql")
-        for plan in write_plans(pipeline, [SHARD]):
+        for plan in write_plans(Snapshot(pipeline), [SHARD]):
             splice.write_shard(pipeline.layout, plan)
         output_folder.write_sizes(pipeline.layout)
         return [problem.partition("; fix: ")[0] for problem in prove(pipeline, Talk(quiet=True)).problems]

@@ -22,7 +22,8 @@ from builder.stages.finding import find
 from builder.store.layout import Layout, installed
 from builder.table.rowwise import rowwise
 from builder.table.schema import IDENTITY, Column
-from builder.verbs import pipeline as pipelines
+from builder.verbs import works as pipeline_works
+from builder.verbs.snapshot import Snapshot
 from conftest import Workspace, make_shard, replace_everywhere, samples
 from support.planned import SQL, section, work_of
 from support.stages import Note, Options
@@ -212,7 +213,7 @@ def test_plan_counts_the_runs_of_stages_that_are_counted_in_one_pass_and_of_othe
     made.run("stage", "note")
     loaded = made.load()
     shards = loaded.layout.shard_names()
-    works = [pipelines.work_of(loaded, name, Choice(), shards) for name in ("lang", "note")]
+    works = [pipeline_works.work_of(Snapshot(loaded), name, Choice(), shards) for name in ("lang", "note")]
     by_run: dict[str, Counter[str]] = {}
     assert [counts.covered for counts in count_rows(loaded.layout, works, by_run)] == [16, 2]
     assert {name: list(runs.values()) for name, runs in by_run.items()} == {"lang": [], "note": [2]}

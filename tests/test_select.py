@@ -20,6 +20,7 @@ from builder.sources.reader import MemberReader
 from builder.table.edits import EditsReader
 from builder.table.sql_text import Sql, read_sql
 from builder.verbs.pipeline import Pipeline
+from builder.verbs.snapshot import Snapshot
 from conftest import Workspace, read_tar
 
 Make = Callable[..., Workspace]
@@ -31,7 +32,7 @@ Make = Callable[..., Workspace]
 def export(pipeline: Pipeline, sql: Sql, folder: Path) -> None:
     """Writes the selected samples of every shard with caption, members of the source and picture."""
     layout = pipeline.layout
-    for found in select.select(layout, pipeline.known_columns(), layout.shard_names(), sql, {}):
+    for found in select.select(layout, Snapshot(pipeline).known_columns, layout.shard_names(), sql, {}):
         samples = []
         with MemberReader(layout, found.shard, ["image", "json"]) as source, EditsReader(layout.root) as generated:
             for row in found.rows:
@@ -90,7 +91,9 @@ def test_it_knows_no_tars_no_splicing_and_no_manifests() -> None:
 def selected(made: Workspace, sql: str, **options: Any) -> list[select.Selection]:
     pipeline = made.load()
     shards = pipeline.layout.shard_names()
-    return list(select.select(pipeline.layout, pipeline.known_columns(), shards, Sql(sql, "a test"), {}, **options))
+    return list(
+        select.select(pipeline.layout, Snapshot(pipeline).known_columns, shards, Sql(sql, "a test"), {}, **options)
+    )
 
 
 def test_every_shard_has_a_selection_in_order_and_rows_ascend(dataset: Workspace) -> None:

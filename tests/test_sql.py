@@ -25,6 +25,7 @@ from builder.table.query import Samples
 from builder.table.repeatable import examine
 from builder.table.sql_text import Sql, batches, checked, read_sql
 from builder.verbs.plan import make_plan
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.sql import all_samples, answer
 from builder.verbs.stage import run_stage
 from builder.verbs.write import plan_write
@@ -95,7 +96,7 @@ def test_it_runs_and_returns_what_its_header_says(name: str, dataset: Workspace)
     files = str(metadata(dataset.folder / "published.parquet", {f"{i:032x}": [[0, 0, 1, 1]] for i in range(4)}))
     pipeline = dataset.load()
     lookups = Faces(FacesOptions(metadata=files)).lookups
-    with Samples(pipeline.layout, pipeline.known_columns(), pipeline.layout.partitions(), lookups) as asked:
+    with Samples(pipeline.layout, Snapshot(pipeline).known_columns, pipeline.layout.partitions(), lookups) as asked:
         names = list(asked.select(read_sql(name), params_of(name)).columns)
         rows = asked.rows(read_sql(name), params_of(name))
     assert names == header(name)["returns"]
@@ -456,7 +457,7 @@ def test_what_the_machine_decides_is_refused_by_name(clause: str, name: str, dat
         sets = [f"{'write.select' if file == 'write' else 'stages.lang.sql'}={path}"]
         with pytest.raises(ConfigError) as caught:
             if file == "write":
-                plan_write(dataset.load(*sets))
+                plan_write(Snapshot(dataset.load(*sets)))
             else:
                 run_stage(dataset.load(*sets), "lang", Choice(), Talk(quiet=True))
         assert caught.value.what == (
@@ -495,7 +496,7 @@ def test_every_function_that_duckdb_calls_volatile_is_refused() -> None:
 def test_what_the_table_decides_is_taken(text: str, dataset: Workspace) -> None:
     pipeline = dataset.load()
     partitions = pipeline.layout.partitions()
-    with Samples(pipeline.layout, pipeline.known_columns(), partitions, deciding=[Sql(text, "here")]) as asked:
+    with Samples(pipeline.layout, Snapshot(pipeline).known_columns, partitions, deciding=[Sql(text, "here")]) as asked:
         asked.rows(Sql(text, "here"))
 
 
@@ -537,7 +538,7 @@ def test_a_question_and_a_condition_may_use_what_the_machine_decides(text: str, 
 def test_what_hangs_on_the_order_of_rows_runs_on_one_thread(text: str, is_alone: bool, dataset: Workspace) -> None:
     """As many threads as there are cores bring rows in an order of their own: sums, the first of a group, ties."""
     pipeline = dataset.load()
-    with Samples(pipeline.layout, pipeline.known_columns(), [], deciding=[Sql(text, "here")]) as asked:
+    with Samples(pipeline.layout, Snapshot(pipeline).known_columns, [], deciding=[Sql(text, "here")]) as asked:
         [(threads,)] = asked.fixed("select current_setting('threads')")
         asked.rows(Sql(text, "here"))
     with duckdb.connect() as connection:

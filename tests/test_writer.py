@@ -25,6 +25,7 @@ from builder.progress import Talk
 from builder.store import files
 from builder.table import partitions
 from builder.verbs.ingest import run_ingest
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.write import plan_write, run_write, write_plans
 from conftest import Sample, Workspace, picture, read_tar, samples, write_tar
 
@@ -36,7 +37,7 @@ MADE = {
 
 def plan_of(made: Workspace, *sets: str) -> shard_plan.ShardPlan:
     """What is planned for the first hybrid shard."""
-    [plan] = write_plans(made.load(*sets), ["00000000"])
+    [plan] = write_plans(Snapshot(made.load(*sets)), ["00000000"])
     return plan
 
 
@@ -176,7 +177,7 @@ def plan_error(made: Workspace, sql: str) -> str:
     made.folder.joinpath("w.sql").write_text(sql)
     pipeline = made.load(f"write.select={made.folder}/w.sql")
     with pytest.raises(ConfigError) as caught:
-        plan_write(pipeline)
+        plan_write(Snapshot(pipeline))
     return str(caught.value).replace(str(made.folder), "FOLDER")
 
 
@@ -243,7 +244,7 @@ def test_output_where_the_source_lies(workspace: Callable[..., Workspace]) -> No
 def test_a_source_that_vanished_is_refused_and_the_others_are_written(workspace: Callable[..., Workspace]) -> None:
     made = workspace()
     made.run("ingest")
-    plan = plan_write(made.load())
+    plan = plan_write(Snapshot(made.load()))
     assert [part.shard for part in plan.todo] == ["00000000", "00000001"]
     first = plan_of(made)
     (made.folder / "source/00000000.tar").unlink()
@@ -379,7 +380,7 @@ def test_large_members_of_an_edited_sample_are_copied(
 
     monkeypatch.setattr(files, "read_at", read_at)
     pipeline = made.load(f"write.select={sql}")
-    [plan] = write_plans(pipeline, ["a"])
+    [plan] = write_plans(Snapshot(pipeline), ["a"])
     splice.write_shard(pipeline.layout, plan)
     assert sum(sizes) > len(large) and max(sizes) <= 1 << 20  # read for its hash, a piece at a time
 

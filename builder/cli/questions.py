@@ -37,6 +37,7 @@ def plan(
     from builder.engine.work import Choice
     from builder.hybrid.edit import REASONS
     from builder.verbs.plan import make_plan
+    from builder.verbs.snapshot import Snapshot
     from builder.verbs.write import help_for
 
     loaded = named.load()
@@ -99,7 +100,7 @@ def plan(
         ],
     )
     for reason in write_plan.kept:
-        hint(f"{REASONS[reason]}: {help_for(loaded, reason)}")
+        hint(f"{REASONS[reason]}: {help_for(Snapshot(loaded), reason)}")
     for rule, command in zip(found.older, commands, strict=True):
         what = "shards were read" if rule.stage == "ingest" else "rows were answered"
         click.echo(f"\n{rule.stage}: {rule.count:,} {what} by version {rule.version}, and stay so until you ask:")
@@ -133,6 +134,7 @@ def status(named: PipelineOptions, as_json: bool) -> None:
       builder status --scale small
     """
     from builder.hybrid.edit import REASONS
+    from builder.verbs.snapshot import Snapshot
     from builder.verbs.status import read_status
     from builder.verbs.write import help_for
 
@@ -161,7 +163,7 @@ def status(named: PipelineOptions, as_json: bool) -> None:
     if empty := value["no_sample"]:
         hint(f"{len(empty)} shards hold no sample: {few(empty)}")
     for reason, count in value["left_out"].items():
-        helps = help_for(loaded, reason)
+        helps = help_for(Snapshot(loaded), reason)
         click.echo(f"\n{count:,} new images are left out by write, of {REASONS[reason]}\n  {helps}")
     if not value["shards"]:
         hint(f"the table is empty; next: {loaded.command('ingest')}")
@@ -249,6 +251,7 @@ def show(named: PipelineOptions, uid: str, as_json: bool, save: Path | None) -> 
       builder show 00000000:3 --save /tmp/sample
     """
     from builder.verbs.show import find_samples, save_images
+    from builder.verbs.snapshot import Snapshot
 
     loaded = named.load()
     rows = find_samples(loaded, uid)
@@ -257,7 +260,7 @@ def show(named: PipelineOptions, uid: str, as_json: bool, save: Path | None) -> 
         click.echo(json.dumps([json_of(row) for row in rows]))
         return
     columns: dict[str, list[str]] = {}
-    for column in loaded.columns():
+    for column in Snapshot(loaded).columns:
         columns.setdefault(column.stage, []).append(column.name)
     for row in rows:
         _show_sample(row, columns)

@@ -16,7 +16,6 @@ from builder.store.layout import Layout, shard_name_fault
 from builder.table.column_files import read_column_file
 from builder.table.commits import commit_source
 from builder.table.origin import Origin
-from builder.table.partitions import partition_state
 
 
 @dataclass
@@ -34,12 +33,6 @@ class Ingested:
     failed: int
     read: Read
     changed: int = 0
-
-
-def ingested(layout: Layout, shard: str, path: Path) -> Origin | None:
-    """What a shard was when the table's rows of it were read; None if it has none."""
-    state = None if shard_name_fault(shard, path) else partition_state(layout, shard)
-    return None if state is None else state.source
 
 
 def is_same_on_disk(one: Origin | None, other: Origin) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -189,15 +189,16 @@ def _state(metadata: dict[bytes, bytes]) -> State | None:
 
 def is_behind(layout: Layout, shard: str) -> bool:
     """Whether a partition lacks answers that its shard's column files have."""
-    return _is_behind(layout, shard, newest(layout, shard), load_schema(layout))
+    return _is_behind(layout, shard, partition_state(layout, shard), newest(layout, shard), load_schema(layout))
 
 
-def _is_behind(layout: Layout, shard: str, found: dict[str, int], root: tuple[int, tuple[Column, ...]]) -> bool:
+def _is_behind(
+    layout: Layout, shard: str, state: State | None, found: dict[str, int], root: tuple[int, tuple[Column, ...]]
+) -> bool:
     """Whether a partition differs from the newest generations, or was folded before the root knew a column of theirs.
 
     Columns that the column files lack do not count, such as those that a stage has gained since: they read as nulls.
     """
-    state = partition_state(layout, shard)
     if state is None or state.generations != found:
         return True
     generation, columns = root
@@ -225,13 +226,18 @@ def _types_of(path: Path, inode: int) -> dict[str, pa.DataType]:
     return {column.name: column.type for column in read_schema(path)}
 
 
-def heal(layout: Layout, shards: Iterable[str]) -> int:
-    """Folds the partitions that are behind; returns how many were."""
+def heal(layout: Layout, shards: Iterable[str], *, state: Callable[[str], State | None] | None = None) -> int:
+    """Folds the partitions that are behind; returns how many were.
+
+    Args:
+        state: gives what is known of a partition already, instead of reading it.
+    """
+    state_of = state or partial(partition_state, layout)
     root = load_schema(layout)
     healed = 0
     for shard in shards:
-        found = newest(layout, shard)
-        if SOURCE in found and _is_behind(layout, shard, found, root):
+        known, found = state_of(shard), newest(layout, shard)
+        if SOURCE in found and _is_behind(layout, shard, known, found, root):
             with where(shard=shard):
                 fold(layout, shard)
             healed += 1

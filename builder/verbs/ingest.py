@@ -14,11 +14,12 @@ from builder.engine.runs import Outcome, PlannedRun, execute
 from builder.hybrid import output_folder
 from builder.progress import EXAMPLES, Talk, few
 from builder.sources.base import Found, Seen
-from builder.sources.ingest import ingested, is_same_on_disk
+from builder.sources.ingest import is_same_on_disk
 from builder.store import files
-from builder.table import root_schema
+from builder.store.layout import shard_name_fault
 from builder.table.query import Samples
 from builder.verbs.pipeline import Pipeline
+from builder.verbs.snapshot import Snapshot
 
 
 @dataclass
@@ -41,16 +42,16 @@ class IngestPlan:
     versions: Counter[str]
 
 
-def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
+def plan_ingest(snapshot: Snapshot, *, redo: bool = False) -> IngestPlan:
     """Compares the shards on disk with the table."""
-    layout, source = pipeline.layout, pipeline.source
-    found = source.find()
+    layout, source, found = snapshot.layout, snapshot.source, snapshot.found
     output_folder.check_apart(layout, list(found.paths.values()))
     todo: list[str] = []
     changed: list[str] = []
     versions: Counter[str] = Counter()
     for shard, path in found.paths.items():
-        before = ingested(layout, shard, path)
+        state = None if shard_name_fault(shard, path) else snapshot.state(shard)
+        before = None if state is None else state.source
         if before is None:
             todo.append(shard)
             continue
@@ -60,7 +61,7 @@ def plan_ingest(pipeline: Pipeline, *, redo: bool = False) -> IngestPlan:
             todo.append(shard)
             if not is_same_on_disk(before, now):
                 changed.append(shard)
-    return IngestPlan(found, todo, found.missing, found.gone(layout.shard_names()), changed, versions)
+    return IngestPlan(found, todo, found.missing, found.gone(snapshot.table_shards), changed, versions)
 
 
 @dataclass(frozen=True)
@@ -74,33 +75,37 @@ class PlannedIngest(PlannedRun):
     changed: Sequence[str]
 
 
-def run_ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> Outcome:
+def run_ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False, snapshot: Snapshot | None = None) -> Outcome:
     """Reads new and changed shards into the table."""
-    planned = plan_ingest_run(pipeline, talk, redo=redo)
+    snapshot = snapshot or Snapshot(pipeline)
+    planned = plan_ingest_run(snapshot, talk, redo=redo)
     if planned is None:
         return Outcome()
-    outcome = execute(planned, talk)
-    finish_ingest_run(pipeline, planned, outcome, talk)
+    try:
+        outcome = execute(planned, talk)
+    finally:
+        snapshot.renew()
+    finish_ingest_run(snapshot, planned, outcome, talk)
     return outcome
 
 
-def plan_ingest_run(pipeline: Pipeline, talk: Talk, *, redo: bool = False) -> PlannedIngest | None:
+def plan_ingest_run(snapshot: Snapshot, talk: Talk, *, redo: bool = False) -> PlannedIngest | None:
     """Writes the run of an ingest and its tasks; returns None if there is nothing to do."""
-    layout, config = pipeline.layout, pipeline.config
+    pipeline, layout, config = snapshot.pipeline, snapshot.layout, snapshot.pipeline.config
     layout.check_folders()
-    plan = plan_ingest(pipeline, redo=redo)
+    plan = plan_ingest(snapshot, redo=redo)
     _say_missing(pipeline, plan, talk)
     if not plan.todo:
         talk.say(f"ingest: nothing to do ({len(plan.found.paths)} shards)")
         return None
     files.check_links(layout.root)
-    root_schema.extend_schema(layout, pipeline.source.columns)
+    snapshot.add_columns(snapshot.source.columns)
     run = runs.describe_new(
         layout,
         "ingest",
         "ingest",
         config.run.executor,
-        source={"kind": pipeline.asked.kind, **pipeline.source.to_json()},
+        source={"kind": pipeline.asked.kind, **snapshot.source.to_json()},
         pipeline=config.path,
         set=config.sets,
     )
@@ -115,20 +120,21 @@ def deal(todo: Sequence[str], tasks: int) -> list[list[str]]:
     return [list(itertools.islice(todo, start, None, tasks)) for start in range(min(tasks, len(todo)))]
 
 
-def finish_ingest_run(pipeline: Pipeline, planned: PlannedIngest, outcome: Outcome, talk: Talk) -> None:
+def finish_ingest_run(snapshot: Snapshot, planned: PlannedIngest, outcome: Outcome, talk: Talk) -> None:
     """Reports what the source says of what was read, and answers that may be of other bytes than it has now."""
     if outcome["rows"]:
-        for notice in pipeline.asked.notices(Seen(outcome.wanted, outcome.others)):
+        for notice in snapshot.pipeline.asked.notices(Seen(outcome.wanted, outcome.others)):
             talk.say(f"ingest: {notice}")
-    _say_sizes_only(pipeline, planned.changed, talk)
+    _say_sizes_only(snapshot, planned.changed, talk)
 
 
-def _say_sizes_only(pipeline: Pipeline, changed: Sequence[str], talk: Talk) -> None:
+def _say_sizes_only(snapshot: Snapshot, changed: Sequence[str], talk: Talk) -> None:
     """Reports answers of which nobody can say whether their pictures are still the same bytes."""
+    pipeline = snapshot.pipeline
     uses = [use for use in pipeline.stages.values() if outdated.source_members(use.stage)]
     if not changed or not uses:
         return
-    with Samples(pipeline.layout, pipeline.columns(), changed) as samples:
+    with Samples(pipeline.layout, snapshot.columns, changed) as samples:
         for name in (use.stage.name for use in uses):
             condition = f"{name}_digest is null and source_digests is not null"
             [(count,)] = samples.fixed(f"select count(*) from samples where {name}_status is not null and {condition}")

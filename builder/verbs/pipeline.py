@@ -15,17 +15,14 @@ from pydantic import BaseModel
 from builder.config.loading import Config, load_config, run_of
 from builder.config.problems import check
 from builder.config.sections import Run, StageTable
-from builder.engine import workset
-from builder.engine.work import Choice, Work
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError
 from builder.hybrid.edit import Rules
 from builder.sources import kinds
 from builder.sources.base import Source
 from builder.stages.contract import Stage, columns_of
-from builder.stages.finding import find, own_code, with_built_in, with_unread
-from builder.stages.signature import options_hash
+from builder.stages.finding import find, own_code
 from builder.store.layout import Layout
-from builder.table import root_schema, schema
+from builder.table import schema
 from builder.table.schema import Column
 from builder.table.sql_text import Sql, parameters, read_sql
 
@@ -71,11 +68,6 @@ class Pipeline:
         return shlex.join(["builder", *shlex.split(words), *self.named])
 
     @property
-    def source(self) -> Source:
-        """The source with what the pipeline asks for, and with what the root carries already."""
-        return self.asked.with_columns_of(root_schema.load_schema(self.layout)[1])
-
-    @property
     def layout(self) -> Layout:
         return Layout(self.config.root, self.config.output)
 
@@ -89,14 +81,6 @@ class Pipeline:
     def own_columns(self) -> tuple[Column, ...]:
         """Columns of ingest and of every stage of the pipeline."""
         return reduce(schema.merge, (columns_of(use.stage) for use in self.stages.values()), self.asked.columns)
-
-    def columns(self) -> tuple[Column, ...]:
-        """The root's columns with those that the pipeline will add: these read as typed nulls until then."""
-        return schema.merge(root_schema.load_schema(self.layout)[1], self.own_columns)
-
-    def known_columns(self) -> tuple[Column, ...]:
-        """`columns`, and those of the stages that come with builder: questions and write SQL may name them all."""
-        return with_built_in(self.columns())
 
 
 def load_pipeline(path: Path, sets: Sequence[str] = (), named: Sequence[str] = ()) -> Pipeline:
@@ -160,43 +144,3 @@ def use_of(pipeline: Pipeline, name: str) -> StageUse:
             fix=f"name one of these, or add [stages.{name}]",
         )
     return pipeline.stages[name]
-
-
-def work_of(pipeline: Pipeline, name: str, choice: Choice, shards: Sequence[str]) -> Work:
-    """The work of one stage over certain shards."""
-    use = use_of(pipeline, name)
-    signature = options_hash(use.stage, use.options)
-    params = _next_draw(use) if choice.next_draw else use.params
-    columns = with_unread(pipeline.columns(), use.stage, params)
-    image = pipeline.config.write.image
-    return Work(use.stage, use.sql, params, choice, shards, columns, signature, image)
-
-
-def _next_draw(use: StageUse) -> dict[str, Any]:
-    """The parameters of the work SQL with one more for $draw, which it adds to the draw of a row's answer."""
-    if not isinstance(use.params.get("draw"), int):
-        raise ConfigError(
-            f"stage '{use.stage.name}' has no draws: its work SQL uses no $draw",
-            where={"file": use.sql.origin},
-            fix="select coalesce(image_draw + $draw, 0) as draw, as the generate stage's own SQL does",
-        )
-    return {**use.params, "draw": use.params["draw"] + 1}
-
-
-def shards_of(pipeline: Pipeline) -> list[str]:
-    """The shards that the pipeline names and the table has."""
-    return workset.narrow_to(list(pipeline.asked.find().paths), pipeline.layout.shard_names())
-
-
-def hybrid_shards_of(pipeline: Pipeline) -> list[str]:
-    """Of `shards_of` those of which hybrid shards are written: none where the source has no bytes."""
-    return shards_of(pipeline) if pipeline.asked.has_bytes else []
-
-
-def table_shards(pipeline: Pipeline) -> list[str]:
-    """`shards_of`, of which there must be one at least."""
-    shards = shards_of(pipeline)
-    if not shards:
-        root = pipeline.layout.root
-        raise ConfigError("the table has no samples yet", where={"root": root}, fix="builder ingest, then this")
-    return shards

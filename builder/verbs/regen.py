@@ -31,6 +31,7 @@ from builder.store.layout import RunFiles
 from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline
 from builder.verbs.show import find_samples
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.stage import python_of
 
 
@@ -85,7 +86,7 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
         ConfigError: no such sample, or none with a generated image; its run, or the model's package, is gone.
         StageError: the stage cannot start, or fails on the row.
     """
-    stage_name = image.image_stage(pipeline.known_columns())
+    stage_name = image.image_stage(Snapshot(pipeline).known_columns)
     rows = [row for row in find_samples(pipeline, uid) if row.get("image_path") is not None]
     if not rows or stage_name is None:
         raise ConfigError(
@@ -203,9 +204,14 @@ def _inputs(pipeline: Pipeline, run: _Run, stage: Stage, options: BaseModel, row
     """
     condition = f"shard = '{row['shard'].replace(chr(39), 2 * chr(39))}' and row = {row['row']}"
     work = Work(
-        stage, run.sql, run.params, Choice(redo=True, where=condition), [row["shard"]], pipeline.known_columns(),
+        stage,
+        run.sql,
+        run.params,
+        Choice(redo=True, where=condition),
+        [row["shard"]],
+        Snapshot(pipeline).known_columns,
         options_hash(stage, options),
-    )  # fmt: skip
+    )
     found = workset.first_rows(pipeline.layout, work, 1, repeatable=False)
     recorded = stage.recorded
     given = found.to_pylist()[0] if found.num_rows else row

@@ -20,30 +20,31 @@ from builder.stages.contract import columns_of
 from builder.stages.finding import own_code
 from builder.store import files
 from builder.store.layout import Layout, names
-from builder.table import partitions, root_schema
 from builder.verbs.ingest import run_ingest
-from builder.verbs.pipeline import Pipeline, shards_of, table_shards, work_of
+from builder.verbs.pipeline import Pipeline
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.stage import nothing_to_do, run_stage
+from builder.verbs.works import work_of
 from builder.verbs.write import run_write, write_plans
 
 
-def _done_stages(pipeline: Pipeline) -> dict[str, Counts]:
+def _done_stages(snapshot: Snapshot) -> dict[str, Counts]:
     """The first stages of the pipeline that have nothing to do, counted in one pass over the table.
 
     SQL that is refused ends them: its stage says so when it is its turn.
     """
-    layout, shards = pipeline.layout, table_shards(pipeline)
-    works = [work_of(pipeline, name, Choice(), shards) for name in pipeline.stages]
-    partitions.heal(layout, shards)
+    pipeline, shards = snapshot.pipeline, snapshot.some_shards()
+    works = [work_of(snapshot, name, Choice(), shards) for name in pipeline.stages]
+    snapshot.heal()
     try:
-        counts = count_rows(layout, works)
+        counts = count_rows(snapshot.layout, works)
     except ConfigError:
         return {}
     pairs = zip(pipeline.stages, counts, strict=True)
     return dict(itertools.takewhile(lambda pair: pair[1].todo == 0, pairs))
 
 
-def check_first(pipeline: Pipeline) -> None:
+def check_first(snapshot: Snapshot) -> None:
     """Finds what would end a run later, before any work is done for it: all that can be told without the samples.
 
     These are the folders of the root, the SQL of every stage and of the writer with its parameters, packages and models
@@ -54,25 +55,24 @@ def check_first(pipeline: Pipeline) -> None:
         StageError: a stage would not start.
         TransientError: too little free disk.
     """
-    layout = pipeline.layout
+    pipeline, layout, found = snapshot.pipeline, snapshot.layout, snapshot.found
     layout.check_folders()
-    found = pipeline.asked.find()
     output_folder.check_apart(layout, list(found.paths.values()))
     problems: list[BuilderError] = []
-    is_sql_fine = _is_sql_fine(pipeline)
+    is_sql_fine = _is_sql_fine(snapshot)
     for name, use in pipeline.stages.items():
         if not is_sql_fine:
             with _collecting(problems):
-                count_rows(layout, [work_of(pipeline, name, Choice(), [])])
+                count_rows(layout, [work_of(snapshot, name, Choice(), [])])
         with _collecting(problems), own_code(type(use.stage), name):
             use.stage.check_setup()
     with _collecting(problems):
-        for _ in write_plans(pipeline, []):
+        for _ in write_plans(snapshot, []):
             pass
     if len(problems) > 1:
         text = "".join(f"\n  {line}" for problem in problems for line in str(problem).split("\n"))
         raise ConfigError(
-            f"{len(problems)} problems in the pipeline{text}", fix="mend these and run the same command again"
+            f"{len(problems)} problems in the pipeline{text}", fix="correct these and run the same command again"
         )
     for problem in problems:
         raise problem
@@ -80,10 +80,10 @@ def check_first(pipeline: Pipeline) -> None:
         _check_room(layout, found)
 
 
-def _is_sql_fine(pipeline: Pipeline) -> bool:
+def _is_sql_fine(snapshot: Snapshot) -> bool:
     """Whether the SQL of every stage can be evaluated: in one session, and a session takes some 30 ms."""
     try:
-        count_rows(pipeline.layout, [work_of(pipeline, name, Choice(), []) for name in pipeline.stages])
+        count_rows(snapshot.layout, [work_of(snapshot, name, Choice(), []) for name in snapshot.pipeline.stages])
     except (ConfigError, SchemaError, StageError):
         return False
     return True
@@ -94,7 +94,7 @@ def _collecting(problems: list[BuilderError]) -> Iterator[None]:
     try:
         yield
     except (ConfigError, SchemaError, StageError) as error:
-        if str(error) not in map(str, problems):  # one of the root or of a file stands in the way of several stages
+        if str(error) not in map(str, problems):  # several stages may have the same problem, of the root or of a file
             problems.append(error)
 
 
@@ -128,23 +128,23 @@ def run_all(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
         ConfigError: something that `check_first` finds; nothing was done then.
         StageError: every shard was refused.
     """
-    check_first(pipeline)
-    outcome = _as_far_as_it_goes(partial(run_ingest, pipeline, talk))
+    snapshot = Snapshot(pipeline)
+    check_first(snapshot)
+    outcome = _as_far_as_it_goes(partial(run_ingest, pipeline, talk, snapshot=snapshot))
     yield "ingest", outcome
-    if not shards_of(pipeline):
+    if not snapshot.shards:
         if outcome.unfinished is not None:
             raise outcome.unfinished
         undone = {"refused": len(outcome.refused), **({"left": len(outcome.left)} if outcome.left else {})}
         raise StageError("no shard could be read", where=undone, fix="see the reasons above")
-    done = _done_stages(pipeline)
+    done = _done_stages(snapshot)
     for name, use in pipeline.stages.items():
         if name in done:
-            root_schema.extend_schema(pipeline.layout, columns_of(use.stage))
+            snapshot.add_columns(columns_of(use.stage))
             yield name, nothing_to_do(name, done[name], talk)
         else:
-            yield name, _as_far_as_it_goes(partial(run_stage, pipeline, name, Choice(), talk))
-    is_healed = len(done) == len(pipeline.stages)
-    yield "write", _as_far_as_it_goes(partial(run_write, pipeline, talk, is_healed=is_healed))
+            yield name, _as_far_as_it_goes(partial(run_stage, pipeline, name, Choice(), talk, snapshot=snapshot))
+    yield "write", _as_far_as_it_goes(partial(run_write, pipeline, talk, snapshot=snapshot))
 
 
 def _as_far_as_it_goes(verb: Callable[[], Outcome]) -> Outcome:

@@ -7,11 +7,12 @@ from typing import Any
 from builder.table.query import Samples
 from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline
+from builder.verbs.snapshot import Snapshot
 
 
 def all_samples(pipeline: Pipeline) -> Samples:
     """The whole table of the root, for questions."""
-    return Samples(pipeline.layout, pipeline.known_columns(), pipeline.layout.partitions())
+    return Samples(pipeline.layout, Snapshot(pipeline).known_columns, pipeline.layout.partitions())
 
 
 def answer(pipeline: Pipeline, sql: Sql, params: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:

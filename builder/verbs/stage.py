@@ -16,9 +16,10 @@ from builder.progress import Talk
 from builder.stages.contract import columns_of
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
-from builder.table import partitions, root_schema
 from builder.table.query import Samples
-from builder.verbs.pipeline import Pipeline, StageUse, table_shards, use_of, work_of
+from builder.verbs.pipeline import Pipeline, StageUse, use_of
+from builder.verbs.snapshot import Snapshot
+from builder.verbs.works import work_of
 
 
 @dataclass(frozen=True)
@@ -32,32 +33,37 @@ class PlannedStage(PlannedRun):
     work: Work
 
 
-def run_stage(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> Outcome:
+def run_stage(
+    pipeline: Pipeline, name: str, choice: Choice, talk: Talk, *, snapshot: Snapshot | None = None
+) -> Outcome:
     """Runs one stage over its work set.
 
     Raises:
         BuilderError: bad SQL, a stage that cannot start, a task that did not finish.
     """
-    planned = plan_stage_run(pipeline, name, choice, talk)
+    snapshot = snapshot or Snapshot(pipeline)
+    planned = plan_stage_run(snapshot, name, choice, talk)
     if planned is None:
         return Outcome()
-    outcome = execute(planned, talk)
-    finish_stage_run(pipeline, planned, outcome, talk)
+    try:
+        outcome = execute(planned, talk)
+    finally:
+        snapshot.renew()
+    finish_stage_run(snapshot, planned, outcome, talk)
     return outcome
 
 
-def plan_stage_run(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) -> PlannedStage | None:
+def plan_stage_run(snapshot: Snapshot, name: str, choice: Choice, talk: Talk) -> PlannedStage | None:
     """Freezes a stage's work set and writes its run and its tasks; returns None if there is nothing to do.
 
     Raises:
         BuilderError: bad SQL.
     """
-    layout, use = pipeline.layout, use_of(pipeline, name)
+    pipeline, layout, use = snapshot.pipeline, snapshot.layout, use_of(snapshot.pipeline, name)
     layout.check_folders()
-    shards = table_shards(pipeline)
-    work = work_of(pipeline, name, choice, shards)
-    root_schema.extend_schema(layout, columns_of(use.stage))
-    partitions.heal(layout, shards)
+    work = work_of(snapshot, name, choice, snapshot.some_shards())
+    snapshot.add_columns(columns_of(use.stage))
+    snapshot.heal()
     unnamed = layout.runs / "workset.parquet"
     frozen = files.temp_path(unnamed)
     try:
@@ -82,13 +88,13 @@ def plan_stage_run(pipeline: Pipeline, name: str, choice: Choice, talk: Talk) ->
     return PlannedStage(run, use.run, len(dealt), name, sum(part.count for part in slices), "rows", work)
 
 
-def finish_stage_run(pipeline: Pipeline, planned: PlannedStage, outcome: Outcome, talk: Talk) -> None:
+def finish_stage_run(snapshot: Snapshot, planned: PlannedStage, outcome: Outcome, talk: Talk) -> None:
     """Reports what the stage has counted itself, and how many of its answers have a note."""
     work = planned.work
     for line in work.stage.summary(outcome.totals):
         talk.say(f"{planned.label}: {line}")
     if work.stage.noting:
-        _say_notes(pipeline, work, work.stage.noting, planned.files.name, talk)
+        _say_notes(snapshot.pipeline, work, work.stage.noting, planned.files.name, talk)
 
 
 def _say_notes(pipeline: Pipeline, work: Work, column: str, run: str, talk: Talk) -> None:
@@ -126,7 +132,7 @@ def is_lasting(pipeline: Pipeline, name: str, outcome: Outcome) -> bool:
     """Whether every row that failed in a stage's run would fail again: see `errors.LASTING`."""
     if outcome.folder is None:
         return False
-    with Samples(pipeline.layout, pipeline.columns(), pipeline.layout.partitions()) as samples:
+    with Samples(pipeline.layout, Snapshot(pipeline).columns, pipeline.layout.partitions()) as samples:
         failed = samples.fixed(
             f"select distinct split_part({name}_error, ':', 1) from samples "
             f"where {name}_status = 'failed' and {name}_run = '{outcome.folder.name}'"

@@ -19,8 +19,10 @@ from builder.store.layout import names
 from builder.table import partitions
 from builder.table.query import Samples
 from builder.table.schema import Column
-from builder.verbs.pipeline import Pipeline, work_of
+from builder.verbs.pipeline import Pipeline
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.stage import failure_classes
+from builder.verbs.works import work_of
 
 
 def read_status(pipeline: Pipeline) -> dict[str, Any]:
@@ -29,13 +31,12 @@ def read_status(pipeline: Pipeline) -> dict[str, Any]:
 
     `out_of_date` is None for a stage that the pipeline has not, or whose SQL is refused.
     """
-    layout = pipeline.layout
-    shards = layout.shard_names()
+    snapshot = Snapshot(pipeline)
+    layout, shards, columns = snapshot.layout, snapshot.table_shards, snapshot.columns
     healed = partitions.heal(layout, shards)
-    columns = pipeline.columns()
     stages = list(dict.fromkeys(column.stage for column in columns))
     result: dict[str, Any] = {"root": str(layout.root), "shards": len(shards), "healed": healed, "stages": {}}
-    known = pipeline.known_columns()
+    known = snapshot.known_columns
     with Samples(layout, known, layout.partitions()) as samples:
         counts = ", ".join(
             f"count(*) filter ({name}_status = 'ok'), count(*) filter ({name}_status = 'failed')" for name in stages
@@ -52,7 +53,7 @@ def read_status(pipeline: Pipeline) -> dict[str, Any]:
         answer = samples.fixed(all_of_it)[0]
         row, rest = answer[: 1 + 2 * len(stages)], answer[1 + 2 * len(stages) :]
         noted, note, with_rows, images, *doubtful = rest
-        late = _out_of_date(pipeline, doubtful, shards)
+        late = _out_of_date(snapshot, doubtful)
         result["rows"] = row[0]
         result["notes"] = {"rows": noted, "example": note}
         result["no_sample"] = []
@@ -90,18 +91,18 @@ def _left_out(samples: Samples, columns: Sequence[Column], editing: Rules) -> Co
     return found
 
 
-def _out_of_date(pipeline: Pipeline, suspects: Sequence[int], shards: Sequence[str]) -> dict[str, int]:
+def _out_of_date(snapshot: Snapshot, suspects: Sequence[int]) -> dict[str, int]:
     """How many answers of each stage of the pipeline are out of date; inputs are read only where samples changed.
 
     Args:
         suspects: of each stage in order, answers whose sample changed.
     """
     found = {}
-    for name, count in zip(pipeline.stages, suspects, strict=True):
+    for name, count in zip(snapshot.pipeline.stages, suspects, strict=True):
         if not count:
             found[name] = 0
             continue
         with contextlib.suppress(ConfigError):  # its own command says what is wrong with the SQL
-            work = work_of(pipeline, name, Choice(), shards)
-            found[name] = count_rows(pipeline.layout, [work])[0].out_of_date
+            work = work_of(snapshot, name, Choice(), snapshot.table_shards)
+            found[name] = count_rows(snapshot.layout, [work])[0].out_of_date
     return found

@@ -24,7 +24,9 @@ from builder.stages.finding import own_code
 from builder.store import files
 from builder.table import partitions
 from builder.table.outputs import Bytes
-from builder.verbs.pipeline import Pipeline, table_shards, use_of, work_of
+from builder.verbs.pipeline import Pipeline, use_of
+from builder.verbs.snapshot import Snapshot
+from builder.verbs.works import work_of
 
 
 @dataclass
@@ -59,9 +61,10 @@ def try_stage(pipeline: Pipeline, name: str, choice: Choice, count: int) -> Tria
         BuilderError: bad SQL, no row to try, a stage that cannot start or breaks its contract.
     """
     layout, use = pipeline.layout, use_of(pipeline, name)
-    shards = table_shards(pipeline)
+    snapshot = Snapshot(pipeline)
+    shards = snapshot.some_shards()
     partitions.heal(layout, shards)
-    work = workset.first_rows(layout, work_of(pipeline, name, choice, shards), count)
+    work = workset.first_rows(layout, work_of(snapshot, name, choice, shards), count)
     if work.num_rows == 0:
         raise ConfigError(
             f"stage '{name}' has no row to try",

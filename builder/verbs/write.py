@@ -19,9 +19,9 @@ from builder.hybrid.edit import NO_TEXT, REASONS, SEVERAL_PICTURES
 from builder.progress import Talk
 from builder.store import files
 from builder.store.layout import Layout
-from builder.table import partitions
 from builder.table.sql_text import read_sql
-from builder.verbs.pipeline import Pipeline, hybrid_shards_of, table_shards
+from builder.verbs.pipeline import Pipeline
+from builder.verbs.snapshot import Snapshot
 
 
 @dataclass
@@ -49,22 +49,21 @@ class WritePlan:
     bytes: int = 0
 
 
-def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: bool = False) -> WritePlan:
+def plan_write(snapshot: Snapshot, *, freeze: Path | None = None) -> WritePlan:
     """Evaluates the write SQL once and compares every shard with its manifest.
 
     Args:
         freeze: where the write rows of shards that are not up to date are kept.
-        is_healed: whether the caller has healed the partitions.
     """
-    layout = pipeline.layout
-    shards = hybrid_shards_of(pipeline)
-    if not is_healed:
-        partitions.heal(layout, shards)
+    layout = snapshot.layout
+    shards = snapshot.hybrid_shards
+    if shards:
+        snapshot.heal()
     plan = WritePlan(free=output_folder.free_bytes(layout))
     largest = position = 0
     sink: pq.ParquetWriter | None = None
     try:
-        for shard in write_plans(pipeline, shards):
+        for shard in write_plans(snapshot, shards):
             plan.shards += 1
             plan.stale += shard.stale
             plan.refused += shard.refused
@@ -88,54 +87,47 @@ def plan_write(pipeline: Pipeline, *, freeze: Path | None = None, is_healed: boo
     return plan
 
 
-def write_plans(pipeline: Pipeline, shards: Sequence[str]) -> Iterator[shard_plan.ShardPlan]:
+def write_plans(snapshot: Snapshot, shards: Sequence[str]) -> Iterator[shard_plan.ShardPlan]:
     """The plan of every hybrid shard, in order."""
-    return plans_of(pipeline, shards, None)
+    return plans_of(snapshot, shards, None)
 
 
 def plans_of(
-    pipeline: Pipeline, shards: Sequence[str], refused: dict[str, BuilderError] | None
+    snapshot: Snapshot, shards: Sequence[str], refused: dict[str, BuilderError] | None
 ) -> Iterator[shard_plan.ShardPlan]:
-    write = pipeline.config.write
-    columns, sql = pipeline.known_columns(), read_sql(write.select)
+    pipeline, write = snapshot.pipeline, snapshot.pipeline.config.write
+    columns, sql = snapshot.known_columns, read_sql(write.select)
     return shard_plan.plans(pipeline.layout, columns, shards, sql, write.params, pipeline.editing, refused)
 
 
-def run_write(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> Outcome:
+def run_write(pipeline: Pipeline, talk: Talk, *, snapshot: Snapshot | None = None) -> Outcome:
     """Writes the hybrid shards that are not up to date.
-
-    Args:
-        is_healed: whether the caller has healed the partitions.
 
     Raises:
         TransientError: too little free disk.
     """
-    planned = plan_write_run(pipeline, talk, is_healed=is_healed)
+    planned = plan_write_run(snapshot or Snapshot(pipeline), talk)
     outcome = Outcome() if planned is None else execute(planned, talk)
     finish_write_run(pipeline, outcome, talk)
     return outcome
 
 
-def plan_write_run(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -> PlannedRun | None:
+def plan_write_run(snapshot: Snapshot, talk: Talk) -> PlannedRun | None:
     """Freezes the rows of the write SQL and writes a run and its tasks; returns None if every shard is up to date.
-
-    Args:
-        is_healed: whether the caller has healed the partitions.
 
     Raises:
         TransientError: too little free disk.
     """
-    layout, config = pipeline.layout, pipeline.config
+    pipeline, layout, config = snapshot.pipeline, snapshot.layout, snapshot.pipeline.config
     layout.check_folders()
-    found = pipeline.asked.find()
-    output_folder.check_apart(layout, list(found.paths.values()))
-    table_shards(pipeline)
+    output_folder.check_apart(layout, list(snapshot.found.paths.values()))
+    snapshot.some_shards()
     files.make_folder(layout.runs)
     frozen = files.temp_path(layout.runs / "write.parquet")
     try:
         with files.naming(frozen):
-            plan = plan_write(pipeline, freeze=frozen, is_healed=is_healed)
-        _say_kept(pipeline, plan, talk)
+            plan = plan_write(snapshot, freeze=frozen)
+        _say_kept(snapshot, plan, talk)
         if not plan.todo:
             talk.say(f"write: nothing to do ({plan.shards} hybrid shards up to date)")
             return None
@@ -146,7 +138,7 @@ def plan_write_run(pipeline: Pipeline, talk: Talk, *, is_healed: bool = False) -
             "write",
             config.run.executor,
             sql=read_sql(config.write.select).origin,
-            image_stage=image.image_stage(pipeline.known_columns()),
+            image_stage=image.image_stage(snapshot.known_columns),
             editing=asdict(pipeline.editing),
             folder=None if layout.output is None else str(layout.output.absolute()),
             pipeline=config.path,
@@ -171,29 +163,29 @@ def finish_write_run(pipeline: Pipeline, outcome: Outcome, talk: Talk) -> None:
         )
 
 
-def _say_kept(pipeline: Pipeline, plan: WritePlan, talk: Talk) -> None:
+def _say_kept(snapshot: Snapshot, plan: WritePlan, talk: Talk) -> None:
     """Reports samples whose caption is older than their prompt, and samples that stay the source's."""
     if plan.stale:
         talk.say(
             f"write: {plan.stale} images are older than their prompts: those samples keep the caption they were "
-            f"made from (draw them again: {_draw_again(pipeline)})"
+            f"made from (draw them again: {_draw_again(snapshot)})"
         )
     for reason, count in plan.kept.items():
-        talk.say(f"write: {count} {REASONS[reason]} stay the source's ({help_for(pipeline, reason)})")
+        talk.say(f"write: {count} {REASONS[reason]} stay the source's ({help_for(snapshot, reason)})")
 
 
-def help_for(pipeline: Pipeline, reason: str) -> str:
+def help_for(snapshot: Snapshot, reason: str) -> str:
     """What helps where samples stay the source's for a reason out of `edited_sample.REASONS`."""
     if reason == SEVERAL_PICTURES:
         return 'say what becomes of the others: [write] other_pictures = "keep" or "drop"'
     if reason == NO_TEXT:
         return "give them a json: [write] json = true"
-    return f'make them in that format: {_draw_again(pipeline)}, or take jpg: [write] image = "jpg"'
+    return f'make them in that format: {_draw_again(snapshot)}, or take jpg: [write] image = "jpg"'
 
 
-def _draw_again(pipeline: Pipeline) -> str:
+def _draw_again(snapshot: Snapshot) -> str:
     """The command that makes new images where the inputs of the old ones have changed."""
-    return pipeline.command(f"stage {image.image_stage(pipeline.known_columns())} --stale")
+    return snapshot.pipeline.command(f"stage {image.image_stage(snapshot.known_columns)} --stale")
 
 
 def check_disk(plan: WritePlan, layout: Layout) -> None:

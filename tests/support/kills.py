@@ -44,6 +44,7 @@ from builder.table import column_files, commits, partitions, root_schema
 from builder.table.schema import SOURCE
 from builder.verbs.gc import collect_garbage
 from builder.verbs.plan import make_plan
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.verify import prove
 from conftest import PIPELINE, Workspace, make_shard, samples
 from support.faults import HALVES, READS, Fault, Point, arm
@@ -494,7 +495,7 @@ class Harness:
         self._seconds: dict[tuple[str, bool], float] = {}
         folder.mkdir(exist_ok=True)
         self._made = make(self._work, shards=SHARDS, rows=ROWS, checkpoint_rows=CHECKPOINT_ROWS, pause_s=0.0)
-        self._made.load().known_columns()  # what every fork would import and look up again
+        _ = Snapshot(self._made.load()).known_columns  # what every fork would import and look up again
         self._others = self._plant()
         self._save("")
 

@@ -18,6 +18,7 @@ from builder.store.layout import Layout, RunFiles
 from builder.table import partitions, root_schema, schema
 from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline
+from builder.verbs.snapshot import Snapshot
 from builder.verbs.stage import plan_stage_run
 from conftest import STAGES
 
@@ -68,7 +69,7 @@ def described(pipeline: Pipeline, name: str, choice: Choice, tasks: int) -> RunF
     """A run as `builder stage NAME` leaves it before it starts its tasks: `builder task RUN 0` does one."""
     use = pipeline.stages[name]
     pipeline.stages[name] = replace(use, run=use.run.model_copy(update={"workers": tasks}))
-    planned = plan_stage_run(pipeline, name, choice, Talk(quiet=True))
+    planned = plan_stage_run(Snapshot(pipeline), name, choice, Talk(quiet=True))
     assert planned is not None
     return planned.files
 

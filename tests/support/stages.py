@@ -243,6 +243,7 @@ class Words(Looks):
 
     name = "words"
     inputs = pa.schema([("text", pa.string())])
+    members = ()
     outputs = (Value("words", pa.string(), "the first words of the caption"),)
 
     def answer(self, text: str) -> str:  # type: ignore[override]
@@ -256,6 +257,7 @@ class After(Looks):
 
     name = "after"
     inputs = pa.schema([("words", pa.string())])
+    members = ()
     outputs = (Value("echo", pa.string(), "the words again"),)
 
     def answer(self, words: str) -> str:  # type: ignore[override]
