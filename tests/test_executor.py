@@ -167,7 +167,7 @@ def test_a_run_is_swept_when_its_owner_is_gone(
     made: Workspace, elsewhere: Elsewhere, known: Liveness, hours: float, is_kept: bool
 ) -> None:
     ingest_here(made.load())
-    planned = plan_stage_run(made.load('run.executor="elsewhere"'), "note", Choice(), QUIET)
+    planned = plan_stage_run(Snapshot(made.load('run.executor="elsewhere"')), "note", Choice(), QUIET)
     assert planned is not None
     elsewhere.known = known
     then = time.time() - hours * HOUR_S
