@@ -123,6 +123,6 @@ def open_dataset(root: str | Path) -> Dataset:
         ConfigError: there is no table in that folder.
     """
     path = Path(root)
-    if not (path / "schema").is_dir():
+    if not Layout(path).is_root:
         raise ConfigError(f"there is no table in '{path}'", fix="name the folder of dataset.root, after builder ingest")
     return Dataset(path)

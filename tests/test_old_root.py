@@ -90,3 +90,41 @@ def test_the_commands_that_plan_names_bring_it_up_to_date(old: Workspace) -> Non
     assert json.loads(old.run("plan", "--json").stdout)["older"] == []
     old.run("run")
     assert "shards proven              3 of 3" in old.run("verify").stdout
+
+
+@pytest.fixture
+def newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """A root of the second version of ingest and of its stages, made before modules moved into packages."""
+    made = old_root.unpacked("0.1.0-2", tmp_path)
+    monkeypatch.chdir(made.folder)
+    return made
+
+
+def test_a_root_from_before_the_packages_has_nothing_to_do(newer: Workspace) -> None:
+    columns = answers(newer)
+    tars = {path.name: path.read_bytes() for path in (newer.root / "shards").iterdir() if path.is_file()}
+    plan = json.loads(newer.run("plan", "--stale", "--json").stdout)
+    assert (plan["older"], plan["ingest"]["todo"], plan["write"]["todo"]) == ([], 0, 0)
+    assert {name: counts["todo"] for name, counts in plan["stages"].items()} == dict.fromkeys(STAGES, 0)
+    said = newer.run("run").stderr
+    assert "ingest: nothing to do (3 shards)" in said
+    assert "write: nothing to do (3 hybrid shards up to date)" in said
+    for stage in STAGES:
+        assert f"{stage}: nothing to do" in said
+    assert "shards proven              3 of 3" in newer.run("verify").stdout
+    assert newer.run("gc", "--dry-run").stderr.startswith("gc:")
+    assert answers(newer) == columns
+    assert {path.name: path.read_bytes() for path in (newer.root / "shards").iterdir() if path.is_file()} == tars
+
+
+def test_a_root_from_before_the_packages_goes_on(newer: Workspace) -> None:
+    """A changed option, a source that changed, and an image made again from its run."""
+    assert "generate: 3 rows, 3 ok" in newer.run("stage", "generate", "--redo", "--where", "shard = 'jpg'").stderr
+    [(uid,)] = newer.rows("select uid from samples where shard = 'odd' and image_path is not null order by row limit 1")
+    assert "the same image, bit for bit" in newer.run("regen", uid, "--check").stdout
+    source = newer.folder / "source/png.tar"
+    source.touch()
+    said = newer.run("run").stderr
+    assert "ingest: 1 shards" in said
+    assert "lang: nothing to do" in said
+    assert "shards proven              3 of 3" in newer.run("verify").stdout

@@ -126,14 +126,31 @@ class Layout:
     def column_file(self, shard: str, stage: str, generation: int) -> Path:
         return self.columns / _plain(shard) / f"{stage}.g{generation:06d}.parquet"
 
+    def edits_folder(self, shard: str) -> Path:
+        return self.edits / _plain(shard)
+
     def edits_tar(self, shard: str, attempt: str, number: int) -> Path:
-        return self.edits / _plain(shard) / _plain(f"{attempt}-{number}.tar")
+        return self.edits_folder(shard) / _plain(f"{attempt}-{number}.tar")
+
+    def pointer(self, path: Path) -> str:
+        """A path as the table names it: relative to the root."""
+        return str(path.relative_to(self.root))
 
     def schema_file(self, generation: int) -> Path:
         return self.schema / f"g{generation:06d}.json"
 
     def run(self, run: str) -> Path:
         return self.runs / _plain(run)
+
+    @property
+    def unnamed_workset(self) -> Path:
+        """Where rows are frozen, under a temp name, before their run has a name."""
+        return self.runs / "workset.parquet"
+
+    @property
+    def is_root(self) -> bool:
+        """Whether there is a table."""
+        return self.schema.is_dir()
 
     def hybrid(self, shard: str) -> Path:
         return self.shards / f"{_plain(shard)}.tar"
@@ -143,6 +160,10 @@ class Layout:
 
     def sizes(self) -> Path:
         return self.shards / "sizes.json"
+
+    def hybrid_names(self) -> list[str]:
+        """The names of all tars that lie where hybrid shards go, sorted, `.tar` left out."""
+        return [name[: -len(".tar")] for name in names(self.shards) if name.endswith(".tar")]
 
     def manifest(self, shard: str) -> Path:
         return self.manifests / f"{_plain(shard)}.parquet"

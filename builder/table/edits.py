@@ -47,7 +47,7 @@ class EditsTar:
 
     def __init__(self, layout: Layout, shard: str, attempt: str, number: int) -> None:
         self._path = layout.edits_tar(shard, attempt, number)
-        self._name = str(self._path.relative_to(layout.root))
+        self._name = layout.pointer(self._path)
         files.make_folder(self._path.parent)
         self._temp = files.temp_path(self._path)
         with files.naming(self._path):

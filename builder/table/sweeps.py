@@ -130,9 +130,9 @@ def _unreferenced(layout: Layout, shard: str, kept: int) -> tuple[list[Path], se
             for column in read_column_file(path, _pointers(pq.read_schema(path))).table.columns:
                 stages.add(stage)
                 named.update(column.unique().to_pylist())
-    folder = layout.edits / shard
+    folder = layout.edits_folder(shard)
     tars = [folder / name for name in names(folder) if name.endswith(".tar")]
-    return [path for path in tars if str(path.relative_to(layout.root)) not in named], stages
+    return [path for path in tars if layout.pointer(path) not in named], stages
 
 
 def _pointers(columns: pa.Schema) -> list[str]:

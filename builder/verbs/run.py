@@ -19,7 +19,7 @@ from builder.sources.base import Found
 from builder.stages.contract import columns_of
 from builder.stages.finding import own_code
 from builder.store import files
-from builder.store.layout import Layout, names
+from builder.store.layout import Layout
 from builder.verbs.ingest import run_ingest
 from builder.verbs.pipeline import Pipeline
 from builder.verbs.snapshot import Snapshot
@@ -100,8 +100,8 @@ def _collecting(problems: list[BuilderError]) -> Iterator[None]:
 
 def _check_room(layout: Layout, found: Found) -> None:
     """Raises TransientError where hybrid shards that do not exist yet, each about its source's size, would not fit."""
-    there = set(names(layout.shards))
-    new = [path for shard, path in found.paths.items() if f"{shard}.tar" not in there]
+    there = set(layout.hybrid_names())
+    new = [path for shard, path in found.paths.items() if shard not in there]
     needed = sum(_size(path) for path in new)
     free = output_folder.free_bytes(layout)
     if needed > free:

@@ -64,7 +64,7 @@ def plan_stage_run(snapshot: Snapshot, name: str, choice: Choice, talk: Talk) ->
     work = work_of(snapshot, name, choice, snapshot.some_shards())
     snapshot.add_columns(columns_of(use.stage))
     snapshot.heal()
-    unnamed = layout.runs / "workset.parquet"
+    unnamed = layout.unnamed_workset
     frozen = files.temp_path(unnamed)
     try:
         with files.naming(unnamed):

@@ -71,7 +71,7 @@ def read_status(pipeline: Pipeline) -> dict[str, Any]:
                 "errors": [{"class": kind, "rows": count, "example": example} for kind, count, example in classes],
             }
         result["left_out"] = dict(_left_out(samples, known, pipeline.editing)) if images else {}
-    result["hybrid_shards"] = sum(name.endswith(".tar") for name in names(layout.shards))
+    result["hybrid_shards"] = len(layout.hybrid_names())
     result["runs"] = len(names(layout.runs))
     return result
 

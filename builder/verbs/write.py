@@ -123,7 +123,7 @@ def plan_write_run(snapshot: Snapshot, talk: Talk) -> PlannedRun | None:
     output_folder.check_apart(layout, list(snapshot.found.paths.values()))
     snapshot.some_shards()
     files.make_folder(layout.runs)
-    frozen = files.temp_path(layout.runs / "write.parquet")
+    frozen = files.temp_path(layout.unnamed_workset)
     try:
         with files.naming(frozen):
             plan = plan_write(snapshot, freeze=frozen)
