@@ -919,7 +919,7 @@ def test_a_fifo_as_an_edits_tar_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "edits/a/0.tar")
     with EditsReader(tmp_path) as reader:
         for look in (lambda: reader.read("edits/a/0.tar", 0, 5), lambda: reader.located("edits/a/0.tar")):
-            with pytest.raises(ShardError, match="is no plain file"):
+            with pytest.raises(ShardError, match="is not a plain file"):
                 look()
 
 

@@ -1,6 +1,6 @@
-"""A file that is made of ranges of another file and of new bytes, written in the background.
+"""A file made of ranges of another file and of new bytes, written in the background.
 
-Owns how many parts reach a disk with few calls while more are made. Knows nothing of tars.
+Many small parts reach the disk with few calls, while more parts are made. Knows nothing of tars.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TypeVar
 from builder.store import files
 
 T = TypeVar("T")
-#: Bytes and parts that go out with one call. Source of the second: IOV_MAX of Linux is 1024.
+#: Bytes and parts that are written with one call, at most. IOV_MAX of Linux is 1024.
 _BATCH = 16 << 20
 _MAX_PARTS = 1024
-#: Bytes after which what is written is synced in the background.
+#: Bytes after which a sync of what is written starts in the background.
 _SYNCED = 64 << 20
 
 #: New bytes, or the range [start, end) of the source.
@@ -32,13 +32,13 @@ def length(part: Part) -> int:
 
 
 class Assembly:
-    """One file in the making; a context, at whose end all is written, though not synced.
+    """A file that is being made. When the `with` block ends everything is written, but not synced.
 
-    A batch of parts is written by a thread, with one call that does without Python's lock, while the next is made.
-    Ranges are taken out of a mapping of the batch for that: a page that is there already is copied a third faster than
-    one that is looked up meanwhile. One large range is left to the kernel, which may share its blocks.
+    A thread writes each batch of parts with one call, which releases Python's lock, while the next batch is made. The
+    ranges of a batch are written out of a mapping of the source, whose pages are loaded first: that is a third faster
+    than loading them during the write. A single large range is left to the kernel, which may share its blocks.
 
-    A mapping shows zeros where a file is cut: whoever assembles asks afterwards whether the source is what it was.
+    A mapping shows zeros where a file is cut, so the caller checks afterwards that the source has not changed.
 
     Args:
         source: descriptor of the file that ranges are copied from.
@@ -49,7 +49,7 @@ class Assembly:
     """
 
     def __init__(self, source: int, target: int) -> None:
-        # Of its own: a thread that outlives an interrupted wait must not write where another file has the number.
+        # Own descriptors: a thread may go on after an interrupted wait, when the numbers belong to other files.
         self._source = os.dup(source)
         try:
             self._target = os.dup(target)
@@ -59,7 +59,7 @@ class Assembly:
         self._parts: list[Part] = []
         self._waiting = 0  # bytes of these
         self._first: int | None = None  # where the first range among them begins
-        self._end = 0  # of the last one
+        self._end = 0  # where the last one ends
         self._submitted = self._synced = 0  # bytes handed to the thread; of these, bytes that a sync was asked for
         self._pool = ThreadPoolExecutor(2, "assembly")
         self._writing: Future[None] | None = None
@@ -70,8 +70,8 @@ class Assembly:
         """Appends new bytes, and ranges of the source.
 
         Raises:
-            OSError: parts that were added before could not be written; so for all methods.
-            ShardError: the source ends before the end of a range that was added before; so for all methods.
+            OSError: parts that were added before could not be written. All methods raise these.
+            ShardError: the source ends before the end of a range that was added before.
         """
         for part in parts:
             if isinstance(part, bytes):
@@ -80,7 +80,7 @@ class Assembly:
                 self.copy(*part)
 
     def copy(self, start: int, end: int) -> None:
-        """Appends the bytes [start, end) of the source; best in the source's order."""
+        """Appends the bytes [start, end) of the source; fastest in the source's order."""
         if end <= start:
             return
         is_far = self._first is not None and (start < self._end or end - self._first > 2 * _BATCH)
@@ -98,7 +98,7 @@ class Assembly:
             self.flush()
 
     def flush(self) -> None:
-        """Hands the parts to the thread, as soon as it has written those before: two batches are in memory."""
+        """Hands the parts to the thread, once it has written those before; at most two batches are in memory."""
         if self._writing is not None:
             self._writing.result()
         if self._submitted - self._synced >= _SYNCED and (self._syncing is None or self._syncing.done()):
@@ -123,17 +123,17 @@ class Assembly:
             left = max(left - size, 0)
 
     def _written_at_once(self, parts: list[Part]) -> int:
-        """Bytes that one call wrote: fewer of parts that are far apart, on a full disk, and of a lost source."""
+        """Bytes that one call wrote. Fewer than all if ranges are far apart, the disk is full or the source is lost."""
         try:
             window = _Window(self._source, [part for part in parts if isinstance(part, tuple)])
         except (OSError, ValueError):  # of mmap: the file ends before
-            return 0  # whoever copies part by part is told what it is
+            return 0  # copying part by part reports what it is
         with window:
             begin = os.lseek(self._target, 0, os.SEEK_CUR)
             try:
                 return os.writev(self._target, [p if isinstance(p, bytes) else window.part(*p) for p in parts])
             except OSError as error:
-                if error.errno != errno.EFAULT:  # a page of the source that is not there
+                if error.errno != errno.EFAULT:  # a page of the source is missing
                     raise
                 return os.lseek(self._target, 0, os.SEEK_CUR) - begin
 
@@ -165,11 +165,11 @@ class Assembly:
 
 
 class _Window:
-    """A mapping of the pages that ascending ranges of a file lie in, read from the disk without Python's lock before.
+    """A mapping of the pages that hold ascending ranges of a file. They are read before, without Python's lock.
 
     Raises:
-        OSError: the file ends before, its disk does not give them, its file system has no mappings, or most of what
-            would be read lies between the ranges.
+        OSError: the file ends before, the disk does not give its bytes, the file system has no mappings, or most of
+            the mapping would lie between the ranges.
         ValueError: the file ends before.
     """
 
@@ -189,7 +189,7 @@ class _Window:
         self._view = memoryview(mmap.mmap(descriptor, end - self._start, flags, mmap.PROT_READ, offset=self._start))
 
     def part(self, start: int, end: int) -> memoryview:
-        """One range. Nothing but the kernel may look at it: the process dies of a page that the disk does not give."""
+        """One range. Only the kernel may read it: a page that the disk does not give kills the process."""
         return self._view[start - self._start : end - self._start]
 
     def __enter__(self) -> _Window:

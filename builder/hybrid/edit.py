@@ -1,6 +1,6 @@
 """An edited sample: which members it has, what its json says, and where it says how it was made.
 
-Owns that an edited sample has the members of its source. Knows no tars and no table.
+An edited sample has the members of its source. Knows no tars and no table.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Rules:
-    """How a pipeline wants samples to be edited.
+    """How the samples of a pipeline are edited.
 
     Attributes:
-        image: `source`: a new picture takes the place of one of its own format; `jpg`: a jpg takes that of any.
-        other_pictures: where a sample has several, what becomes of those that are not replaced: `keep` or `drop`; None:
+        image: `source`: a new picture replaces one of its own format only; `jpg`: a jpg replaces a picture of any
+            format.
+        other_pictures: what happens to the other pictures of a sample that has several: `keep` or `drop`. With None
             such a sample is not edited.
         json: whether an edited sample without a json gets one.
         boxes: the json field that holds boxes of faces.
@@ -63,12 +64,12 @@ class Edit:
     Attributes:
         dropped: the sample is left out; then nothing else counts.
         image: path, offset and size of the new image, or None for a sample that keeps its own.
-        kind: format of the new image, where the table says it: jpg else.
+        kind: format of the new image; None where the table does not say it, and then it is jpg.
         caption: the new caption, or None for a sample that keeps its own.
         fields: json fields to set.
         made: how the image was made, for the json.
         members: what the edited sample consists of; empty for one that is dropped.
-        boxes: json fields that hold boxes of the picture, and go with it.
+        boxes: json fields that hold boxes of the picture; they are removed together with it.
     """
 
     row: int
@@ -104,12 +105,12 @@ class Member:
 def members_of(
     extensions: tuple[str, ...], image: str | None, has_caption: bool, has_fields: bool, rules: Rules
 ) -> tuple[Member, ...] | str:
-    """The members of an edited sample in order: those of its source. Or why the sample stays as it is.
+    """The members of an edited sample in order, which are those of its source; or the reason why it is not edited.
 
     Args:
         extensions: of the source's members, as the archive writes them; a picture is among them.
         image: format of the new picture; None for a sample that keeps its own.
-        has_caption: whether there is a new caption; with a picture always.
+        has_caption: whether there is a new caption; always so with a new picture.
         has_fields: whether json fields are set.
     """
     lower = [extension.lower() for extension in extensions]
@@ -158,14 +159,17 @@ def was_so(extensions: tuple[str, ...], has_image: bool, has_caption: bool, memb
     if "txt" in lower and any(member.is_added for member in members):
         return False
     own = formats.picture_of(extensions)
-    before = []
+    assert own is not None
+    before: list[tuple[str, int]] = []
     for place, extension in enumerate(extensions):
         if not has_image or lower[place] not in formats.OF_EXTENSION:
             before.append((extension, place))
         elif place == own:
             before.append((extension if lower[place] == "jpeg" else "jpg", place))
-    before += [("json", own)] if "json" not in lower else []  # type: ignore[list-item]
-    before += [("txt", own)] if "txt" not in lower and has_caption else []  # type: ignore[list-item]
+    if "json" not in lower:
+        before.append(("json", own))
+    if "txt" not in lower and has_caption:
+        before.append(("txt", own))
     return before == [(member.extension, member.place) for member in members]
 
 
@@ -173,9 +177,9 @@ def was_so(extensions: tuple[str, ...], has_image: bool, has_caption: bool, memb
 
 
 def edited_json(raw: bytes | None, edit: Edit, txt: bytes | None = None) -> bytes:
-    """A sample's json with its new caption and, for a new image, what describes it; indent 4, ASCII, as img2dataset.
+    """A sample's json with its new caption and the description of its new image, laid out as img2dataset does it.
 
-    `original_caption` keeps the first caption; `provenance` keeps every replaced field.
+    `original_caption` keeps the first caption; `provenance` keeps every replaced field. ASCII, indent 4.
 
     Args:
         raw: the json before; None for a sample that has none.
@@ -231,8 +235,10 @@ def _said_by(txt: bytes | None) -> dict[str, Any]:
 
 
 def _field_in(fields: dict[str, Any], name: str) -> str:
-    """The json field that a column `set_<name>` sets: that of the name, or the one that has it in another case."""
-    alike = [] if name in fields else [field for field in fields if folded(field) == folded(name)]
+    """The json field that a column `set_<name>` sets: the one of that name, or the only one in another case."""
+    if name in fields:
+        return name
+    alike = [field for field in fields if folded(field) == folded(name)]
     return alike[0] if len(alike) == 1 else name
 
 
@@ -247,14 +253,14 @@ def _pretty(value: dict[str, Any]) -> bytes:
     if not text.isascii():
         text = text.decode().encode("ascii", _ESCAPED)
     depth = 1
-    while (line := b"\n" + b" " * (4 * depth - 2)) in text:  # strings hold no line end: it is escaped there
+    while (line := b"\n" + b" " * (4 * depth - 2)) in text:  # never inside a string, where line ends are escaped
         text = text.replace(line, line + b"  ")
         depth += 1
     return text
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """A run of characters that ASCII lacks, as json escapes them."""
+    """Characters that ASCII does not have, as json escapes them."""
     assert isinstance(error, UnicodeEncodeError)
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 

@@ -141,7 +141,7 @@ def is_written(layout: Layout, plan: ShardPlan) -> bool:
     except OSError as error:
         if machine.sort_of(error) is not Sort.ACCESS:
             raise
-        return False  # it is written anew, where its disk gives it no more
+        return False  # its disk does not give it any more, so it is written again
     return (digest, output["source"], output["size"]) == (plan.digest, list(plan.on_disk), size)
 
 
@@ -149,8 +149,8 @@ def read_description(manifest: Path) -> tuple[str, dict[str, Any]]:
     """The digest that a hybrid shard was made of, and what it holds, as its manifest says.
 
     Raises:
-        FileNotFoundError: there is no manifest.
-        pyarrow.ArrowInvalid: it is damaged, or no manifest.
+        FileNotFoundError: it does not exist.
+        pyarrow.ArrowInvalid: it is damaged, or not a manifest.
     """
     with manifest.open("rb") as file:
         metadata = partitions.footer_values(file, (_DIGEST, _INFO))

@@ -14,7 +14,7 @@ from builder.hybrid.shard_plan import ShardPlan
 from builder.store import files
 from builder.store.layout import Layout
 
-#: Bytes that an edited sample's json and headers may grow by, for the disk's sake.
+#: Bytes that an edited sample's json and headers may grow by, as the estimate of disk space counts them.
 _ADDED = 4096
 
 
@@ -55,7 +55,7 @@ def write_sizes(layout: Layout) -> None:
     """Writes `sizes.json`, {tar name: samples}, of every hybrid shard: open_clip and DataComp read it.
 
     Raises:
-        ShardError: what lies beside a hybrid shard does not say how many samples it holds.
+        ShardError: the statistics of a hybrid shard do not say how many samples it holds.
     """
     sizes = {}
     for path in sorted(layout.shards.glob("*_stats.json")):

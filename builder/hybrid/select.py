@@ -246,7 +246,7 @@ def _with_table(
 
 
 def _texts(column: pa.ChunkedArray) -> list[str | None]:
-    """A column of text; of one with the members of samples the extensions of each."""
+    """The values of a column of text; of the column of members, the extensions of each sample."""
     if not pa.types.is_list(column.type):
         return list(column.to_pylist())
     members = column.combine_chunks()

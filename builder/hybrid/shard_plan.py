@@ -27,7 +27,7 @@ from builder.table.origin import Origin
 from builder.table.schema import Column
 from builder.table.sql_text import Sql
 
-#: Part of every manifest's digest. A rule that changes the bytes of some samples only is part of `_decisive` instead.
+#: Part of every manifest's digest. A rule that changes the bytes of only some samples is part of `_decisive`.
 VERSION = "3"
 #: Digits of a number, at most: Arrow's decimals have no more, and a HUGEINT has one more.
 _DIGITS = 38
@@ -40,9 +40,9 @@ class ShardPlan:
     Attributes:
         on_disk: size and time of modification, ns, of the source when this plan was made; as ingested if it is gone.
         digest: of all that decides which samples differ, and how.
-        stale: edited samples whose image is older than their prompt: image and caption stay the pair they were made as.
-        refused: samples that the SQL returns and that are never edited, since their source is bad.
-        kept: samples that the SQL returns and that stay the source's, by the reason (`edit.REASONS`).
+        stale: edited samples whose image is older than their prompt; they keep the caption that the image was made from.
+        refused: selected samples that are not edited because their source is bad.
+        kept: selected samples that stay as in the source, by the reason (`edit.REASONS`).
         rows: identity of the shard's rows (`table.rows_hash`) that the edits follow.
         selected, row_schema: the selection that it was made from (`select.Selection`).
     """
@@ -128,7 +128,7 @@ def _on_disk(source: Origin) -> tuple[int, int]:
     try:
         stat = Path(source.path).stat()
     except OSError:
-        return source.size, source.mtime_ns  # whoever opens it says why
+        return source.size, source.mtime_ns  # opening it later reports why
     return stat.st_size, stat.st_mtime_ns
 
 

@@ -41,8 +41,8 @@ _TRIES = 3
 def write_shard(layout: Layout, plan: ShardPlan) -> Written:
     """Writes one hybrid shard: a temp name, complete, renamed; stats after it, the manifest last.
 
-    The old manifest goes first: a kill in between leaves a shard without one, which is written again, never a shard
-    beside a manifest that describes another. Of two live copies the one that finds the other's tar starts again.
+    The old manifest goes first: a kill in between leaves a shard without a manifest, which is written again, and never
+    a shard with the manifest of another one. Of two live copies, the one that finds the other's tar starts again.
 
     Raises:
         ShardError: the source or an edits tar cannot be read; the old output stays.
@@ -92,7 +92,7 @@ def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Buffer, Path]
 
 
 def _identity(descriptor: int) -> tuple[int, int, int]:
-    """What differs once a file was written to: its time of change, unlike that of modification, cannot be put back."""
+    """Size and times of a file. Its time of change cannot be set back, unlike its time of modification."""
     stat = os.fstat(descriptor)
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -250,8 +250,8 @@ class _Splicer:
         made.flush()
 
     def _read(self, edit: Edit, members: list[dict[str, Any]]) -> dict[int, tuple[bytes, Part]]:
-        """Header and content of the members of an edited sample by position: of a large one its range, and nothing of
-        those that go."""
+        """Header and content of the members of an edited sample, by position. A large member is given as its range,
+        and one that is replaced or left out as nothing."""
         holds = {member.place: member.holds for member in edit.members if not member.is_added}
         old: dict[int, tuple[bytes, Part]] = {}
         for i, place in sorted(enumerate(members), key=lambda pair: int(pair[1]["header"])):
@@ -291,7 +291,7 @@ class _Splicer:
         txt = next((self._whole(old[m.place][1]) for m in edit.members if m.extension.lower() == "txt"), None)
         try:
             return edited_json(raw, edit, txt)
-        except (TypeError, ValueError) as error:  # the second of json, the first of json that is no object
+        except (TypeError, ValueError) as error:  # it is not an object, or not json
             raise ShardError(
                 f"the json of an edited sample is not what was ingested: {error}", where={"row": edit.row}, fix=AGAIN
             ) from error

@@ -185,7 +185,8 @@ def help_for(snapshot: Snapshot, reason: str) -> str:
 
 def _draw_again(snapshot: Snapshot) -> str:
     """The command that makes new images where the inputs of the old ones have changed."""
-    return snapshot.pipeline.command(f"stage {image.image_stage(snapshot.known_columns)} --stale")
+    stage = image.image_stage(snapshot.known_columns) or "STAGE"
+    return snapshot.pipeline.command(f"stage {stage} --stale")
 
 
 def check_disk(plan: WritePlan, layout: Layout) -> None:

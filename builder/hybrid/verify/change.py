@@ -116,8 +116,8 @@ class Changes:
 
     def _run(self, name: str) -> dict[str, Any]:
         if name not in self._runs:
-            told = json.loads(RunFiles(self._layout, name).description.read_bytes())
-            self._runs[name] = {"stage": told["stage"], "version": told["version"], "options": told["options_hash"]}
+            said = json.loads(RunFiles(self._layout, name).description.read_bytes())
+            self._runs[name] = {"stage": said["stage"], "version": said["version"], "options": said["options_hash"]}
         return self._runs[name]
 
     def _members(
@@ -127,8 +127,8 @@ class Changes:
         lower = [extension.lower() for extension in extensions]
         own = own_picture(extensions)
         has_json = "json" in lower or self._rules.json
-        is_told = has_json or ("txt" in lower and has_caption)  # how it was made has a place
-        if not is_told or (has_fields and not has_json):
+        is_recorded = has_json or ("txt" in lower and has_caption)  # something in the sample can hold what is new
+        if not is_recorded or (has_fields and not has_json):
             return None
         others = [place for place, extension in enumerate(extensions) if place != own and is_picture(extension)]
         gone: set[int] = set()

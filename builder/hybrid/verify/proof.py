@@ -12,10 +12,10 @@ class Proof:
 
     Attributes:
         proven: shards in which nothing is wrong.
-        same: bytes of hybrid shards that are the source's.
+        same: bytes of hybrid shards that equal the source's.
         no_end_mark: shards whose source was cut: it has no end mark.
-        problems: what is wrong, one sentence each with its fix, the shard or the file first.
-        unread: shards of which nothing is said, since the machine did not give their bytes, with the reason.
+        problems: what is wrong, one sentence each, beginning with the shard or the file and ending with the fix.
+        unread: shards that could not be checked because the machine did not give their bytes, with the reason.
     """
 
     shards: int = 0

@@ -43,11 +43,11 @@ class Prover:
 
     @property
     def looked_at(self) -> int:
-        """How many shards it is through with."""
+        """How many shards are done."""
         return self.proof.proven + len(self.wrong) + len(self._unread)
 
     def check_gone(self, shards: Sequence[str]) -> None:
-        """Takes note of hybrid shards whose sources are gone: of these nothing can be proven."""
+        """Takes note of hybrid shards whose sources are gone: nothing can be proven of them."""
         for shard in shards:
             state = partitions.partition_state(self._layout, shard)
             if state is not None and self._layout.hybrid(shard).exists() and not Path(state.source.path).exists():
@@ -55,7 +55,7 @@ class Prover:
                 self.wrong[shard] = str(Wrong(f"its source '{state.source.path}' is gone", "put it back"))
 
     def readable(self) -> list[str]:
-        """The shards whose partitions can be read; all that is wrong with partitions becomes a problem."""
+        """The shards whose partitions can be read. Whatever is wrong with a partition becomes a problem."""
         readable = []
         for shard in self._shards:
             with self._noting(shard):
@@ -81,7 +81,7 @@ class Prover:
 
     @contextmanager
     def _noting(self, shard: str) -> Iterator[None]:
-        """Takes note of what is wrong with a shard; what the machine did not give is no difference."""
+        """Takes note of what is wrong with a shard; bytes that the machine did not give are not a difference."""
         try:
             yield
         except Exception as error:
@@ -95,14 +95,14 @@ class Prover:
                 raise
 
     def refuse(self, shard: str, error: BuilderError) -> None:
-        """Takes note of a shard of which the table gives no plan."""
+        """Takes note of a shard that has no plan."""
         if machine.is_of_the_machine(error):
             self._unread.setdefault(shard, str(error))
         else:
             self.wrong.setdefault(shard, str(Wrong(reason(error), error.fix)))
 
     def finish(self, table_shards: Iterable[str]) -> Proof:
-        """Checks what lies beside the hybrid shards, and returns the proof.
+        """Checks the files next to the hybrid shards, and returns the proof.
 
         Args:
             table_shards: every shard of the table.
@@ -116,7 +116,7 @@ class Prover:
         return self.proof
 
     def _check_folder(self, known: set[str]) -> Iterator[str]:
-        """Problems of files that are of no one shard; a shard that `sizes.json` has wrong becomes wrong itself."""
+        """Problems of files that do not belong to one shard. A wrong entry in `sizes.json` makes its shard wrong."""
         there = [name for name in names(self._layout.shards) if name.endswith(".tar")]
         for name in there:
             if name not in known:
@@ -140,5 +140,5 @@ class Prover:
         for shard, count in self._samples.items():
             found = sizes.get(f"{shard}.tar")
             if found != count:
-                told = "does not name it" if found is None else f"says {found!r} samples, and it has {count}"
-                self.wrong[shard] = str(Wrong(f"sizes.json {told}", WRITE))
+                said = "does not name it" if found is None else f"says {found!r} samples, and it has {count}"
+                self.wrong[shard] = str(Wrong(f"sizes.json {said}", WRITE))
