@@ -40,7 +40,7 @@ class ShardPlan:
     Attributes:
         on_disk: size and time of modification, ns, of the source when this plan was made; as ingested if it is gone.
         digest: of all that decides which samples differ, and how.
-#: Part of every manifest's digest. A rule that changes the bytes of only some samples is in `_decisive` instead.
+        stale: edited samples whose image is older than their prompt; they keep the caption of their image.
         refused: selected samples that are not edited because their source is bad.
         kept: selected samples that stay as in the source, by the reason (`edit.REASONS`).
         rows: identity of the shard's rows (`table.rows_hash`) that the edits follow.
