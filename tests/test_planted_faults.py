@@ -21,7 +21,7 @@ from builder.tar.walk import pax_records
 from builder.verbs.snapshot import Snapshot
 from builder.verbs.verify import prove
 from builder.verbs.write import write_plans
-from conftest import Workspace, make_workspace, replace_everywhere, samples, write_tar
+from conftest import Sample, Workspace, make_workspace, replace_everywhere, samples, write_tar
 
 Patch = pytest.MonkeyPatch
 Fields = dict[str, Any]
@@ -87,6 +87,33 @@ def problems(root: Workspace) -> Iterator[Callable[..., list[str]]]:
 @pytest.mark.parametrize("sql", ["images", "captions"])
 def test_without_a_fault_all_is_proven(problems: Callable[..., list[str]], sql: str) -> None:
     assert problems(sql) == []
+
+
+#: json that is written otherwise than it was, or that few tools write.
+ODD = [
+    b'{"caption": "a", "x": NaN, "y": [Infinity, -Infinity, 1e400, -1e999]}',
+    b'{"caption": "a", "x": 2.50, "y": 1E16, "z": [1e-05, -0.0, 1.0, 0.1e1, 123456789012345678901234567890, -0]}',
+    '{"caption": "ü\u2028\U0001f600", "x": "\x7f", "y": "a\\u0000b 1e16 \\" 2.50"}'.encode(),
+    b'{"caption": "\\ud800 lone", "x": {"\\udfff": 1.5e300}}',
+    b'{"caption": "a", "caption": "b", "x": 1, "x": 2.0}',
+    b'\xef\xbb\xbf{"caption": "a", "x": [], "y": {}, "z": [{}, [[]]]}',
+    b'{"caption": null, "url": "", "exif": null, "sha256": 7, "face_bboxes": "none", "width": "48"}',
+    b'{"caption": "a", "original_caption": null, "provenance": [1]}',
+    b'{"caption": "a", "deep": ' + b'[{"a": ' * 49 + b"1" + b"}]" * 49 + b"}",
+    b'{"caption": "a", "deep": ' + b"[" * 99 + b"]" * 99 + b"}",
+    b"{}",
+]
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_odd_json_is_proven(tmp_path: Path, number: int) -> None:
+    made = make_workspace(tmp_path, {SHARD: []}, stages=STAGES.format(folder=tmp_path))
+    (tmp_path / "prompts.sql").write_text("select shard, row, uid, 'a text' as text from samples")
+    sample = Sample("k", json=ODD[number])
+    write_tar(tmp_path / f"source/{SHARD}.tar", sample.members())
+    made.run("run")
+    proven = prove(made.load(), Talk(quiet=True))
+    assert (proven.problems, proven.edited) == ([], 1)
 
 
 def label(row: int) -> str:
