@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from builder.errors import ConfigError, ShardError
 from builder.hybrid import shard_plan, splice
 from builder.hybrid.edit import Edit, edited_json
-from builder.hybrid.manifest import is_written
+from builder.hybrid.output_folder import is_written
 from builder.progress import Talk
 from builder.store import files
 from builder.table import partitions

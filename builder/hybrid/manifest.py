@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from builder import machine
-from builder.hybrid.shard_plan import ShardPlan
-from builder.machine import Sort
-from builder.store.layout import Layout
 from builder.table import column_files, partitions
 
+#: Part of the digest in every manifest: where it is raised, every shard is written again. A rule that changes the bytes
+#: of only some samples is part of their digest instead (`shard_plan`).
+VERSION = "3"
 #: In the footer: the digest of the plan, and what the shard holds with size and time of its source.
 _DIGEST = b"builder.digest"
 _INFO = b"builder.output"
@@ -129,20 +128,6 @@ class Written:
             "count": self.rows, "successes": self.rows - self.dropped, "edited": self.edited
         }  # fmt: skip
         return counts if self.source_end_mark else {**counts, "source_end_mark": False}
-
-
-def is_written(layout: Layout, plan: ShardPlan) -> bool:
-    """Whether a hybrid shard is up to date: made of the plan's edits and of the source as it is on disk now."""
-    try:
-        digest, output = read_description(layout.manifest(plan.shard))
-        size = layout.hybrid(plan.shard).stat().st_size
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return False
-    except OSError as error:
-        if machine.sort_of(error) is not Sort.ACCESS:
-            raise
-        return False  # its disk does not give it any more, so it is written again
-    return (digest, output["source"], output["size"]) == (plan.digest, list(plan.on_disk), size)
 
 
 def read_description(manifest: Path) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The folder of hybrid shards: sizes.json, the room that writing takes, and that no source lies there."""
+"""The folder of hybrid shards: which are up to date, `sizes.json`, the room that writing takes, no sources in it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,32 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+
+from builder import machine
 from builder.errors import ConfigError, ShardError
+from builder.hybrid.manifest import read_description
 from builder.hybrid.shard_plan import ShardPlan
+from builder.machine import Sort
 from builder.store import files
 from builder.store.layout import Layout
 
 #: Bytes that an edited sample's json and headers may grow by, as the estimate of disk space counts them.
 _ADDED = 4096
+
+
+def is_written(layout: Layout, plan: ShardPlan) -> bool:
+    """Whether a hybrid shard is up to date: made of the plan's edits and of the source as it is on disk now."""
+    try:
+        digest, output = read_description(layout.manifest(plan.shard))
+        size = layout.hybrid(plan.shard).stat().st_size
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return False
+    except OSError as error:
+        if machine.sort_of(error) is not Sort.ACCESS:
+            raise
+        return False  # its disk does not give it any more, so it is written again
+    return (digest, output["source"], output["size"]) == (plan.digest, list(plan.on_disk), size)
 
 
 def sizes_of(layout: Layout, plan: ShardPlan) -> tuple[int, int]:

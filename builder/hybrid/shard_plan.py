@@ -21,14 +21,13 @@ from builder.errors import BuilderError, ConfigError
 from builder.hybrid import select
 from builder.hybrid.edit import Edit, Rules, members_of, was_so
 from builder.hybrid.image import Provenance, image_in, image_stage
+from builder.hybrid.manifest import VERSION
 from builder.store.layout import Layout
 from builder.table import partitions
 from builder.table.origin import Origin
 from builder.table.schema import Column
 from builder.table.sql_text import Sql
 
-#: Part of every manifest's digest. A rule that changes the bytes of only some samples is part of `_decisive`.
-VERSION = "3"
 #: Digits of a number, at most: Arrow's decimals have no more, and a HUGEINT has one more.
 _DIGITS = 38
 

@@ -14,7 +14,7 @@ from builder.engine import runs, workset
 from builder.engine.runs import Outcome, PlannedRun, execute
 from builder.engine.workset import Slice
 from builder.errors import BuilderError, TransientError
-from builder.hybrid import image, manifest, output_folder, shard_plan
+from builder.hybrid import image, output_folder, shard_plan
 from builder.hybrid.edit import NO_TEXT, REASONS, SEVERAL_PICTURES
 from builder.progress import Talk
 from builder.store import files
@@ -70,7 +70,7 @@ def plan_write(snapshot: Snapshot, *, freeze: Path | None = None) -> WritePlan:
             plan.kept += shard.kept
             plan.dropped += sum(edit.dropped for edit in shard.edits.values())
             plan.edited += sum(not edit.dropped for edit in shard.edits.values())
-            if manifest.is_written(layout, shard):
+            if output_folder.is_written(layout, shard):
                 continue
             size, more = output_folder.sizes_of(layout, shard)
             plan.needed, largest, plan.bytes = plan.needed + more, max(largest, size), plan.bytes + size
