@@ -156,7 +156,7 @@ def test_stored_bytes_that_are_no_picture_are_told(drawn: Workspace) -> None:
     assert done.returncode == 3
     lines = done.stdout.splitlines()
     assert lines[1] == "another image: its pixels cannot be compared"
-    assert lines[2].startswith("  the stored bytes are no picture: ")
+    assert lines[2].startswith("  the stored bytes are not a picture: ")
 
 
 def test_options_that_are_known_no_more_are_told(drawn: Workspace) -> None:

@@ -1,4 +1,4 @@
-"""One generated image again, from the table alone, and how it differs from the one that is stored.
+"""Makes one generated image again, from the table alone, and compares it with the one that is stored.
 
 Owns `builder regen`. What made an image is in its row and in the description of its run, which are data: the stage's
 code is the pipeline's, or builder's own.
@@ -58,7 +58,7 @@ class Again:
         made: the bytes of now.
         mean: mean absolute difference of their pixels, 0 to 255; None for pictures of different sizes.
         most: the largest difference of a pixel.
-        reasons: what is not as it was when the image was made.
+        reasons: what has changed since the image was made.
     """
 
     shard: str
@@ -169,7 +169,7 @@ def _code_of(pipeline: Pipeline, name: str) -> type[Stage]:
 
 
 def _other_code(pipeline: Pipeline, name: str, run: _Run) -> list[str]:
-    """Whether the stage's code lies elsewhere than when the image was made."""
+    """Reports if the stage's code is in another place than when the image was made."""
     now = python_of(pipeline.stages[name]) if name in pipeline.stages else None
     then = run.python_file
     return [] if then == now else [f"code of stage '{name}': {then or 'installed'}, now {now or 'installed'}"]
@@ -233,7 +233,7 @@ def _inputs(pipeline: Pipeline, run: _Run, stage: Stage, options: BaseModel, row
 
 
 def _reasons(run: _Run, stage: Stage, row: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """What is not as it was: the stage's version, packages, what the answer says of how it was made."""
+    """What has changed: the stage's version, packages, what the answer says of how it was made."""
     found = []
     if run.version != stage.version:
         found.append(f"stage '{stage.name}': version {run.version}, now {stage.version}")
@@ -253,14 +253,14 @@ def _said(value: Any) -> Any:
 
 
 def _compare(again: Again) -> None:
-    """Measures how far the pixels are apart."""
+    """Measures how different the pixels are."""
     from builder.models.pictures import decode
 
     assert again.stored is not None
     try:
         stored, made = decode(again.stored), decode(again.made)
     except ValueError as error:
-        again.reasons.insert(0, f"the stored bytes are no picture: {error}")
+        again.reasons.insert(0, f"the stored bytes are not a picture: {error}")
         return
     if stored.shape == made.shape:
         apart = np.abs(stored.astype(np.int16) - made.astype(np.int16))

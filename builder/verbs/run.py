@@ -31,7 +31,7 @@ from builder.verbs.write import run_write, write_plans
 def _done_stages(snapshot: Snapshot) -> dict[str, Counts]:
     """The first stages of the pipeline that have nothing to do, counted in one pass over the table.
 
-    SQL that is refused ends them: its stage says so when it is its turn.
+    Empty if the SQL of one of them is refused: that stage reports it when its turn comes.
     """
     pipeline, shards = snapshot.pipeline, snapshot.some_shards()
     works = [work_of(snapshot, name, Choice(), shards) for name in pipeline.stages]
@@ -45,10 +45,10 @@ def _done_stages(snapshot: Snapshot) -> dict[str, Counts]:
 
 
 def check_first(snapshot: Snapshot) -> None:
-    """Finds what would end a run later, before any work is done for it: all that can be told without the samples.
+    """Finds what would end a run later, before any work is done for it, as far as that needs no samples.
 
-    These are the folders of the root, the SQL of every stage and of the writer with its parameters, packages and models
-    that a stage would miss, and room on the disk for the hybrid shards that do not exist yet.
+    It checks the folders of the root, the SQL of every stage and of the writer with its parameters, the packages and
+    models that stages need, and the room on the disk for the hybrid shards that do not exist yet.
 
     Raises:
         ConfigError: every problem of the pipeline at once.
@@ -81,7 +81,7 @@ def check_first(snapshot: Snapshot) -> None:
 
 
 def _is_sql_fine(snapshot: Snapshot) -> bool:
-    """Whether the SQL of every stage can be evaluated: in one session, and a session takes some 30 ms."""
+    """Whether the SQL of every stage can be evaluated. One session does it for all: a session takes some 30 ms."""
     try:
         count_rows(snapshot.layout, [work_of(snapshot, name, Choice(), []) for name in snapshot.pipeline.stages])
     except (ConfigError, SchemaError, StageError):
@@ -99,7 +99,7 @@ def _collecting(problems: list[BuilderError]) -> Iterator[None]:
 
 
 def _check_room(layout: Layout, found: Found) -> None:
-    """Raises TransientError where hybrid shards that do not exist yet, each about its source's size, would not fit."""
+    """Raises TransientError if hybrid shards that do not exist yet would not fit, each taken as large as its source."""
     there = set(layout.hybrid_names())
     new = [path for shard, path in found.paths.items() if shard not in there]
     needed = sum(_size(path) for path in new)
@@ -116,13 +116,13 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
-        return 0  # whoever reads it says why
+        return 0  # ingest reports why it cannot be read
 
 
 def run_all(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
     """Ingest, every stage in the pipeline's order, write; yields each with what it did.
 
-    What the machine kept from being finished keeps nothing behind it from being done.
+    If one of them could not be finished because of the machine, those after it are done all the same.
 
     Raises:
         ConfigError: something that `check_first` finds; nothing was done then.
@@ -148,7 +148,7 @@ def run_all(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
 
 
 def _as_far_as_it_goes(verb: Callable[[], Outcome]) -> Outcome:
-    """What a verb did, or what of the machine's kept it from being finished."""
+    """What a verb did; or the fault of the machine because of which it could not be finished, as an outcome."""
     try:
         return verb()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A few rows outside any run: what a stage would answer, how fast; nothing of it is committed.
+"""Tries a stage on a few rows, outside any run: what it answers, and how fast. Nothing is committed.
 
 Owns `builder stage NAME --try N`.
 """
@@ -19,9 +19,10 @@ from builder.engine.reading import read_once
 from builder.engine.work import Choice
 from builder.errors import ConfigError, StageError
 from builder.executors.base import take_task_defaults
-from builder.stages.contract import outputs_of
+from builder.stages.contract import Stage, outputs_of
 from builder.stages.finding import own_code
 from builder.store import files
+from builder.store.layout import Layout
 from builder.table import partitions
 from builder.table.outputs import Bytes
 from builder.verbs.pipeline import Pipeline, use_of
@@ -39,9 +40,9 @@ class Trial:
         setup_s: seconds until the stage was ready, its model loaded.
         read_s: seconds in which the rows' bytes were read.
         answer_s: seconds in which it answered.
-        difference: the largest one between an answer alone and in a batch; None for a stage that names no tolerance.
-        notice: what it says of itself, such as a licence.
-        notes: what it wants to be kept beside its answers.
+        difference: the largest difference between an answer alone and in a batch; None if the stage has no tolerance.
+        notice: what the stage says of itself, such as a licence.
+        notes: what it gives to be kept next to its answers.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -89,7 +90,8 @@ def try_stage(pipeline: Pipeline, name: str, choice: Choice, count: int) -> Tria
     return trial
 
 
-def _try(trial: Trial, layout: Any, shard: str, stage: Any, rows: pa.Table) -> None:
+def _try(trial: Trial, layout: Layout, shard: str, stage: Stage, rows: pa.Table) -> None:
+    """Asks a stage about rows of one shard and adds what it answers to a trial."""
     began = time.perf_counter()
     batches = read_once(layout, shard, stage, rows)
     trial.read_s += time.perf_counter() - began
@@ -105,8 +107,8 @@ def _try(trial: Trial, layout: Any, shard: str, stage: Any, rows: pa.Table) -> N
             if isinstance(found, Left):
                 raise found.why or StageError(f"stage '{stage.name}' was stopped")
             trial.failed += isinstance(found, Failure)
-            told = [{"error": found.error}] if isinstance(found, Failure) else found.to_pylist()
-            for row, values in zip(batch.rows[first:], told, strict=False):
+            shown = [{"error": found.error}] if isinstance(found, Failure) else found.to_pylist()
+            for row, values in zip(batch.rows[first:], shown, strict=False):
                 trial.rows.append({"shard": shard, "row": row, "uid": uids[row], **values})
     trial.notes += stage.take_notes()
 
