@@ -57,7 +57,7 @@ class _Stop:
 
 
 @dataclass(frozen=True)
-class Task:
+class RunTask:
     """One task of a run.
 
     Attributes:
@@ -88,7 +88,7 @@ def run_task(folder: Path, number: int) -> int:
     faulthandler.enable()  # a fault in native code leaves its place in the log
     own_executor().enter_task()
     try:
-        result = TASKS[data["kind"]](Task(run, number, data, stop))
+        result = TASKS[data["kind"]](RunTask(run, number, data, stop))
         files.write_atomic(run.result(number), json.dumps(result, default=str).encode(), durable=False)
     except (Exception, SystemExit) as error:
         _report_failure(run, number, error)
@@ -129,7 +129,7 @@ def _report_failure(run: RunFiles, number: int, error: BaseException) -> None:
 # --- the kinds of tasks ---
 
 
-def _stage_task(task: Task) -> dict[str, Any]:
+def _stage_task(task: RunTask) -> dict[str, Any]:
     """Asks a stage about rows of a work set."""
     run, data = task.run, task.data
     kind = find(data["stage"], data["python_file"])
@@ -144,7 +144,7 @@ def _stage_task(task: Task) -> dict[str, Any]:
     return result.to_json()
 
 
-def _ingest_task(task: Task) -> dict[str, Any]:
+def _ingest_task(task: RunTask) -> dict[str, Any]:
     """Reads shards of the source into the table."""
     run, data = task.run, task.data
     source = KINDS[data["source"]["kind"]].from_json(data["source"])
@@ -183,7 +183,7 @@ def _ingest_task(task: Task) -> dict[str, Any]:
     return {**result, **names, **undone}
 
 
-def _write_task(task: Task) -> dict[str, Any]:
+def _write_task(task: RunTask) -> dict[str, Any]:
     """Writes hybrid shards."""
     run, data = task.run, task.data
     folder = data.get("folder")
@@ -211,7 +211,7 @@ def _write_task(task: Task) -> dict[str, Any]:
 
 
 #: What does a task of each kind of run, and returns what its result file holds.
-TASKS: dict[str, Callable[[Task], dict[str, Any]]] = {
+TASKS: dict[str, Callable[[RunTask], dict[str, Any]]] = {
     "stage": _stage_task,
     "ingest": _ingest_task,
     "write": _write_task,
@@ -221,7 +221,7 @@ TASKS: dict[str, Callable[[Task], dict[str, Any]]] = {
 # --- shard by shard ---
 
 
-def _shard_by_shard(task: Task, shards: Sequence[str], do: Callable[[int], None]) -> dict[str, dict[str, str]]:
+def _shard_by_shard(task: RunTask, shards: Sequence[str], do: Callable[[int], None]) -> dict[str, dict[str, str]]:
     """Does the shards of a task in order; returns those that were `refused` and those that were `left`, with reasons.
 
     A shard in which the process died twice is refused or left, too: the next process goes on with the shard after it.
