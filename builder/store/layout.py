@@ -233,11 +233,11 @@ class RunFiles:
         return self.logs / f"{number:05d}.log"
 
     def failures(self, number: int) -> Path:
-        """Failures that did not replace an answer, one json a line."""
+        """Failures that did not replace an answer, one json per line."""
         return self.logs / f"{number:05d}.failures.jsonl"
 
     def notes(self, number: int) -> Path:
-        """What a stage wanted to be kept beside its answers, such as rejected texts, one json a line."""
+        """What a stage gave to be kept next to its answers, such as rejected texts, one json per line."""
         return self.logs / f"{number:05d}.notes.jsonl"
 
 

@@ -112,7 +112,9 @@ def plan_ingest_run(snapshot: Snapshot, talk: Talk, *, redo: bool = False) -> Pl
     dealt = deal(plan.todo, config.run.workers)
     paths = {shard: str(path.absolute()) for shard, path in plan.found.paths.items()}
     runs.write_tasks(run, [{"paths": {shard: paths[shard] for shard in task}} for task in dealt])
-    return PlannedIngest(run, config.run, len(dealt), "ingest", len(plan.todo), "shards", plan.changed)
+    return PlannedIngest(
+        run, config.run, tasks=len(dealt), label="ingest", total=len(plan.todo), unit="shards", changed=plan.changed
+    )
 
 
 def deal(todo: Sequence[str], tasks: int) -> list[list[str]]:

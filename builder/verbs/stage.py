@@ -85,7 +85,8 @@ def plan_stage_run(snapshot: Snapshot, name: str, choice: Choice, talk: Talk) ->
         frozen.unlink(missing_ok=True)
     dealt = workset.cut(slices, use.run.workers)
     runs.write_tasks(run, [workset.task_of(task) for task in dealt])
-    return PlannedStage(run, use.run, len(dealt), name, sum(part.count for part in slices), "rows", work)
+    rows = sum(part.count for part in slices)
+    return PlannedStage(run, use.run, tasks=len(dealt), label=name, total=rows, unit="rows", work=work)
 
 
 def finish_stage_run(snapshot: Snapshot, planned: PlannedStage, outcome: Outcome, talk: Talk) -> None:

@@ -150,7 +150,7 @@ def plan_write_run(snapshot: Snapshot, talk: Talk) -> PlannedRun | None:
         frozen.unlink(missing_ok=True)
     dealt = _deal(plan.todo, config.run.workers)
     runs.write_tasks(run, [workset.task_of(task) for task in dealt])
-    return PlannedRun(run, config.run, len(dealt), "write", len(plan.todo), "shards")
+    return PlannedRun(run, config.run, tasks=len(dealt), label="write", total=len(plan.todo), unit="shards")
 
 
 def finish_write_run(pipeline: Pipeline, outcome: Outcome, talk: Talk) -> None:
