@@ -10,7 +10,7 @@ import pytest
 
 from builder.errors import ConfigError
 from builder.models.llm import contract as answers
-from builder.models.llm.contract import Accepted, Contract, Rejected, Request
+from builder.models.llm.contract import Accepted, Contract, Question, Rejected
 from builder.models.llm.conversation import Rewrites
 from builder.models.llm.refusals import refusal_in
 from builder.models.text.language import LanguageModel
@@ -19,8 +19,8 @@ from builder.models.text.legible import legible
 CAPTION = "a person with a hat in the street"
 GROUP = ("Black", "woman")
 USER = f'sentence: "{CAPTION}" group: "Black woman"'
-REQUEST = Request(CAPTION, USER, ("sentence", "group"), GROUP)
-PLAIN = Request(CAPTION, f'caption: "{CAPTION}"', ("caption",))
+REQUEST = Question(CAPTION, USER, ("sentence", "group"), GROUP)
+PLAIN = Question(CAPTION, f'caption: "{CAPTION}"', ("caption",))
 PROMPT = "A Black woman with a hat in the street"
 SCHEMA = {
     "type": "object",
@@ -30,7 +30,7 @@ SCHEMA = {
 }
 
 
-def rejection(answer: str, request: Request = REQUEST, **options: Any) -> tuple[str, str]:
+def rejection(answer: str, request: Question = REQUEST, **options: Any) -> tuple[str, str]:
     with pytest.raises(Rejected) as caught:
         Contract(**options).read(answer, request)
     return caught.value.kind, str(caught.value)
@@ -180,7 +180,7 @@ def test_refusals(answer: str) -> None:
 def test_captions_that_are_no_refusals(answer: str) -> None:
     caption = answer.replace("Black", "old")
     assert not refusal_in(answer)
-    assert Contract().read(answer, Request(caption, f'caption: "{caption}"', ("caption",))).prompt == answer
+    assert Contract().read(answer, Question(caption, f'caption: "{caption}"', ("caption",))).prompt == answer
 
 
 REMARKS = """\
@@ -229,14 +229,14 @@ def test_a_remark_in_english_is_told_where_any_language_is_taken() -> None:
         contract.read("I can't portray a Black woman that way", REQUEST)
     assert caught.value.kind == "refusal"
     italian = "I ragazzi e le ragazze sono al mare con una donna"
-    assert contract.read(italian, Request("ragazzi", 'caption: "ragazzi"')).lang == "it"
+    assert contract.read(italian, Question("ragazzi", 'caption: "ragazzi"')).lang == "it"
 
 
 def test_words_of_a_remark_are_the_caption_s_own_right() -> None:
     caption = "I can't believe it is not possible, note: my prompt request"
     answer = caption.replace("my", "my Black woman's")
-    assert Contract().read(answer, Request(caption, "x y", (), GROUP)).prompt == answer
-    assert Contract(lang="it").read("I ragazzi sono al mare", Request("ragazzi", "x y")).prompt
+    assert Contract().read(answer, Question(caption, "x y", (), GROUP)).prompt == answer
+    assert Contract(lang="it").read("I ragazzi sono al mare", Question("ragazzi", "x y")).prompt
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_addresses(address: str, named: str) -> None:
 
 
 def test_a_site_s_name_is_the_caption_s_own_right_and_an_address_is_nobody_s() -> None:
-    request = Request("a person at Amazon.com, https://x.org/y", "x y", (), GROUP)
+    request = Question("a person at Amazon.com, https://x.org/y", "x y", (), GROUP)
     assert Contract().read("A Black woman at amazon.com", request).prompt == "A Black woman at amazon.com"
     assert rejection("A Black woman at Amazon.com, https://x.org/y", request)[0] == "address"
     for plain in (
@@ -419,16 +419,16 @@ def test_a_text_of_which_nobody_can_be_asked_again_is_made_legible() -> None:
 def test_what_looks_like_an_introduction_is_the_caption_s_own_right() -> None:
     caption = "Great army orders of battle: a person on a horse"
     answer = "Great army orders of battle: a Black woman on a horse"
-    assert Contract().read(answer, Request(caption, USER, (), GROUP)).prompt == answer
+    assert Contract().read(answer, Question(caption, USER, (), GROUP)).prompt == answer
     assert rejection(answer)[0] == "lines"
 
 
 def test_marks_of_a_caption_may_stay() -> None:
     caption = "1. Photo: a person [2] | shop *new* <b>#1</b> {x} `y` \\z, {place}"
     answer = caption.replace("person", "Black woman")
-    assert Contract().read(answer, Request(caption, f"a caption: {caption}", (), GROUP)).prompt == answer
+    assert Contract().read(answer, Question(caption, f"a caption: {caption}", (), GROUP)).prompt == answer
     told = "A Black woman in Rome [Lazio]"
-    assert Contract().read(told, Request(CAPTION, "x y", (), GROUP, more="Rome [Lazio]")).prompt == told
+    assert Contract().read(told, Question(CAPTION, "x y", (), GROUP, more="Rome [Lazio]")).prompt == told
 
 
 @pytest.mark.parametrize(
@@ -451,9 +451,9 @@ def test_echo(answer: str) -> None:
 
 def test_a_caption_may_stay_where_nothing_had_to_be_added() -> None:
     assert Contract().read(CAPTION, PLAIN).prompt == CAPTION
-    request = Request(PROMPT, f'sentence: "{PROMPT}" group: "Black woman"', ("sentence", "group"), GROUP)
+    request = Question(PROMPT, f'sentence: "{PROMPT}" group: "Black woman"', ("sentence", "group"), GROUP)
     assert Contract().read(PROMPT, request).prompt == PROMPT
-    assert rejection(PROMPT, Request(PROMPT, PROMPT))[0] == "echo"
+    assert rejection(PROMPT, Question(PROMPT, PROMPT))[0] == "echo"
 
 
 @pytest.mark.parametrize(
@@ -468,12 +468,12 @@ def test_a_caption_may_stay_where_nothing_had_to_be_added() -> None:
     ],
 )
 def test_words_that_mean_a_group(answer: str, group: tuple[str, ...]) -> None:
-    assert Contract().read(answer, Request("x", "x y", (), group)).prompt == answer
+    assert Contract().read(answer, Question("x", "x y", (), group)).prompt == answer
 
 
 def test_the_group_alone_rewrites_a_caption_that_is_as_short() -> None:
     assert (
-        Contract().read("Black woman", Request("Man", 'sentence: "Man"', ("sentence",), GROUP)).prompt == "Black woman"
+        Contract().read("Black woman", Question("Man", 'sentence: "Man"', ("sentence",), GROUP)).prompt == "Black woman"
     )
 
 

@@ -19,8 +19,10 @@ from PIL import ExifTags, Image
 
 from builder.engine.batches import answer, check_alone
 from builder.errors import ConfigError, StageError
-from builder.models.faces import finder
-from builder.models.faces.finder import DETECTORS, DetectorOptions, nearness
+from builder.models import decoding
+from builder.models.faces.detector import DetectorEntry
+from builder.models.faces.detectors import DETECTORS, DetectorOptions
+from builder.models.faces.finder import nearness
 from builder.stages.check import Check, CheckOptions
 from builder.stages.contract import Preparing, Resources, RowsFailed
 from builder.stages.faces import Faces, FacesOptions
@@ -75,7 +77,7 @@ def test_pictures_are_decoded_ahead(stage: Faces) -> None:
     ahead = stage.prepare(batch(astronaut(), None, picture()))
     assert ahead is not None
     assert (ahead.start, ahead.stop, ahead.places) == (0, 3, [0, 2])
-    assert [image.shape for image in ahead.frames.images] == [(512, 512, 3), (32, 48, 3)]
+    assert [image.shape for image in ahead.room.images] == [(512, 512, 3), (32, 48, 3)]
 
 
 @pytest.mark.parametrize(("limit", "ahead"), [(1, 1), (512 * 512, 1), (512 * 512 + 1, 3), (10**9, 4)])
@@ -83,7 +85,7 @@ def test_pictures_are_decoded_ahead(stage: Faces) -> None:
 def test_what_is_decoded_ahead_is_bounded_and_changes_no_answer(
     monkeypatch: pytest.MonkeyPatch, limit: int, ahead: int, threads: int | None
 ) -> None:
-    monkeypatch.setattr(finder, "AHEAD_PIXELS", limit)
+    monkeypatch.setattr(decoding, "BLOCK_PIXELS", limit)
     stage = Faces(FacesOptions(decode_threads=threads))
     stage.setup("cpu")
     rows = batch(astronaut(), None, astronaut(), picture())
@@ -95,13 +97,13 @@ def test_what_is_decoded_ahead_is_bounded_and_changes_no_answer(
     assert answers.column("face_source").to_pylist() == ["mtcnn", "json", "mtcnn", "mtcnn"]
     assert answers.equals(stage.process(rows))
     assert answers.column("face_boxes")[0] == answers.column("face_boxes")[2]
-    assert not any(image is not None for image in prepared.frames.images)  # freed one by one
+    assert not any(image is not None for image in prepared.room.images)  # freed one by one
     stage.close()
 
 
 @pytest.mark.parametrize("limit", [1, 10**9])
 def test_bytes_that_do_not_decode_fail_alone(stage: Faces, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(finder, "AHEAD_PIXELS", limit)
+    monkeypatch.setattr(decoding, "BLOCK_PIXELS", limit)
     cut_short = astronaut()[:5000]  # its header is whole
     rows = batch(astronaut(), b"no picture", None, cut_short, picture())
     for prepared in (stage.prepare(rows), None):
@@ -189,10 +191,10 @@ def test_a_large_picture_is_shrunk_and_one_at_the_limit_is_not(monkeypatch: pyte
     picture = Image.fromarray(skimage.data.astronaut())
     answers = []
     for most in (512 * 512, 512 * 512 - 1):
-        monkeypatch.setattr(finder, "MOST_PIXELS", most)
+        monkeypatch.setattr(decoding, "MOST_PIXELS", most)
         answers.append(found(stage, astronaut(), saved(picture, "PNG")))
     assert looked == [(512, 512, 3)] * 2 + [(256, 256, 3)] * 2
-    monkeypatch.setattr(finder, "MOST_PIXELS", 10**9)
+    monkeypatch.setattr(decoding, "MOST_PIXELS", 10**9)
     assert answers[0] == found(stage, astronaut(), saved(picture, "PNG"))
     for whole, shrunk in zip(*answers, strict=True):
         assert whole["face_count"] == shrunk["face_count"] == 1
@@ -202,7 +204,7 @@ def test_a_large_picture_is_shrunk_and_one_at_the_limit_is_not(monkeypatch: pyte
 
 def test_a_picture_of_megapixels_is_bounded_work(stage: Faces) -> None:
     """The limit is in pixels and fits common pictures: above it, between a quarter of it and all of it is left."""
-    assert finder.MOST_PIXELS == 8_000_000
+    assert decoding.MOST_PIXELS == 8_000_000
     side = 3000
     picture = Image.fromarray(skimage.data.astronaut()).resize((side, side))
     prepared = stage.prepare(batch(saved(picture)))
@@ -706,6 +708,11 @@ def test_options_belong_to_detectors() -> None:
             "model is set, but detector = 'mtcnn' does not read it\n"
             '  fix: set detector = "scrfd" or detector = "third" in [stages.faces], or leave model out',
         ),
+        (
+            {"detector": "third", "detector_batch": 8},
+            "detector_batch is set, but detector = 'third' does not read it\n"
+            '  fix: set detector = "scrfd" in [stages.faces], or leave detector_batch out',
+        ),
         ({"detector": "third", "model": "m.onnx", "min_score": 0.4}, None),
         ({"detector": "scrfd", "model": "m.onnx"}, None),
     ],
@@ -715,7 +722,11 @@ def test_a_third_detector_has_options_of_its_own(
 ) -> None:
     asked: list[Any] = []
     third = dataclasses.replace(
-        DETECTORS["scrfd"], check=asked.append, reads=frozenset({"model"}), tolerance=0.5, notice="a third one"
+        DETECTORS["scrfd"],
+        check=lambda **given: asked.append(given),
+        reads=frozenset({"model"}),
+        tolerance=0.5,
+        notice="a third one",
     )
     monkeypatch.setitem(DETECTORS, "third", third)
     chosen = FacesOptions().model_copy(update=options)
@@ -726,11 +737,59 @@ def test_a_third_detector_has_options_of_its_own(
         assert made.resources == Resources(batch_rows=kind.batch_rows, ahead=kind.ahead)
         if kind is third:
             made.check_setup()
-            assert asked == [chosen]
+            assert asked == [{"model": "m.onnx"}]
         return
     with pytest.raises(ConfigError) as caught:
         Faces(chosen)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("detector", ["mtcnn", "third"])
+def test_an_option_that_no_detector_reads_is_refused(monkeypatch: pytest.MonkeyPatch, detector: str) -> None:
+    """A third detector that leaves an option of its own out of what it reads is not silently given it, nor another."""
+    third = dataclasses.replace(DETECTORS["mtcnn"], reads=frozenset())
+    monkeypatch.setitem(DETECTORS, "third", third)
+    monkeypatch.setitem(DETECTORS, "mtcnn", dataclasses.replace(DETECTORS["mtcnn"], reads=frozenset()))
+    chosen = FacesOptions().model_copy(update={"detector": detector, "min_face_px": 30})
+    with pytest.raises(ConfigError) as caught:
+        Faces(chosen)
+    assert str(caught.value) == (
+        f"min_face_px is set, but detector = '{detector}' does not read it\n  fix: leave min_face_px out"
+    )
+
+
+def test_a_third_detector_finds_faces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its entry is all that the stages need: what it reads, where its pictures go, what it finds."""
+
+    class Whole:
+        most_frames = 1
+
+        def __init__(self, share: float) -> None:
+            self._share = share
+
+        def frames(self, count: int) -> Whole:
+            self.shapes: list[tuple[int, ...]] = [(0, 0)] * count
+            return self
+
+        def put(self, place: int, image: Any) -> None:
+            self.shapes[place] = image.shape
+
+        def detect(self, frames: Whole) -> list[tuple[Any, Any]]:
+            sides = [np.array([[0, 0, width * self._share, height]]) for height, width, _ in frames.shapes]
+            return [(side.astype(float), np.array([0.8])) for side in sides]
+
+    third = DetectorEntry(
+        lambda *, device, name, threshold: Whole(threshold), lambda *, threshold: None, frozenset({"threshold"}),
+        min_score=0.5, batch_rows=2, packages=("numpy",),
+    )  # fmt: skip
+    monkeypatch.setitem(DETECTORS, "third", third)
+    stage = Faces(FacesOptions().model_copy(update={"source": "detector", "detector": "third", "threshold": 0.5}))
+    stage.check_setup()
+    stage.setup("cpu")
+    result = stage.process(batch(saved(Image.new("RGB", (40, 20))), None, saved(Image.new("RGB", (20, 40)))))
+    assert result["face_boxes"].to_pylist() == [[[0, 0, 0.5, 1]], None, [[0, 0, 0.5, 1]]]
+    assert result["face_source"].to_pylist() == ["third", "unknown", "third"]
+    stage.close()
 
 
 def test_no_insightface_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -216,6 +216,17 @@ def _jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
     return pixels if pixels.shape == (height, width, 3) else None
 
 
+def difference(one: Pixels, other: Pixels) -> tuple[float, int] | None:
+    """How far two pictures are apart: the mean and the largest absolute difference of their values, 0..255.
+
+    None where they differ in size.
+    """
+    if one.shape != other.shape:
+        return None
+    apart = np.abs(one.astype(np.int16) - other.astype(np.int16))
+    return float(apart.mean()), int(apart.max())
+
+
 def encode(pixels: Pixels, kind: str, quality: int) -> bytes:
     """A picture of uint8 (height, width, 3) RGB: a baseline JPEG, 4:2:0, a lossless PNG, or a lossy WebP.
 

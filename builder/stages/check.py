@@ -12,17 +12,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from builder.errors import RowError
-from builder.models.faces.finder import (
-    DETECTORS,
-    DIGITS,
-    FACE_PACKAGES,
-    PICTURES_OF_2,
-    Block,
-    DetectorOptions,
-    FaceFinder,
-    check_installed,
-    check_options,
-)
+from builder.models.decoding import Block
+from builder.models.faces.detectors import DETECTORS, FACE_PACKAGES, DetectorOptions, check_installed, check_options
+from builder.models.faces.finder import DIGITS, PICTURES_OF_2, FaceFinder
 from builder.models.images import safety
 from builder.models.images.safety import SafetyModel
 from builder.models.pictures import Pixels
@@ -64,10 +56,10 @@ class Check(Preparing):
     def __init__(self, options: CheckOptions) -> None:
         check_options(options, self.name)
         self.options = options
-        kind = DETECTORS[options.detector]
+        entry = DETECTORS[options.detector]
         #: A classifier looks at one picture at a time: only the detector's answers may move.
-        self.tolerance, self.notice = kind.tolerance, kind.notice
-        self.resources = Resources(batch_rows=kind.batch_rows, ahead=kind.ahead)
+        self.tolerance, self.notice = entry.tolerance, entry.notice
+        self.resources = Resources(batch_rows=entry.batch_rows, ahead=entry.ahead)
         self._finder: FaceFinder | None = None
         self._safety: SafetyModel | None = None
 

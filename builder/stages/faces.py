@@ -9,19 +9,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from builder.errors import ConfigError
-from builder.models.faces.finder import (
-    DETECTORS,
-    FACE_PACKAGES,
-    PICTURES_OF_2,
-    Block,
-    DetectorOptions,
-    FaceFinder,
-    Seen,
-    check_installed,
-    check_options,
-    is_large,
-    nearness,
-)
+from builder.models.decoding import Block
+from builder.models.faces.detectors import DETECTORS, FACE_PACKAGES, DetectorOptions, check_installed, check_options
+from builder.models.faces.finder import PICTURES_OF_2, FaceFinder, PictureSeen, is_large, nearness
 from builder.stages.comparison import difference
 from builder.stages.contract import Preparing, Resources, answered
 from builder.table import boxes
@@ -74,9 +64,9 @@ class Faces(Preparing):
             self.lookups = {"metadata": Lookup(options.metadata, {"uid": (pa.string(), ("uid",)), "boxes": published})}
         if self._detects:
             check_options(options, self.name)
-            kind = DETECTORS[options.detector]
-            self.tolerance, self.notice = kind.tolerance, kind.notice
-            self.resources = Resources(batch_rows=kind.batch_rows, ahead=kind.ahead)
+            entry = DETECTORS[options.detector]
+            self.tolerance, self.notice = entry.tolerance, entry.notice
+            self.resources = Resources(batch_rows=entry.batch_rows, ahead=entry.ahead)
         else:
             self.tolerance = 0.0
 
@@ -121,7 +111,7 @@ class Faces(Preparing):
         Raises:
             RowsFailed: pictures that do not decode.
         """
-        seen: list[Seen | None] = [None] * batch.num_rows
+        seen: list[PictureSeen | None] = [None] * batch.num_rows
         errors: dict[int, Exception] = {}
         if self._finder is not None:
             seen, errors = self._finder.find(batch.column("image").to_pylist(), prepared)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
@@ -16,7 +15,7 @@ from builder.machine import is_of_the_machine, is_out_of_memory
 from builder.models.images.diffusion import Diffusion, DiffusionOptions, Unsafe, check_installed
 from builder.models.images.queue import ImageQueue, Job, Made
 from builder.models.images.sketch import draw
-from builder.models.pictures import decode
+from builder.models.pictures import decode, difference
 from builder.stages.contract import Preparing, Resources, RowsFailed
 from builder.table.outputs import Bytes, Value
 
@@ -316,5 +315,5 @@ def nearest(sizes: Sequence[tuple[int, int]], width: int | None, height: int | N
 def _apart(one: bytes, other: bytes) -> float:
     if one == other:
         return 0.0
-    first, second = decode(one).astype(np.int16), decode(other).astype(np.int16)
-    return float(np.abs(first - second).mean()) if first.shape == second.shape else 255.0
+    found = difference(decode(one), decode(other))
+    return 255.0 if found is None else found[0]

@@ -9,19 +9,16 @@ import pyarrow as pa
 from pydantic import Field
 
 from builder.config.sections import Strict
-from builder.models.text.language import LanguageModel, check_installed
+from builder.models.text.language import SURE, UNDETERMINED, LanguageModel, check_installed
 from builder.stages.contract import Resources, Stage
 from builder.table.outputs import Value
-
-#: ISO 639-2's code for a language that could not be told.
-UNDETERMINED = "und"
 
 
 class LangOptions(Strict):
     """Options of `[stages.lang]`."""
 
     #: Score below which a language is not told: `und`.
-    threshold: float = Field(default=0.5, ge=0, le=1)
+    threshold: float = Field(default=SURE, ge=0, le=1)
 
 
 class Lang(Stage):

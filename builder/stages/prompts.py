@@ -16,11 +16,11 @@ from builder.errors import ConfigError, StageError
 from builder.models.llm import http as chat
 from builder.models.llm import vllm_engine
 from builder.models.llm.contract import Contract, Detect, Rejected
-from builder.models.llm.conversation import Answer, Rewrites, Talk
+from builder.models.llm.conversation import Answer, Conversation, Rewrites
 from builder.models.llm.endpoint import is_address
 from builder.models.llm.groups import Groups, text_of
 from builder.models.llm.pool import Endpoint, Over, Pool, summary
-from builder.models.llm.runner import Asking, Outcome
+from builder.models.llm.runner import AnswerOrError, Asking
 from builder.models.llm.template import DEFAULT_STYLE, rewrite
 from builder.models.llm.vllm_engine import VllmChat
 from builder.models.text import language
@@ -262,31 +262,33 @@ class Prompts(Preparing):
         if self._asking is None:
             return None
         talks = self._talks(batch)
-        return _Asked(talks, self._asking.submit([talk for talk in talks if isinstance(talk, Talk)]))
+        return _Asked(talks, self._asking.submit([talk for talk in talks if isinstance(talk, Conversation)]))
 
     def process(self, batch: pa.RecordBatch, prepared: _Asked | None = None) -> pa.RecordBatch:
         if self.options.backend == "template":
             return self._from_template(batch)
         if self._engine is not None:
             talks = self._talks(batch)
-            outcomes: Sequence[Outcome] = self._engine.answer([talk for talk in talks if isinstance(talk, Talk)])
+            outcomes: Sequence[AnswerOrError] = self._engine.answer(
+                [talk for talk in talks if isinstance(talk, Conversation)]
+            )
         else:
             asked = prepared or self.prepare(batch)
             assert asked is not None
             talks, outcomes = asked.talks, asked.outcomes.result()
         self._take_note(batch, talks)
         answered = iter(outcomes)
-        return self._result(batch, [next(answered) if isinstance(talk, Talk) else talk for talk in talks])
+        return self._result(batch, [next(answered) if isinstance(talk, Conversation) else talk for talk in talks])
 
-    def _talks(self, batch: pa.RecordBatch) -> list[Talk | Rejected]:
+    def _talks(self, batch: pa.RecordBatch) -> list[Conversation | Rejected]:
         """What is to be said about every row, or that there is nothing to say."""
-        talks: list[Talk | Rejected] = []
+        talks: list[Conversation | Rejected] = []
         for row in batch.to_pylist():
             if not (row["text"] or "").strip():
                 talks.append(Rejected("no_text", "the sample has no text to rewrite"))
                 continue
             messages, request = self._rewrites.begin(row, self._group_of(row))
-            talks.append(Talk(self._contract, messages, request, retries=self.options.retries))
+            talks.append(Conversation(self._contract, messages, request, retries=self.options.retries))
         return talks
 
     def _group_of(self, row: dict[str, Any]) -> tuple[str, ...]:
@@ -296,7 +298,7 @@ class Prompts(Preparing):
         prompts = [rewrite(text or "", style=self.options.style) for text in batch.column("text").to_pylist()]
         return self._filled(batch.num_rows, {"prompt": prompts, "prompt_model": ["template"] * batch.num_rows})
 
-    def _result(self, batch: pa.RecordBatch, outcomes: Sequence[Outcome]) -> pa.RecordBatch:
+    def _result(self, batch: pa.RecordBatch, outcomes: Sequence[AnswerOrError]) -> pa.RecordBatch:
         answers = [outcome if isinstance(outcome, Answer) else None for outcome in outcomes]
         names = ("lang", "model", "endpoint", "tokens_in", "tokens_out", "ms")
         columns: dict[str, list[Any]] = {
@@ -319,9 +321,9 @@ class Prompts(Preparing):
         arrays = [pa.array(columns.get(field.name, [None] * rows), field.type) for field in self.schema]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
-    def _take_note(self, batch: pa.RecordBatch, talks: Sequence[Talk | Rejected]) -> None:
+    def _take_note(self, batch: pa.RecordBatch, talks: Sequence[Conversation | Rejected]) -> None:
         for row, talk in zip(batch.select(["uid", "shard", "row"]).to_pylist(), talks, strict=True):
-            if isinstance(talk, Talk):
+            if isinstance(talk, Conversation):
                 turned = ({"kind": t.kind, "text": t.text, "endpoint": t.endpoint} for t in talk.turned)
                 self._notes += [{**row, **note} for note in turned]
 
@@ -357,7 +359,7 @@ class Prompts(Preparing):
 class _Asked:
     """A batch about which servers are being asked: for every row its talk, or why there is none."""
 
-    def __init__(self, talks: list[Talk | Rejected], outcomes: Future[list[Outcome]]) -> None:
+    def __init__(self, talks: list[Conversation | Rejected], outcomes: Future[list[AnswerOrError]]) -> None:
         self.talks, self.outcomes = talks, outcomes
 
     def cancel(self) -> None:

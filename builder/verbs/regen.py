@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
@@ -254,7 +253,7 @@ def _said(value: Any) -> Any:
 
 def _compare(again: Again) -> None:
     """Measures how different the pixels are."""
-    from builder.models.pictures import decode
+    from builder.models.pictures import decode, difference
 
     assert again.stored is not None
     try:
@@ -262,6 +261,5 @@ def _compare(again: Again) -> None:
     except ValueError as error:
         again.reasons.insert(0, f"the stored bytes are not a picture: {error}")
         return
-    if stored.shape == made.shape:
-        apart = np.abs(stored.astype(np.int16) - made.astype(np.int16))
-        again.mean, again.most = float(apart.mean()), int(apart.max())
+    if found := difference(stored, made):
+        again.mean, again.most = found

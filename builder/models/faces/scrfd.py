@@ -7,14 +7,13 @@ what insightface's `SCRFD.detect` does, for several pictures at once where the g
 The published exports, det_10g.onnx among them, say that they take one picture, and list their outputs without an axis
 for pictures, in the order rows, columns, pictures, anchors. Nothing in such a graph depends on the number of pictures,
 so that number is freed, and the list is taken apart.
-
-insightface's code is MIT; the models that it publishes are for non-commercial research only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy.typing as npt
 
 from builder import machine
 from builder.errors import RowError, StageError, missing_extra
+from builder.models.faces.detector import DetectorEntry, Floats
 from builder.models.pictures import Pixels
 
 Blobs = npt.NDArray[np.float32]
@@ -56,7 +56,7 @@ _ANCHORS = {3: 2, 5: 1}
 _LEAK = 1e-2
 
 
-class Frames:
+class ScrfdFrames:
     """Room for pictures as the network takes them; each is put into its own place, in any thread."""
 
     def __init__(self, count: int, width: int, height: int) -> None:
@@ -132,11 +132,11 @@ class Scrfd:
         frames = _FRAMES * INPUT_PX**2 // (self.width * self.height)
         self.most_frames = self.batch * max(frames // self.batch, 1)
 
-    def frames(self, count: int) -> Frames:
+    def frames(self, count: int) -> ScrfdFrames:
         """Room for so many pictures."""
-        return Frames(count, self.width, self.height)
+        return ScrfdFrames(count, self.width, self.height)
 
-    def detect(self, frames: Frames) -> list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+    def detect(self, frames: ScrfdFrames) -> list[tuple[Floats, Floats]]:
         """Finds the faces of every picture that was put.
 
         Returns:
@@ -154,7 +154,7 @@ class Scrfd:
                     found.append((np.zeros((0, 4)), np.zeros(0)))
         return found
 
-    def _filled(self, frames: Frames, places: range) -> Blobs:
+    def _filled(self, frames: ScrfdFrames, places: range) -> Blobs:
         """The frames of one call: blank ones for pictures that are not there."""
         blobs = frames.blobs[places.start : places.stop]
         for i, place in enumerate(places):
@@ -181,9 +181,7 @@ class Scrfd:
         """Places of a frame that have cells of that stride."""
         return (self.width // stride) * (self.height // stride)
 
-    def _faces(
-        self, answers: Sequence[npt.NDArray[np.float32]], scale: float
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    def _faces(self, answers: Sequence[npt.NDArray[np.float32]], scale: float) -> tuple[Floats, Floats]:
         """Boxes and scores of one picture out of its outputs.
 
         Raises:
@@ -379,3 +377,34 @@ def _test_frames(width: int, height: int) -> Blobs:
     signs = np.random.default_rng(0).integers(0, 2, grid) * 2 - 1
     frames = np.kron(signs, np.ones((block, block)))[:, :, :height, :width]
     return np.ascontiguousarray(frames, np.float32)
+
+
+# The detector of the table in `detectors`
+
+
+def _start(
+    *, device: str, name: str, model: str, input_px: int | None, threshold: float, detector_batch: int | None
+) -> Scrfd:
+    scrfd = Scrfd(model, device=device, input_px=input_px, threshold=threshold, batch=detector_batch)
+    print(f"{name}: {scrfd.file} ({LICENCE})", file=sys.stderr, flush=True)
+    if scrfd.why_single:
+        print(f"{name}: {scrfd.file.name} gets one picture at a time: {scrfd.why_single}", file=sys.stderr, flush=True)
+    return scrfd
+
+
+def _check(*, model: str, input_px: int | None, threshold: float, detector_batch: int | None) -> None:
+    check_installed(model)
+
+
+ENTRY = DetectorEntry(
+    _start,
+    _check,
+    frozenset({"model", "input_px", "threshold", "detector_batch"}),
+    min_score=0.5,
+    batch_rows=64,
+    packages=("insightface", "onnx", "onnxruntime", "opencv-python", "simplejpeg"),
+    ahead=2,
+    tolerance=0.001,  # its calls have one size whatever they hold, yet a GPU may add up in another order
+    takes_device=True,
+    notice=LICENCE,
+)

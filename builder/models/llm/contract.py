@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from builder.errors import ConfigError, missing_extra
 from builder.models.llm.refusals import refusal_in, remark_in
+from builder.models.text.language import SURE, UNDETERMINED
 from builder.models.text.legible import address_in, hidden_in, visible
 
 #: Score from which an answer counts as being in another language: at it 0.4 % of sentences are told wrong, and short
@@ -75,7 +76,7 @@ class Accepted:
 
 
 @dataclass(frozen=True)
-class Request:
+class Question:
     """What an answer is held against.
 
     Attributes:
@@ -140,7 +141,7 @@ class Contract:
         self._field = json_field
         self._validator = None if json_schema is None else _validator(json_schema, json_field)
 
-    def read(self, answer: str, request: Request) -> Accepted:
+    def read(self, answer: str, request: Question) -> Accepted:
         """The prompt of an answer.
 
         Raises:
@@ -199,7 +200,7 @@ class Contract:
             raise Rejected("schema", f'The JSON had no text "{self._field}".')
         return visible(prompt).strip()  # escapes of json may hide what was not seen before
 
-    def _check_echo(self, text: str, request: Request) -> None:
+    def _check_echo(self, text: str, request: Question) -> None:
         said, user, labels = _letters(text), _letters(request.user), request.labels
         alone = "give the rewritten sentence alone"
         has_frame = user != _letters(request.caption)
@@ -267,13 +268,9 @@ class Contract:
         code, score = self._detect(text)
         if self._lang is not None and code != self._lang and score >= OTHER_LANGUAGE:
             raise Rejected("language", f'The answer was in the language "{code}"; give it in "{self._lang}".')
-        return code if score >= _TOLD else _UNDETERMINED
+        return code if score >= SURE else UNDETERMINED
 
 
-#: Under this score a language is not told. Source: builder.models.text.language.LanguageModel.detect.
-_TOLD = 0.5
-#: ISO 639-2's code for a language that could not be told.
-_UNDETERMINED = "und"
 _ALONE = "give the sentence alone"
 #: Thoughts of a model that thinks and was told not to, or whose template has opened them: empty.
 _NO_THOUGHTS = re.compile(r"\s*(?:<think(?:ing)?>)?\s*</think(?:ing)?>", re.I)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from builder.errors import ConfigError
-from builder.models.llm.contract import Accepted, Contract, Rejected, Request
+from builder.models.llm.contract import Accepted, Contract, Question, Rejected
 from builder.models.llm.groups import text_of
 from builder.models.text.legible import legible
 
@@ -127,7 +127,7 @@ class Rewrites:
         fields = ["text", *self._system.fields, *self._user.fields]
         return [field for field in dict.fromkeys(fields) if field not in GIVEN]
 
-    def begin(self, values: Mapping[str, Any], group: Sequence[str]) -> tuple[Messages, Request]:
+    def begin(self, values: Mapping[str, Any], group: Sequence[str]) -> tuple[Messages, Question]:
         """The first messages about a sample, and what the answer is held against.
 
         A value loses line breaks and double quotes, so that it cannot leave its place in the message.
@@ -141,7 +141,7 @@ class Rewrites:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": user})
         more = " ".join(plain[name] for name in self.columns[1:])
-        return messages, Request(plain["text"], user, self._user.labels, tuple(group), more=more)
+        return messages, Question(plain["text"], user, self._user.labels, tuple(group), more=more)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Turned:
     endpoint: str | None
 
 
-class Talk:
+class Conversation:
     """What is said about one sample until its answer is a prompt.
 
     Args:
@@ -189,7 +189,7 @@ class Talk:
         turned: answers that were rejected.
     """
 
-    def __init__(self, contract: Contract, messages: Messages, request: Request, *, retries: int) -> None:
+    def __init__(self, contract: Contract, messages: Messages, request: Question, *, retries: int) -> None:
         self.messages = messages
         self.turned: list[Turned] = []
         self._contract, self._request, self._retries, self._begin = contract, request, retries, messages

@@ -13,11 +13,11 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from builder.errors import StageError
-from builder.models.llm.conversation import Answer, Talk
+from builder.models.llm.conversation import Answer, Conversation
 from builder.models.llm.pool import Over, Pool
 
 #: What came of a talk.
-Outcome = Answer | Exception
+AnswerOrError = Answer | Exception
 
 
 class Asking:
@@ -58,11 +58,11 @@ class Asking:
         await self._pool.start()
         self._working.discard(task)
 
-    def submit(self, talks: Sequence[Talk]) -> Future[list[Outcome]]:
+    def submit(self, talks: Sequence[Conversation]) -> Future[list[AnswerOrError]]:
         """Begins all of these talks and returns at once; the result has their outcomes in order."""
         return asyncio.run_coroutine_threadsafe(self._all(talks), self._loop)
 
-    async def _all(self, talks: Sequence[Talk]) -> list[Outcome]:
+    async def _all(self, talks: Sequence[Conversation]) -> list[AnswerOrError]:
         if self._is_over:
             return [_stopped() for _ in talks]
         tasks = [asyncio.ensure_future(self._one(talk)) for talk in talks]
@@ -73,7 +73,7 @@ class Asking:
             self._working.difference_update(tasks)
         return [one if isinstance(one, Answer | Exception) else _stopped() for one in found]
 
-    async def _one(self, talk: Talk) -> Outcome:
+    async def _one(self, talk: Conversation) -> AnswerOrError:
         try:
             while True:
                 reply = await self._pool.ask(talk.messages, bool(talk.turned), **self._body)

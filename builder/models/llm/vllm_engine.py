@@ -15,7 +15,7 @@ from typing import Any
 from builder import machine
 from builder.errors import StageError, missing_extra
 from builder.models.llm.contract import Rejected
-from builder.models.llm.conversation import Answer, Messages, Talk
+from builder.models.llm.conversation import Answer, Conversation, Messages
 from builder.models.llm.http import AskFailed
 
 #: The engine's own process is left out, so that what kills the worker leaves nothing behind; nothing is reported home.
@@ -87,7 +87,7 @@ class VllmChat:
             wanted["structured_outputs"] = package.sampling_params.StructuredOutputsParams(json=dict(json_schema))
         self._sampling = package.SamplingParams(**wanted)
 
-    def answer(self, talks: Sequence[Talk]) -> list[Answer | AskFailed | Rejected]:
+    def answer(self, talks: Sequence[Conversation]) -> list[Answer | AskFailed | Rejected]:
         """The outcomes of talks, in order; what is rejected is asked again together."""
         outcomes: dict[int, Answer | AskFailed | Rejected] = {}
         while left := [i for i in range(len(talks)) if i not in outcomes]:
@@ -123,7 +123,7 @@ class VllmChat:
         message = f"the request has {len(tokens)} tokens, and the model takes {longest} with the answer's"
         return AskFailed("rejected", message, is_final=True)
 
-    def _heard(self, talk: Talk, reply: Any) -> Answer | AskFailed | Rejected | None:
+    def _heard(self, talk: Conversation, reply: Any) -> Answer | AskFailed | Rejected | None:
         output = reply.outputs[0]
         if output.finish_reason == "length":
             return AskFailed("bad_reply", "the answer is cut: 'max_tokens' is too small", is_final=True)

@@ -23,6 +23,8 @@ from builder.errors import missing_extra
 
 #: The code for "undetermined". Source: ISO 639-2.
 UNDETERMINED = "und"
+#: Score below which an answer is better taken for undetermined: see `LanguageModel.detect`.
+SURE = 0.5
 #: Characters of the cleaned text that are read: as good as all of them, and bounds the time for a book in a caption.
 MAX_CHARS = 1000
 #: The model's individual languages whose macrolanguage has a code of two letters. Source: ISO 639-3.
