@@ -629,7 +629,7 @@ def refused(device: str = "cpu", **options: Any) -> str:
 def test_no_model_is_named() -> None:
     assert refused() == (
         "backend 'diffusers' needs a model\n"
-        '  fix: set model in [stages.generate] to a directory or a hub id: model = "models/sd-turbo"'
+        '  fix: set model to a directory or a hub id: model = "models/sd-turbo"'
     )
 
 
@@ -677,7 +677,7 @@ def test_a_device_that_is_not_there(models: dict[str, Path]) -> None:
     count = torch.cuda.device_count()
     assert refused("cuda:99", model=str(models["sd"])) == (
         f"there is no device 'cuda:99': torch {torch.__version__} sees {count} CUDA devices\n"
-        '  fix: see nvidia-smi and CUDA_VISIBLE_DEVICES, or set devices = ["cpu"] in [stages.generate.run]'
+        '  fix: see nvidia-smi and CUDA_VISIBLE_DEVICES, or set devices = ["cpu"]'
     )
     assert refused("gpu", model=str(models["sd"])) == (
         'there is no device \'gpu\'\n  fix: devices = ["cpu"] or ["cuda:0", "cuda:1"]'

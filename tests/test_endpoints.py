@@ -1284,7 +1284,7 @@ def test_workers_share_an_endpoint() -> None:
         Endpoint(base_url="http://host/v1", model="m", max_concurrency=2).share(4)
     assert str(refused.value) == (
         "endpoint 'http://host/v1' takes 2 requests at a time, fewer than the run has workers\n  workers: 4\n"
-        "  fix: workers = 1 in [stages.prompts.run]: one keeps all servers busy"
+        "  fix: set workers = 1: one keeps all servers busy"
     )
 
 

@@ -35,7 +35,7 @@ ENGLISH = CAPTIONS["en"]
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return LanguageModel()
+    return LanguageModel("a test")
 
 
 @pytest.mark.parametrize("code", CAPTIONS)

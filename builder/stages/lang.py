@@ -49,10 +49,10 @@ class Lang(Stage):
 
     def check_setup(self) -> None:
         """Raises StageError if the language model's package is not installed."""
-        check_installed()
+        check_installed(f"stage '{self.name}'")
 
     def setup(self, device: str) -> None:
-        self._model = LanguageModel()
+        self._model = LanguageModel(f"stage '{self.name}'")
 
     def process(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         assert self._model is not None

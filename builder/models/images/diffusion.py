@@ -363,7 +363,7 @@ def _check_device(device: str) -> None:
     if (wanted.index or 0) >= count:
         raise StageError(
             f"there is no device '{device}': torch {torch.__version__} sees {count} CUDA devices",
-            fix='see nvidia-smi and CUDA_VISIBLE_DEVICES, or set devices = ["cpu"] in [stages.generate.run]',
+            fix='see nvidia-smi and CUDA_VISIBLE_DEVICES, or set devices = ["cpu"]',
         )
 
 
@@ -410,7 +410,7 @@ def check_model(options: DiffusionOptions) -> None:
     if not model:
         raise StageError(
             "backend 'diffusers' needs a model",
-            fix='set model in [stages.generate] to a directory or a hub id: model = "models/sd-turbo"',
+            fix='set model to a directory or a hub id: model = "models/sd-turbo"',
         )
     is_local = directory.is_dir()
     if is_local and not (directory / "model_index.json").is_file():

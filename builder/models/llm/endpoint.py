@@ -87,7 +87,7 @@ class Endpoint(Strict):
                 f"endpoint '{self.base_url}' takes {self.max_concurrency} requests at a time, "
                 "fewer than the run has workers",
                 where={"workers": workers},
-                fix="workers = 1 in [stages.prompts.run]: one keeps all servers busy",
+                fix="set workers = 1: one keeps all servers busy",
             )
         limits = {name: getattr(self, name) for name in ("requests_per_minute", "tokens_per_minute", "budget")}
         parts: dict[str, Any] = {name: limit / workers for name, limit in limits.items() if limit is not None}

