@@ -268,7 +268,7 @@ def drive(
         batch_size=batch, compile=compiled,
     )  # fmt: skip
     stage = Generate(options)
-    with mock.patch.object(diffusion, "_loaded", lambda _: pipe):
+    with mock.patch.object(diffusion, "loaded", lambda _: pipe):
         stage.setup(device)
     try:
         _ask(stage, batch, 1)

@@ -25,9 +25,13 @@ from builder.engine.batches import check_alone, error_text
 from builder.engine.work import Choice
 from builder.errors import StageError
 from builder.machine import is_out_of_memory
-from builder.models.images.diffusion import Diffusion, name_of
+from builder.models.images.backend import ImageBackendEntry
+from builder.models.images.diffusers_images import DiffusersImages
+from builder.models.images.diffusion import Diffusion
+from builder.models.images.loading import name_of
+from builder.models.images.queue import Job, Made
 from builder.stages.contract import Preparing, RowsFailed
-from builder.stages.generate import Generate, GenerateOptions, nearest, seed_of
+from builder.stages.generate import BACKENDS, Generate, GenerateOptions, nearest, seed_of
 from builder.table import partitions
 from conftest import Workspace, ingest_here, read_tar, samples
 from support import planned, tiny_diffusers
@@ -109,17 +113,22 @@ def images(result: pa.RecordBatch) -> list[bytes]:
     return result.column("image").to_pylist()
 
 
+def model_of(stage: Generate) -> Diffusion:
+    """The model of a stage that is set up."""
+    assert isinstance(stage._backend, DiffusersImages)
+    return stage._backend.model
+
+
 def recorded(stage: Generate, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The seeds of every batch that the model makes from now on."""
-    assert stage._model is not None
     made: list[list[int]] = []
-    make = stage._model.make
+    make = model_of(stage).make
 
     def recording(texts: Any, seeds: Sequence[int], size: tuple[int, int]) -> Any:
         made.append(list(seeds))
         return make(texts, seeds, size)
 
-    monkeypatch.setattr(stage._model, "make", recording)
+    monkeypatch.setattr(model_of(stage), "make", recording)
     return made
 
 
@@ -151,12 +160,12 @@ def test_other_pipelines_make_what_they_make_when_they_are_called(tmp_path: Path
     make, options = OTHERS[name]
     stage = Generate(GenerateOptions(backend="diffusers", model=str(make(tmp_path / name)), **{**SMALL, **options}))
     stage.setup("cpu")
-    assert stage._model is not None and stage._model._names
+    assert model_of(stage)._names
     made = images(stage.process(batch(range(BATCH))))
     assert len(set(made)) == BATCH
     assert images(stage.process(batch([2, 0]))) == [made[2], made[0]]
-    stage._model._names, stage._model._encoder_takes = (), {}
-    assert stage._model.encode(["a"]) == [{"prompt": "a"}]
+    model_of(stage)._names, model_of(stage)._encoder_takes = (), {}
+    assert model_of(stage).encode(["a"]) == [{"prompt": "a"}]
     assert images(stage.process(batch(range(BATCH)))) == made
     stage.close()
 
@@ -284,7 +293,7 @@ def test_an_image_is_made_again_by_the_commit_that_made_it(hub: Path, workspace:
 def test_a_model_of_the_hub_is_named_with_its_commit(hub: Path) -> None:
     stage = Generate(GenerateOptions(backend="diffusers", model="some/sd", revision="main", **SMALL))
     stage.setup("cpu")
-    assert stage._model is not None and stage._model.name == f"some/sd@{COMMIT}"
+    assert model_of(stage).name == f"some/sd@{COMMIT}"
     stage.close()
 
 
@@ -551,9 +560,8 @@ def test_values_that_are_no_numbers_are_no_image(start: Callable[..., Generate])
     import torch
 
     stage = start()
-    assert stage._model is not None
     with torch.no_grad():
-        stage._model._pipe.vae.decoder.conv_out.bias[0] = float("nan")
+        model_of(stage)._pipe.vae.decoder.conv_out.bias[0] = float("nan")
     with pytest.raises(RowsFailed) as caught:
         stage.process(batch([1]))
     assert str(caught.value.errors[0]) == "the model's image holds values that are no numbers: try another dtype"
@@ -622,14 +630,13 @@ def refused(device: str = "cpu", **options: Any) -> str:
     stage = Generate(GenerateOptions(backend="diffusers", **{**SMALL, **options}))
     with pytest.raises(StageError) as caught:
         stage.setup(device)
-    assert stage._queue is None
+    assert stage._backend is None
     return str(caught.value)
 
 
 def test_no_model_is_named() -> None:
     assert refused() == (
-        "backend 'diffusers' needs a model\n"
-        '  fix: set model to a directory or a hub id: model = "models/sd-turbo"'
+        "backend 'diffusers' needs a model\n  fix: set model to a directory or a hub id: model = \"models/sd-turbo\""
     )
 
 
@@ -813,15 +820,14 @@ def test_options_reach_the_pipeline(start: Callable[..., Generate], models: dict
         assert stage.difference(stage.process(rows), first) < 1, same
         stage.close()
     tiling = start(vae_tiling=True)
-    assert tiling._model is not None and tiling._model._pipe.vae.use_tiling
+    assert model_of(tiling)._pipe.vae.use_tiling
 
 
 def test_fp8_weights_are_stored_so_and_make_nearly_the_same_image(start: Callable[..., Generate]) -> None:
     import torch
 
     plain, small = start("dit"), start("dit", weights="fp8")
-    assert small._model is not None
-    kinds = {parameter.dtype for parameter in small._model._pipe.transformer.parameters()}
+    kinds = {parameter.dtype for parameter in model_of(small)._pipe.transformer.parameters()}
     assert torch.float8_e4m3fn in kinds
     rows = batch(range(3))
     result = small.process(rows)
@@ -861,8 +867,7 @@ def test_a_pipeline_of_another_class_encodes_prompts_itself(
     first = images(start().process(rows))
     monkeypatch.setattr(diffusion, "ENCODED", {})
     stage = start()
-    assert stage._model is not None
-    assert stage._model.encode(["a", "b"]) == [{"prompt": "a"}, {"prompt": "b"}]
+    assert model_of(stage).encode(["a", "b"]) == [{"prompt": "a"}, {"prompt": "b"}]
     assert images(stage.process(rows)) == first
 
 
@@ -944,7 +949,7 @@ def test_an_image_that_comes_out_otherwise_is_told_with_what_is_not_as_it_was(
     data["packages"] |= {"torch": "1.0"}
     data["options"]["steps"] = 3
     description.write_text(json.dumps(data))
-    monkeypatch.setattr("builder.models.images.diffusion._device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr("builder.models.images.diffusion.name_of_device", lambda device: "NVIDIA H200")
     out_of_memory_above(2, monkeypatch)
     again = pictured.run("regen", "00000000:1", "--check", check=False)
     [pixels] = re.findall(r"pixels differ by .* of 255 on average, \d+ at most", again.stdout)
@@ -1087,3 +1092,40 @@ def test_the_blocks_of_the_docs_are_valid() -> None:
     assert re.findall(r"^### (.*)$", text, re.M) == [
         "FLUX.1-schnell", "FLUX.2-klein", "SD-Turbo", "SDXL-Turbo", "SANA-Sprint", "PixArt-Sigma", "Stable Diffusion 3",
     ]  # fmt: skip
+
+
+def test_a_third_back_end_makes_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its entry is all that the stage needs: options are checked, batches prepared ahead, rows fail alone."""
+
+    class Plain:
+        name, steps, guidance, device_name = "plain", 7, None, "cpu"
+
+        def add(self, jobs: list[Job]) -> list[Job]:
+            return jobs
+
+        def answers(self, jobs: list[Job]) -> list[Made | Exception]:
+            return [ValueError("no") if job.prompt.endswith("1") else Made(job.prompt.encode(), 2) for job in jobs]
+
+        def take_notes(self) -> list[dict[str, Any]]:
+            return [{"note": "a"}]
+
+        def close(self) -> None:
+            closed.append(self.name)
+
+    closed: list[str] = []
+    checked: list[Any] = []
+    third = ImageBackendEntry(lambda options, sizes, device: Plain(), checked.append, gpus=1, tolerance=0.5)
+    monkeypatch.setitem(BACKENDS, "third", third)
+    options = GenerateOptions(batch_size=2).model_copy(update={"backend": "third"})
+    stage = Generate(options)
+    assert (stage.tolerance, stage.resources.gpus, stage.resources.batch_rows) == (0.5, 1, 2)
+    stage.check_setup()
+    stage.setup("cpu")
+    with pytest.raises(RowsFailed) as failed:
+        stage.process(batch([0, 1]), stage.prepare(batch([0, 1])))
+    assert str(failed.value.errors) == "{1: ValueError('no')}"
+    first = failed.value.result.to_pylist()[0]
+    assert (first["image"], first["image_model"], first["image_steps"]) == (b"a photo of number 0", "plain", 7)
+    assert stage.take_notes() == [{"note": "a"}]
+    stage.close()
+    assert (checked, closed) == ([options], ["plain"])

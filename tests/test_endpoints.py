@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from builder.config.problems import Problems, check
 from builder.config.sections import Strict
 from builder.errors import StageError
-from builder.models.llm.endpoint import LIMITING_S, Request, Served, probe
 from builder.models.llm.http import Http
 from builder.models.llm.pool import AskFailed, Endpoint, Over, Pool, Reply, summary
+from builder.models.llm.served import LIMITING_S, Request, Served, probe
 from support.llm_server import (
     LlmServer,
     Play,
@@ -607,7 +607,7 @@ def test_no_request_fails_while_its_endpoint_pushes_back_what_it_then_takes(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though it takes others, and probes, between one's refusals."""
-    monkeypatch.setattr("builder.models.llm.endpoint.LIMITING_S", 600.0)
+    monkeypatch.setattr("builder.models.llm.served.LIMITING_S", 600.0)
     left = {"house 1": 1, "house 0": 4}
 
     def pushes_back(request: dict[str, Any]) -> bool:

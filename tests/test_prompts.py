@@ -621,8 +621,7 @@ def test_vllm_that_is_not_installed_and_a_folder_that_is_not_there() -> None:
     with pytest.raises(StageError) as caught:
         stage.setup("cpu")
     assert str(caught.value) == (
-        "package 'vllm' is not installed, which backend 'vllm' needs\n"
-        "  fix: pip install 'hybrid-shard-builder[vllm]'"
+        "package 'vllm' is not installed, which backend 'vllm' needs\n  fix: pip install 'hybrid-shard-builder[vllm]'"
     )
 
 

@@ -11,24 +11,20 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from builder.errors import StageError
-from builder.machine import is_of_the_machine, is_out_of_memory
-from builder.models.images.diffusion import Diffusion, DiffusionOptions, Unsafe, check_installed
-from builder.models.images.queue import ImageQueue, Job, Made
-from builder.models.images.sketch import draw
-from builder.models.pictures import decode, difference
+from builder.models.images import diffusers_images, sketch
+from builder.models.images.backend import ImageBackend, ImageBackendEntry
+from builder.models.images.diffusers_images import pixels_apart
+from builder.models.images.loading import DiffusionOptions
+from builder.models.images.queue import Job, Made
 from builder.stages.contract import Preparing, Resources, RowsFailed
 from builder.table.outputs import Bytes, Value
 
 #: Batches that are queued ahead: they fill the batches at the end of a shard, and of each size where there are several.
 AHEAD = 3
-#: Sizes of diffusion models are multiples of this: their VAEs shrink each side by it. FLUX wants 16, SANA 32; a size
-#: that a model does not make is refused when it is loaded.
-MULTIPLE = 8
-
-#: Mean absolute difference of pixels, 0..255, up to which two images of a diffusion model are the same.
-SAME_PIXELS = 1.0
 #: Columns that `difference` looks at.
 _COMPARED = ("image", "image_batch_size")
+#: Every value of the option `backend`.
+BACKENDS: dict[str, ImageBackendEntry] = {"sketch": sketch.ENTRY, "diffusers": diffusers_images.ENTRY}
 
 Side = Annotated[int, Field(ge=32, le=4096)]
 Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
@@ -64,10 +60,10 @@ class GenerateOptions(DiffusionOptions):
     def _check_sizes(self) -> GenerateOptions:
         if self.size_by == "aspect" and not self.sizes:
             raise ValueError("size_by = 'aspect' chooses of sizes, and there are none")
-        if self.backend == "diffusers":
-            for width, height in self.sizes or [[self.width, self.height]]:
-                if width % MULTIPLE or height % MULTIPLE:
-                    raise ValueError(f"{width}x{height} px: backend 'diffusers' takes multiples of {MULTIPLE}")
+        multiple = BACKENDS[self.backend].multiple
+        for width, height in self.sizes or [[self.width, self.height]]:
+            if width % multiple or height % multiple:
+                raise ValueError(f"{width}x{height} px: backend '{self.backend}' takes multiples of {multiple}")
         return self
 
 
@@ -122,97 +118,38 @@ class Generate(Preparing):
         self.options = options
         self.sizes = [(width, height) for width, height in options.sizes or [[options.width, options.height]]]
         self.sql = "generate.sql"
-        self.tolerance = 0.0
         if options.size_by == "aspect":
             self.sql = "generate_aspect.sql"
             self.inputs = pa.schema([*Generate.inputs, ("width", pa.int32()), ("height", pa.int32())])
-        if options.backend == "diffusers":
-            # A batch's shape does not depend on how many are real: there is no difference but a library's own noise.
-            self.tolerance = SAME_PIXELS
+        self._entry = BACKENDS[options.backend]
+        self.tolerance = self._entry.tolerance
+        if self._entry.gpus:
             batches = AHEAD + len(self.sizes) - 1
             self.resources = Resources(
-                cpus=2, gpus=1, batch_rows=options.batch_size, ahead=batches,
+                cpus=2, gpus=self._entry.gpus, batch_rows=options.batch_size, ahead=batches,
                 ahead_rows=batches * options.batch_size,
             )  # fmt: skip
-        self._model: Diffusion | None = None
-        self._queue: ImageQueue | None = None
+        self._backend: ImageBackend | None = None
 
     def check_setup(self) -> None:
-        """Raises StageError for packages and model files that the backend would miss."""
-        if self.options.backend == "diffusers":
-            check_installed(self.options)
+        """Raises StageError for packages and model files that the back end would miss."""
+        self._entry.check(self.options)
 
     def setup(self, device: str) -> None:
-        """Loads the model, and makes one batch of each size, the largest first, that is thrown away.
+        """Loads the back end.
 
         Raises:
-            StageError: the model cannot be loaded, does not take an option, makes no such image, or another one each
-                time.
+            StageError: it cannot be loaded, does not take an option, or makes no such image.
         """
-        if self.options.backend == "sketch":
-            return
-        self._model = Diffusion(self.options, device)
-        self._queue = ImageQueue(
-            self._model,
-            batch_size=self.options.batch_size,
-            quality=self.options.quality,
-            is_out_of_memory=is_out_of_memory,
-        )
-        try:
-            self._try(device)
-        except BaseException:
-            self.close()
-            raise
+        self._backend = self._entry.start(self.options, self.sizes, device)
 
-    def _try(self, device: str) -> None:
-        assert self._model is not None
-        largest, *others = sorted(set(self.sizes), key=math.prod, reverse=True)
-        before = self._model.common_noise()
-        made = self._tried(device, largest)
-        for size in others:
-            self._tried(device, size)
-        if self._model.common_noise() == before:
-            return
-        again = self._tried(device, largest)
-        if made is None or again is None or made.batch_size != again.batch_size:
-            return
-        if (found := _apart(made.data, again.data)) > SAME_PIXELS:
-            raise StageError(
-                "the model makes another image of the same prompt and seed each time",
-                where={
-                    "model": self.options.model, "device": device, "difference": f"{found:g}",
-                    "tolerance": f"{SAME_PIXELS:g}",
-                },
-                fix="set another scheduler: this one draws noise that no seed decides",
-            )  # fmt: skip
-
-    def _tried(self, device: str, size: tuple[int, int]) -> Made | None:
-        """An image of any prompt; None where the model's own safety checker has blacked it out."""
-        assert self._queue is not None
-        where = {"model": self.options.model, "size": f"{size[0]}x{size[1]} px", "device": device}
-        try:
-            [made] = self._queue.answers(self._queue.add([Job("a photo", 0, size)]))
-        except Exception as error:
-            made = error
-        if isinstance(made, StageError):
-            raise made
-        if isinstance(made, Made | Unsafe):
-            return made if isinstance(made, Made) else None
-        if is_of_the_machine(made) and not is_out_of_memory(made):
-            raise made
-        fix = "set another dtype, size, scheduler or number of steps, as the model's card says"
-        if is_out_of_memory(made):
-            fix = 'set a smaller size, weights = "fp8", vae_slicing or vae_tiling'
-        raise StageError(f"the model makes no image: {type(made).__name__}: {made}", where=where, fix=fix) from made
-
-    def prepare(self, batch: pa.RecordBatch) -> list[Job] | None:
-        """Encodes the prompts of a batch and queues its images: they may be made before `process` is called."""
-        if self._queue is None:
-            return None
+    def prepare(self, batch: pa.RecordBatch) -> list[Job]:
+        """Hands the images of a batch to the back end: it may begin them before `process` is called."""
+        assert self._backend is not None
         prompts = batch.column("prompt").to_pylist()
         kinds = batch.column("image_format").to_pylist()
         jobs = zip(prompts, self._seeds(batch), self._sizes(batch), kinds, strict=True)
-        return self._queue.add([Job(*job) for job in jobs])
+        return self._backend.add([Job(*job) for job in jobs])
 
     def process(self, batch: pa.RecordBatch, prepared: list[Job] | None = None) -> pa.RecordBatch:
         """Answers a batch.
@@ -221,47 +158,35 @@ class Generate(Preparing):
             RowsFailed: prompts of which the model makes no image.
             StageError: the device computes no more.
         """
-        prompts = batch.column("prompt").to_pylist()
-        seeds, sizes = self._seeds(batch), self._sizes(batch)
+        assert self._backend is not None
+        jobs = self.prepare(batch) if prepared is None else prepared
+        answers = self._backend.answers(jobs)
+        errors = {i: answer for i, answer in enumerate(answers) if isinstance(answer, Exception)}
+        if lost := next((error for error in errors.values() if isinstance(error, StageError)), None):
+            raise lost
+        made = [answer if isinstance(answer, Made) else None for answer in answers]
+        count = batch.num_rows
         columns: dict[str, list[Any]] = {
-            "image_width": [width for width, _ in sizes],
-            "image_height": [height for _, height in sizes],
-            "image_seed": seeds,
+            "image": [image.data if image else None for image in made],
+            "image_width": [job.size[0] for job in jobs],
+            "image_height": [job.size[1] for job in jobs],
+            "image_seed": [job.seed for job in jobs],
             "image_draw": batch.column("draw").to_pylist(),
-            "image_prompt": prompts,
+            "image_model": [self._backend.name] * count,
+            "image_prompt": [job.prompt for job in jobs],
+            "image_steps": [self._backend.steps] * count,
+            "image_guidance": [self._backend.guidance] * count,
+            "image_batch_size": [image.batch_size if image else None for image in made],
+            "image_device": [self._backend.device_name] * count,
         }
-        count, errors = batch.num_rows, {}
-        if self._queue is None or self._model is None:
-            columns["image"] = [
-                draw(prompt, seed=seed, width=width, height=height, quality=self.options.quality, kind=kind)
-                for prompt, seed, (width, height), kind in zip(
-                    prompts, seeds, sizes, batch.column("image_format").to_pylist(), strict=True
-                )
-            ]
-            columns["image_model"] = [self.options.backend] * count
-            denoised = ("image_steps", "image_guidance", "image_batch_size", "image_device")
-            columns |= {name: [None] * count for name in denoised}
-        else:
-            jobs = prepared if prepared is not None else self.prepare(batch)
-            answers = self._queue.answers(jobs or [])
-            errors = {i: answer for i, answer in enumerate(answers) if isinstance(answer, Exception)}
-            if lost := next((error for error in errors.values() if isinstance(error, StageError)), None):
-                raise lost
-            made = [answer if isinstance(answer, Made) else None for answer in answers]
-            columns["image"] = [image.data if image else None for image in made]
-            columns["image_batch_size"] = [image.batch_size if image else None for image in made]
-            columns["image_model"] = [self._model.name] * count
-            columns["image_steps"] = [self._model.steps] * count
-            columns["image_guidance"] = [self._model.guidance] * count
-            columns["image_device"] = [self._model.device_name] * count
         result = pa.RecordBatch.from_pydict(columns, schema=self.schema)
         if errors:
             raise RowsFailed(result, errors)
         return result
 
     def take_notes(self) -> list[dict[str, Any]]:
-        """Batch sizes that were halved since this was last asked."""
-        return [] if self._queue is None else self._queue.take_notes()
+        """What the back end has to note, such as batch sizes that were halved, since this was last called."""
+        return [] if self._backend is None else self._backend.take_notes()
 
     def difference(self, alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
         """How far two answers of the same rows are apart: the largest mean absolute difference of pixels, 0..255.
@@ -269,19 +194,15 @@ class Generate(Preparing):
         Images of other batch sizes, since memory ended between them, say nothing of each other.
         """
         sides = (zip(*(side.column(name).to_pylist() for name in _COMPARED), strict=True) for side in (alone, within))
-        pairs = (
-            _apart(one, other) for (one, size), (other, other_size) in zip(*sides, strict=True) if size == other_size
-        )
-        return max(pairs, default=0.0)
+        pairs = zip(*sides, strict=True)
+        same = ((one, other) for (one, size), (other, other_size) in pairs if size == other_size)
+        return max((pixels_apart(one, other) for one, other in same), default=0.0)
 
     def close(self) -> None:
         """Ends the threads and frees the device's memory."""
-        model, queue = self._model, self._queue
-        self._model = self._queue = None
-        if queue is not None:
-            queue.close()
-        if model is not None:
-            model.free()
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
 
     def _seeds(self, batch: pa.RecordBatch) -> list[int]:
         rows = zip(*(batch.column(name).to_pylist() for name in ("uid", "key", "draw")), strict=True)
@@ -310,10 +231,3 @@ def nearest(sizes: Sequence[tuple[int, int]], width: int | None, height: int | N
     """The size whose shape is nearest to a picture's, by ratio; one of unknown size counts as square."""
     wanted = math.log(width / height) if width and height else 0.0
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - wanted))
-
-
-def _apart(one: bytes, other: bytes) -> float:
-    if one == other:
-        return 0.0
-    found = difference(decode(one), decode(other))
-    return 255.0 if found is None else found[0]

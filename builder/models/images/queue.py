@@ -45,11 +45,11 @@ class Made:
 
     Attributes:
         data: its bytes, in the format that its job asks for.
-        batch_size: images that the model made together with it, padding counted.
+        batch_size: images that the model made together with it, padding counted; None where each is made by itself.
     """
 
     data: bytes
-    batch_size: int
+    batch_size: int | None
 
 
 @dataclass(eq=False)
@@ -183,6 +183,12 @@ class ImageQueue:
         return full[0][: self.batch_size] if full else []
 
     def _make(self, jobs: list[Job]) -> None:
+        """Makes the images of jobs of one size; what fails is made again in parts, until the bad job stands alone.
+
+        The batch size may shrink in another thread meanwhile, while prompts are encoded: then jobs hold texts of
+        another batch size than the images', and their last bits would differ. So such texts are encoded again first,
+        and a batch whose texts do not all come out at `size` starts anew with the size that there is now.
+        """
         size = self.batch_size
         if len(jobs) > size:
             self._make_apart(jobs, size)

@@ -10,12 +10,16 @@ import hashlib
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from PIL import Image, ImageDraw
 
 from builder import formats
+from builder.models.images.backend import ImageBackendEntry
+from builder.models.images.queue import Job, Made
 from builder.models.pictures import encoded
 from builder.view.lettering import Color, fit, font, line_px, readable, text_px
 
@@ -328,3 +332,45 @@ def _windows(
                 x = x0 + step * (column + 0.5)
                 pen.rectangle((x, y, x + step * 0.5, y + step * 0.7), color)
         y += step * 1.3
+
+
+# The back end `sketch`
+
+
+class Sketches:
+    """Draws an image when it is asked for, each by itself."""
+
+    name = "sketch"
+    steps: int | None = None
+    guidance: float | None = None
+    device_name: str | None = None
+
+    def __init__(self, quality: int) -> None:
+        self._quality = quality
+
+    def add(self, jobs: list[Job]) -> list[Job]:
+        """Does nothing ahead."""
+        return jobs
+
+    def answers(self, jobs: list[Job]) -> list[Made | Exception]:
+        """Draws the images of jobs."""
+        found: list[Made | Exception] = []
+        for job in jobs:
+            width, height = job.size
+            data = draw(job.prompt, seed=job.seed, width=width, height=height, quality=self._quality, kind=job.kind)
+            found.append(Made(data, None))
+        return found
+
+    def take_notes(self) -> list[dict[str, Any]]:
+        """Has none."""
+        return []
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+def _start(options: Any, sizes: Sequence[tuple[int, int]], device: str) -> Sketches:
+    return Sketches(options.quality)
+
+
+ENTRY = ImageBackendEntry(_start, lambda options: None)

@@ -14,19 +14,10 @@ from typing import Any, Literal, TypeAlias
 import orjson
 
 from builder.errors import StageError
-from builder.models.llm.endpoint import (
-    BACK_OFF_S,
-    LONGEST_BACK_OFF_S,
-    Cost,
-    Endpoint,
-    Request,
-    Served,
-    check,
-    is_pushed_back,
-    probe,
-    say_hello,
-)
+from builder.models.llm.endpoint import Endpoint
+from builder.models.llm.greeting import check, say_hello
 from builder.models.llm.http import AskFailed, Http, Over, Reply, read_reply, read_status
+from builder.models.llm.served import BACK_OFF_S, LONGEST_BACK_OFF_S, Cost, Request, Served, is_pushed_back, probe
 
 __all__ = ["AskFailed", "Endpoint", "Over", "Pool", "Reply"]
 
