@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -25,11 +26,12 @@ from builder.config.sections import Run, StageTable, Write
 from builder.sources.tars.section import FieldSpec, TarDataset
 from builder.stages.contract import Stage, columns_of
 from builder.stages.finding import find
+from builder.store import layout
 from builder.table import schema
 
 DOCS = Path(__file__).parent
 #: The built-in stages in the order of the pipelines that come with builder.
-STAGES = ("faces", "lang", "prompts", "generate", "check")
+STAGES = tuple(tomllib.loads((layout.installed("pipelines") / "small.toml").read_text("utf-8"))["stages"])
 #: Parameters of all commands that work on a pipeline.
 _SHARED = ("scale", "pipeline", "sets")
 HEAD = "<!-- Written by docs/generate.py out of the code: edit that. -->\n"

@@ -18,11 +18,10 @@ facts as (
     when length(caption) < 100 then '50 to 99' when length(caption) < 200 then '100 to 199' else '200 or more' end, count(*)
   from samples group by 3
   union all
-  select 5, 'stage ' || stage, coalesce(status, 'not tried'), count(*)
-  from (select unnest(['source', 'faces', 'lang', 'prompts', 'generate', 'check']) as stage,
-               unnest([source_status, faces_status, lang_status, prompts_status, generate_status,
-                      check_status]) as status
-        from samples) group by 2, 3
+  select 5, 'stage ' || replace(stage, '_status', ''), coalesce(status, 'not tried'), count(*)
+  from samples unpivot include nulls (
+    status for stage in (source_status, faces_status, lang_status, prompts_status, generate_status, check_status)
+  ) group by 2, 3
   union all
   select 6, 'edited', 'new image', count(*) from samples where image_path is not null
   union all

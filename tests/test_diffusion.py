@@ -187,6 +187,7 @@ def test_seeds_are_what_they_always_were() -> None:
 
 def test_the_sketch_is_what_it_always_was() -> None:
     stage = Generate(GenerateOptions(width=64, height=64))
+    stage.setup("cpu")
     rows = batch([0], uid=["u1"], key=["k1"], prompt=["a cat"])
     assert stage.prepare(rows) is None
     [row] = stage.process(rows).to_pylist()

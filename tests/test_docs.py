@@ -23,14 +23,14 @@ from builder.config.sections import Run, StageTable, Strict, Write
 from builder.demo.shards import make_demo_shards
 from builder.sources.tars.section import TarDataset
 from builder.stages.contract import columns_of
-from builder.stages.finding import find
+from builder.stages.finding import built_in, find
 from builder.table import schema
 from support.here import builder_here
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text("utf-8")
-STAGES = ("faces", "lang", "prompts", "generate", "check")
+STAGES = tuple(built_in())
 COMMANDS = {name: command for name, command in main.commands.items() if not command.hidden}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 

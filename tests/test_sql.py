@@ -18,7 +18,7 @@ from builder.errors import ConfigError
 from builder.progress import Talk
 from builder.stages.contract import columns_of
 from builder.stages.faces import Faces, FacesOptions
-from builder.stages.finding import find
+from builder.stages.finding import built_in, find
 from builder.store import layout
 from builder.table import schema
 from builder.table.query import Samples
@@ -33,7 +33,7 @@ from conftest import Workspace, ingest_here, metadata, samples, starts_in_ascii
 
 FOLDER = layout.installed("sql")
 FILES = sorted(path.name for path in FOLDER.glob("*.sql"))
-STAGES = ("faces", "lang", "prompts", "generate", "check")
+STAGES = tuple(built_in())
 KEYS = ["shard", "row", "uid"]
 #: Files beside those of the stages, the writer and the statistics: what a stage takes instead of its own.
 MORE = ("faces_metadata.sql", "generate_aspect.sql", "prompts_groups.sql")

@@ -143,8 +143,11 @@ class Generate(Preparing):
         """
         self._backend = self._entry.start(self.options, self.sizes, device)
 
-    def prepare(self, batch: pa.RecordBatch) -> list[Job]:
-        """Hands the images of a batch to the back end: it may begin them before `process` is called."""
+    def prepare(self, batch: pa.RecordBatch) -> list[Job] | None:
+        """Hands the images of a batch to a back end that makes them in batches: it may begin them at once."""
+        return self._add(batch) if self._entry.gpus else None
+
+    def _add(self, batch: pa.RecordBatch) -> list[Job]:
         assert self._backend is not None
         prompts = batch.column("prompt").to_pylist()
         kinds = batch.column("image_format").to_pylist()
@@ -159,7 +162,7 @@ class Generate(Preparing):
             StageError: the device computes no more.
         """
         assert self._backend is not None
-        jobs = self.prepare(batch) if prepared is None else prepared
+        jobs = self._add(batch) if prepared is None else prepared
         answers = self._backend.answers(jobs)
         errors = {i: answer for i, answer in enumerate(answers) if isinstance(answer, Exception)}
         if lost := next((error for error in errors.values() if isinstance(error, StageError)), None):
