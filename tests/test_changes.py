@@ -129,7 +129,7 @@ VERBS: dict[str, Callable[[Pipeline], object]] = {
     "plan": lambda pipeline: make_plan(pipeline, Choice()),
     "status": read_status,
     "stage": lambda pipeline: run_stage(pipeline, "lang", Choice(), Talk(quiet=True)),
-    "write": plan_write,
+    "write": lambda pipeline: plan_write(Snapshot(pipeline)),
 }
 
 
