@@ -93,28 +93,60 @@ def _counted_at_once(
     pieces: Mapping[int, Rowwise],
     by_run: dict[str, Counter[str]] | None,
 ) -> dict[int, tuple[Counts, list[str]]]:
-    """The counts of these works by place, and the shards of each that are put off."""
+    """The counts of these works by place, and the shards of each that are put off.
+
+    Args:
+        pieces: by place in `works`, the SQL of those that look at every row on its own.
+    """
+    asked, params, around = _one_pass(works, pieces, with_runs=by_run is not None)
+    answer = samples.rows(asked, params, around=around)
+    found = {place: (Counts(), list[str]()) for place in pieces}
+    tallies = {place: Counter[str]() for place in pieces}
+    for shard, *values in answer:
+        for place in pieces:
+            (rows_covered, todo, ok, failed, outside, late, suspects), values = values[:7], values[7:]
+            counts, put_off = found[place]
+            if by_run is not None:
+                tallies[place].update(values.pop(0) or {})
+            if suspects:
+                put_off.append(shard)
+            else:
+                new = Counts(rows_covered, todo, ok, failed, outside, bool(todo), late)
+                found[place] = _sum(counts, new), put_off
+    if by_run is not None:
+        by_run.update((works[place].stage.name, tally) for place, tally in tallies.items())
+    return found
+
+
+def _one_pass(
+    works: Sequence[Work], pieces: Mapping[int, Rowwise], *, with_runs: bool
+) -> tuple[Sql, dict[str, Any], str]:
+    """One query that counts the rows of all these works per shard: its SQL, its parameters, and what stands around it.
+
+    Its rows are the shard, and for each work in order seven counts (rows covered, to do, ok, failed, ok and not
+    covered, late, suspect), and with `with_runs` a histogram of the runs that gave the answers.
+    """
     covers = unused_name("is_covered", (column.name for work in works for column in work.columns))
     rows, sums = ["s.shard"], ["shard"]
     for place in pieces:
-        work, of = works[place], f"filter ({covers}_{place}"
+        work, covered = works[place], f"{covers}_{place}"
         state, suspect = f"state_{place}", f"suspect_{place}"
         late = f"{suspect} = {outdated.OTHER_BYTES}"
         rows += [
-            f"coalesce(s.{covers}_{place}, false) as {covers}_{place}",
+            f"coalesce(s.{covered}, false) as {covered}",
             f"{state_in_sql(work)} as {state}",
             f"{outdated.suspicion(work.stage)} as {suspect}",
         ]
         sums += [
-            f"count(*) {of})",
-            f"count(*) {of} and {is_open_in_sql(state, late, work.choice)})",
-            f"count(*) {of} and {state} = {OK})",
-            f"count(*) {of} and {state} >= {FAILED})",
-            f"count(*) filter (not {covers}_{place} and {state} = {OK})",
-            f"count(*) {of} and {late})",
-            f"count(*) {of} and {suspect} = {outdated.SUSPECT})",
+            f"count(*) filter ({covered})",
+            f"count(*) filter ({covered} and {is_open_in_sql(state, late, work.choice)})",
+            f"count(*) filter ({covered} and {state} = {OK})",
+            f"count(*) filter ({covered} and {state} >= {FAILED})",
+            f"count(*) filter (not {covered} and {state} = {OK})",
+            f"count(*) filter ({covered} and {late})",
+            f"count(*) filter ({covered} and {suspect} = {outdated.SUSPECT})",
         ]
-        if by_run is not None:
+        if with_runs:
             rows.append(f"{run_in_sql(work.stage.name)} as given_by_{place}")
             sums.append(f"histogram(given_by_{place}) filter (given_by_{place} is not null)")
     around = (
@@ -124,27 +156,9 @@ def _counted_at_once(
     params: dict[str, Any] = {}
     for taken in pieces.values():
         params |= taken.params_in(taken.condition)
-    covered = ", ".join(f"({taken.condition}) as {covers}_{place}" for place, taken in pieces.items())
+    conditions = ", ".join(f"({taken.condition}) as {covers}_{place}" for place, taken in pieces.items())
     narrowed = where_clause(works[0].choice.where or "true")
-    asked = Sql(f"select *, {covered} from ({narrowed.text})", narrowed.origin)
-    answer = samples.rows(asked, params, around=around)
-    found = {place: (Counts(), list[str]()) for place in pieces}
-    tallies = {place: Counter[str]() for place in pieces}
-    for shard, *values in answer:
-        for place in pieces:
-            rows_covered, todo, ok, failed, outside, late_ones, suspects = values[:7]
-            values = values[7:]
-            counts, put_off = found[place]
-            if by_run is not None:
-                tallies[place].update(values.pop(0) or {})
-            if suspects:
-                put_off.append(shard)
-                continue
-            new = Counts(rows_covered, todo, ok, failed, outside, bool(todo), late_ones)
-            found[place] = _sum(counts, new), put_off
-    if by_run is not None:
-        by_run.update((works[place].stage.name, tally) for place, tally in tallies.items())
-    return found
+    return Sql(f"select *, {conditions} from ({narrowed.text})", narrowed.origin), params, around
 
 
 def _sum(one: Counts, other: Counts) -> Counts:
@@ -167,7 +181,7 @@ def _counted(
     for shard, state, wanted in side_by_side(samples, works, sort, with_inputs=with_inputs, with_runs=with_runs):
         if by_run is not None:
             for name in {work.stage.name for work in works}:  # others are counted in one pass
-                _tally(by_run[name], state[f"{name}run_in_sql"])
+                _tally(by_run[name], state[f"{name}_given_by"])
         for place, (work, rows) in enumerate(zip(works, wanted, strict=True)):
             if rows is None:
                 answered = int(np.count_nonzero(state[f"{work.stage.name}_state"].to_numpy() == OK))

@@ -109,15 +109,16 @@ def side_by_side(
     with_runs: bool = False,
     only: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, pa.Table, list[pa.Table | None]]]:
-    """For every shard its name, the state of its rows, and the rows that the SQL of each work returns of it.
+    """For every shard its name, the state of its rows, and those of its rows that the SQL of each work returns.
 
-    Both are read once, in the order of the table, so that memory does not grow with it: SQL that filters keeps that
-    order; joins, and conditions with subqueries, may not.
+    The table and the answers of the SQL are two streams that are merged shard by shard: joining them in SQL would need
+    memory for the whole table. That works as long as both come in the table's order, which SQL that filters keeps and
+    joins may not; then `_Unordered` is raised and `in_order` starts again with the answer sorted by DuckDB.
 
     Args:
         sort: what DuckDB sorts, since it comes in another order.
         with_inputs: with the stages' inputs, and what rows have recorded of those of their answers.
-        with_runs: with the run that gave each answer, as `<stage>run_in_sql`.
+        with_runs: with the run that gave each answer, as `<stage>_given_by`.
         only: the shards to look at, of those that the SQL is evaluated over; all if absent.
 
     Raises:
@@ -161,12 +162,14 @@ def _answer(
     samples: Samples, work: Work, place: dict[str, int], *, sort: bool, with_inputs: bool, these: str
 ) -> Iterator[tuple[int, pa.Table]]:
     """What a work's SQL returns, by number of the shard; no row twice."""
+    wanted = work.stage.inputs if with_inputs else ()
     inputs = "".join(
-        f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"' for field in work.stage.inputs
+        f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"' for field in wanted
     )
+    order = " order by 1, 2" if sort else ""
     around = (
-        f'select cast(w.shard as varchar) as shard, cast(w."row" as bigint) as "row"{inputs * with_inputs} from '
-        f"{{}} w where w.shard is not null and w.row is not null{these.format('w')}{' order by 1, 2' * sort}"
+        f'select cast(w.shard as varchar) as shard, cast(w."row" as bigint) as "row"{inputs} from '
+        f"{{}} w where w.shard is not null and w.row is not null{these.format('w')}{order}"
     )
     batches = samples.stream(work.sql, work.params, around=around, rows=READ_ROWS)
     for number, table in _shard_by_shard(batches, place, work.stage.name):

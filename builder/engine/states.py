@@ -48,7 +48,7 @@ def states_of(
         parts.append(f"{state_in_sql(work)} as {name}_state")
         parts.append(f"{outdated.suspicion(work.stage)} as {name}_suspect")
         if with_runs:
-            parts.append(f"{run_in_sql(name)} as {name}run_in_sql")
+            parts.append(f"{run_in_sql(name)} as {name}_given_by")
         if with_inputs:
             parts += ["s.source_changed", *outdated.recorded(work.stage), *_format_of(work)]
     narrowed = where_clause(works[0].choice.where or "true")

@@ -1,9 +1,14 @@
-"""One task: read rows ahead, ask the stage, commit checkpoints.
+"""One task: reads rows ahead, asks the stage, commits checkpoints.
 
-Owns status, retries, checkpoints and edits tars of a run's rows. A task is a run directory and a number; it keeps one
-stage instance for all its shards. Three threads: while the main one asks the stage about a batch, one reads the batches
-that follow (and prepares them, if the stage can), also those of the next shard, and one makes the last checkpoint
-durable and commits it."""
+A task is a run directory and a number; it keeps one stage instance for all its shards. Three threads work at once:
+
+    reader      reads the bytes of groups 4, 5, 6 ... and lets the stage prepare them    Task._window
+    main        asks the stage about group 3                                            Task._do
+    committer   makes the checkpoint of groups 1 and 2 durable and commits it            ShardWork._in_flight
+
+The window may reach into the next shard while the one before is still being committed. What a kill costs is what the
+committer and the main thread hold, at most `checkpoint_rows`; what the reader holds has no answers yet.
+"""
 
 from __future__ import annotations
 
@@ -238,9 +243,14 @@ class Task:
                     raise
 
     def _read_ahead(self, step: _Step | None, in_hand: list[int]) -> None:
-        """Notes the rows in hand, and starts reading what follows; it is prepared too, unless it has to stand alone."""
+        """Notes the rows in hand, and starts reading what follows; it is prepared too, unless it has to run alone.
+
+        The note goes to disk before anything is prepared: if preparing kills the process, the next one has to know
+        which rows may have been the cause. For the same reason nothing is read behind a group that runs alone: if the
+        process dies again, no other row can be the cause.
+        """
         new = self._coming
-        last = new[-1][1] if new else self._window[-1].group if self._window else step.group if step else None
+        last = self._last_group(step)
         while self._sees_too_little() and not (last and last.alone):
             following = self._next_group()
             if following is None:
@@ -248,14 +258,24 @@ class Task:
             new.append(following)
             last = following[1]
         preparing = self._preparing
-        ahead = [(shard, group) for shard, group in (*((s.shard, s.group) for s in self._window), *new) if preparing]
-        told = [(shard.part.shard, shard.rows_of(group)) for shard, group in ahead if not group.alone]
+        told: list[tuple[str, list[int]]] = []
+        if preparing is not None:
+            ahead = [*((one.shard, one.group) for one in self._window), *new]
+            told = [(shard.part.shard, shard.rows_of(group)) for shard, group in ahead if not group.alone]
         if step is not None or told:
             self._in_hand.begin(step.shard.part.shard if step else "", in_hand, told, self.state.tally.answered)
         while new:
             shard, group = new.popleft()
             read = self._reader.submit(shard.read, group, None if group.alone else preparing)
             self._window.append(_Step(shard, group, read))
+
+    def _last_group(self, step: _Step | None) -> Group | None:
+        """The group behind which reading goes on: the last one that is coming, being read, or in hand."""
+        if self._coming:
+            return self._coming[-1][1]
+        if self._window:
+            return self._window[-1].group
+        return None if step is None else step.group
 
     @property
     def _preparing(self) -> Preparing | None:
@@ -296,7 +316,11 @@ class Task:
                     yield shard, group
 
     def _close_before(self, shard: ShardWork, exposed: int) -> None:
-        """Closes the shards before one that are committed, and those that a kill could cost too many rows with."""
+        """Closes the shards before one that are committed, and those with which a kill could cost too many rows.
+
+        The shard right before may stay open while its last commit is made, so that the stage does not wait for the
+        disk; but its rows and those of this shard together must not exceed a checkpoint.
+        """
         for older in self._shards[: self._shards.index(shard)]:
             is_last = self._shards[self._shards.index(older) + 1] is shard
             if not is_last or older.is_committed() or older.exposed + exposed > self._settings.checkpoint_rows:
@@ -329,7 +353,8 @@ class Task:
                 self._count_saved(part)
                 why, is_over = self._setbacks.add(error)
                 self.state.result.left[part.shard] = str(why)
-                self.state.end(why) if is_over else None
+                if is_over:
+                    self.state.end(why)
             elif isinstance(error, ConflictError | ShardError):
                 self._drop(part)
                 self.state.result.refused[part.shard] = str(error)
