@@ -94,7 +94,9 @@ def _from_file(name: str, python: str) -> Any:
         if machine.is_of_the_machine(error):
             raise machine.told(error) from error
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        line = lines[-1] if lines else None
+        if isinstance(error, SyntaxError):
+            line = error.lineno
         place = f"'{path}', line {line}" if line else f"'{path}'"
         raise StageError(
             f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="mend that line"

@@ -183,7 +183,8 @@ class Prompts(Preparing):
         columns = [*self._rewrites.columns]
         if self._groups is not None:
             self.sql = "prompts_groups.sql"
-            columns += ["key"] * ("key" not in columns)
+            if "key" not in columns:
+                columns.append("key")
         self.inputs = pa.schema([(name, pa.string()) for name in columns])
         if options.backend == "openai":
             self._endpoints = _endpoints(options)

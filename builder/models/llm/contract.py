@@ -222,7 +222,10 @@ class Contract:
         alone = f"{_ALONE}, as plain text"
         if mark := next((char for char in text if char in _MARKUP and char not in given), None):
             raise Rejected("lines", f'The answer had "{mark}" in it; {alone}.')
-        for pattern in (_LIST, _AGREEMENT, *([_LABEL] * (":" not in given))):
+        patterns = [_LIST, _AGREEMENT]
+        if ":" not in given:
+            patterns.append(_LABEL)
+        for pattern in patterns:
             if (found := pattern.match(text)) and found[0].strip() not in given:
                 raise Rejected("lines", f'The answer began with "{found[0].strip()}"; {alone}.')
         if _REPEATED.match(text) and not _REPEATED.match(given):

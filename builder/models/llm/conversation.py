@@ -113,7 +113,9 @@ class Rewrites:
                 schema = json.dumps(json_schema, ensure_ascii=False).replace("{", "{{").replace("}", "}}")
                 system += f" Put it into a JSON object of this schema, and answer with that object alone: {schema}"
         self._system = Template("system", system)
-        self._user = Template("user", user if user is not None else GROUP_USER if has_groups else PLAIN_USER)
+        if user is None:
+            user = GROUP_USER if has_groups else PLAIN_USER
+        self._user = Template("user", user)
         for name, template in (("system", self._system), ("user", self._user)):
             if "group" in template.fields and not has_groups:
                 raise ConfigError(

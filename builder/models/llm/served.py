@@ -329,6 +329,11 @@ class Served:
         """A text for people: without the key, and short."""
         return shown(text if self.key is None else text.replace(self.key, "***"), MAX_SAID)
 
+    def _state(self) -> str:
+        if self.closed:
+            return "closed"
+        return "resting" if self.is_resting else "open"
+
     def totals(self) -> dict[str, Any]:
         return {
             "model": self.endpoint.model,
@@ -345,7 +350,7 @@ class Served:
             "tokens_out": self._tokens_out,
             "spent": self._spent,
             "limit": self.concurrency.limit,
-            "state": "closed" if self.closed else "resting" if self.is_resting else "open",
+            "state": self._state(),
         }
 
 
