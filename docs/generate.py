@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from builder.cli import main as command_line
 from builder.config.sections import Run, StageTable, Write
-from builder.sources.tars.section import FieldSpec, TarDataset
+from builder.sources.tars.section import FieldSpec, TarSection
 from builder.stages.contract import Stage, columns_of
 from builder.stages.finding import find
 from builder.store import layout
@@ -114,7 +114,7 @@ def _renamed() -> list[str]:
 
 
 def _sections() -> Iterator[tuple[str, type[BaseModel], str]]:
-    yield "[dataset]", TarDataset, "dataset"
+    yield "[dataset]", TarSection, "dataset"
     yield "an entry of dataset.fields", FieldSpec, "dataset.fields"
     yield "[run], and [stages.NAME.run] for one stage", Run, "run"
     yield "[stages.NAME]: keys that every stage has", StageTable, "stages.NAME"

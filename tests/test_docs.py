@@ -21,7 +21,7 @@ from builder.cli import main
 from builder.config.problems import keys_of
 from builder.config.sections import Run, StageTable, Strict, Write
 from builder.demo.shards import make_demo_shards
-from builder.sources.tars.section import TarDataset
+from builder.sources.tars.section import TarSection
 from builder.stages.contract import columns_of
 from builder.stages.finding import built_in, find
 from builder.table import schema
@@ -119,7 +119,7 @@ def test_every_column_is_in_the_docs_with_a_meaning() -> None:
 
 def test_every_configuration_key_is_in_the_docs_with_a_meaning() -> None:
     text = (DOCS / "columns.md").read_text("utf-8")
-    models = {"dataset": TarDataset, "run": Run, "write": Write, "stages.NAME": StageTable}
+    models = {"dataset": TarSection, "run": Run, "write": Write, "stages.NAME": StageTable}
     models |= {f"stages.{name}": find(name).Options for name in STAGES}
     for prefix, model in models.items():
         for name in keys_of(model):

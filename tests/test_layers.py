@@ -176,3 +176,20 @@ def test_ingest_questions_and_writer_do_not_import_torch(workspace: object, tmp_
     for command in (["ingest"], ["sql", "select count(*) from samples"], ["write"], ["verify"]):
         made.process(*command, env=environment)
         assert not mark.exists(), command
+
+
+# --- names ---
+
+
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for name, source in modules().items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
+def test_modules_are_short_and_few_lie_flat() -> None:
+    assert [name for name, source in modules().items() if source.count("\n") > 500] == []
+    assert len(list(PACKAGE.glob("*.py"))) <= 8

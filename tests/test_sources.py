@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from builder.config.problems import Problems
-from builder.config.sections import Dataset
+from builder.config.sections import DatasetSection
 from builder.errors import ConfigError
 from builder.sources import kinds
 from builder.sources.base import Found, Read, Seen
@@ -25,7 +25,7 @@ from builder.table.schema import SOURCE, Column
 from conftest import STAGES, Workspace
 
 
-class LinesDataset(Dataset):
+class LinesSection(DatasetSection):
     """Files of text, one sample per line."""
 
     stand_ins: ClassVar[dict[str, Any]] = {"folder": "", "root": ""}
@@ -40,13 +40,13 @@ class Lines:
     version: ClassVar[str] = "1"
     changes: ClassVar[dict[str, str]] = {}
     has_bytes: ClassVar[bool] = False
-    Options: ClassVar[type[Dataset]] = LinesDataset
+    Options: ClassVar[type[DatasetSection]] = LinesSection
 
     folder: str
     boxes: str = ""
 
     @classmethod
-    def from_options(cls, options: LinesDataset, problems: Problems) -> Lines:
+    def from_options(cls, options: LinesSection, problems: Problems) -> Lines:
         return cls(options.folder)
 
     def to_json(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from builder import machine
 from builder.config.problems import Keys, Problems, checked_section, hint, shown_key, table_at
-from builder.config.sections import Dataset, Run, StageTable, Write
+from builder.config.sections import DatasetSection, Run, StageTable, Write
 from builder.errors import ConfigError
 from builder.executors.by_name import EXECUTORS, LATER
 from builder.store import layout
@@ -27,7 +27,7 @@ class Config:
     """
 
     path: str
-    dataset: Dataset
+    dataset: DatasetSection
     run: Run
     stages: dict[str, StageTable]
     write: Write
@@ -44,7 +44,7 @@ class Config:
         return None if self.write.folder is None else Path(self.write.folder)
 
 
-def load_config(path: Path, sets: tuple[str, ...], kinds: Mapping[str, type[Dataset]]) -> Config:
+def load_config(path: Path, sets: tuple[str, ...], kinds: Mapping[str, type[DatasetSection]]) -> Config:
     """Reads a pipeline file.
 
     What is wrong with its form is kept in `Config.problems`, for the stages' own to join them: the caller raises them
@@ -82,7 +82,9 @@ def load_config(path: Path, sets: tuple[str, ...], kinds: Mapping[str, type[Data
     return Config(str(path), dataset, run, tables, checked_section(Write, data, ("write",), problems), problems, sets)
 
 
-def _dataset_section(data: dict[str, Any], kinds: Mapping[str, type[Dataset]], problems: Problems) -> type[Dataset]:
+def _dataset_section(
+    data: dict[str, Any], kinds: Mapping[str, type[DatasetSection]], problems: Problems
+) -> type[DatasetSection]:
     """What [dataset] may say, by its key `kind`."""
     first = next(iter(kinds))
     section = data.get("dataset")

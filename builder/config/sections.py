@@ -29,7 +29,7 @@ def _local(name: str) -> str:
 LocalPath = Annotated[str, AfterValidator(_local)]
 
 
-class Dataset(Strict):
+class DatasetSection(Strict):
     """What goes in and where the table lies: keys of every kind of source."""
 
     #: Values of required keys that are missing, so that the rest of the pipeline can be checked.

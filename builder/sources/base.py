@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, Self
 import pyarrow as pa
 
 from builder.config.problems import Problems
-from builder.config.sections import Dataset
+from builder.config.sections import DatasetSection
 from builder.store.layout import Layout
 from builder.table.origin import Origin
 from builder.table.schema import Column
@@ -87,7 +87,7 @@ class Source(Protocol):
     version: ClassVar[str]
     changes: ClassVar[dict[str, str]]
     has_bytes: ClassVar[bool]
-    Options: ClassVar[type[Dataset]]
+    Options: ClassVar[type[DatasetSection]]
 
     @property
     def boxes(self) -> str: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from builder.config.sections import Dataset
+from builder.config.sections import DatasetSection
 from builder.errors import ShardError
 from builder.sources.base import Source
 from builder.sources.tars.shards import TarShards
@@ -12,7 +12,7 @@ from builder.table.origin import Origin
 KINDS: dict[str, type[Source]] = {kind.kind: kind for kind in (TarShards,)}
 
 
-def sections() -> dict[str, type[Dataset]]:
+def sections() -> dict[str, type[DatasetSection]]:
     """The section `[dataset]` of each kind."""
     return {name: kind.Options for name, kind in KINDS.items()}
 

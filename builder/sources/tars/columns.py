@@ -25,13 +25,13 @@ from builder.sources.tars.json_values import (
     is_exact,
     transposed,
 )
-from builder.sources.tars.samples import MAX_NAMES, Samples, shown_value
+from builder.sources.tars.samples import MAX_NAMES, shown_value
 from builder.table import boxes, schema
 from builder.tar.index import Index
 
 #: A json or txt member beyond this is not read into memory.
 MAX_TEXT = 16 << 20
-#: Samples that are parsed together, and the bytes of json and txt from which on they are fewer: bounds memory.
+#: ShardSamples that are parsed together, and the bytes of json and txt from which on they are fewer: bounds memory.
 BLOCK_SAMPLES, BLOCK_BYTES = 2_000, 64 << 20
 _HEX32 = re.compile(r"[0-9a-fA-F]{32}")
 _BOM = b"\xef\xbb\xbf"
@@ -43,7 +43,7 @@ _BOM = b"\xef\xbb\xbf"
 def columns_of(
     view: mmap.mmap,
     index: Index,
-    samples: Samples,
+    samples: ShardSamples,
     shard: str,
     fields: Sequence[schema.Column],
     box_field: str,
@@ -64,7 +64,7 @@ def columns_of(
     return columns
 
 
-def _members(index: Index, samples: Samples) -> pa.ListArray:
+def _members(index: Index, samples: ShardSamples) -> pa.ListArray:
     places = {
         "ext": pa.array(samples.extensions, pa.string()),
         "header": pa.array(index.header[samples.members], pa.int64()),
@@ -75,7 +75,7 @@ def _members(index: Index, samples: Samples) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(samples.first, pa.int32()), structs)
 
 
-def _blocks(index: Index, samples: Samples) -> Iterator[tuple[int, int]]:
+def _blocks(index: Index, samples: ShardSamples) -> Iterator[tuple[int, int]]:
     """Ranges of rows that are parsed together."""
     if not samples.keys:
         return
@@ -102,7 +102,7 @@ class _Block:
         start, stop: their rows.
     """
 
-    def __init__(self, view: mmap.mmap, index: Index, samples: Samples, start: int, stop: int) -> None:
+    def __init__(self, view: mmap.mmap, index: Index, samples: ShardSamples, start: int, stop: int) -> None:
         self._view, self._index, self._samples, self._start, self._stop = view, index, samples, start, stop
         self._keys = samples.keys[start:stop]
         self._json, self._txt = samples.json[start:stop], samples.txt[start:stop]

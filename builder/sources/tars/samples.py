@@ -45,7 +45,7 @@ class Remarks:
 
 
 @dataclass
-class Samples:
+class ShardSamples:
     """The samples of one shard in tar order; their members lie one after another in `members` and `extensions`.
 
     Attributes:
@@ -83,7 +83,7 @@ class Samples:
 # --- which members belong together ---
 
 
-def group(index: Index) -> Samples:
+def group(index: Index) -> ShardSamples:
     """Neighbouring members with one key are a sample; members that belong to none do not part them."""
     samples = _alike(index) or _grouped(index)
     if len(samples) and not index.has_end_mark:
@@ -93,7 +93,7 @@ def group(index: Index) -> Samples:
     return samples
 
 
-def _alike(index: Index) -> Samples | None:
+def _alike(index: Index) -> ShardSamples | None:
     """The samples of a shard in which each has the members of the first one, jpg, json and txt among them."""
     first = next(iter(index.names), "")
     parts = member_names.split_name(first)
@@ -121,7 +121,7 @@ def _alike(index: Index) -> Samples | None:
         if [f"{key}.{extension}" for key in keys] != index.names[place::period]:
             return None
     members = np.arange(len(index))
-    return Samples(
+    return ShardSamples(
         keys=keys,
         first=np.arange(0, len(index) + 1, period),
         members=members,
@@ -139,7 +139,7 @@ def _while_prefix(names: Sequence[str], prefix: str) -> Iterator[str]:
         yield name
 
 
-def _grouped(index: Index) -> Samples:
+def _grouped(index: Index) -> ShardSamples:
     """The samples of any shard, member by member."""
     keys: list[str] = []
     first: list[int] = []
@@ -184,7 +184,7 @@ def _grouped(index: Index) -> Samples:
         extensions.append(extension)
     starts = np.array([*first, len(members)], np.int64)
     _remark_missing(starts, extensions, remarks)
-    return Samples(
+    return ShardSamples(
         keys=keys,
         first=starts,
         members=np.array(members, np.int64),

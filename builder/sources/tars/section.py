@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from builder.config.problems import Problems
-from builder.config.sections import Dataset, Strict
+from builder.config.sections import DatasetSection, Strict
 from builder.errors import SchemaError
 from builder.table import schema
 
@@ -23,7 +23,7 @@ class FieldSpec(Strict):
     column: str | None = Field(default=None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
 
 
-class TarDataset(Dataset):
+class TarSection(DatasetSection):
     """Tar shards: what goes in and where the table lies."""
 
     #: Values of required keys that are missing.
@@ -37,7 +37,7 @@ class TarDataset(Dataset):
     boxes: str = "face_bboxes"
 
 
-def fields_of(dataset: TarDataset, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
+def fields_of(dataset: TarSection, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
     """json fields with their Arrow types, and the columns of those for which one is named."""
     fields: dict[str, Any] = {}
     named: dict[str, str] = {}

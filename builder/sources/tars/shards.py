@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from builder.config.problems import Problems
-from builder.config.sections import Dataset
+from builder.config.sections import DatasetSection
 from builder.errors import SchemaError
 from builder.progress import few
 from builder.sources.base import Found, Read, Seen
@@ -27,8 +27,8 @@ from builder.sources.tars.columns import columns_of
 from builder.sources.tars.expected import expected
 from builder.sources.tars.finding import find_shards, why_missing
 from builder.sources.tars.opening import opened
-from builder.sources.tars.samples import Samples, group
-from builder.sources.tars.section import TarDataset, fields_of
+from builder.sources.tars.samples import group
+from builder.sources.tars.section import TarSection, fields_of
 from builder.store import files
 from builder.store.layout import Layout
 from builder.table import schema
@@ -63,7 +63,7 @@ class TarShards:
         "outside the picture are cut instead of unknown; numbers in fields of text have the digits that the json has",
     }
     has_bytes: ClassVar[bool] = True
-    Options: ClassVar[type[Dataset]] = TarDataset
+    Options: ClassVar[type[DatasetSection]] = TarSection
 
     fields: dict[str, pa.DataType]
     boxes: str = BOXES
@@ -71,7 +71,7 @@ class TarShards:
     patterns: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def from_options(cls, options: TarDataset, problems: Problems) -> TarShards:
+    def from_options(cls, options: TarSection, problems: Problems) -> TarShards:
         fields, named = fields_of(options, problems)
         patterns = [options.shards] if isinstance(options.shards, str) else options.shards
         return cls(fields, options.boxes, named, tuple(patterns))
@@ -205,7 +205,7 @@ def _sorting(path: Path) -> str:
     )
 
 
-def _remarks(path: Path, index: Index, found: Samples) -> list[str]:
+def _remarks(path: Path, index: Index, found: ShardSamples) -> list[str]:
     """What is strange about a shard as a whole; what concerns how many samples it has is noted at its last one."""
     remarks = []
     if not index.has_end_mark:
