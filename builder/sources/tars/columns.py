@@ -25,7 +25,7 @@ from builder.sources.tars.json_values import (
     is_exact,
     transposed,
 )
-from builder.sources.tars.samples import MAX_NAMES, shown_value
+from builder.sources.tars.samples import MAX_NAMES, ShardSamples, shown_value
 from builder.table import boxes, schema
 from builder.tar.index import Index
 

@@ -27,7 +27,7 @@ from builder.sources.tars.columns import columns_of
 from builder.sources.tars.expected import expected
 from builder.sources.tars.finding import find_shards, why_missing
 from builder.sources.tars.opening import opened
-from builder.sources.tars.samples import group
+from builder.sources.tars.samples import ShardSamples, group
 from builder.sources.tars.section import TarSection, fields_of
 from builder.store import files
 from builder.store.layout import Layout
