@@ -793,7 +793,7 @@ def click_error(*words: str) -> click.UsageError:
 
 def test_each_command_that_takes_a_pipeline_is_known_to_the_advice() -> None:
     taking = [name for name, command in COMMANDS.items() if any(p.name == "pipeline" for p in command.params)]
-    assert [name for name in COMMANDS if failures._COMMAND.search(f"builder {name}")] == taking
+    assert [name for name in COMMANDS if failures.names_a_command(f"builder {name}")] == taking
 
 
 # --- which sample ---

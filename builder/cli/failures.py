@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from builder import exit_codes
+from builder.cli.options import TAKING_A_PIPELINE
 from builder.cli.output import hint
 from builder.errors import BuilderError, ConfigError, SchemaError
 
@@ -23,21 +24,24 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 it did not finish; 2 usage or a bad pipeline file; 3 done, but this command's own work left "
     "failed rows or refused shards; 130 interrupted."
 )
-#: A builder command inside a sentence, that a pipeline's options belong to.
-_COMMAND = re.compile(r"\bbuilder (ingest|stage|run|write|plan|status|sql|show|regen|verify|gc|fold|drop)\b(?! --help)")
+
+
+def names_a_command(text: str) -> bool:
+    """Whether a text has a builder command that a pipeline's options belong to."""
+    return re.search(rf"\bbuilder ({'|'.join(TAKING_A_PIPELINE)})\b(?! --help)", text) is not None
 
 
 def name_pipeline(error: BuilderError, arguments: Sequence[str]) -> None:
     """Says which options the commands in an error's advice take, where they were needed this time."""
     given = _pipeline_words(arguments)
     is_said = all(shlex.quote(word) in error.fix for word in given)
-    if given and _COMMAND.search(error.fix) and not is_said:
+    if given and names_a_command(error.fix) and not is_said:
         error.fix += f" (each builder command with {shlex.join(given)})"
 
 
 def options_for(loaded: Pipeline, texts: Iterable[str]) -> str:
     """What to say of the commands in texts that name no pipeline; empty where there is none."""
-    is_needed = loaded.named and any(_COMMAND.search(text) for text in texts)
+    is_needed = loaded.named and any(map(names_a_command, texts))
     return f"(each builder command with {shlex.join(loaded.named)})" if is_needed else ""
 
 

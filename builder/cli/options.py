@@ -14,6 +14,8 @@ from builder.errors import ConfigError
 if TYPE_CHECKING:
     from builder.verbs.pipeline import Pipeline
 
+#: The commands that `pipeline_options` was put on, by name.
+TAKING_A_PIPELINE: list[str] = []
 #: A function under click's decorators: it gets its options by name.
 Command = Callable[..., None]
 
@@ -76,6 +78,7 @@ def pipeline_options(command: Command) -> Command:
     def with_pipeline(scale: str | None, pipeline: str | None, sets: Sequence[str], **options: Any) -> None:
         command(named=PipelineOptions(scale, pipeline, sets), **options)
 
+    TAKING_A_PIPELINE.append(command.__name__)
     for option in (
         click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a key; repeatable."),
         click.option("--pipeline", metavar="FILE", help="A pipeline file."),
