@@ -1,4 +1,4 @@
-"""The Python API: a dataset root as an object, with the words of the command line."""
+"""The Python API: a dataset root as an object, with the terms of the command line."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Dataset:
         """Answers one SELECT over the table `samples`, as `builder sql` does.
 
         Args:
-            query: the SQL; `$name` stands for a parameter.
-            params: the values of its parameters.
+            query: the SQL; `$name` is a parameter.
+            params: the values of the parameters.
 
         Raises:
-            ConfigError: not one SELECT, a parameter missing or unused, or what DuckDB says of it.
+            ConfigError: not one SELECT, a parameter missing or unused, or an error of DuckDB.
         """
         columns = with_built_in(root_schema.load_schema(self._layout)[1])
         text = Sql(query, "sql()")
@@ -58,7 +58,7 @@ class Dataset:
             return answer
 
     def samples(self) -> polars.LazyFrame:
-        """The whole table as a lazy frame, shard by shard in tar order; columns that a partition lacks are null.
+        """The whole table as a lazy frame, shard by shard in tar order; a column that a partition lacks is null there.
 
         Raises:
             ConfigError: the table has no samples yet.
@@ -82,7 +82,7 @@ class Dataset:
 
         Args:
             member: `image` is the source's jpg, png or webp, `edit` the generated image (`image_format`).
-            uid: the sample, where its uid is unique; else give shard and row.
+            uid: the sample, if its uid is unique; otherwise give shard and row.
 
         Returns:
             The bytes, or None if the sample has no such member.
@@ -90,7 +90,7 @@ class Dataset:
         Raises:
             ConfigError: no such sample, or more than one.
             ShardError: the source shard or the edits tar is gone or has changed.
-            MachineError: a disk or a file server does not give the bytes.
+            MachineError: a disk or a file server does not return the bytes.
         """
         if uid is not None:
             found = self.sql("select shard, row from samples where uid = $uid order by all", uid=uid).rows()
@@ -106,7 +106,7 @@ class Dataset:
             raise ConfigError(
                 f"{name} names {len(found)} samples",
                 where={"root": self.root, "found": places},
-                fix="give shard= and row=" if found else "name one that sql('select uid, shard, row from samples') has",
+                fix="give shard= and row=" if found else "name one of sql('select uid, shard, row from samples')",
             )
         [(shard, row)] = found
         try:

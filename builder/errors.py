@@ -1,15 +1,15 @@
-"""The tree of errors, and how a message reads: what happened, where, how to fix it.
+"""The tree of errors, and the form of a message: what happened, where, how to fix it.
 
     BuilderError            anything this package refuses or cannot do
     +-- ConfigError         the pipeline, an option or the command line is wrong: edit and run again
-    +-- ShardError          a source shard cannot be used: the other shards go on
+    +-- ShardError          a source shard cannot be used; work on the other shards goes on
     +-- SchemaError         columns or types do not fit together
     +-- StageError          a stage cannot start or go on, or broke its contract
     +-- ConflictError       the state on disk is not what this work was planned for: plan again
     +-- TransientError      the same call may succeed later; the only class that is retried
-        +-- MachineError    a full disk, want of memory, a server that is away: see builder.machine
+        +-- MachineError    a full disk, too little memory, a server that does not answer: see builder.machine
 
-The class says what the caller may do; the words say the rest. Owns no state and imports nothing of the package.
+The class says what the caller can do; the message says the rest. Owns no state and imports no module of the package.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class BuilderError(Exception):
 
     Args:
         what: one sentence, values in quotes.
-        where: names and values from general to particular, printed one a line.
+        where: names and values from general to particular, printed one per line.
         fix: a command to run or a line to change.
     """
 
@@ -45,13 +45,13 @@ class BuilderError(Exception):
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """The error as `--json` prints it and as a task hands it to its run: class, what, where, fix."""
+        """The error as `--json` prints it and as a task passes it to its run: class, what, where, fix."""
         place = {name: str(value) for name, value in self.where.items()}
         return {"class": type(self).__name__, "what": self.what, "where": place, "fix": self.fix}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> BuilderError:
-        """The error that `to_json` described; a StageError where this version does not know its class."""
+        """The error that `to_json` described; a StageError if this version does not know its class."""
         kind = globals().get(data["class"])
         if not (isinstance(kind, type) and issubclass(kind, BuilderError)):
             kind = StageError
@@ -62,7 +62,7 @@ class BuilderError(Exception):
 
 
 def _shown(value: Any) -> str:
-    """A value of a message; a path stays on its line, so that a file's name cannot look like another line of it."""
+    """A value of a message; newlines in a path are escaped, so that a file name cannot imitate another line."""
     return str(value).replace("\n", "\\n") if isinstance(value, PurePath) else str(value)
 
 
@@ -95,12 +95,12 @@ class TransientError(BuilderError):
 
 
 class MachineError(TransientError):
-    """What the machine answered; `sort` is one of `builder.machine.Sort`."""
+    """An error of the machine; `sort` is one of `builder.machine.Sort`."""
 
     sort: Any = None
 
 
-#: Classes of failed rows that come again as long as their input, the options and the version are the same.
+#: Classes of failures that occur again as long as the row's input, the options and the version stay the same.
 LASTING = frozenset({"undecodable", "too_large", "no_text", "no_image", "not_finite", "Unsafe"})
 
 
@@ -108,7 +108,7 @@ class RowError(ValueError):
     """Why one row has no answer.
 
     Attributes:
-        kind: the class of the failure, as the table has it and `--retry failed:CLASS` takes it.
+        kind: the class of the failure, as stored in the table and given to `--retry failed:CLASS`.
     """
 
     def __init__(self, kind: str, message: str) -> None:
@@ -118,7 +118,7 @@ class RowError(ValueError):
 
 @contextmanager
 def where(**context: Any) -> Iterator[None]:
-    """Adds what the caller knows to any BuilderError that passes, in front of what it already says."""
+    """Adds context to any BuilderError raised inside, in front of the `where` that it already has."""
     try:
         yield
     except BuilderError as error:

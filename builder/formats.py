@@ -1,4 +1,4 @@
-"""Formats of pictures: what their members are called, and how their bytes begin. Decodes nothing.
+"""Formats of pictures: the extensions of their members and their first bytes. Decodes nothing.
 
 Owns which member of a sample is its picture, and which others are pictures too.
 """
@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: Formats in which a stage may be asked for a picture.
+#: Formats in which a stage can be asked to make a picture.
 JPG, PNG, WEBP = "jpg", "png", "webp"
 FORMATS = (JPG, PNG, WEBP)
 #: Extensions of a sample's picture, lower case, in order of preference.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-#: Of each extension of a sample's picture, lower case, its format.
+#: The format of each extension of a sample's picture, lower case.
 OF_EXTENSION = {extension: JPG if extension == "jpeg" else extension for extension in IMAGE_EXTENSIONS}
-#: Extensions of pictures that are never a sample's own one.
+#: Extensions of pictures that are never the picture of a sample.
 OTHER_EXTENSIONS = frozenset({"avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "pbm", "pgm", "ppm", "tif", "tiff"})
 
 
 def of_bytes(data: bytes) -> str | None:
-    """The format that bytes begin as; None for any but `FORMATS`.
+    """The format of a picture by its first bytes; None for any but `FORMATS`.
 
     Source: ITU-T T.81 (SOI and the next marker), the PNG specification, RFC 9649 (RIFF, size, WEBP).
     """
@@ -31,18 +31,18 @@ def of_bytes(data: bytes) -> str | None:
 
 
 def named(text: str | None) -> str:
-    """The format that a column says; jpg where it says nothing: all were, when there was no such column."""
+    """The format named in a column; jpg if the column is null, since older tables have only jpg and no such column."""
     lower = (text or JPG).lower()
     return OF_EXTENSION.get(lower, lower)
 
 
 def picture_of(extensions: Sequence[str]) -> int | None:
-    """The position of a sample's picture among its extensions: the first of jpg, jpeg, png, webp that there is."""
+    """The index of a sample's picture among its extensions: the first of jpg, jpeg, png, webp that it has."""
     lower = [extension.lower() for extension in extensions]
     return next((lower.index(extension) for extension in IMAGE_EXTENSIONS if extension in lower), None)
 
 
 def pictures_of(extensions: Sequence[str]) -> list[int]:
-    """The positions of all that is a picture, `mask.png` and `gif` too: the last part of the extension says so."""
+    """The indices of all pictures among the extensions, by the last part of each: `mask.png` and `gif` count too."""
     last = [extension.lower().rpartition(".")[2] for extension in extensions]
     return [i for i, extension in enumerate(last) if extension in OF_EXTENSION or extension in OTHER_EXTENSIONS]

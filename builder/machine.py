@@ -1,7 +1,7 @@
-"""What is the machine's: errors that say nothing of the row or the shard in hand, and would not come on a quiet day.
+"""Errors of the machine, such as a full disk: they say nothing about the row or shard being processed.
 
-Owns which error is one, of which sort, and its words. Errors are sorted by what they say, wherever they were raised:
-every place that makes a status of an error asks here first.
+Owns which errors these are, their sort, and their message. An error is classified by its content, wherever it was
+raised; code that turns an error into a status asks here first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from builder.errors import MachineError
 from builder.store.files import ReadError, file_system, strerror
 
 T = TypeVar("T")
-#: Seconds before a disk or a server that did not answer is asked again.
+#: Seconds to wait before a disk or a server that did not answer is tried again.
 PAUSE_S = 0.5
 
 
@@ -28,14 +28,14 @@ class Sort(Enum):
 
     #: Less memory at a time: half of the batch may fit.
     MEMORY = "memory"
-    #: Another try: a file, a disk or a server did not answer, others may.
+    #: Another try: a file, a disk or a server did not answer; others may.
     ACCESS = "access"
-    #: Nothing: whatever is tried next fares no better, as on a full disk.
+    #: Nothing: the next try would fail too, as on a full disk.
     SHORTAGE = "shortage"
 
 
 _SHORTAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
-#: By name, since not every system has them all: disks, file servers and networks that do not answer, limits of files.
+#: By name, since not every system has all of them: disks, file servers and networks that do not answer, file limits.
 _ACCESS = {
     getattr(errno, name)
     for name in (
@@ -45,9 +45,9 @@ _ACCESS = {
     )
     if hasattr(errno, name)
 }  # fmt: skip
-#: Classes of other libraries, by name: none of these is imported to ask. torch, duckdb, cupy.
+#: Classes of torch, duckdb and cupy, by name, so that none of them has to be imported.
 _MEMORY_CLASSES = {"OutOfMemoryError", "OutOfMemoryException"}
-#: Packages whose errors, of whatever class, are known by their words.
+#: Packages whose errors are recognized by their text, whatever their class.
 _NATIVE = ("cv2", "cupy", "duckdb", "_duckdb", "jaxlib", "onnxruntime", "pyarrow", "tensorflow", "torch")
 #: Source: the texts of the C library, CUDA, cuBLAS, cuDNN, torch's and onnxruntime's allocators, Pillow, XLA.
 _MEMORY_WORDS = re.compile(
@@ -55,47 +55,47 @@ _MEMORY_WORDS = re.compile(
     r"bad_alloc|bad allocation|_ALLOC_FAILED|RESOURCE_EXHAUSTED",
     re.I,
 )
-#: The loader's words where a library finds no room, as under `ulimit -v`. Source: glibc, elf/dl-load.c.
+#: The loader's text if there is no memory for a library, as under `ulimit -v`. Source: glibc, elf/dl-load.c.
 _UNMAPPED = re.compile(r"failed to map segment|cannot allocate memory|cannot map zero-fill pages", re.I)
 _THREAD_WORDS = re.compile(
     rf"can't start new thread|could not (start|create) (a )?(new )?thread|pthread_create|"
     rf"{re.escape(os.strerror(errno.EAGAIN))}",
     re.I,
 )
-#: How libraries in C name the system's number in a text: "[errno 24]", "errno = 5".
+#: How C libraries write the errno value in a message: "[errno 24]", "errno = 5".
 _NUMBER = re.compile(r"\berrno\s*[=:]?\s*(\d+)", re.I)
-#: DuckDB's words for what the SQL names and is not there.
+#: DuckDB's text for a file that the SQL names and that does not exist or may not be read.
 _NOT_THERE = re.compile(r"no files found|no such file|is a directory|not a directory|permission denied", re.I)
 
-#: Answers of the system in words, and what to do about them.
+#: For each errno value: what happened, and what to do about it.
 _IN_WORDS = {
     errno.ENOSPC: ("the disk is full", "free some space, or set dataset.root to another disk"),
-    errno.EDQUOT: ("the disk quota is used up", "delete something of yours there, or ask for more"),
+    errno.EDQUOT: ("the disk quota is used up", "delete some of your files there, or ask for more"),
     errno.EROFS: ("the file system is read-only", "mount it writable, or set dataset.root to a folder that is"),
-    errno.EIO: ("the disk has an input/output error", "see dmesg for the disk, or ask whoever keeps the file server"),
-    errno.ESTALE: ("the file server knows the file no more", "see that it is mounted and answers (ls the folder)"),
-    errno.ETIMEDOUT: ("the file server does not answer in time", "see that it is mounted and answers (ls the folder)"),
+    errno.EIO: ("the disk has an input/output error", "see dmesg for the disk, or ask who runs the file server"),
+    errno.ESTALE: ("the file server no longer knows the file", "check that it is mounted and works (ls the folder)"),
+    errno.ETIMEDOUT: ("the file server does not answer in time", "check that it is mounted and works (ls the folder)"),
     errno.EMFILE: ("this process has too many files open", "raise its limit: ulimit -n 4096"),
-    errno.ENFILE: ("this machine has too many files open", "end other programs, or raise it: sysctl fs.file-max"),
-    errno.EAGAIN: ("the system gives this process no more threads", "end other programs, or raise it: ulimit -u"),
+    errno.ENFILE: ("this machine has too many files open", "end other programs, or raise sysctl fs.file-max"),
+    errno.EAGAIN: ("the system gives this process no more threads", "end other programs, or raise ulimit -u"),
     errno.ENOMEM: ("there is too little memory", "end other programs, or set fewer workers or a smaller batch_rows"),
     errno.EFBIG: ("a file is larger than this process may write", "raise its limit: ulimit -f unlimited"),
-    errno.EACCES: ("permission denied", "chmod or chown it, or set dataset.root to a folder of your own"),
-    errno.EPERM: ("operation not permitted", "chown it, or set dataset.root to a folder of your own"),
+    errno.EACCES: ("permission denied", "chmod or chown it, or set dataset.root to one of your folders"),
+    errno.EPERM: ("operation not permitted", "chown it, or set dataset.root to one of your folders"),
 }  # fmt: skip
-#: Those that are of the file system of a file.
+#: Errors of a whole file system: the message names it.
 _ON_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-#: Characters of a library's own words that a message repeats.
+#: Characters of a library's message that are repeated in ours.
 _SAID = 300
 
 
 def sort_of(error: BaseException) -> Sort | None:
-    """Of which sort of the machine's an error is, or what it was raised from; None for any other."""
+    """The sort of an error of the machine, or of the error that it was raised from; None for any other error."""
     return next((sort for each in _chain(error) if (sort := _sort_of_one(each)) is not None), None)
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Whether an error says nothing of the row or shard in hand: the same work may be done later as it is."""
+    """Whether an error says nothing about the row or shard being processed: the same work may succeed later."""
     return sort_of(error) is not None
 
 
@@ -105,7 +105,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def asked_again(work: Callable[[], T]) -> T:
-    """What `work` returns, begun a second time if a disk or a server did not answer it."""
+    """Calls `work`, and calls it a second time if a disk or a server did not answer."""
     try:
         return work()
     except Exception as error:
@@ -116,7 +116,7 @@ def asked_again(work: Callable[[], T]) -> T:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on."""
+    """An error, the error it was raised from, and so on."""
     seen: set[int] = set()
     here: BaseException | None = error
     while here is not None and id(here) not in seen:
@@ -159,33 +159,37 @@ def _sort_of_number(number: int) -> Sort | None:
 
 
 def _sort_of_text(text: str) -> Sort | None:
-    """Of an error whose library gives the system's words without its number."""
+    """The sort of an error whose library gives the system's text without the errno value."""
     return Sort.SHORTAGE if any(os.strerror(number) in text for number in _SHORTAGE) else None
 
 
 def told(error: BaseException) -> MachineError:
-    """What the machine answered, where, and what to do about it; of any error of the system, the machine's or not."""
+    """An error as a MachineError: what happened, where, and what to do about it.
+
+    Any OSError is accepted, not only those that `sort_of` recognizes.
+    """
     cause = next((each for each in _chain(error) if _sort_of_one(each)), error)
     if isinstance(cause, MachineError):
         return cause
     number = _number_of(cause)
-    what, fix = _IN_WORDS.get(number, (strerror(cause) if isinstance(cause, OSError) else _said(cause), "mend that"))
-    place: dict[str, object] = {}
+    text = strerror(cause) if isinstance(cause, OSError) else _said(cause)
+    what, fix = _IN_WORDS.get(number, (text, "remove the cause that this message names"))
+    where: dict[str, object] = {}
     if isinstance(cause, OSError) and cause.filename is not None:
-        place["file"] = cause.filename
+        where["file"] = cause.filename
         if number in _ON_DISK:
-            place["file system"] = file_system(Path(os.fsdecode(cause.filename)).parent)
+            where["file system"] = file_system(Path(os.fsdecode(cause.filename)).parent)
     if isinstance(cause, ReadError):
-        place["where in it"] = str(cause).partition(" of the file")[0]
+        where["where in it"] = str(cause).partition(" of the file")[0]
     if not isinstance(cause, OSError) and str(cause) and what != _said(cause):
-        place["said"] = _said(cause)
-    said = MachineError(what, where=place, fix=f"{fix}; then run the same command again: what is committed is kept")
-    said.sort = _sort_of_one(cause)
-    return said
+        where["said"] = _said(cause)
+    result = MachineError(what, where=where, fix=f"{fix}; then run the same command again: what is committed is kept")
+    result.sort = _sort_of_one(cause)
+    return result
 
 
 def _number_of(error: BaseException) -> int:
-    """The system's number for an error, 0 if there is none."""
+    """The errno value of an error, 0 if it has none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     sort = _sort_of_one(error)

@@ -1,6 +1,6 @@
-"""Progress and talk on stderr: bars on a terminal, plain lines in a log.
+"""Progress and messages on stderr: bars on a terminal, plain lines in a log.
 
-Owns what people see while work runs. Knows nothing of what the work is.
+Owns what users see while work runs. Knows nothing about the work itself.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-#: Seconds between two lines of one task in a log.
+#: Seconds between two progress lines of one task in a log.
 _LOG_EVERY_S = 15.0
-#: Things that a line lists before it only counts the others.
+#: How many things a line lists; the others are only counted.
 EXAMPLES = 3
 
 
 class Bar(Protocol):
-    """Something that shows how far a piece of work is."""
+    """Shows how far a piece of work is."""
 
     def update(self, done: int, failed: int = 0) -> None:
-        """Shows that `done` units are through, `failed` of them without an answer."""
+        """Shows that `done` units are finished, `failed` of them without an answer."""
 
 
 class Talk:
-    """What a command says while it works."""
+    """The messages of a command while it works."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
 
     def say(self, text: str) -> None:
-        """Lines for people; nothing in them that a terminal would obey."""
+        """Prints lines, with control characters escaped."""
         if not self._quiet:
             print(plain_lines(text), file=sys.stderr, flush=True)
 
@@ -72,9 +72,10 @@ class _Log:
         seconds = max(time.monotonic() - self._started, 1e-3)
         failed = f", {self._failed} failed" if self._failed else ""
         rate = self._done / seconds
-        shown = f", {rate:.{0 if rate >= 0.95 else 2}{'f' if rate >= 0.95 else 'g'}} {self._unit}/s" if rate else ""
+        speed = f"{rate:.0f}" if rate >= 0.95 else f"{rate:.2g}"
+        per_second = f", {speed} {self._unit}/s" if rate else ""
         print(
-            f"{self._label}: {self._done} of {self._total} {self._unit}{failed}, {seconds:.1f} s{shown}",
+            f"{self._label}: {self._done} of {self._total} {self._unit}{failed}, {seconds:.1f} s{per_second}",
             file=sys.stderr,
             flush=True,
         )
@@ -106,16 +107,16 @@ def _rich_bar(label: str, total: int, unit: str) -> Iterator[Bar]:
 
 
 def plain(text: str) -> str:
-    """Text that does no harm on a terminal: control characters and bidirectional marks as escapes."""
+    """Text that is safe on a terminal: control characters and bidirectional marks are escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def plain_lines(text: str) -> str:
-    """The same line by line."""
+    """`plain` line by line: newlines are kept."""
     return "\n".join(plain(line) for line in text.split("\n"))
 
 
 def few(things: Sequence[object]) -> str:
-    """The first things of a list, and how many more there are."""
+    """The first things of a list, and the number of the others."""
     more = f" and {len(things) - EXAMPLES} more" if len(things) > EXAMPLES else ""
     return ", ".join(str(thing) for thing in things[:EXAMPLES]) + more

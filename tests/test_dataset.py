@@ -165,9 +165,7 @@ def test_the_generated_image_is_the_edit(finished: Workspace) -> None:
 
 def test_samples_that_are_not_there(finished: Workspace) -> None:
     dataset: Dataset = open_dataset(finished.root)
-    rest = (
-        f"  root: {finished.root}\n  found: none\n  fix: name one that sql('select uid, shard, row from samples') has"
-    )
+    rest = f"  root: {finished.root}\n  found: none\n  fix: name one of sql('select uid, shard, row from samples')"
     assert caught(lambda: dataset.read_member("image", uid="nobody")) == f"uid 'nobody' names 0 samples\n{rest}"
     for place in ({"shard": "00000000", "row": 8}, {"shard": "00000000", "row": -1}, {"shard": "nothing", "row": 0}):
         message = caught(partial(dataset.read_member, "image", **place))  # type: ignore[arg-type]

@@ -97,7 +97,7 @@ GO_ON = "then run the same command again: what is committed is kept"
 FULL = ["the disk is full", f"  fix: free some space, or set dataset.root to another disk; {GO_ON}"]
 BROKEN = [
     "the disk has an input/output error",
-    f"  fix: see dmesg for the disk, or ask whoever keeps the file server; {GO_ON}",
+    f"  fix: see dmesg for the disk, or ask who runs the file server; {GO_ON}",
 ]  # fmt: skip
 
 
@@ -108,18 +108,18 @@ BROKEN = [
     ("number", "what", "fix"),
     [
         (errno.ENOSPC, "the disk is full", "free some space, or set dataset.root to another disk"),
-        (errno.EDQUOT, "the disk quota is used up", "delete something of yours there, or ask for more"),
+        (errno.EDQUOT, "the disk quota is used up", "delete some of your files there, or ask for more"),
         (errno.EROFS, "the file system is read-only", "mount it writable, or set dataset.root to a folder that is"),
         (
             errno.EIO,
             "the disk has an input/output error",
-            "see dmesg for the disk, or ask whoever keeps the file server",
+            "see dmesg for the disk, or ask who runs the file server",
         ),
         (errno.EMFILE, "this process has too many files open", "raise its limit: ulimit -n 4096"),
-        (errno.ENFILE, "this machine has too many files open", "end other programs, or raise it: sysctl fs.file-max"),
+        (errno.ENFILE, "this machine has too many files open", "end other programs, or raise sysctl fs.file-max"),
         (errno.EFBIG, "a file is larger than this process may write", "raise its limit: ulimit -f unlimited"),
-        (errno.EACCES, "permission denied", "chmod or chown it, or set dataset.root to a folder of your own"),
-        (errno.EISDIR, "Is a directory", "mend that"),
+        (errno.EACCES, "permission denied", "chmod or chown it, or set dataset.root to one of your folders"),
+        (errno.EISDIR, "Is a directory", "remove the cause that this message names"),
     ],
 )
 def test_every_answer_of_the_system_has_words_and_a_fix(tmp_path: Path, number: int, what: str, fix: str) -> None:

@@ -126,7 +126,7 @@ def test_the_refusal_of_linked_shards_names_the_folder_that_write_takes(given: G
         f"error: '{given.root}/shards' is a link: nothing in a root is written, deleted or read behind links",
         f"  root: {given.root}",
         f"  leads to: {target}",
-        f"  fix: rm {given.root}/shards, and put what it led to in its place if it is yours; dataset.root itself may "
+        f"  fix: rm {given.root}/shards, and move what it led to there if it is yours; dataset.root itself may "
         "be a link, and [write] folder in the pipeline puts the hybrid shards elsewhere",
         *ended.stderr.splitlines()[4:],
     ]
@@ -479,7 +479,7 @@ def test_a_name_out_of_the_table_leads_nowhere_else(tmp_path: Path, name: str) -
         lambda name: layout.column_file(name, "faces", 1), lambda name: layout.edits_tar(name, "run", 0),
     ]  # fmt: skip
     for way in ways:
-        with pytest.raises(ShardError, match="is no name of a file"):
+        with pytest.raises(ShardError, match="a name that cannot be a file name"):
             way(name)
 
 
@@ -495,7 +495,7 @@ def test_a_shard_in_a_partition_that_names_another_place_is_not_saved_there(give
     uid = content["uid"][1].as_py()
     ended = given.made.run("show", uid, "--save", str(given.made.folder / "saved"), check=False)
     assert ended.returncode == 1
-    assert "is no name of a file" in ended.stderr
+    assert "a name that cannot be a file name" in ended.stderr
     assert not given.state()
 
 
@@ -513,7 +513,7 @@ def test_a_run_in_a_partition_that_names_another_place_is_not_read(given: Given)
     for arguments in (("regen", name, "--check"), ("write",), ("plan",)):
         ended = given.made.run(*arguments, check=False)
         assert ended.returncode != 0, arguments
-        assert "is no name of a file" in ended.stderr, (arguments, ended.stderr)
+        assert "a name that cannot be a file name" in ended.stderr, (arguments, ended.stderr)
 
 
 # --- the rule itself ---

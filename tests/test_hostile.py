@@ -824,14 +824,14 @@ def test_names_that_lead_out_write_nothing_outside(workspace: Make) -> None:
 
 
 UNUSABLE = {
-    ".tar": "nothing stands before '.tar' that could name its files",
-    "..tar": "nothing stands before '.tar' that could name its files",
-    "...tar": "nothing stands before '.tar' that could name its files",
-    "a.tmp.tar": "'.tmp' at its end marks temp files, which no listing shows",
-    "a\nb.tar": "it holds a control character, a backslash or bytes that are not UTF-8",
-    "a\x1b[2J.tar": "it holds a control character, a backslash or bytes that are not UTF-8",
-    "a\udcff.tar": "it holds a control character, a backslash or bytes that are not UTF-8",
-    "a\\b.tar": "it holds a control character, a backslash or bytes that are not UTF-8",
+    ".tar": "it has no name in front of '.tar'",
+    "..tar": "it has no name in front of '.tar'",
+    "...tar": "it has no name in front of '.tar'",
+    "a.tmp.tar": "names that end in '.tmp' are those of temp files, which no listing shows",
+    "a\nb.tar": "it contains a control character, a backslash or bytes that are not UTF-8",
+    "a\x1b[2J.tar": "it contains a control character, a backslash or bytes that are not UTF-8",
+    "a\udcff.tar": "it contains a control character, a backslash or bytes that are not UTF-8",
+    "a\\b.tar": "it contains a control character, a backslash or bytes that are not UTF-8",
     "x" * 245 + ".tar": "it has 245 bytes, the limit is 244",
 }
 

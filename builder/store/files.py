@@ -22,29 +22,29 @@ from builder.errors import ConfigError, ShardError, TransientError
 from builder.store.owners import AskLiveness, is_abandoned
 
 T = TypeVar("T")
-#: Folders that were opened as roots, as their path was given: below these nothing is written or deleted behind a link.
+#: Folders that were opened as roots, by the path as given: below them, no link is followed to write or delete a file.
 _roots: set[tuple[str, ...]] = set()
-#: Buffer of copies that the kernel does not do itself. Larger writes are up to five times slower on a machine whose
-#: memory is handed out by a host: the page cache then asks for it in large pieces.
+#: Buffer size for copies that the kernel does not do itself. Larger writes are up to five times slower on a virtual
+#: machine that gets its memory from a host on demand: the page cache then requests it in large pieces.
 COPY_BUFFER = 64 * 1024
-#: Bytes that are asked for without looking at the length of the file first.
-_UNASKED = 1 << 20
-#: Temp files begin with a dot and end so, and never in `.parquet` or `.tar`: no glob of a reader catches them.
+#: Reads up to this size skip the check of the file's length.
+_UNCHECKED = 1 << 20
+#: Temp files begin with a dot and end in this, never in `.parquet` or `.tar`, so that no reader's glob matches them.
 TEMP_SUFFIX = ".tmp"
-#: A temp name says whose it is: `.NAME@HOST-PID-8 hex.tmp`.
+#: A temp name contains its owner: `.NAME@HOST-PID-8 hex.tmp`.
 _TEMP = re.compile(r"\..*@(?P<host>[^@]+)-(?P<pid>\d+)-[0-9a-f]{8}" + re.escape(TEMP_SUFFIX))
-#: What the kernel answers where a file system has no hard links (vfat, exfat, some FUSE and SMB mounts).
+#: errno values of a file system without hard links (vfat, exfat, some FUSE and SMB mounts).
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 def strerror(error: OSError) -> str:
-    """The system's own words: those of pyarrow's errors hold more than these."""
+    """The system's text for an error; pyarrow's errors have a longer text of their own."""
     return os.strerror(error.errno) if error.errno else str(error)
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives errors of the system that name no file, or a temp file, the name of the file that is being made."""
+    """Puts the name of the file being made into an OSError that names no file or a temp file."""
     try:
         yield
     except OSError as error:
@@ -54,21 +54,20 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def guard(root: Path) -> None:
-    """Makes a folder a root for this process: nothing below it is written, deleted or opened behind a link.
+    """Marks a folder as a root for this process: below it, no link is followed to write, delete or open a file.
 
-    The root itself may be a link, and may lie behind links. Whoever makes a `Layout` does this, so that no writer can
-    forget it.
+    The root itself may be a link, and may lie behind links. `Layout` calls this, so that no writer can forget it.
     """
     _roots.add(root.absolute().parts)
 
 
 def check_no_link(path: Path) -> Path:
-    """Returns `path`, if no folder between it and its root is a link; a path below no root is the user's own.
+    """Returns `path` if no folder between it and its root is a link; a path outside all roots is not checked.
 
-    What a path leads to is looked up right before it is used: a root that somebody changes meanwhile is not held.
+    The check runs right before the path is used; it does not protect against changes made in between.
 
     Raises:
-        ShardError: one is, or the path leads upwards.
+        ShardError: a folder is a link, or the path contains `..`.
     """
     parts = path.absolute().parts
     depth = next((length for length in range(1, len(parts)) if parts[:length] in _roots), None)
@@ -87,47 +86,47 @@ def _behind_link(path: Path, root: Path) -> ShardError:
     return ShardError(
         f"'{path}' is a link: nothing in a root is written, deleted or read behind links",
         where={"root": root, "leads to": path.readlink()},
-        fix=f"rm {shlex.quote(str(path))}, and put what it led to in its place if it is yours; dataset.root itself may "
+        fix=f"rm {shlex.quote(str(path))}, and move what it led to there if it is yours; dataset.root itself may "
         "be a link, and [write] folder in the pipeline puts the hybrid shards elsewhere",
     )
 
 
 def open_inside(path: Path, flags: int) -> int:
-    """Opens a file of a root, itself no link and behind none; returns its descriptor.
+    """Opens a file of a root without following links; returns its descriptor.
 
     Raises:
-        ShardError: it is a link, or lies behind one.
+        ShardError: the file is a link, or lies behind one.
     """
     check_no_link(path)
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP and path.is_symlink():
-            check_no_link(path / "inside")  # knows the root
+            check_no_link(path / "inside")  # its error names the root
             raise _behind_link(path, path.parent) from error
         raise
 
 
 def remove(path: Path) -> None:
-    """Deletes a file of a root, or the link that stands in its place; gone already is as good."""
+    """Deletes a file of a root, or a link in its place; does nothing if it does not exist."""
     check_no_link(path).unlink(missing_ok=True)
 
 
-#: What the kernel answers where it cannot copy between two files: another file system, an old one, a pipe.
+#: errno values of `copy_file_range` where it is not supported: across file systems, on old ones, for pipes.
 _NO_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def temp_path(path: Path) -> Path:
-    """A unique temp name in the folder of `path`; the name is cut, so that a long one still fits."""
+    """A unique temp name in the folder of `path`, with the name of the file cut to 40 characters."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     return path.with_name(f".{path.name[:40]}@{owner}{TEMP_SUFFIX}")
 
 
 def is_dead_temp(path: Path, liveness: AskLiveness) -> bool:
-    """Whether a file is a temp file that its process will not touch again.
+    """Whether a file is a temp file whose process will not touch it again.
 
     Args:
-        liveness: of the owner `{"host": name, "pid": number}`.
+        liveness: called with the owner, `{"host": name, "pid": number}`.
     """
     owner = _TEMP.fullmatch(path.name)
     if owner is None:
@@ -139,7 +138,7 @@ def is_dead_temp(path: Path, liveness: AskLiveness) -> bool:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, and makes their names durable."""
+    """Creates a folder and its parents, and makes their names durable."""
     check_no_link(folder / "inside")
     if not folder.is_dir():
         make_folder(folder.parent)
@@ -166,11 +165,11 @@ def sync_file(path: Path) -> None:
 
 
 def write_atomic(path: Path, write: bytes | Callable[[Path], object], *, durable: bool = True) -> None:
-    """Writes a file whole or not at all: a temp name, fsync, rename, fsync of the folder.
+    """Writes a whole file or none: temp name, fsync, rename, fsync of the folder.
 
     Args:
-        path: the name it gets; what was there before is replaced.
-        write: the bytes, or a function that writes the file it is given.
+        path: the file; an existing one is replaced.
+        write: the bytes, or a function that writes them to the path it is given.
         durable: False leaves out both fsyncs, for files that can be made again.
     """
     with naming(path):
@@ -185,13 +184,13 @@ def write_atomic(path: Path, write: bytes | Callable[[Path], object], *, durable
 
 
 def open_log(path: Path) -> BinaryIO:
-    """Opens a log of a root for appending; its folder is made if need be."""
+    """Opens a log of a root for appending; creates its folder if needed."""
     check_no_link(path).parent.mkdir(parents=True, exist_ok=True)
     return os.fdopen(open_inside(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def append_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
-    """Appends values to a log, one json a line; not durable."""
+    """Appends values to a log, one json object per line, without fsync."""
     if values:
         lines = (json.dumps(value, ensure_ascii=False, default=str) + "\n" for value in values)
         with naming(path), open_log(path) as log:
@@ -199,10 +198,10 @@ def append_lines(path: Path, values: Sequence[dict[str, Any]]) -> None:
 
 
 def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:
-    """Writes a file that must not exist yet, durably; returns False if the name was taken, and leaves that file alone.
+    """Writes a new file durably; returns False, and changes nothing, if the name is taken.
 
-    A link fails if the name exists, on local disks and on NFS. After an error the same inode under both names means
-    that the link was made and only its answer was lost.
+    A link fails if the name exists, on local disks and on NFS. If it fails and both names have the same inode, the link
+    was made and only the reply was lost.
     """
     with naming(path):
         temp = write_temp(path, write)
@@ -222,7 +221,7 @@ def create_only(path: Path, write: bytes | Callable[[Path], object]) -> bool:
 
 
 def write_temp(path: Path, write: bytes | Callable[[Path], object], *, durable: bool = True) -> Path:
-    """Writes a whole file under a temp name beside `path`, made if need be; the caller gives it its name."""
+    """Writes a whole file under a temp name next to `path`, creating the folder; the caller renames it."""
     make_folder(path.parent)
     temp = temp_path(path)
     with naming(path):
@@ -247,10 +246,10 @@ def _same_inode(one: Path, other: Path) -> bool:
 
 
 def check_links(folder: Path) -> None:
-    """Tries one hard link in a folder, which commits depend on.
+    """Tries one hard link in a folder, since commits depend on them.
 
     Raises:
-        ConfigError: the file system has no hard links; it is named with what to do.
+        ConfigError: the file system has no hard links.
     """
     folder.mkdir(parents=True, exist_ok=True)
     probe = temp_path(folder / "link-probe")
@@ -272,45 +271,45 @@ def check_links(folder: Path) -> None:
 
 
 def file_system(folder: Path) -> str:
-    """The type and mount point of the file system that holds a folder, as in /proc/mounts; 'unknown' elsewhere."""
+    """The type and mount point of a folder's file system, from /proc/mounts; 'unknown' on systems without it."""
     best = ("", "unknown")
     try:
         mounts = Path("/proc/mounts").read_text("utf-8", "replace").splitlines()
     except OSError:
         return "unknown"
-    place = str(folder.resolve())
+    resolved = str(folder.resolve())
     for line in mounts:
         _, point, kind = line.split(" ")[:3]
-        inside = place == point or place.startswith(point.rstrip("/") + "/")
+        inside = resolved == point or resolved.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best[0]):
             best = (point, f"{kind} at {point}")
     return best[1]
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The json object that a file holds.
+    """The json object in a file.
 
     Raises:
-        ShardError: it holds none.
-        OSError: there is no such file, or it cannot be read.
+        ShardError: the file holds anything else.
+        OSError: the file does not exist or cannot be read.
     """
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        value = None
+    if not isinstance(value, dict):
         raise ShardError(f"'{path.name}' is damaged: it holds no json object", where={"file": path})
-    return found
+    return value
 
 
 def read_at(descriptor: int, offset: int, size: int) -> bytes:
     """Reads exactly `size` bytes at an offset.
 
     Raises:
-        ShardError: the file ends before (nothing is allocated for a size that it does not have).
-        ReadError: the disk does not give the bytes; it names the file and the byte.
+        ShardError: the file is shorter; no memory is allocated for bytes that it does not have.
+        ReadError: the disk does not return the bytes; the error names the file and the byte.
     """
-    if offset < 0 or size < 0 or size > _UNASKED:
+    if offset < 0 or size < 0 or size > _UNCHECKED:
         length = os.fstat(descriptor).st_size
         if offset < 0 or size < 0 or offset + size > length:
             raise _ends(length, offset + size)
@@ -331,7 +330,7 @@ def _ends(length: int, end: int) -> ShardError:
 
 
 class ReadError(OSError):
-    """Bytes of a file that its disk or its server does not give; `strerror` says which."""
+    """A disk or file server did not return bytes of a file; `strerror` says which bytes."""
 
     def __str__(self) -> str:
         return str(self.strerror)
@@ -342,7 +341,7 @@ def _unread(descriptor: int, offset: int, error: OSError) -> ReadError:
 
 
 def name_of(descriptor: int) -> str | None:
-    """The path of an open file, None where the system does not tell."""
+    """The path of an open file; None on a system without /proc."""
     try:
         return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
     except OSError:
@@ -352,12 +351,12 @@ def name_of(descriptor: int) -> str | None:
 def copy_range(source: int, target: int, start: int, end: int) -> None:
     """Copies the bytes [start, end) of one descriptor to the current position of another.
 
-    The kernel copies where it can, which takes a fifth less time than a read and a write of each piece.
+    The kernel does the copy where it can: a fifth less time than reading and writing each piece.
 
     Raises:
         ShardError: the source ends before `end`.
-        ReadError: the disk of the source does not give the bytes.
-        OSError: the other one does not take them.
+        ReadError: the disk of the source does not return the bytes.
+        OSError: the bytes cannot be written.
     """
     while start < end:
         count = _copied_by_kernel(source, target, start, end - start)
@@ -368,13 +367,13 @@ def copy_range(source: int, target: int, start: int, end: int) -> None:
 
 
 def _copied_by_kernel(source: int, target: int, start: int, size: int) -> int:
-    """Bytes that `copy_file_range` has copied: 0 at the end of the source, and where a file system cannot."""
+    """Bytes copied by `copy_file_range`; 0 at the end of the source, or if the file system cannot do it."""
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
         return os.copy_file_range(source, target, size, start)
     except OSError as error:
-        if error.errno not in {*_NO_COPY, errno.EIO}:  # a copy by hand tells whether it cannot be read or written
+        if error.errno not in {*_NO_COPY, errno.EIO}:  # EIO: the copy by hand finds out which side failed
             raise
         return 0
 
@@ -393,21 +392,21 @@ def _copy_through(source: int, target: int, start: int, end: int) -> None:
 
 
 def write_all(target: int, data: bytes | memoryview) -> None:
-    """Writes all of `data`, however little the kernel takes at a time."""
+    """Writes all of `data`, in several calls if the kernel accepts only a part of it."""
     view = memoryview(data)
     while view:
         view = view[os.write(target, view) :]
 
 
 def gone(error: OSError) -> bool:
-    """Whether an error says that a file was replaced or swept since it was listed: the caller lists anew."""
+    """Whether a file was replaced or swept since it was listed: the caller lists the folder again."""
     return error.errno in (errno.ENOENT, errno.ESTALE)
 
 
 def retry_listing(read: Callable[[], T], attempts: int = 20) -> T:
-    """Runs `read`, which lists and then opens files, again whenever a listed file is gone.
+    """Runs `read`, which lists and then opens files, and runs it again if a listed file is gone.
 
-    The pauses between the attempts, 1 ms to 1 s, outlast a listing that NFS has cached.
+    The pauses between the attempts, 1 ms to 1 s, are longer in all than NFS keeps a listing in its cache.
 
     Raises:
         TransientError: the files changed faster than they could be read, `attempts` times in a row.

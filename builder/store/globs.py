@@ -1,7 +1,7 @@
 """Globs: which paths of this machine a pattern matches.
 
-Owns how a pattern becomes paths. It matches what Python's own glob does, which takes a folder that is not listed for an
-empty one: what a disk or a file server does not tell once would count as gone.
+Owns how a pattern becomes paths. Matches the same paths as Python's glob. That one, however, takes a folder that cannot
+be listed for an empty one, so that one error of a disk or a file server would make its shards count as gone.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from builder import machine
 
 
 def matching(pattern: str, *, recursive: bool = False) -> list[str]:
-    """The paths that a pattern matches, links to nothing among them, sorted.
+    """The paths that a pattern matches, sorted; broken links are included.
 
     Args:
-        recursive: whether `**` stands for folders at any depth.
+        recursive: whether `**` matches folders at any depth.
 
     Raises:
-        OSError: the machine does not list a folder.
+        OSError: a disk or a file server does not list a folder.
     """
     return sorted(path for path in _matching(pattern, recursive) if path)
 
@@ -33,9 +33,9 @@ def _matching(pattern: str, recursive: bool) -> Iterator[str]:
             yield pattern
         return
     folders = _matching(folder, recursive) if glob.has_magic(folder) else iter([folder])
-    for place in folders:
-        for found in _inside(place, name, recursive):
-            yield os.path.join(place, found)  # noqa: PTH118 - as given
+    for parent in folders:
+        for match in _inside(parent, name, recursive):
+            yield os.path.join(parent, match)  # noqa: PTH118 - as given
 
 
 def _inside(folder: str, name: str, recursive: bool) -> Iterator[str]:
@@ -56,7 +56,7 @@ def _below(folder: str) -> Iterator[str]:
         yield name
         inside = os.path.join(folder, name)  # noqa: PTH118
         if os.path.isdir(inside):  # noqa: PTH112
-            yield from (os.path.join(name, found) for found in _below(inside))  # noqa: PTH118
+            yield from (os.path.join(name, path) for path in _below(inside))  # noqa: PTH118
 
 
 def _shown(names: list[str]) -> list[str]:
@@ -64,10 +64,10 @@ def _shown(names: list[str]) -> list[str]:
 
 
 def _names(folder: str) -> list[str]:
-    """What lies in a folder; nothing in one that is none, or that may not be listed.
+    """The names in a folder; none if it does not exist, is not a folder or may not be listed.
 
     Raises:
-        OSError: the machine does not list it.
+        OSError: a disk or a file server does not list it.
     """
 
     def listed() -> list[str]:

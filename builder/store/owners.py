@@ -1,4 +1,4 @@
-"""Whether the process that left something on disk still lives, and for how long that is assumed if nobody can say."""
+"""Whether the process that left something on disk is still alive, and how long that is assumed if it is not known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-#: Seconds after its last write for which an owner that cannot be asked is assumed to live.
+#: Seconds after its last write during which an owner that cannot be asked is assumed to be alive.
 ASSUMED_ALIVE_S = 48 * 3600
 
 
@@ -19,16 +19,16 @@ class Liveness(Enum):
 
     LIVES = "lives"
     DEAD = "dead"
-    #: Such as a process of another host.
+    #: For example a process of another host.
     CANNOT_BE_ASKED = "cannot be asked"
 
 
-#: Answers whether an owner lives; an owner is a record such as `{"host": name, "pid": number}`.
+#: Returns whether an owner is alive; an owner is a record such as `{"host": name, "pid": number}`.
 AskLiveness = Callable[[dict[str, Any]], Liveness]
 
 
 def process_liveness(host: str, pid: int) -> Liveness:
-    """Whether a process lives; one of another host cannot be asked."""
+    """Whether a process is alive; one of another host cannot be asked."""
     if host != socket.gethostname():
         return Liveness.CANNOT_BE_ASKED
     try:
@@ -41,7 +41,7 @@ def process_liveness(host: str, pid: int) -> Liveness:
 
 
 def _is_zombie(pid: int) -> bool:
-    """Whether a process has ended and its parent has not asked how; False where /proc does not say."""
+    """Whether a process has ended and its parent has not waited for it; False on a system without /proc."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except OSError:
@@ -53,7 +53,7 @@ def is_abandoned(path: Path, liveness: Liveness) -> bool:
     """Whether the owner of a file or folder will not touch it again.
 
     Raises:
-        FileNotFoundError: it is gone, and its owner cannot be asked.
+        FileNotFoundError: the file is gone and its owner cannot be asked.
     """
     if liveness is Liveness.CANNOT_BE_ASKED:
         return time.time() - path.stat().st_mtime > ASSUMED_ALIVE_S
