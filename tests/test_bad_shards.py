@@ -341,19 +341,19 @@ refused shard 'empty': the shard is empty (0 bytes)
 refused shard 'flip': no tar header at byte 1024: its checksum is wrong
   file: FOLDER/flip.tar
   offset: 1024
-  fix: the shard is damaged or no tar: download or make it again
+  fix: the shard is damaged or not a tar: download or make it again
 refused shard 'gzip': the shard is compressed with gzip: byte offsets into it would mean nothing
   file: FOLDER/gzip.tar
   fix: mv FOLDER/gzip.tar FOLDER/gzip.tar.gz && gunzip < FOLDER/gzip.tar.gz > FOLDER/gzip.tar, \
 and name that file in dataset.shards
-refused shard 'html': the shard is no tar: it is an HTML page
+refused shard 'html': the shard is not a tar: it is an HTML page
   file: FOLDER/html.tar
   bytes: 1600
-  fix: a server sent it in place of the shard: download the shard again, with the rights that it takes
-refused shard 'two': zeros end the archive at byte 15360, but more data begins at byte 20480: most readers lose it
+  fix: a server sent it instead of the shard: download the shard again, logged in if the server needs it
+refused shard 'two': zeros end the archive at byte 15360, but more data begins at byte 20480: most readers skip it
   file: FOLDER/two.tar
   offset: 15360
-  fix: if these are two tars in one file, split them; if not, make the shard again
+  fix: if the file contains two tars, split it; if not, make the shard again
 refused shard 'gzip2.tar.gz': the shard is compressed with gzip: byte offsets into it would mean nothing
   file: FOLDER/gzip2.tar.gz
   fix: gunzip < FOLDER/gzip2.tar.gz > FOLDER/gzip2.tar, and name that file in dataset.shards

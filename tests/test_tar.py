@@ -508,10 +508,10 @@ def test_every_compression_is_named(tmp_path: Path, name: str, tool: str, conten
 
 def test_no_tar_at_all(tmp_path: Path) -> None:
     assert refusal(written(tmp_path / "a.tar", b"no such file\n" * 80)) == (
-        "the shard is no tar: it begins with no tar header\n"
+        "the shard is not a tar: it does not begin with a tar header\n"
         "  file: FILE\n"
         "  bytes: 1040\n"
-        "  fix: the file is damaged or no tar: take it out of dataset.shards, or download or make it again"
+        "  fix: the file is damaged or not a tar: take it out of dataset.shards, or download or make it again"
     )
     for content in (b"x", bytes(100), b"{a}.jpg", b"[0].jpg" + bytes(100)):
         assert refusal(written(tmp_path / "a.tar", content)) == (
@@ -542,7 +542,7 @@ def test_what_lies_among_shards_is_told_as_what_it_is(
     tmp_path: Path, content: bytes, what: str, fix: str, size: int
 ) -> None:
     said = refusal(written(tmp_path / "a.tar", content.ljust(size, b" ")))
-    assert said.startswith(f"the shard is no tar: it is {what}")
+    assert said.startswith(f"the shard is not a tar: it is {what}")
     assert f"  fix: {fix}" in said
 
 
@@ -560,14 +560,14 @@ def test_damaged_header(tmp_path: Path) -> None:
         "no tar header at byte 1024: its checksum is wrong\n"
         "  file: FILE\n"
         "  offset: 1024\n"
-        "  fix: the shard is damaged or no tar: download or make it again"
+        "  fix: the shard is damaged or not a tar: download or make it again"
     )
 
 
 @pytest.mark.parametrize("size", [b"\xff" * 12, b"-0000000001\0", b"0x000000001\0", b"00000000008\0"])
 def test_size_that_is_no_number(tmp_path: Path, size: bytes) -> None:
     assert refusal(written(tmp_path / "a.tar", header(b"0.jpg", size), END)) == (
-        "the tar header at byte 0 declares a size that is no number\n"
+        "the tar header at byte 0 declares a size that is not a number\n"
         "  file: FILE\n  offset: 0\n  fix: make the shard again"
     )
 
@@ -657,20 +657,20 @@ def test_pax_size_that_is_no_number(tmp_path: Path) -> None:
 def test_two_tars_in_one_file(tmp_path: Path) -> None:
     one = write_tar(tmp_path / "a.tar", [("0.jpg", b"x")], mtime=USTAR_MTIME).read_bytes()
     assert refusal(written(tmp_path / "a.tar", one, one)) == (
-        "zeros end the archive at byte 1024, but more data begins at byte 10240: most readers lose it\n"
+        "zeros end the archive at byte 1024, but more data begins at byte 10240: most readers skip it\n"
         "  file: FILE\n"
         "  offset: 1024\n"
-        "  fix: if these are two tars in one file, split them; if not, make the shard again"
+        "  fix: if the file contains two tars, split it; if not, make the shard again"
     )
 
 
 def test_zeros_in_the_middle(tmp_path: Path) -> None:
     path = written(tmp_path / "a.tar", record(b"0.jpg", b"x"), bytes(512), record(b"1.jpg", b"x"), END)
     assert refusal(path) == (
-        "zeros end the archive at byte 1024, but more data begins at byte 1536: most readers lose it\n"
+        "zeros end the archive at byte 1024, but more data begins at byte 1536: most readers skip it\n"
         "  file: FILE\n"
         "  offset: 1024\n"
-        "  fix: if these are two tars in one file, split them; if not, make the shard again"
+        "  fix: if the file contains two tars, split it; if not, make the shard again"
     )
     assert indexing.index(written(tmp_path / "b.tar", record(b"0.jpg", b"x"), bytes(1536))).names == ["0.jpg"]
 

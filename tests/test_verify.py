@@ -530,7 +530,7 @@ PLANTED: list[tuple[Callable[[Made], At | None], str]] = [
     (short_end_mark, END),
     (trailing_zeros, END),
     (trailing_data, f"{ONE}the hybrid shard: zeros end the archive at byte {{end}}, but more data begins at byte "
-     f"{{size}}: most readers lose it{REWRITE}"),
+     f"{{size}}: most readers skip it{REWRITE}"),
     (cut_shard, f"{ONE}the hybrid shard: the shard is truncated: member '{OTHER}.jpg' ends at byte {{end}}, the "
      f"file at {{cut}}{REWRITE}"),
     (only_zeros, f"{ONE}row 0: member '{PLAIN}.jpg' of the source should be at byte 0, and there is the archive's end"

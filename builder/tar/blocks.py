@@ -1,4 +1,4 @@
-"""Blocks, kinds and numbers of tar headers."""
+"""The fields of tar headers: blocks, file types, numbers, names, checksums."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ KINDS = {
 TRANSPARENT = re.compile(rb"([1-9]\d{0,6}) (?:mtime|atime|ctime|uid|gid|uname|gname)=[^\n]*\n")
 #: A pax or GNU header body longer than this is refused instead of read into memory.
 MAX_PREFIX = 1 << 20
-#: Characters of a name that a message shows: a pax header may hold a megabyte of them.
+#: Characters of a name shown in a message; a name in a pax header may have a megabyte.
 _NAME_SHOWN = 200
-#: The largest size that an octal field of a header holds, 8 GiB less one byte; beyond it stands in a pax record.
+#: The largest size that fits the octal field of a header, 8 GiB less one byte; larger ones need a pax record.
 MAX_OCTAL = 0o77777777777
-#: The bytes from 345 on of a header that has neither a prefix nor extensions.
+#: The bytes from 345 on of a header without a prefix and extensions.
 NO_PREFIX = bytes(BLOCK - 345)
 #: Kinds without content, whatever size their header declares. Source: Python's tarfile and libarchive.
 NO_CONTENT = frozenset(b"123456")
@@ -41,13 +41,13 @@ def padded(size: np.ndarray) -> np.ndarray:
 
 
 def padding(size: int) -> int:
-    """Zero bytes that follow `size` bytes of content."""
+    """How many zero bytes follow `size` bytes of content."""
     return -size % BLOCK
 
 
 @lru_cache(maxsize=1024)
 def is_transparent(body: bytes) -> bool:
-    """Whether a pax header holds only records that change nothing, each as long as it says."""
+    """Whether a pax header holds only `TRANSPARENT` records, each as long as it says."""
     at = 0
     while (one := TRANSPARENT.match(body, at)) is not None and int(one[1]) == one.end() - at:
         at = one.end()
@@ -55,11 +55,11 @@ def is_transparent(body: bytes) -> bool:
 
 
 def octal_numbers(text: np.ndarray) -> np.ndarray | None:
-    """Octal numbers out of uint8 (n, w): spaces, digits, then spaces or NULs; None if one is written otherwise."""
+    """Octal numbers from uint8 (n, w): spaces, digits, then spaces or NULs; None if one has another form."""
     digits = text - np.uint8(ord("0"))
     by_column = np.ascontiguousarray(digits.T)
     width = text.shape[1]
-    while width and (by_column[width - 1] >= 8).all():  # the columns that end every number
+    while width and (by_column[width - 1] >= 8).all():  # columns that hold a digit of no number
         width -= 1
     ending = text[:, width:]
     if width == 0 or (by_column[:width] >= 8).any() or not ((ending == 0) | (ending == ord(" "))).all():
@@ -71,7 +71,7 @@ def octal_numbers(text: np.ndarray) -> np.ndarray | None:
 
 
 def _padded_octal(text: np.ndarray, digits: np.ndarray) -> np.ndarray | None:
-    """The same where numbers have different widths."""
+    """`octal_numbers` for numbers of different widths."""
     is_digit = digits < 8
     fill = (text == 32) | (text == 0)
     if not (is_digit | fill).all() or not is_digit.any(axis=1).all():
@@ -90,9 +90,9 @@ def _padded_octal(text: np.ndarray, digits: np.ndarray) -> np.ndarray | None:
 
 
 def checksums(heads: np.ndarray) -> np.ndarray:
-    """Unsigned checksums of headers whose bytes from 345 on are zero, the checksum field counted as spaces.
+    """Unsigned checksums of headers whose bytes from 345 on are zero; the checksum field counts as spaces.
 
-    Source: POSIX.1-1988. At most 257 bytes are added at a time, which 16 bits hold.
+    Source: POSIX.1-1988. At most 257 bytes are added at a time, so that the sum fits 16 bits.
     """
     parts = (heads[:, :148], heads[:, 156:345])
     total = sum(part.sum(axis=1, dtype=np.uint16).astype(np.int64) for part in parts)
@@ -100,7 +100,7 @@ def checksums(heads: np.ndarray) -> np.ndarray:
 
 
 def is_header(block: bytes) -> bool:
-    """Whether a block's checksum is right: of unsigned bytes as POSIX.1-1988 says, or of signed ones as old tars."""
+    """Whether a block's checksum is right: over unsigned bytes (POSIX.1-1988), or over signed ones (old tars)."""
     try:
         written = number_of(block[148:156])
     except ValueError:
@@ -112,10 +112,10 @@ def is_header(block: bytes) -> bool:
 
 
 def number_of(raw: bytes) -> int:
-    """An octal number, or base-256 where the first byte's high bit is set. Source: GNU tar manual.
+    """Parses an octal number, or a base-256 one if the high bit of the first byte is set. Source: GNU tar manual.
 
     Raises:
-        ValueError: it is neither, or negative.
+        ValueError: the number is neither, or negative.
     """
     if raw[:1] >= b"\x80":
         if raw[0] == 0xFF:
@@ -146,13 +146,13 @@ def text_of(name: bytes) -> str:
 
 
 def shown(name: bytes) -> str:
-    """A name for a message: on one line, and not all of a long one."""
+    """A name for a message: on one line, and cut if it is long."""
     text = plain(text_of(name))
     return text if len(text) <= _NAME_SHOWN else text[:_NAME_SHOWN] + "..."
 
 
 def end_of_archive(length: int) -> bytes:
-    """The zeros that close an archive of `length` bytes: two blocks, then up to a multiple of 20 blocks."""
+    """The zeros that close an archive of `length` bytes: two blocks, and more up to a multiple of 20 blocks."""
     return bytes(2 * BLOCK + -(length + 2 * BLOCK) % RECORD)
 
 

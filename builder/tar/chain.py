@@ -1,4 +1,4 @@
-"""The index of a tar whose headers link up without a walk: sizes and names of all headers at once."""
+"""The fast index of a tar: sizes and names of all headers at once, for tars whose headers form a simple chain."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 from builder.tar.blocks import BLOCK, TRANSPARENT, checksums, first_data, is_transparent, octal_numbers
 from builder.tar.index import Index
 
-#: Headers that are looked at together: their 2 MB stay in a core's cache.
+#: Headers parsed together: their 2 MB fit the cache of a core.
 _HEADS_A_STEP = 4096
-#: So many times pax headers of one length are compared with one of them; what is left then is read one by one.
+#: How often the pax headers of one length are compared with one of them; the rest is read one by one.
 _KINDS_OF_BODIES = 8
 
 
@@ -19,16 +19,16 @@ _KINDS_OF_BODIES = 8
 
 
 def chain_of(view: mmap.mmap) -> Index | None:
-    """Indexes a tar whose headers link up without a walk, or returns None where only the walk can tell.
+    """Indexes a tar without reading it header by header; returns None if that is needed.
 
-    Blocks that say 'ustar' at offset 257 are candidates; they are accepted only if the size in each leads exactly to
-    the next one and the last leads to zeros: a tar inside an image breaks the chain.
+    Blocks with 'ustar' at offset 257 are candidates. They are accepted only if the size in each leads exactly to the
+    next one, and the last one leads to zeros. A tar inside an image breaks the chain.
     """
     count = len(view) // BLOCK
     if count == 0:
         return None
     blocks = np.frombuffer(view, dtype=np.uint8, count=count * BLOCK).reshape(count, BLOCK)
-    magic = np.ndarray((count,), np.uint32, buffer=view, offset=257, strides=(BLOCK,))  # 'usta': one compare a block
+    magic = np.ndarray((count,), np.uint32, buffer=view, offset=257, strides=(BLOCK,))  # 'usta': one compare per block
     try:
         return _linked(view, blocks, np.flatnonzero(magic == np.frombuffer(b"usta", np.uint32)[0]))
     finally:
@@ -55,8 +55,8 @@ def _linked(view: mmap.mmap, blocks: np.ndarray, found: np.ndarray) -> Index | N
 
 
 def _fields(heads: np.ndarray) -> tuple[np.ndarray, np.ndarray, bytes] | None:
-    """Sizes and kinds of ustar headers, and the names of those of members, each with a line end; None where only the
-    walk can read one."""
+    """Sizes and kinds of ustar headers, and the names of the members, each with a line end; None if only the walk can
+    read one of the headers."""
     sizes, sums = octal_numbers(heads[:, 124:136]), octal_numbers(heads[:, 148:156])
     kinds = heads[:, 156].copy()
     if sizes is None or sums is None or not np.isin(kinds, (ord("0"), 0, ord("x"))).all() or heads[:, 345:].any():
@@ -102,7 +102,7 @@ def _members(
 def all_transparent(blocks: np.ndarray, found: np.ndarray, lengths: np.ndarray) -> bool:
     """Whether the pax headers at these blocks hold only records that change nothing.
 
-    Bodies that differ from one that was read in their digits alone are as transparent as that one.
+    A body that differs from a transparent one only in digits of values is transparent too, and is not parsed.
     """
     for length in np.unique(lengths).tolist():
         if not 0 < length <= BLOCK:
@@ -126,7 +126,7 @@ def _is_digit(text: np.ndarray) -> np.ndarray:
 
 
 def _record_lengths(body: np.ndarray) -> np.ndarray:
-    """Which bytes of a transparent pax header say how long its records are."""
+    """Which bytes of a transparent pax header are the lengths of its records."""
     counted = np.zeros(len(body), bool)
     for record in TRANSPARENT.finditer(body.tobytes()):
         counted[record.start(1) : record.end(1)] = True

@@ -1,4 +1,4 @@
-"""Whether the headers of a file are where an index says, without reading what lies between them."""
+"""Checks that the headers of a file are where an index says, without reading the contents in between."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from builder.tar.walk import walk
 
 
 def first_other_head(heads: Sequence[bytes], names: Sequence[str], sizes: Sequence[int]) -> int | None:
-    """The first record that does not declare its name and size, or whose checksums are wrong; None if all do.
+    """The first record with another name or size, or with a wrong checksum; None if there is no such record.
 
     Args:
         heads: for each record the bytes from its first prefix to its data.
-        names: as `Index.names` has them.
+        names: as in `Index.names`.
         sizes: bytes of content.
     """
     agrees = np.zeros(len(heads), bool)
     lengths = np.array([len(head) for head in heads], np.int64)
-    for length in (BLOCK, 3 * BLOCK):  # a header alone, or behind one pax prefix: nearly all that there are
+    for length in (BLOCK, 3 * BLOCK):  # a header alone, or after one pax prefix: nearly all records
         at = np.flatnonzero(lengths == length).tolist()
         if not at:
             continue
@@ -37,10 +37,10 @@ def first_other_head(heads: Sequence[bytes], names: Sequence[str], sizes: Sequen
 
 
 def _plain_heads(blocks: np.ndarray, names: Sequence[bytes], sizes: np.ndarray) -> np.ndarray:
-    """Which heads are surely right; what is written in a rarer way is left to `_declares`.
+    """Which heads are certainly right; rarer forms are left to `_declares`.
 
     Args:
-        blocks: uint8 (n, 1 or 3, 512), headers, behind a pax prefix of one block or not.
+        blocks: uint8 (n, 1 or 3, 512): headers, with or without a pax prefix of one block.
     """
     heads, sure = blocks[:, -1], np.ones(len(blocks), bool)
     found = octal_numbers(heads[:, 124:136])
@@ -67,7 +67,7 @@ def _behind_transparent(blocks: np.ndarray) -> bool:
 
 
 class _ZeroContent:
-    """A head with content of zeros behind it, which are made when they are looked at."""
+    """A head followed by content of zeros, which are made when they are read."""
 
     def __init__(self, head: bytes, size: int) -> None:
         self._head, self._length = head, len(head) + size + padding(size)

@@ -1,4 +1,4 @@
-"""What is known of a tar: where its members lie and what they are called."""
+"""The index of a tar: the names of its members and where they are."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from builder.tar.blocks import BLOCK, padded
 
 @dataclass(frozen=True)
 class Index:
-    """Every member of one tar, in order; all arrays have one entry a member.
+    """Every member of one tar, in order; all arrays have one entry per member.
 
     Attributes:
-        names: as the archive gives them, `./` and folders kept.
+        names: as in the archive, with `./` and folders.
         header: int64, first byte of the record, prefixes included.
         data: int64, first byte of the content.
         size: int64, bytes of content in the archive.
         kind: uint8, the header's type byte.
-        end: first byte after the last record; from here on the archive holds zeros only.
-        bad_names: members whose name is not UTF-8, in `names` with backslash escapes.
+        end: first byte after the last record; from here on the archive holds only zeros.
+        bad_names: members whose name is not UTF-8; `names` has them with backslash escapes.
     """
 
     names: list[str]
@@ -42,5 +42,5 @@ class Index:
 
     @property
     def has_end_mark(self) -> bool:
-        """Whether zeros close the archive, as they should: a tar cut between two records has none."""
+        """Whether zeros close the archive; they are missing if a tar was cut between two records."""
         return self.file_size - self.end >= BLOCK

@@ -1,7 +1,7 @@
-"""Tar files as 512-byte blocks: index every member, split names, make records.
+"""Indexes every member of a tar file, from its path, its mapping or an open file.
 
-Owns what POSIX.1-1988 (ustar), POSIX.1-2001 (pax) and GNU tar say about headers. Knows nothing of samples' meaning.
-A record is a member's prefixes (pax and GNU headers), its header and its padded data: it is copied or dropped whole."""
+Knows nothing of samples. A record is a member's prefixes (pax and GNU headers), its header and its padded data; it is
+always copied or dropped as a whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from builder.tar.walk import walk
 
 
 def index(path: Path) -> Index:
-    """Reads every header of a tar, checksums verified; reads the whole file once.
+    """Reads every header of a tar and verifies the checksums; reads the whole file once.
 
     Raises:
         ShardError: empty, compressed, truncated, a damaged header, data after the end; with the byte offset.
@@ -33,10 +33,10 @@ def index(path: Path) -> Index:
 
 @contextmanager
 def mapped(path: Path) -> Iterator[mmap.mmap]:
-    """A tar's bytes in memory as the system pages them in.
+    """A tar mapped into memory.
 
     Raises:
-        ShardError: it is empty.
+        ShardError: the file is empty.
     """
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
@@ -48,15 +48,15 @@ def mapped(path: Path) -> Iterator[mmap.mmap]:
 
 #: Source: Linux's mman.h, from 5.14 on.
 _MADV_POPULATE_READ = getattr(mmap, "MADV_POPULATE_READ", 22)
-#: Bytes that are paged in, or read, at a time.
+#: Bytes paged in, or read, at a time.
 _PAGED_IN = 16 << 20
 
 
 def _page_in(view: mmap.mmap, descriptor: int) -> None:
-    """Has every page of a mapping read: the process would be killed with one that the disk does not give.
+    """Reads every page of a mapping now: a read error at a later access would kill the process.
 
     Raises:
-        ReadError: the disk does not give one.
+        ReadError: the disk does not return a page.
         ShardError: the file was cut meanwhile.
     """
     size = len(view)
@@ -66,12 +66,12 @@ def _page_in(view: mmap.mmap, descriptor: int) -> None:
             view.madvise(_MADV_POPULATE_READ, start, step)
         except OSError as error:
             if error.errno not in (errno.EFAULT, errno.EIO):
-                return  # a system that does not know it, or has no memory for it: pages come as they are touched
-            files.read_at(descriptor, start, step)  # says which byte it is
+                return  # not supported, or too little memory: pages are read when they are accessed
+            files.read_at(descriptor, start, step)  # its error says which byte cannot be read
 
 
 def index_of(view: mmap.mmap, path: Path) -> Index:
-    """`index` of a tar that is mapped already."""
+    """`index` for a tar that is already mapped."""
     refuse_compressed(view, path)
     refuse_other(view, path)
     try:
@@ -83,16 +83,16 @@ def index_of(view: mmap.mmap, path: Path) -> Index:
 
 
 def index_from(descriptor: int, start: int, size: int) -> Index:
-    """Index of the members of a file of `size` bytes from byte `start` on, which is the end of a record or 0.
+    """Indexes the members of a file of `size` bytes from byte `start` on: 0, or the end of a record.
 
     Raises:
-        ShardError: no records follow, or the file ends before `size`.
+        ShardError: no records follow, or the file is shorter than `size`.
     """
     return walk(cast(mmap.mmap, _File(descriptor, size)), start)
 
 
 class _File:
-    """An open file as its mapping, of which a file that is cut meanwhile would make a crash."""
+    """An open file that is read like a mapping, but raises an error if it is cut meanwhile; a mapping would crash."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         self._descriptor, self._size = descriptor, size

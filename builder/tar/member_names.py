@@ -1,4 +1,4 @@
-"""What members are called: keys, extensions, and what macOS puts next to files."""
+"""The names of members: keys, extensions, and the files that macOS adds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _WEBDATASET = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """A member's key and extension: up to the first dot of its base name, folder and `./` kept.
+    """Splits a member's name at the first dot of its base name into key and extension; the key keeps folders and `./`.
 
-    Exactly webdataset's rule, which gives `a/.b` the key `a/` unless that folder's own name has a dot, and sees no
-    folder in front of a newline.
+    This is exactly webdataset's rule. It gives `a/.b` the key `a/` unless the name of that folder contains a dot, and
+    does not recognize a folder in front of a newline.
 
-    Returns None for a name that belongs to no sample: no dot, nothing before it, or webdataset's `__meta__` names.
+    Returns None for a name that belongs to no sample: without a dot, with nothing before it, or a `__meta__` name.
     """
     if "\n" in name and not _WEBDATASET.match(name):
         return None
@@ -28,14 +28,14 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def belongs(name: str) -> tuple[str, str] | None:
-    """A member's key and extension, as `split_name` has them; None also for what macOS puts beside files.
+    """A member's key and extension as `split_name` returns them; None also for files that macOS adds.
 
-    Readers that take such members for samples find no picture in them; they would part the samples that they lie in.
+    Such members have no picture, and would split the samples between whose members they are.
     """
     return None if is_of_macos(name) else split_name(name)
 
 
 def is_of_macos(name: str) -> bool:
-    """Whether a member is what macOS puts beside files: `._NAME` (AppleDouble), `.DS_Store`, all of `__MACOSX/`."""
+    """Whether a member was added by macOS: `._NAME` (AppleDouble), `.DS_Store`, everything in `__MACOSX/`."""
     *folders, base = name.split("/")
     return base.startswith("._") or base == ".DS_Store" or "__MACOSX" in folders

@@ -1,4 +1,4 @@
-"""Headers of records: new ones, and those that take another record's place."""
+"""Makes the headers of records: of new ones, and of those that replace another record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from builder.tar.walk import pax_records
 
 
 def make_record_head(name: str, size: int) -> bytes:
-    """Prefix and header of a regular member: ustar, with pax records only where the name or the size needs them."""
+    """Prefix and header of a regular member: ustar, with pax records only if the name or the size needs them."""
     head = bytearray(BLOCK)
     head[100:108] = b"%07o\0" % 0o444
     head[108:116] = head[116:124] = b"%07o\0" % 0
@@ -18,7 +18,7 @@ def make_record_head(name: str, size: int) -> bytes:
 
 
 def remake_record_head(old: bytes, name: str, size: int) -> bytes:
-    """Prefix and header of a record that takes another's place: its mode, owner and times, a new name and size.
+    """Prefix and header of a record that replaces another: the old mode, owner and times, a new name and size.
 
     Args:
         old: the bytes from the old record's first prefix to its data.
@@ -38,7 +38,7 @@ def remake_record_head(old: bytes, name: str, size: int) -> bytes:
 
 
 def _resized(old: bytes, name: bytes, size: int) -> bytes | None:
-    """The old bytes with another size, if nothing else changes: a ustar header, before it at most times and owners."""
+    """The old bytes with a new size, if nothing else changes: a ustar header with a transparent pax prefix at most."""
     head = old[-BLOCK:]
     if head[:100].rstrip(b"\0") != name or head[156:157] != b"0" or head[257:265] != b"ustar\x0000":
         return None
@@ -54,7 +54,7 @@ def _resized(old: bytes, name: bytes, size: int) -> bytes | None:
 
 
 def _finished(head: bytearray, name: bytes, size: int, pax: dict[bytes, bytes]) -> bytes:
-    """The header as ustar, whatever it was: the fields up to the time and the owner's names stay."""
+    """The header as ustar, whatever its format was; mode, owner and time are kept."""
     if len(name) > 100 or b"\0" in name:
         pax = {**pax, b"path": name}
     if size > MAX_OCTAL:
@@ -80,7 +80,7 @@ def _set(head: bytearray, name: bytes, size: int, kind: bytes) -> None:
 
 
 def _pax_record(key: bytes, value: bytes) -> bytes:
-    """`<length> <key>=<value>\\n`, the length counting its own digits."""
+    """`<length> <key>=<value>\\n`; the length includes its own digits."""
     body = len(key) + len(value) + 3
     length = body + len(str(body))
     if len(str(length)) != len(str(body)):

@@ -1,4 +1,4 @@
-"""What is said of a file that is no tar: compressed, empty, json, a git-lfs pointer, a web page."""
+"""Error messages for files that are not tars: compressed, json, a git-lfs pointer, a web page."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _MAGIC = {
 }
 
 
-_NO_SHARD = "take it out of dataset.shards: name the tars alone, for example FOLDER/*.tar"
-_NO_DOWNLOAD = "a server sent it in place of the shard: download the shard again, with the rights that it takes"
-#: First bytes of other files that lie among shards, without case: what they are, and what helps.
+_NO_SHARD = "take it out of dataset.shards: name only the tars, for example FOLDER/*.tar"
+_NO_DOWNLOAD = "a server sent it instead of the shard: download the shard again, logged in if the server needs it"
+#: First bytes of other files found among shards, ignoring case: what they are, and the fix.
 _OTHERS = (
     (b"version https://git-lfs.github.com/spec/", ("it is a git-lfs pointer, not the file", "git lfs pull")),
     (b"version https://hawser.github.com/spec/", ("it is a git-lfs pointer, not the file", "git lfs pull")),
@@ -39,7 +39,7 @@ _OTHERS = (
 
 
 def refuse_compressed(view: mmap.mmap, path: Path) -> None:
-    """Raises ShardError for a compressed file; a tar whose first member is named like one is none."""
+    """Raises ShardError for a compressed file, but not for a tar whose first name begins with the same bytes."""
     head = view[:BLOCK]
     for magic, (name, tool, suffix) in _MAGIC.items():
         if head.startswith(magic) and not is_header(head):
@@ -55,28 +55,28 @@ def refuse_compressed(view: mmap.mmap, path: Path) -> None:
 
 
 def refuse_other(view: mmap.mmap, path: Path) -> None:
-    """Raises ShardError for a file that does not begin as a tar does, and says what it is where that can be seen.
+    """Raises ShardError for a file that does not begin with a tar header; the message says what it is, if known.
 
-    A file of fewer bytes than a header may be a tar that was cut there.
+    A file shorter than a header is not refused here: it may be a tar that was cut.
     """
     head = view[:BLOCK]
     if is_header(head) or not head.strip(b"\0"):
         return
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    found = next((told for magic, told in _OTHERS if text.startswith(magic.lower())), None)
-    if found is None and text[:1] in (b"{", b"[") and _is_json(view):
-        found = ("it is json", _NO_SHARD)
-    if found is None and (len(head) < BLOCK or _looks_like_a_header(head)):
+    known = next((words for magic, words in _OTHERS if text.startswith(magic.lower())), None)
+    if known is None and text[:1] in (b"{", b"[") and _is_json(view):
+        known = ("it is json", _NO_SHARD)
+    if known is None and (len(head) < BLOCK or _looks_like_a_header(head)):
         return  # cut or damaged: the walk says where
-    what, fix = found or (
-        "it begins with no tar header",
-        "the file is damaged or no tar: take it out of dataset.shards, or download or make it again",
+    what, fix = known or (
+        "it does not begin with a tar header",
+        "the file is damaged or not a tar: take it out of dataset.shards, or download or make it again",
     )
-    raise ShardError(f"the shard is no tar: {what}", where={"file": path, "bytes": len(view)}, fix=fix)
+    raise ShardError(f"the shard is not a tar: {what}", where={"file": path, "bytes": len(view)}, fix=fix)
 
 
 def _is_json(view: mmap.mmap) -> bool:
-    """Whether a file is json; of a large one only its beginning is looked at."""
+    """Whether a file is json; only the beginning of a large file is looked at."""
     if len(view) > MAX_PREFIX:
         return b"\0" not in view[:MAX_PREFIX]
     try:
@@ -87,6 +87,6 @@ def _is_json(view: mmap.mmap) -> bool:
 
 
 def _looks_like_a_header(head: bytes) -> bool:
-    """Whether a block has a header's fields where they belong, whatever its checksum."""
+    """Whether a block has the fields of a header in the right places; the checksum may be wrong."""
     fields = [OCTAL.fullmatch(head[at : at + 8]) for at in (100, 108, 116, 148)]
     return head[257:262] == b"ustar" or all(field and field[1] for field in fields)

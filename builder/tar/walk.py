@@ -1,4 +1,4 @@
-"""The index of any tar, header by header: pax, GNU and sparse prefixes read one after another."""
+"""Indexes any tar header by header: reads pax, GNU and sparse prefixes one after another."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from builder.tar.blocks import (
 )
 from builder.tar.index import Index
 
-#: pax records that say something about a member's place or name; GNU's about sparse files beside them.
-_TELLING = (b"path", b"size", b"GNU.sparse.name")
+#: The pax records that change a member's size or name. A record of GNU's about sparse files is kept as `_SPARSE`.
+_NEEDED = (b"path", b"size", b"GNU.sparse.name")
 _SPARSE = b"GNU.sparse."
 
 
@@ -40,10 +40,10 @@ class _Pending:
     pax: dict[bytes, bytes] = field(default_factory=dict)
 
     def add(self, pax: dict[bytes, bytes], name: bytes | None = None) -> None:
-        """Adds what one header says; where two say the same, some readers believe the first and some the last.
+        """Adds the records of one header.
 
         Raises:
-            ShardError: two headers tell a name, a size or a sparse file.
+            ShardError: two headers give a name, a size or a sparse file: some readers use the first, some the last.
         """
         names = [self.name, name, self.pax.get(b"path"), pax.get(b"path")]
         if self.pax.keys() & pax.keys() or sum(one is not None for one in names) > 1:
@@ -57,7 +57,7 @@ class _Pending:
 
 
 def walk(view: mmap.mmap, at: int = 0) -> Index:
-    """Indexes the records from byte `at`, which begins one, header by header."""
+    """Indexes the records from byte `at` on, where one begins, header by header."""
     names: list[str] = []
     rows: list[tuple[int, int, int, int]] = []
     bad: set[int] = set()
@@ -73,7 +73,7 @@ def walk(view: mmap.mmap, at: int = 0) -> Index:
         if kind in b"xXgLK":
             body = _prefix_body(view, at, size)
             if kind == ord("g"):
-                common.update(_telling(body, at - BLOCK))
+                common.update(_needed(body, at - BLOCK))
                 _refuse_common(common, at - BLOCK)
                 at += size + padding(size)
                 continue
@@ -81,7 +81,7 @@ def walk(view: mmap.mmap, at: int = 0) -> Index:
             if kind == ord("L"):
                 pending.add({}, body.split(b"\0")[0])
             elif kind != ord("K"):
-                pending.add(_telling(body, at - BLOCK))
+                pending.add(_needed(body, at - BLOCK))
             at += size + padding(size)
             continue
         pax = {**common, **pending.pax}
@@ -139,25 +139,25 @@ def _check_end(view: mmap.mmap, at: int, pending: _Pending) -> None:
     data = first_data(view, at)
     if data is not None:
         raise ShardError(
-            f"zeros end the archive at byte {at}, but more data begins at byte {data}: most readers lose it",
+            f"zeros end the archive at byte {at}, but more data begins at byte {data}: most readers skip it",
             where={"offset": at},
-            fix="if these are two tars in one file, split them; if not, make the shard again",
+            fix="if the file contains two tars, split it; if not, make the shard again",
         )
 
 
 def _checked(block: bytes, at: int) -> tuple[int, int]:
-    """Size and type byte of a header whose checksum is right."""
+    """Size and type byte of a header, after its checksum is verified."""
     if not is_header(block):
         raise ShardError(
             f"no tar header at byte {at}: its checksum is wrong",
             where={"offset": at},
-            fix="the shard is damaged or no tar: download or make it again",
+            fix="the shard is damaged or not a tar: download or make it again",
         )
     try:
         return number_of(block[124:136]), block[156]
     except ValueError:
         raise ShardError(
-            f"the tar header at byte {at} declares a size that is no number",
+            f"the tar header at byte {at} declares a size that is not a number",
             where={"offset": at},
             fix="make the shard again",
         ) from None
@@ -197,17 +197,20 @@ def pax_records(body: bytes, at: int) -> dict[bytes, bytes]:
     return records
 
 
-def _telling(body: bytes, at: int) -> dict[bytes, bytes]:
-    """The records of a pax header that the index needs: a header may hold 200,000 others, and a global one stays."""
+def _needed(body: bytes, at: int) -> dict[bytes, bytes]:
+    """The records of a pax header that the index needs.
+
+    The others are dropped: a header may hold 200,000 of them, and those of a global header are kept to the end.
+    """
     records = pax_records(body, at)
-    told = {key: records[key] for key in _TELLING if key in records}
+    needed = {key: records[key] for key in _NEEDED if key in records}
     if any(key.startswith(_SPARSE) for key in records):
-        told[_SPARSE] = b""
-    return told
+        needed[_SPARSE] = b""
+    return needed
 
 
 def _name(pax: dict[bytes, bytes], long_name: bytes | None, block: bytes) -> bytes:
-    """A member's name; an empty one of pax counts, and its last slash makes no folder, as Python's tarfile reads it."""
+    """A member's name. As in Python's tarfile, an empty pax name counts, and its last slash does not mean a folder."""
     if name := pax.get(b"GNU.sparse.name"):
         return name
     if (path := pax.get(b"path")) is not None:
@@ -234,7 +237,7 @@ def _pax_size(value: bytes, at: int) -> int:
 
 
 def _skip_sparse_maps(view: mmap.mmap, block: bytes, at: int) -> int:
-    """Skips the extension blocks of an old GNU sparse header: flag at 482 of the header, at 504 of each block."""
+    """Skips the extension blocks of an old GNU sparse header; the flag is at 482 in the header, at 504 in a block."""
     more = block[482]
     while more and at + BLOCK <= len(view):
         more = view[at + 504]
