@@ -6,7 +6,8 @@ import re
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +16,11 @@ import pytest
 
 from builder.config.problems import Problems, check
 from builder.errors import ConfigError, ShardError, StageError
-from builder.models.llm.conversation import GROUP_SYSTEM, Rewrites, Template
+from builder.models.llm.backend import AnswerOrError, ChatEntry, PromptBackend, RewriteEntry, Workload
+from builder.models.llm.conversation import GROUP_SYSTEM, Answer, Conversation, Rewrites, Template
 from builder.stages.contract import RowsFailed
 from builder.stages.finding import find
-from builder.stages.prompts import Prompts, PromptsOptions
+from builder.stages.prompts import BACKENDS, Prompts, PromptsOptions
 from builder.stages.signature import options_hash
 from builder.store.layout import Layout
 from builder.table import commits
@@ -672,3 +674,95 @@ def test_what_is_asked_makes_answers_stale() -> None:
         {"backend": "template"}, {"json_schema": {"properties": {"prompt": {}}}},
     ]  # fmt: skip
     assert len({signature(**{**asked, **change}) for change in changes}) == len(changes)
+
+
+@pytest.mark.parametrize("in_flight", [0, 3])
+def test_a_third_back_end_holds_the_conversations(monkeypatch: pytest.MonkeyPatch, in_flight: int) -> None:
+    """Its entry is all that the stage needs: options are checked, batches submitted ahead, rows fail alone."""
+
+    class Parrot(PromptBackend):
+        def start(self) -> None:
+            done.append("started")
+
+        def submit(self, talks: Sequence[Conversation]) -> Future[list[AnswerOrError]]:
+            submitted.append(len(talks))
+            future: Future[list[AnswerOrError]] = Future()
+            future.set_result([self._outcome(talk) for talk in talks])
+            return future
+
+        def _outcome(self, talk: Conversation) -> AnswerOrError:
+            said = talk.messages[-1]["content"]
+            if "number 1" in said:
+                return ValueError("no")
+            accepted = talk.hear(said.split('"')[1] + " at dawn")
+            assert accepted is not None
+            return Answer(accepted.prompt, accepted.lang, "parrot", None, 1, 2, 3)
+
+        def notices(self) -> list[str]:
+            return ["it is tired"]
+
+        def totals(self) -> dict[str, dict[str, Any]]:
+            return {"cage": {"requests": 2}}
+
+        def give_up(self) -> None:
+            done.append("given up")
+
+        def close(self) -> None:
+            done.append("closed")
+
+    def make(options: Any, workers: int, device: str) -> Parrot:
+        done.append(f"{options.model} for {workers} on {device}")
+        return Parrot()
+
+    submitted: list[int] = []
+    done: list[str] = []
+    checked: list[Any] = []
+    third = ChatEntry(
+        lambda options: Workload(batch_rows=2, gpus=1, in_flight=in_flight),
+        make,
+        checked.append,
+        lambda options: {"model": "the same"},
+    )
+    monkeypatch.setitem(BACKENDS, "third", third)
+    options = PromptsOptions(model="grey", lang="any").model_copy(update={"backend": "third"})
+    stage = Prompts(options)
+    needs = stage.resources
+    assert (needs.gpus, needs.batch_rows, needs.ahead_rows) == (1, 2, 2 + 4 * 3 if in_flight else 0)
+    assert isinstance(stage.deciding, PromptsOptions)
+    assert (stage.deciding.backend, stage.deciding.model, stage.notice) == ("third", "the same", "")
+    stage.check_setup()
+    stage.workers = 2
+    stage.setup("cpu")
+    prepared = stage.prepare(many(2))
+    assert submitted == ([2] if in_flight else [])
+    with pytest.raises(RowsFailed) as failed:
+        stage.process(many(2), prepared)
+    assert submitted == [2]
+    assert str(failed.value.errors) == "{1: ValueError('no')}"
+    first = failed.value.result.to_pylist()[0]
+    assert (first["prompt"], first["prompt_model"], first["prompt_tokens_out"]) == (
+        "a person in street number 0 at dawn", "parrot", 2,
+    )  # fmt: skip
+    assert [(note["kind"], note["text"]) for note in stage.take_notes()] == [("notice", "it is tired")]
+    assert stage.totals() == {"cage": {"requests": 2}}
+    stage.give_up()
+    stage.close()
+    assert (stage.totals(), checked, done) == ({}, [options], ["grey for 2 on cpu", "started", "given up", "closed"])
+
+
+def test_a_third_back_end_rewrites_captions_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets captions and no conversation; of the options those that it reads decide."""
+    third = RewriteEntry(lambda options, caption: f"{options.host}: {caption}", reads=("host",))
+    monkeypatch.setitem(BACKENDS, "third", third)
+    options = PromptsOptions(host="node7", style="{caption}", groups=GROUPS).model_copy(update={"backend": "third"})
+    stage = Prompts(options)
+    assert stage.notice == "backend 'third' assigns no groups: its prompts show none"
+    assert stage.deciding == PromptsOptions(host="node7").model_copy(update={"backend": "third"})
+    stage.check_setup()
+    stage.setup("cpu")
+    assert stage.prepare(batch("a", None)) is None
+    answers = stage.process(batch("a", None)).to_pylist()
+    assert [(row["prompt"], row["prompt_model"], row["prompt_group"]) for row in answers] == [
+        ("node7: a", "third", None), ("node7: ", "third", None),
+    ]  # fmt: skip
+    stage.close()

@@ -12,28 +12,28 @@ from pydantic import Field, field_validator
 from pydantic.config import JsonDict
 
 from builder.config.sections import Strict
-from builder.errors import ConfigError, StageError
-from builder.models.llm import http as chat
-from builder.models.llm import vllm_engine
+from builder.errors import StageError
+from builder.models.llm import servers, template, vllm_engine
+from builder.models.llm.backend import AnswerOrError, ChatEntry, PromptBackend, RewriteEntry
 from builder.models.llm.contract import Contract, Detect, Rejected
 from builder.models.llm.conversation import Answer, Conversation, Rewrites
 from builder.models.llm.endpoint import is_address
 from builder.models.llm.groups import Groups, text_of
-from builder.models.llm.pool import Endpoint, Over, Pool, summary
-from builder.models.llm.runner import AnswerOrError, Asking
-from builder.models.llm.template import DEFAULT_STYLE, rewrite
-from builder.models.llm.vllm_engine import VllmChat
+from builder.models.llm.pool import Endpoint, Over, summary
+from builder.models.llm.template import DEFAULT_STYLE
 from builder.models.text import language
 from builder.models.text.language import LanguageModel
 from builder.stages.contract import Preparing, Resources, RowsFailed
 from builder.table.outputs import Value
 
-#: Rows of a batch that is asked of servers.
-ASKED_ROWS = 256
-#: Rows ahead for every request in flight: one slow answer holds up its batch, and the others go on meanwhile.
+#: Rows ahead per request in flight: a slow answer holds up its batch, and the other requests go on meanwhile.
 AHEAD = 4
-#: Rows of a batch that vLLM does in process: it fills its own batches the better the more it is given.
-IN_PROCESS_ROWS = 4096
+#: Every value of the option `backend`.
+BACKENDS: dict[str, ChatEntry | RewriteEntry] = {
+    "template": template.ENTRY,
+    "openai": servers.ENTRY,
+    "vllm": vllm_engine.ENTRY,
+}
 _SAME_ANSWER: JsonDict = {"decides": False}
 
 
@@ -162,15 +162,18 @@ class Prompts(Preparing):
             ConfigError: options that do not fit together.
         """
         self.options = options
-        self.deciding = _deciding(options)
-        self._asking: Asking | None = None
-        self._engine: VllmChat | None = None
+        entry = BACKENDS[options.backend]
+        self.deciding = _deciding(options, entry)
+        self._backend: PromptBackend | None = None
         self._notes: list[dict[str, Any]] = []
-        if options.backend == "template":
+        self._rewriter: RewriteEntry | None = None
+        if isinstance(entry, RewriteEntry):
+            self._rewriter = entry
             self.tolerance = 0.0
             if options.groups is not None:
-                self.notice = "backend 'template' assigns no groups: its prompts show none"
+                self.notice = f"backend '{options.backend}' assigns no groups: its prompts show none"
             return
+        self._chat = entry
         self._groups = Groups(options.groups, seed=options.group_seed) if options.groups is not None else None
         self._rewrites = Rewrites(
             system=options.system,
@@ -186,17 +189,14 @@ class Prompts(Preparing):
             if "key" not in columns:
                 columns.append("key")
         self.inputs = pa.schema([(name, pa.string()) for name in columns])
-        if options.backend == "openai":
-            self._endpoints = _endpoints(options)
-            ceiling = sum(endpoint.max_concurrency for endpoint in self._endpoints)
-            ahead = ASKED_ROWS + AHEAD * ceiling
-            self.resources = Resources(cpus=1, batch_rows=ASKED_ROWS, ahead_rows=ahead)
-        else:
-            if options.model is None:
-                raise ConfigError(
-                    "backend 'vllm' has no model", fix='name it: model = "models/my-model", or a hub\'s id'
-                )
-            self.resources = Resources(cpus=1, gpus=1, batch_rows=IN_PROCESS_ROWS)
+        workload = entry.workload(options)
+        self._is_ahead = workload.in_flight > 0
+        self.resources = Resources(
+            cpus=1,
+            gpus=workload.gpus,
+            batch_rows=workload.batch_rows,
+            ahead_rows=workload.batch_rows + AHEAD * workload.in_flight if self._is_ahead else 0,
+        )
 
     @property
     def _lang(self) -> str | None:
@@ -217,66 +217,38 @@ class Prompts(Preparing):
 
     def check_setup(self) -> None:
         """Raises StageError for packages that the backend would miss; asks no server."""
-        if self.options.backend == "template":
-            return
-        language.check_installed("stage 'prompts'")
-        if self.options.backend == "vllm":
-            vllm_engine.check_installed()
-        else:
-            chat.check_installed()
+        if self._rewriter is None:
+            language.check_installed("stage 'prompts'")
+            self._chat.check(self.options)
 
     def setup(self, device: str) -> None:
-        options = self.options
-        if options.backend == "template":
-            rewrite("a check of the style", style=options.style)
+        if self._rewriter is not None:
+            self._rewriter.rewrite(self.options, "a check of the style")
             return
         self._contract = self._new_contract(LanguageModel("stage 'prompts'").detect)
-        sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
-        if options.backend == "openai":
-            pool = Pool(
-                [endpoint.share(self.workers) for endpoint in self._endpoints],
-                timeout_s=options.timeout_s,
-                attempts=options.attempts,
-                rest_after=options.rest_after,
-                rest_s=options.rest_s,
-                model_names=options.model_names,
-            )
-            self._asking = Asking(pool, _body(options, sampling))
-            try:
-                self._asking.start()
-            except BaseException:
-                self._asking = None
-                raise
-        else:
-            assert options.model is not None
-            self._engine = VllmChat(
-                options.model,
-                device,
-                sampling=sampling,
-                json_schema=options.json_schema,
-                template=options.body.get("chat_template_kwargs", {}),
-                engine=options.engine,
-            )
+        self._backend = self._chat.make(self.options, self.workers, device)
+        try:
+            self._backend.start()
+        except BaseException:
+            self._backend = None
+            raise
 
     def prepare(self, batch: pa.RecordBatch) -> _Asked | None:
-        """Begins to ask servers about a batch, and does not wait for their answers."""
-        if self._asking is None:
+        """Begins to ask about a batch, where the back end takes batches ahead; does not wait for answers."""
+        if self._backend is None or not self._is_ahead:
             return None
+        return self._ask(self._backend, batch)
+
+    def _ask(self, backend: PromptBackend, batch: pa.RecordBatch) -> _Asked:
         talks = self._talks(batch)
-        return _Asked(talks, self._asking.submit([talk for talk in talks if isinstance(talk, Conversation)]))
+        return _Asked(talks, backend.submit([talk for talk in talks if isinstance(talk, Conversation)]))
 
     def process(self, batch: pa.RecordBatch, prepared: _Asked | None = None) -> pa.RecordBatch:
-        if self.options.backend == "template":
-            return self._from_template(batch)
-        if self._engine is not None:
-            talks = self._talks(batch)
-            outcomes: Sequence[AnswerOrError] = self._engine.answer(
-                [talk for talk in talks if isinstance(talk, Conversation)]
-            )
-        else:
-            asked = prepared or self.prepare(batch)
-            assert asked is not None
-            talks, outcomes = asked.talks, asked.outcomes.result()
+        if self._rewriter is not None:
+            return self._rewritten(self._rewriter, batch)
+        assert self._backend is not None
+        asked = prepared or self._ask(self._backend, batch)
+        talks, outcomes = asked.talks, asked.outcomes.result()
         self._take_note(batch, talks)
         answered = iter(outcomes)
         return self._result(batch, [next(answered) if isinstance(talk, Conversation) else talk for talk in talks])
@@ -295,9 +267,10 @@ class Prompts(Preparing):
     def _group_of(self, row: dict[str, Any]) -> tuple[str, ...]:
         return () if self._groups is None else self._groups.of(row["uid"], row["key"])
 
-    def _from_template(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        prompts = [rewrite(text or "", style=self.options.style) for text in batch.column("text").to_pylist()]
-        return self._filled(batch.num_rows, {"prompt": prompts, "prompt_model": ["template"] * batch.num_rows})
+    def _rewritten(self, rewriter: RewriteEntry, batch: pa.RecordBatch) -> pa.RecordBatch:
+        prompts = [rewriter.rewrite(self.options, text or "") for text in batch.column("text").to_pylist()]
+        written_by = [self.options.backend] * batch.num_rows
+        return self._filled(batch.num_rows, {"prompt": prompts, "prompt_model": written_by})
 
     def _result(self, batch: pa.RecordBatch, outcomes: Sequence[AnswerOrError]) -> pa.RecordBatch:
         answers = [outcome if isinstance(outcome, Answer) else None for outcome in outcomes]
@@ -329,67 +302,50 @@ class Prompts(Preparing):
                 self._notes += [{**row, **note} for note in turned]
 
     def take_notes(self) -> list[dict[str, Any]]:
-        """Answers that were refused, since it was last asked, each with its row and why.
+        """Answers that were refused since this was last called, each with its row and why.
 
-        What the pool has to tell of its endpoints is of kind `notice` and has no row.
+        What the back end has to say of its endpoints is of kind `notice` and has no row.
         """
         notes, self._notes = self._notes, []
-        told = [] if self._asking is None else self._asking.notices()
+        notices = [] if self._backend is None else self._backend.notices()
         nobody = {"uid": None, "shard": None, "row": None, "kind": "notice", "endpoint": None}
-        return notes + [{**nobody, "text": text} for text in told]
+        return notes + [{**nobody, "text": text} for text in notices]
 
     def totals(self) -> dict[str, dict[str, Any]]:
-        """What the pool counted, by endpoint."""
-        return {} if self._asking is None else self._asking.totals()
+        """What the back end has counted, by endpoint."""
+        return {} if self._backend is None else self._backend.totals()
 
     summary = staticmethod(summary)
 
     def give_up(self) -> None:
-        if self._asking is not None:
-            self._asking.give_up()
+        if self._backend is not None:
+            self._backend.give_up()
 
     def close(self) -> None:
-        if self._asking is not None:
-            self._asking.close()
-            self._asking = None
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
 
 
 class _Asked:
-    """A batch about which servers are being asked: for every row its talk, or why there is none."""
+    """A batch that a back end is asked about: per row its conversation, or why there is none."""
 
     def __init__(self, talks: list[Conversation | Rejected], outcomes: Future[list[AnswerOrError]]) -> None:
         self.talks, self.outcomes = talks, outcomes
 
     def cancel(self) -> None:
-        """Asks about it no more."""
+        """Stops asking about it."""
         self.outcomes.cancel()
 
 
-def _deciding(options: PromptsOptions) -> PromptsOptions:
-    """The options that the backend uses: all servers in one list, and the attributes of groups in the order given."""
-    if options.backend == "template":
-        return PromptsOptions(style=options.style)
+def _deciding(options: PromptsOptions, entry: ChatEntry | RewriteEntry) -> PromptsOptions:
+    """The options that the back end uses, each in one form: the attributes of groups become a list in their order."""
+    if isinstance(entry, RewriteEntry):
+        used = {name: getattr(options, name) for name in entry.reads}
+        return PromptsOptions().model_copy(update={"backend": options.backend, **used})
     groups = list(options.groups.values()) if isinstance(options.groups, dict) else options.groups
-    used: dict[str, Any] = {"style": DEFAULT_STYLE, "groups": groups, "endpoints": []}
-    if options.backend == "openai":
-        used |= {"model": None, "endpoints": _endpoints(options)}
-    return options.model_copy(update=used)
-
-
-def _endpoints(options: PromptsOptions) -> list[Endpoint]:
-    """The servers that are named one by one, and those of the short form."""
-    if options.ports and options.model is None:
-        raise ConfigError("'ports' needs a model", fix='name it as the servers do: model = "llama3.1:8b"')
-    short = [Endpoint(base_url=f"http://{options.host}:{port}/v1", model=options.model or "") for port in options.ports]
-    if not options.endpoints and not short:
-        raise ConfigError(
-            "backend 'openai' has no endpoint",
-            fix='write [[stages.prompts.endpoints]] with base_url and model, or ports = [11434] and model = "..."',
-        )
-    return [*options.endpoints, *short]
+    used = {"style": DEFAULT_STYLE, "groups": groups, "endpoints": []}
+    return options.model_copy(update={**used, **entry.deciding(options)})
 
 
 def _why(overs: Iterable[Over]) -> StageError | None:
@@ -399,14 +355,3 @@ def _why(overs: Iterable[Over]) -> StageError | None:
             fix = "raise its 'budget', or name other endpoints" if over.kind == "no_budget" else "mend that"
             return StageError(str(over), fix=f"{fix}; the same command goes on with the rows that are left")
     return None
-
-
-def _body(options: PromptsOptions, sampling: dict[str, Any]) -> dict[str, Any]:
-    """Fields of every request besides its model and messages."""
-    body = {name: value for name, value in sampling.items() if value is not None}
-    if "max_completion_tokens" in options.body:
-        del body["max_tokens"]  # a request that has both is refused
-    if options.json_schema is not None:
-        named = {"name": "answer", "schema": options.json_schema}
-        body["response_format"] = {"type": "json_schema", "json_schema": named}
-    return {**body, **options.body}

@@ -13,14 +13,12 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 from builder.errors import StageError
+from builder.models.llm.backend import AnswerOrError, PromptBackend
 from builder.models.llm.conversation import Answer, Conversation
 from builder.models.llm.pool import Over, Pool
 
-#: What came of a talk.
-AnswerOrError = Answer | Exception
 
-
-class Asking:
+class Asking(PromptBackend):
     """Asks the endpoints of a pool.
 
     Args:

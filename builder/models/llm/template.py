@@ -10,8 +10,10 @@ import html
 import re
 import string
 import unicodedata
+from typing import Any
 
 from builder.errors import ConfigError, RowError
+from builder.models.llm.backend import RewriteEntry
 from builder.models.text.legible import DOMAIN, address_in, legible
 
 #: What a prompt is made of where the pipeline does not say.
@@ -191,3 +193,10 @@ def _cut(text: str) -> str:
     space = head.rfind(" ")
     head = head[:space] if space > MAX_CHARS * 2 // 3 else head[:MAX_CHARS]
     return head.rstrip(_EDGES)
+
+
+def _rewrite(options: Any, caption: str) -> str:
+    return rewrite(caption, style=options.style)
+
+
+ENTRY = RewriteEntry(_rewrite, reads=("style",))

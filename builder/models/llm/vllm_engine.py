@@ -10,16 +10,20 @@ import gc
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from builder import machine
-from builder.errors import StageError, missing_extra
+from builder.errors import ConfigError, StageError, missing_extra
+from builder.models.llm.backend import AnswerOrError, ChatEntry, PromptBackend, Workload
 from builder.models.llm.contract import Rejected
 from builder.models.llm.conversation import Answer, Conversation, Messages
 from builder.models.llm.http import AskFailed
 
 #: The engine's own process is left out, so that what kills the worker leaves nothing behind; nothing is reported home.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+#: Rows of a batch. vLLM forms batches by itself, the better the more rows it has.
+IN_PROCESS_ROWS = 4096
 #: What a model's own configuration may say about sampling.
 _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -30,7 +34,7 @@ def check_installed() -> None:
         raise missing_extra("vllm", "vllm", "backend 'vllm'")
 
 
-class VllmChat:
+class VllmChat(PromptBackend):
     """An engine with its model.
 
     Args:
@@ -86,6 +90,12 @@ class VllmChat:
         if json_schema is not None:
             wanted["structured_outputs"] = package.sampling_params.StructuredOutputsParams(json=dict(json_schema))
         self._sampling = package.SamplingParams(**wanted)
+
+    def submit(self, talks: Sequence[Conversation]) -> Future[list[AnswerOrError]]:
+        """As `PromptBackend.submit`; it returns when every conversation has its outcome."""
+        future: Future[list[AnswerOrError]] = Future()
+        future.set_result([*self.answer(talks)])
+        return future
 
     def answer(self, talks: Sequence[Conversation]) -> list[Answer | AskFailed | Rejected]:
         """The outcomes of talks, in order; what is rejected is asked again together."""
@@ -178,3 +188,27 @@ def _check(device: str, have: str) -> None:
             f"vLLM runs on '{have}' here, not on '{device}'",
             fix=fix,
         )
+
+
+def _workload(options: Any) -> Workload:
+    if options.model is None:
+        raise ConfigError("backend 'vllm' has no model", fix='name it: model = "models/my-model", or a hub\'s id')
+    return Workload(batch_rows=IN_PROCESS_ROWS, gpus=1)
+
+
+def _make(options: Any, workers: int, device: str) -> VllmChat:
+    return VllmChat(
+        options.model,
+        device,
+        sampling={"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed},
+        json_schema=options.json_schema,
+        template=options.body.get("chat_template_kwargs", {}),
+        engine=options.engine,
+    )
+
+
+def _check_packages(options: Any) -> None:
+    check_installed()
+
+
+ENTRY = ChatEntry(_workload, _make, _check_packages)
