@@ -152,6 +152,15 @@ def test_tests_that_the_docs_name_exist() -> None:
     assert len(named) > 80
 
 
+def test_what_the_page_for_changes_names_is_there() -> None:
+    text = (DOCS / "changing.md").read_text("utf-8")
+    for path in re.findall(r"`((?:builder|sql|tests)/[\w/]*(?:\.\w+)?)`", text):
+        assert "NAME" in path or (ROOT / path).exists(), path
+    for file, name in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text):
+        source = (ROOT / "tests" / file).read_text("utf-8")
+        assert f"def {name}" in source, f"{file}::{name}"
+
+
 def test_decisions_are_numbered_and_whole() -> None:
     pages = sorted((DOCS / "decisions").glob("*.md"))
     assert [page.name[:4] for page in pages] == [f"{i:04d}" for i in range(1, len(pages) + 1)]
