@@ -92,7 +92,7 @@ def test_keys_in_comments_are_keys_with_their_defaults(scale: str, tmp_path: Pat
     path = tmp_path / "shown.toml"
     path.write_text(shown, "utf-8")
     one, other = load_pipeline(FOLDER / f"{scale}.toml"), load_pipeline(path)
-    assert (one.config.dataset, one.config.run, one.source) == (other.config.dataset, other.config.run, other.source)
+    assert (one.config.dataset, one.config.run, one.asked) == (other.config.dataset, other.config.run, other.asked)
     assert {name: use.options for name, use in one.stages.items()} == {
         n: use.options for n, use in other.stages.items()
     }
