@@ -151,10 +151,12 @@ def test_a_copy_that_a_sweep_found_asleep_undoes_nothing(tmp_path: Path, copies:
     layout = pipeline.layout
     planned = described(pipeline, "generate", Choice(), 1)
     late, other = copies(planned)
+    other.send_signal(signal.SIGSTOP)  # it would leave nothing to the first one
     stop_after(late, lambda: column_files.newest(layout, "00000000").get("generate", 0) >= 1, 0)
     while not (temps := list(layout.edits.rglob(f"*-{late.pid}-*.tmp"))):  # until it sleeps with a tar in hand
         late.send_signal(signal.SIGCONT)
         stop_after(late, lambda: True, 0.003)
+    other.send_signal(signal.SIGCONT)
     assert other.wait(120) == 0
     collect_garbage(made.load(), Talk(quiet=True), dry_run=False)
     assert list(layout.edits.rglob("*.tmp")) == temps
