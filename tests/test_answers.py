@@ -537,7 +537,7 @@ def test_the_field_of_a_schema_is_the_prompt(form: str) -> None:
 def test_bounds_and_schemas_that_nothing_meets_are_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         Contract(min_chars=9, max_chars=8)
-    assert str(caught.value) == "min_chars = 9 is more than max_chars = 8\n  fix: min_chars is the smaller"
+    assert str(caught.value) == "min_chars = 9 is more than max_chars = 8\n  fix: set min_chars to at most max_chars"
     with pytest.raises(ConfigError) as caught:
         Contract(json_schema=SCHEMA, json_field="text")
     assert str(caught.value) == (
@@ -545,7 +545,7 @@ def test_bounds_and_schemas_that_nothing_meets_are_refused() -> None:
     )
     with pytest.raises(ConfigError) as caught:
         Contract(json_schema={"type": "thing", "properties": {"prompt": {}}})
-    assert caught.value.what.startswith("json_schema is no JSON schema: 'thing' is not valid")
+    assert caught.value.what.startswith("json_schema is not a JSON schema: 'thing' is not valid")
     with pytest.raises(ConfigError) as caught:
         Contract(json_schema={"properties": {"prompt": {"$ref": "#/nowhere"}}})
     assert caught.value.what.startswith("json_schema cannot be used: PointerToNowhere: '/nowhere' does not exist")

@@ -190,7 +190,7 @@ def test_all_problems_at_once_in_the_order_of_the_file(file: Path) -> None:
         '[stages.genrate]: python = "my_stage.py:MyStage"\n'
         "  p.toml:17: unknown key 'selct' in [write]\n"
         "    fix: did you mean 'select'?\n"
-        "  fix: mend these and run the same command again"
+        "  fix: correct these and run the same command again"
     )
 
 
@@ -372,11 +372,11 @@ def test_an_own_stage_without_file_or_class(file: Path) -> None:
 def test_an_own_stage_whose_file_raises(file: Path) -> None:
     assert _own(file, "import os\nimport no_such_package\n") == (
         "stage 'mine': 'mine.py', line 2 raises ModuleNotFoundError: No module named 'no_such_package'\n"
-        "  file: p.toml:13\n  fix: mend that line"
+        "  file: p.toml:13\n  fix: correct that line"
     )
     assert _own(file, "x = 1\ny = = 2\n") == (
         "stage 'mine': 'mine.py', line 2 raises SyntaxError: invalid syntax (mine.py, line 2)\n"
-        "  file: p.toml:13\n  fix: mend that line"
+        "  file: p.toml:13\n  fix: correct that line"
     )
 
 
@@ -404,7 +404,7 @@ def test_an_own_stage_whose_file_raises(file: Path) -> None:
         ),
         (
             "Options = Strict", "Options = dict",
-            "stage 'mine': Options is no pydantic model", "class Options(builder.Strict): ...",
+            "stage 'mine': Options is not a pydantic model", "class Options(builder.Strict): ...",
         ),
         (
             'members = "mine"', 'members = "yours"',

@@ -431,8 +431,8 @@ def test_nearest(width: int | None, height: int | None, size: tuple[int, int]) -
     ("options", "message"),
     [
         ({"backend": "diffusers", "width": 100}, "100x384 px: backend 'diffusers' takes multiples of 8"),
-        ({"size_by": "aspect"}, "size_by = 'aspect' chooses of sizes, and there are none"),
-        ({"model": "models/flux"}, "model = 'models/flux' is not looked at without backend = \"diffusers\""),
+        ({"size_by": "aspect"}, "size_by = 'aspect' needs sizes"),
+        ({"model": "models/flux"}, "model = 'models/flux' has no effect without backend = \"diffusers\""),
     ],
 )
 def test_options_that_do_not_fit_together(options: dict[str, Any], message: str) -> None:

@@ -437,7 +437,7 @@ def test_a_budget_is_not_passed(serve: Serve) -> None:
             assert (failed.value.kind, str(failed.value)) == ("no_budget", message)
             assert isinstance(failed.value, Over)
             assert pool.totals()[server.base_url]["spent"] == 18
-            notice = f"{server.base_url} is used no more: its budget of 25 allows no further request"
+            notice = f"{server.base_url} is no longer used: its budget of 25 allows no further request"
             assert list(pool.notices) == [notice]
         async with started(costly, endpoint(other, max_concurrency=4)) as pool:
             assert await ask_all(pool, 20) == right(20)  # 1,024 tokens may come, where nothing is said
@@ -656,7 +656,7 @@ def test_an_endpoint_that_asks_for_ages_is_probed_and_used_again(serve: Serve) -
             assert await ask_all(pool, 5) == right(5)
             assert pushed(server, "Hello") == 1
             name = server.base_url
-            assert list(pool.notices) == [f"{name} asks to be left alone for 1e+09 s: it is for 30 s, and probed"]
+            assert list(pool.notices) == [f"{name} asks for a pause of 1e+09 s: it gets 30 s, and is probed"]
             [line] = summary([pool.totals()])
             assert line.endswith("0 rests, 1 pauses (asked to wait 1e+09 s, at most 30 s kept)")
 
@@ -877,7 +877,7 @@ def test_an_endpoint_that_refuses_key_or_model_is_used_no_more(serve: Serve, cod
                 assert (await ask(pool, f"house {i}")).endpoint == other.base_url
             assert len(server.requests) == 1
             assert pool.totals()[server.base_url]["state"] == "closed"
-            assert list(pool.notices) == [f"{server.base_url} is used no more: status {code}: no more"]
+            assert list(pool.notices) == [f"{server.base_url} is no longer used: status {code}: no more"]
             other.always(status(code, "nor here"))
             with pytest.raises(AskFailed) as failed:
                 await ask(pool)
@@ -896,7 +896,7 @@ def test_403_closes_an_endpoint_when_it_comes_in_a_row(serve: Serve) -> None:
             for i in range(20):
                 assert (await ask(pool, f"house {i}")).text == f"re: house {i}"
             assert len(server.requests) == 5
-            notice = f"{server.base_url} is used no more: status 403: not in your country"
+            notice = f"{server.base_url} is no longer used: status 403: not in your country"
             assert list(pool.notices) == [notice]
 
     run(work)
@@ -945,18 +945,18 @@ def test_a_start_without_any_endpoint_that_answers_is_refused(serve: Serve) -> N
         "no endpoint answers\n"
         f"  {urls[0]}: no connection: Connect call failed ('127.0.0.1', {ports[0]})\n"
         f"  {urls[1]}: no connection: Connect call failed ('127.0.0.1', {ports[1]})\n"
-        "  fix: start a server there, or mend 'base_url'"
+        "  fix: start a server there, or correct 'base_url'"
     )
     broken = serve(models_status=500)
     broken.always(status(500, "no memory"))
     assert refusal(endpoint(broken)) == (
         f"no endpoint answers\n  {broken.base_url}: status 500: no memory\n"
-        "  fix: start a server there, or mend 'base_url'"
+        "  fix: start a server there, or correct 'base_url'"
     )
     broken.always(hang())
     assert refusal(endpoint(broken), timeout_s=0.3) == (
         f"no endpoint answers\n  {broken.base_url}: no whole answer within 0.3 s\n"
-        "  fix: start a server there, or mend 'base_url'"
+        "  fix: start a server there, or correct 'base_url'"
     )
 
 
@@ -1026,7 +1026,7 @@ def test_an_unknown_model_is_refused(serve: Serve) -> None:
     server.models_status = 500
     assert refusal(endpoint(server)) == (
         f"endpoint '{server.base_url}' has no model 'tiny'\n  it says: status 404: no model tiny\n"
-        "  fix: mend 'model', or 'base_url', which mostly ends in /v1"
+        "  fix: correct 'model', or 'base_url', which usually ends in /v1"
     )
 
 
@@ -1061,8 +1061,8 @@ def test_a_server_that_answers_under_another_name_is_told_once(serve: Serve) -> 
         async with started(server) as pool:
             assert {(await ask(pool)).model for _ in range(3)} == {"gpt-4.1-2025-04-14"}
             assert list(pool.notices) == [
-                f"{server.base_url} answers as 'gpt-4.1-2025-04-14', asked for 'tiny': that is taken, and stands in "
-                'prompt_model; model_names = "exact" would refuse it'
+                f"{server.base_url} answers as 'gpt-4.1-2025-04-14' when asked for 'tiny': its answers are "
+                'accepted, with that name in prompt_model; model_names = "exact" would refuse them'
             ]
             [line] = summary([pool.totals()])
             assert line.endswith("0 rests, answers as 'gpt-4.1-2025-04-14'")
@@ -1167,11 +1167,11 @@ def test_a_key_is_read_from_the_environment_and_never_told(serve: Serve, monkeyp
     with_key = endpoint(server, api_key_env="TEST_KEY")
     monkeypatch.delenv("TEST_KEY", raising=False)
     assert refusal(with_key) == (
-        f"environment variable 'TEST_KEY' is not set, which endpoint '{server.base_url}' needs\n"
+        f"environment variable 'TEST_KEY' is not set, but endpoint '{server.base_url}' needs it\n"
         "  fix: put the key into it: export TEST_KEY=..."
     )
     assert refusal(endpoint(server)) == (
-        f"endpoint '{server.base_url}' wants a key\n  it says: status 401: wrong key: none\n"
+        f"endpoint '{server.base_url}' needs a key\n  it says: status 401: wrong key: none\n"
         '  fix: name the environment variable that holds it: api_key_env = "..."'
     )
     monkeypatch.setenv("TEST_KEY", "sk-another")
@@ -1234,18 +1234,18 @@ def test_an_endpoint_is_checked() -> None:
     assert problems(tier="paid", price_in=0, price_out=2.5, budget=3, max_concurrency=2, api_key_env="KEY") == []
     where = "in [stages.prompts.endpoints[0]]"
     assert problems(base_url="127.0.0.1:8000") == [
-        f"'base_url' {where} is '127.0.0.1:8000': it is refused: no address such as \"http://127.0.0.1:8000/v1\"\n"
+        f"'base_url' {where} is '127.0.0.1:8000': it is refused: not an address such as \"http://127.0.0.1:8000/v1\"\n"
         "change its value"
     ]
     for url in ("http://[::1/v1", "http://host:port/v1", "http://host:99999/v1", "http://a..b/v1", "http://my host/v1"):
         assert problems(base_url=url) == [
-            f"'base_url' {where} is '{url}': it is refused: no address such as \"http://127.0.0.1:8000/v1\"\n"
+            f"'base_url' {where} is '{url}': it is refused: not an address such as \"http://127.0.0.1:8000/v1\"\n"
             "change its value"
         ]
     assert problems(base_url="http://[::1]:8000/v1") == []
     assert problems(base_url="http://me:secret@host/v1") == [
-        f"'base_url' {where} is 'http://me:secret@host/v1': it is refused: it holds more than an address; "
-        "a key belongs into the variable that api_key_env names\nchange its value"
+        f"'base_url' {where} is 'http://me:secret@host/v1': it is refused: it has more than an address; "
+        "a key belongs in the variable that api_key_env names\nchange its value"
     ]
     assert problems(base_url="http://host/v1/chat/completions/") == [
         f"'base_url' {where} is 'http://host/v1/chat/completions/': it is refused: "

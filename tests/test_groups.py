@@ -80,9 +80,9 @@ FIX = 'for example: groups = [["Black", "white", "Asian"], ["man", "woman"]]'
         ([], f"'groups' has no attribute\n  fix: {FIX}"),
         ([["man"], []], f"'groups[1]' has no values\n  fix: {FIX}"),
         ({"age": []}, f"'groups.age' has no values\n  fix: {FIX}"),
-        ([["man", " "]], f"'groups[0]' has a value that is no plain text on one line\n  fix: {FIX}"),
-        ([["a\nb"]], f"'groups[0]' has a value that is no plain text on one line\n  fix: {FIX}"),
-        ([["man", "Man"]], "'groups[0]' has a value twice\n  fix: give each once: every value is as likely"),
+        ([["man", " "]], f"'groups[0]' has a value that is not plain text on one line\n  fix: {FIX}"),
+        ([["a\nb"]], f"'groups[0]' has a value that is not plain text on one line\n  fix: {FIX}"),
+        ([["man", "Man"]], "'groups[0]' has a value twice\n  fix: give each value once: all are equally likely"),
     ],
 )
 def test_bad_attributes_are_refused(attributes: list[list[str]], message: str) -> None:

@@ -370,7 +370,7 @@ def test_endpoints_that_are_all_gone_end_the_stage_and_mark_no_row(dataset: Work
             do(dataset.load().layout, plan(dataset.load().layout, stage, sql=SQL), stage)
     assert str(caught.value) == (
         f"no endpoint is open; {server.base_url}: the connection was closed before an answer\n"
-        "  fix: mend that; the same command goes on with the rows that are left"
+        "  fix: get an endpoint to answer again; the same command goes on with the rows that are left"
     )
     assert statuses(dataset) == {"ok": 5, None: 11}
 
@@ -573,12 +573,12 @@ def test_options_that_do_not_fit_together(options: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"host": "::1"}, 'no name of a host such as "127.0.0.1", "node7" or "[::1]"'),
-        ({"host": "http://node7"}, 'no name of a host such as "127.0.0.1", "node7" or "[::1]"'),
-        ({"host": "a..b"}, 'no name of a host such as "127.0.0.1", "node7" or "[::1]"'),
-        ({"lang": "English"}, 'no code of ISO 639-1 such as "en"'),
-        ({"body": {"stream": True}}, "'stream' is what the stage itself says"),
-        ({"body": {"messages": []}}, "'messages' is what the stage itself says"),
+        ({"host": "::1"}, 'not the name of a host, such as "127.0.0.1", "node7" or "[::1]"'),
+        ({"host": "http://node7"}, 'not the name of a host, such as "127.0.0.1", "node7" or "[::1]"'),
+        ({"host": "a..b"}, 'not the name of a host, such as "127.0.0.1", "node7" or "[::1]"'),
+        ({"lang": "English"}, 'not an ISO 639-1 code such as "en"'),
+        ({"body": {"stream": True}}, "'stream' is set by the stage itself"),
+        ({"body": {"messages": []}}, "'messages' is set by the stage itself"),
         ({"synonyms": {"Black": ["Nigerian", " "]}}, "an empty word would count as every group"),
     ],
 )
@@ -598,7 +598,7 @@ def test_groups_that_a_template_does_not_assign_are_told() -> None:
 
 @pytest.mark.parametrize("text", ["{text!r}", "{text:>9}", "{0}", "{}", "{a.b}", "{Text}"])
 def test_a_field_that_is_no_column_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="that is no column"):
+    with pytest.raises(ConfigError, match="that is not a column name"):
         Template("user", text)
 
 

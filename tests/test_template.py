@@ -123,7 +123,7 @@ def test_a_style_without_caption_is_refused() -> None:
 @pytest.mark.parametrize(
     ("style", "what"),
     [
-        ("{caption} by {artist}", "style has a field '{artist}' beside '{caption}'"),
+        ("{caption} by {artist}", "style has a field '{artist}' other than '{caption}'"),
         ("{caption:>9}", "style has no '{caption}'"),
         ("{caption!r}", "style has no '{caption}'"),
         ("{{caption}}", "style has no '{caption}'"),

@@ -22,7 +22,7 @@ Keys = tuple[str | int, ...]
 
 @dataclass
 class Problems:
-    """What is wrong with one pipeline file, collected so that all of it is told at once.
+    """What is wrong with one pipeline file, collected so that all of it is reported at once.
 
     Attributes:
         sets: overrides, whose keys have no line in the file.
@@ -59,11 +59,11 @@ class Problems:
             text.append(f"  {place}: {what}")
             if fix:
                 text.append(f"    fix: {fix}")
-        raise ConfigError("\n".join(text), fix="mend these and run the same command again")
+        raise ConfigError("\n".join(text), fix="correct these and run the same command again")
 
 
 def table_at(data: dict[str, Any], keys: Keys, problems: Problems) -> dict[str, Any]:
-    """The section at the last of `keys`; empty if there is none."""
+    """The section at the last of `keys`; empty if it is missing."""
     value = data.get(str(keys[-1]), {})
     if isinstance(value, dict):
         return value
@@ -80,7 +80,7 @@ def check(model: type[Model], data: dict[str, Any], keys: Keys, problems: Proble
     """Fills a strict model; what does not fit is added to the problems, unknown keys with a suggestion.
 
     Args:
-        keys: where `data` stands in the pipeline.
+        keys: the place of `data` in the pipeline.
     """
     filled, errors = _filled(model, data)
     for location, items in errors.items():
@@ -91,7 +91,7 @@ def check(model: type[Model], data: dict[str, Any], keys: Keys, problems: Proble
 def checked_section(
     model: type[Model], data: dict[str, Any], keys: Keys, problems: Problems, **stand_ins: Any
 ) -> Model:
-    """The section at the last of `keys`; what does not fit is left out after it was told, so that others are checked.
+    """Parses the section at the last of `keys`. Invalid keys are reported and dropped, so that the rest is checked.
 
     Args:
         stand_ins: values of required keys that are missing or do not fit.
@@ -106,7 +106,7 @@ def checked_section(
 
 
 def _filled(model: type[Model], data: dict[str, Any]) -> tuple[Model | None, dict[Keys, list[Any]]]:
-    """The model, or what does not fit by its key; of a union's branches those that came furthest into the value."""
+    """The model, or errors by key; for a union, only the errors of the branch that matched most."""
     try:
         return model.model_validate(data), {}
     except pydantic.ValidationError as error:
@@ -122,7 +122,7 @@ def _filled(model: type[Model], data: dict[str, Any]) -> tuple[Model | None, dic
 
 
 def _location(data: Any, item: Any) -> Keys:
-    """Where in `data` an error is, without the names of a union's branches that pydantic puts between."""
+    """Where in `data` an error is, without the names of a union's branches that pydantic inserts."""
     *parts, last = item["loc"]
     location: list[str | int] = []
     for part in (*parts, last):
@@ -166,7 +166,7 @@ def _problem(model: type[BaseModel], keys: Keys, location: Keys, items: list[Any
 
 
 def _told(message: str) -> str:
-    """What pydantic says of a value, as the end of a sentence about it."""
+    """pydantic's message about a value, as the end of a sentence about it."""
     message = re.sub("a valid dictionary or instance of FieldSpec", "{name = ..., type = ...}", message)
     should = re.match(r"(?:Input|List|String|Value) (should .*?)(?: after validation.*)?$", message)
     return should[1] if should else f"is refused: {message.removeprefix('Value error, ')}"
@@ -209,7 +209,7 @@ def _valid_keys(model: type[BaseModel], keys: Keys, location: Keys) -> list[str]
 
 
 def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of a model by their keys in a pipeline; a field is named otherwise where pydantic has the name."""
+    """The fields of a model by their keys in a pipeline; a field is renamed where pydantic uses the key."""
     return {info.alias or name: info for name, info in model.model_fields.items()}
 
 
@@ -221,7 +221,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def line_of(text: str, keys: tuple[str, ...]) -> int:
-    """The line (from 1) on which a dotted key stands, or its nearest section; 0 if neither does."""
+    """The line (from 1) of a dotted key, or of its nearest section; 0 if neither is there."""
     section: tuple[str, ...] = ()
     best, depth = 0, 0
     for number, line in enumerate(text.splitlines(), 1):

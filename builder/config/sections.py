@@ -30,7 +30,7 @@ LocalPath = Annotated[str, AfterValidator(_local)]
 
 
 class DatasetSection(Strict):
-    """What goes in and where the table lies: keys of every kind of source."""
+    """The source and the place of the table: keys of every kind of source."""
 
     #: Values of required keys that are missing, so that the rest of the pipeline can be checked.
     stand_ins: ClassVar[dict[str, Any]] = {"root": ""}
@@ -48,17 +48,17 @@ class Run(Strict):
 
     #: Where tasks run; this version has `local` only.
     executor: str = "local"
-    #: Worker processes; one a device for a stage that takes a GPU, or whose own section names devices, and not this.
+    #: Worker processes; one per device for a stage that uses a GPU, or whose section names devices but not workers.
     workers: int = Field(default=2, ge=1)
-    #: Most rows that a task answers without committing them: what a kill costs.
+    #: Most rows that a task answers without committing them: at most these are lost by a kill.
     checkpoint_rows: int = Field(default=2048, ge=1)
     #: Seconds after which a task commits.
     checkpoint_seconds: float = Field(default=60.0, gt=0)
-    #: Share of failed rows past which a task stops, judged after 100 rows.
+    #: Share of failed rows above which a task stops; checked after 100 rows.
     max_failed: float = Field(default=0.5, ge=0, le=1)
     #: Rows of one batch; the stage's own number if absent.
     batch_rows: int | None = Field(default=None, ge=1)
-    #: Devices, one a worker in turn.
+    #: Devices; workers take them in turn.
     devices: list[str] = Field(default=["cpu"], min_length=1)
 
 
@@ -67,7 +67,7 @@ class StageTable(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
-    #: A stage of one's own, `file.py:Class`.
+    #: Your own stage, `file.py:Class`.
     python: LocalPath | None = None
     #: The work SQL; `sql/<name>.sql` if absent.
     sql: LocalPath | None = None
@@ -88,10 +88,10 @@ class Write(Strict):
     select: LocalPath = "sql/write.sql"
     #: Values of the $names in that SQL.
     params: dict[str, Param] = {}
-    #: Format of new pictures. source: that of the picture that is replaced. jpg: always jpg, and a png or webp that is
-    #: replaced becomes a .jpg, which readers that look for one kind of picture lose.
+    #: Format of new pictures. source: the format of the replaced picture. jpg: always jpg; a replaced png or webp
+    #: becomes a .jpg, which readers that look for one kind of picture do not find.
     image: Literal["source", "jpg"] = "source"
-    #: Of a sample with several pictures, what becomes of those that a new one does not replace: keep or drop. Absent:
+    #: In a sample with several pictures, what happens to those that a new one does not replace: keep or drop. Absent:
     #: such a sample is not edited.
     other_pictures: Literal["keep", "drop"] | None = None
     #: Whether an edited sample without a json gets one. Without it, how the sample was made is in the manifest.

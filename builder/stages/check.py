@@ -1,4 +1,4 @@
-"""What is to be seen in the generated images: faces, blank ones, unsafe ones. SQL decides what becomes of them."""
+"""Checks generated images for faces, blank pictures and unsafe ones. SQL decides what happens to them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Check(Preparing):
         check_options(options, self.name)
         self.options = options
         entry = DETECTORS[options.detector]
-        #: A classifier looks at one picture at a time: only the detector's answers may move.
+        #: A classifier looks at one picture at a time: only the detector's answers may differ.
         self.tolerance, self.notice = entry.tolerance, entry.notice
         self.resources = Resources(batch_rows=entry.batch_rows, ahead=entry.ahead)
         self._finder: FaceFinder | None = None
@@ -86,7 +86,7 @@ class Check(Preparing):
         """Answers a batch.
 
         Raises:
-            RowsFailed: images that are gone or do not decode.
+            RowsFailed: images that are missing or do not decode.
         """
         assert self._finder is not None
         seen, errors = self._finder.find(batch.column("edit").to_pylist(), prepared)

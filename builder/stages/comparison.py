@@ -1,4 +1,4 @@
-"""How far two answers of a stage are apart."""
+"""How much two answers of a stage differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 
 def difference(alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
-    """The largest difference of two answers: of numbers as they are, infinite between other values that differ."""
+    """The largest difference of two answers: of numbers as it is, inf between other values that differ."""
     return max((_apart_by(a, b) for a, b in zip(alone.to_pylist(), within.to_pylist(), strict=True)), default=0.0)
 
 

@@ -31,10 +31,10 @@ class Resources:
     Attributes:
         cpus: cores.
         gpus: accelerators.
-        memory_gb: accepted, and not kept: nothing reads it.
+        memory_gb: accepted, but not used.
         batch_rows: rows of one `process` call.
-        ahead: batches that are read, and prepared, before the current one is answered.
-        ahead_rows: the least number of rows that are, however few a batch has.
+        ahead: batches that are read and prepared while the current one is answered.
+        ahead_rows: at least this many rows are read ahead, even if batches are small.
     """
 
     cpus: int = 1
@@ -46,16 +46,16 @@ class Resources:
 
 
 class RowsFailed(Exception):
-    """Raised by `process` where some rows of a batch have no answer and the others need not be asked again.
+    """Raised by `process` if some rows of a batch have no answer, and the others need not be asked again.
 
-    None of these rows is tried again in this run: a stage that raises this has retried by itself where that may help.
-    Only rows whose error is the machine's (`builder.machine`) are.
+    These rows are not tried again in this run, since the stage has retried them itself where that may help, except
+    rows whose error is the machine's (`builder.machine`).
 
     Attributes:
         result: an answer for every row; those of the rows that failed are ignored.
         errors: why, by position in the batch.
         left: positions of rows that are neither answered nor failed: they stay as they are, and the task ends.
-        why: what ended it; None where the stage was asked to `give_up`.
+        why: what ended the task; None if the stage was asked to `give_up`.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Stage:
     A stage is built as `Class(options)`, which loads nothing: plans build it, too. `name`, `version`, `Options`,
     `inputs`, `outputs` and `process` are required; every other member has a default that does nothing.
 
-    Errors: the engine halves a batch that raises until the rows that fail stand alone. Where asking twice is expensive,
+    Errors: if a batch raises, the engine halves it until the failing rows are alone. Where asking twice is expensive,
     raise `RowsFailed`. A `StageError` from `process` or `prepare` means that no row can be answered any more, for
     example because a GPU is lost: the task stops, its checkpoints stay, and no row is marked as failed. Errors of the
     machine, such as a full disk or too little memory, fail no row either.
@@ -124,23 +124,24 @@ class Stage:
     #: What each raised version changed, one sentence per version, the oldest first: `builder plan` shows them for the
     #: answers of older versions.
     changes: ClassVar[Mapping[str, str]] = {}
-    #: Its options in one form, for `options_hash`, where several forms ask for the same answers; None: as they are.
+    #: Its options in canonical form, hashed instead of the options as written; None: the options as written.
     deciding: BaseModel | None = None
-    #: How far the answer of a row alone and of the same row in a batch may be apart, by `difference`. A stage that sets
-    #: it declares that it is deterministic, and this is checked. None: not checked.
+    #: How much the answers of a row alone and in a batch may differ, by `difference`. A stage that sets it declares
+    #: that it is deterministic, and this is checked. None: not checked.
     tolerance: float | None = None
     #: Its option for how many rows its model takes at once, where these are not the rows of a batch.
     batch_option: ClassVar[str] = ""
     #: Its columns that hold an input as it was when a row was answered, by input.
     recorded: ClassVar[Mapping[str, str]] = {}
-    #: Its column that says of a row what was not taken as it came: a run reports at its end how many there are.
+    #: Its column that says what of a row's input was changed or ignored: a run reports how many rows
+    #: have it.
     noting: str = ""
 
     # --- its run ---
 
-    #: What a run says of it before it starts, such as a licence.
+    #: What a run reports about it before it starts, such as a licence.
     notice: str = ""
-    #: The number of processes that the run has for it, which share what is limited; set before `setup`.
+    #: The run's number of processes for it, which share what is limited; set before `setup`.
     workers: int = 1
 
     def __init__(self, options: Any) -> None:
@@ -152,7 +153,7 @@ class Stage:
         return schema_of(self.outputs)
 
     def setup(self, device: str) -> None:
-        """Loads the model, once per worker. What would fail every row is raised here.
+        """Loads the model, once per worker. Raises what would fail every row.
 
         Args:
             device: `cpu`, `cuda` or `cuda:N`.
@@ -166,9 +167,9 @@ class Stage:
         """Frees what `setup` took."""
 
     def check_setup(self) -> None:
-        """Raises a StageError for what `setup` would miss and what can be found without loading anything.
+        """Raises a StageError for a missing package or model file that can be found without loading anything.
 
-        That is a package, or a model's files. A run asks every stage before it begins.
+        A run calls it for every stage before it begins.
         """
 
     def needs_bytes(self, batch: pa.RecordBatch) -> list[bool]:
@@ -180,7 +181,7 @@ class Stage:
         return [True] * batch.num_rows
 
     def difference(self, alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
-        """How far the answer of a row alone and that of the same row in a batch are apart; see `tolerance`."""
+        """How much the answers of a row alone and in a batch differ; see `tolerance`."""
         return difference(alone, within)
 
     def give_up(self) -> None:
@@ -200,20 +201,20 @@ class Stage:
 
     @staticmethod
     def summary(totals: list[dict[str, Any]]) -> list[str]:
-        """What the run says at its end of the `totals` of its workers, line by line."""
+        """The lines that the run reports at its end about the `totals` of its workers."""
         return []
 
     @staticmethod
     def unread(params: Mapping[str, Any]) -> tuple[str, ...]:
-        """Columns of built-in stages that its work SQL names and does not look at with these values of its $names.
+        """Columns of built-in stages that its work SQL names, but does not use with these values of its $names.
 
-        They read as nulls where no stage brings them.
+        They read as nulls if no stage brings them.
         """
         return ()
 
     @staticmethod
     def as_made(options: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of a run, changed to what a row of it has recorded of them."""
+        """The options of a run, with those that a row of it has recorded."""
         return dict(options)
 
 
@@ -223,10 +224,10 @@ class Preparing(Stage):
     def prepare(self, batch: pa.RecordBatch) -> Any:
         """What `process` is given with the batch. Called after `setup`, from another thread than `process`.
 
-        It touches nothing that `process` changes, and releases the interpreter's lock where it takes long. What it
-        raises counts as raised by `process`: the batch is halved, and its halves are prepared again. What it returns
-        is in memory together with that of the batch before, so keep it bounded. If it has a method `cancel`, that is
-        called where the batch is not going to be processed.
+        It must not touch anything that `process` changes, and should release the interpreter's lock during long work.
+        What it raises counts as raised by `process`: the batch is halved, and its halves are prepared again. Its result
+        is in memory together with that of the batch before, so keep it bounded. If the result has a method `cancel`,
+        that is called if the batch is not going to be processed.
         """
         raise NotImplementedError
 
@@ -236,7 +237,7 @@ class Preparing(Stage):
 
 
 def gives_up(stage: Stage) -> bool:
-    """Whether a stage waits for something outside, and stops that when it is asked to."""
+    """Whether a stage waits for something outside, and can be asked to stop waiting."""
     return type(stage).give_up is not Stage.give_up
 
 
@@ -259,7 +260,7 @@ def answered(outputs: pa.Schema, rows: Sequence[Sequence[Any]], errors: Mapping[
     """A stage's answer, from one tuple per row in the order of its outputs.
 
     Raises:
-        RowsFailed: there are errors; what stands in their rows is ignored.
+        RowsFailed: there are errors; the values of their rows are ignored.
     """
     columns = zip(*rows, strict=True)
     arrays = [pa.array(list(column), field.type) for column, field in zip(columns, outputs, strict=True)]

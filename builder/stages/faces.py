@@ -23,8 +23,8 @@ from builder.table.schema import BOXES
 class FacesOptions(DetectorOptions):
     """Options of `[stages.faces]`."""
 
-    #: Where faces come from: auto takes the source's boxes, then the metadata's, and detects where neither has any;
-    #: json takes the source's alone, metadata the metadata's alone, detector always detects.
+    #: Where faces come from: auto takes the source's boxes, else the metadata's, else detects; json takes only the
+    #: source's, metadata only the metadata's; detector always detects.
     source: Literal["auto", "json", "metadata", "detector"] = "auto"
     #: Parquet files with uid and face_bboxes (DataComp's) or face-boxes (dataset2metadata's): a path or a glob.
     metadata: str | None = Field(default=None, json_schema_extra={"decides": False})  # the boxes in them are inputs
@@ -96,7 +96,7 @@ class Faces(Preparing):
             self._finder = FaceFinder(self.options, device, stage=self.name)
 
     def needs_bytes(self, batch: pa.RecordBatch) -> list[bool]:
-        """Only samples that the detector looks at are read."""
+        """True only for samples that the detector looks at."""
         if self.options.source == "auto":
             return [boxes.read(value).boxes is None for value in batch.column("boxes").to_pylist()]
         return [self.options.source == "detector"] * batch.num_rows
@@ -129,7 +129,7 @@ class Faces(Preparing):
         return answered(self.schema, rows, errors)
 
     def difference(self, alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
-        """How far two answers for one row are apart; `face_count` follows from boxes and scores, and does not count."""
+        """How much two answers for one row differ, by boxes and scores; `face_count` follows from them."""
         [one], [other] = alone.to_pylist(), within.to_pylist()
         if one["face_scores"] is None or other["face_scores"] is None:
             return difference(alone, within)
@@ -139,7 +139,7 @@ class Faces(Preparing):
     def _given(
         self, known: list[list[float]], boxes_from: str | None, width: int | None, height: int | None
     ) -> tuple[Any, ...]:
-        """The answer out of boxes that are known; a picture of unknown size counts as square."""
+        """The answer from known boxes; a picture of unknown size counts as square."""
         count = sum(is_large(box, width or 1, height or 1, self.options.min_size) for box in known)
         return count, known, None, boxes_from
 

@@ -25,7 +25,7 @@ from builder.table import schema
 from builder.table.outputs import Bytes, Value, output_columns
 
 ENTRY_POINTS = "builder.stages"
-#: How near a name is to that of a member, as `difflib` has it, to be taken for it.
+#: Similarity by `difflib` from which a name counts as a misspelt member.
 _NEAR = 0.82
 #: Columns of every batch.
 _ALWAYS_GIVEN = ("shard", "row", "uid")
@@ -58,7 +58,7 @@ def find(name: str, python: str | None = None) -> type[Stage]:
             if machine.is_of_the_machine(error):
                 raise machine.told(error) from error
             raise StageError(
-                f"stage '{name}' cannot be loaded: {error}", fix=f"install again what brings {points[name].value}"
+                f"stage '{name}' cannot be loaded: {error}", fix=f"reinstall the package of {points[name].value}"
             ) from error
     _check_class(kind, name)
     return _adapted(kind)
@@ -86,7 +86,7 @@ def _from_file(name: str, python: str) -> Any:
         )
     spec = importlib.util.spec_from_file_location(f"builder_stage_{name}", path)
     if spec is None or spec.loader is None:
-        raise StageError(f"stage '{name}': '{path}' is no Python file", fix="name a file that ends in .py")
+        raise StageError(f"stage '{name}': '{path}' is not a Python file", fix="name a file that ends in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -99,7 +99,7 @@ def _from_file(name: str, python: str) -> Any:
             line = error.lineno
         place = f"'{path}', line {line}" if line else f"'{path}'"
         raise StageError(
-            f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="mend that line"
+            f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="correct that line"
         ) from error
     if not hasattr(module, attribute):
         classes = [
@@ -112,9 +112,9 @@ def _from_file(name: str, python: str) -> Any:
 
 
 def place_in(kind: type[Stage], error: BaseException) -> str:
-    """`file.py:line` of the innermost line of a stage's own files that an error came through, empty if there is none.
+    """`file.py:line` of the innermost line of a stage's own files that an error came through, or empty.
 
-    Stages of this package have none: their errors are said in words.
+    It is empty for stages of this package: their errors are said in words.
     """
     functions = (value for base in kind.__mro__ for value in vars(base).values())
     names = {value.__code__.co_filename for value in functions if isinstance(value, types.FunctionType)}
@@ -126,9 +126,9 @@ def place_in(kind: type[Stage], error: BaseException) -> str:
 
 @contextmanager
 def own_code(kind: type[Stage], name: str) -> Iterator[None]:
-    """Where a stage's own code runs that answers no rows: what it raises becomes a StageError that names the line.
+    """Runs code of a stage that answers no rows: what it raises becomes a StageError that names the line.
 
-    Errors of the system, and those that say themselves what to do, pass as they are.
+    Errors of the system, and those that already say what to do, pass unchanged.
     """
     try:
         yield
@@ -137,7 +137,7 @@ def own_code(kind: type[Stage], name: str) -> Iterator[None]:
         if not place or isinstance(error, BuilderError | OSError) or machine.is_of_the_machine(error):
             raise
         raise StageError(
-            f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="mend that line"
+            f"stage '{name}': {place} raises {type(error).__name__}: {error}", fix="correct that line"
         ) from error
 
 
@@ -151,7 +151,7 @@ class _Plain:
 def _adapted(kind: type[Any]) -> type[Stage]:
     """The class of a stage as the engine uses it: derived from `Stage`, and from `Preparing` where it has `prepare`.
 
-    A class that is not is given what it lacks; all that it has itself comes first.
+    A plain class gets the members that it lacks; its own members come first.
     """
     wanted = Preparing if hasattr(kind, "prepare") else Stage
     if issubclass(kind, wanted):
@@ -197,7 +197,7 @@ def _check_class(kind: Any, name: str) -> None:
                 fix="write def process(self, batch, prepared=None), as builder.stages.contract.Preparing shows",
             ) from None
     if not (isinstance(getattr(kind, "Options", None), type) and issubclass(kind.Options, BaseModel)):
-        raise StageError(f"stage '{name}': Options is no pydantic model", fix="class Options(builder.Strict): ...")
+        raise StageError(f"stage '{name}': Options is not a pydantic model", fix="class Options(builder.Strict): ...")
     if kind.name != name:
         raise StageError(
             f"stage '{name}' calls itself '{kind.name}'", fix=f"write [stages.{kind.name}] in the pipeline"
@@ -237,7 +237,7 @@ def _check_names(kind: Any, name: str) -> None:
     for named in getattr(kind, "as_source", ()):
         if not isinstance(outputs.get(named), Bytes):
             raise StageError(
-                f"stage '{name}': as_source names '{named}', which is no output of generated bytes",
+                f"stage '{name}': as_source names '{named}', which is not an output of generated bytes",
                 fix="name outputs that are builder.Bytes",
             )
     formats = [f"{named}_format" for named in getattr(kind, "as_source", ())]

@@ -31,7 +31,7 @@ Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
 
 
 class GenerateOptions(DiffusionOptions):
-    """Options of `[stages.generate]`; all from `model` on are those of the backend diffusers, but for `seed`."""
+    """Options of `[stages.generate]`; all from `model` on, except `seed`, are those of the backend diffusers."""
 
     #: sketch: embedded; draws a labelled picture of the prompt, for trying a pipeline. diffusers: a text-to-image
     #: pipeline from a directory or the hub.
@@ -41,25 +41,25 @@ class GenerateOptions(DiffusionOptions):
     height: Side = 384
     #: Quality of jpg and webp; png is lossless.
     quality: int = Field(default=90, ge=1, le=100)
-    #: Every image's seed comes from this one, the sample's uid and key, and which drawing of it it is.
+    #: Every image's seed comes from this one, the sample's uid and key, and the number of its drawing.
     seed: int = 0
-    #: Sizes [width, height], px, of which each sample gets one, in place of width and height.
+    #: Sizes [width, height], px; each sample gets one of them. They replace width and height.
     sizes: list[Size] = Field(default=[])
-    #: How a sample gets one of `sizes`: hash, each as often; aspect, the one nearest to the original's shape.
+    #: How a sample gets one of `sizes`: hash: each equally often; aspect: the one nearest to the original's shape.
     size_by: Literal["hash", "aspect"] = "hash"
-    #: Images that the model makes at once, always: a batch is filled or padded. Out of memory halves it.
+    #: Images that the model makes at once: a batch is always filled or padded. Running out of memory halves it.
     batch_size: int = Field(default=32, ge=1, json_schema_extra={"decides": False})
 
     @model_validator(mode="after")
     def _check_model(self) -> GenerateOptions:
         if self.model and self.backend == "sketch":
-            raise ValueError(f"model = '{self.model}' is not looked at without backend = \"diffusers\"")
+            raise ValueError(f"model = '{self.model}' has no effect without backend = \"diffusers\"")
         return self
 
     @model_validator(mode="after")
     def _check_sizes(self) -> GenerateOptions:
         if self.size_by == "aspect" and not self.sizes:
-            raise ValueError("size_by = 'aspect' chooses of sizes, and there are none")
+            raise ValueError("size_by = 'aspect' needs sizes")
         multiple = BACKENDS[self.backend].multiple
         for width, height in self.sizes or [[self.width, self.height]]:
             if width % multiple or height % multiple:
@@ -68,7 +68,7 @@ class GenerateOptions(DiffusionOptions):
 
 
 class Generate(Preparing):
-    """Adds `image_*`: the bytes go to an edits tar, where they lie and how they were made into the table."""
+    """Adds `image_*`: the bytes go to an edits tar; the table says where they are and how they were made."""
 
     name = "generate"
     version = "1"
@@ -97,7 +97,7 @@ class Generate(Preparing):
     as_source = ("image",)
     #: Values of $names in the work SQL: 1 draws each image again with its next seed.
     params: Mapping[str, Any] = {"draw": 0}
-    #: Columns that hold an input of an image as it was when it was made.
+    #: Columns that record an input of an image at the time when it was made.
     recorded: ClassVar[Mapping[str, str]] = {
         "prompt": "image_prompt", "draw": "image_draw", "width": "image_width", "height": "image_height",
     }  # fmt: skip
@@ -139,7 +139,7 @@ class Generate(Preparing):
         """Loads the back end.
 
         Raises:
-            StageError: it cannot be loaded, does not take an option, or makes no such image.
+            StageError: it cannot be loaded, does not take an option, or makes no image of such a size.
         """
         self._backend = self._entry.start(self.options, self.sizes, device)
 
@@ -158,8 +158,8 @@ class Generate(Preparing):
         """Answers a batch.
 
         Raises:
-            RowsFailed: prompts of which the model makes no image.
-            StageError: the device computes no more.
+            RowsFailed: prompts for which the model makes no image.
+            StageError: the device no longer computes.
         """
         assert self._backend is not None
         jobs = self._add(batch) if prepared is None else prepared
@@ -192,9 +192,9 @@ class Generate(Preparing):
         return [] if self._backend is None else self._backend.take_notes()
 
     def difference(self, alone: pa.RecordBatch, within: pa.RecordBatch) -> float:
-        """How far two answers of the same rows are apart: the largest mean absolute difference of pixels, 0..255.
+        """How much two answers of the same rows differ: the largest mean absolute difference of pixels, 0..255.
 
-        Images of other batch sizes, since memory ended between them, say nothing of each other.
+        Images of different batch sizes, as after running out of memory, are not compared.
         """
         sides = (zip(*(side.column(name).to_pylist() for name in _COMPARED), strict=True) for side in (alone, within))
         pairs = zip(*sides, strict=True)
@@ -222,7 +222,7 @@ class Generate(Preparing):
 
 
 def seed_of(configured: int, uid: str, key: str, draw: int = 0) -> int:
-    """A sample's seed, 0 to 2**63 - 1: the same wherever and whenever it is drawn, another for each drawing."""
+    """A sample's seed, 0 to 2**63 - 1: the same on every machine and in every run, another for each drawing."""
     return _hash(configured, uid, key, *([draw] if draw else [])) >> 1
 
 
@@ -231,6 +231,6 @@ def _hash(*parts: object) -> int:
 
 
 def nearest(sizes: Sequence[tuple[int, int]], width: int | None, height: int | None) -> tuple[int, int]:
-    """The size whose shape is nearest to a picture's, by ratio; one of unknown size counts as square."""
+    """The size whose aspect ratio is nearest to a picture's; a picture of unknown size counts as square."""
     wanted = math.log(width / height) if width and height else 0.0
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - wanted))

@@ -17,7 +17,7 @@ from builder.table.outputs import Value
 class LangOptions(Strict):
     """Options of `[stages.lang]`."""
 
-    #: Score below which a language is not told: `und`.
+    #: Score below which a language counts as undetermined: `und`.
     threshold: float = Field(default=SURE, ge=0, le=1)
 
 

@@ -55,10 +55,10 @@ class PromptsOptions(Strict):
     model: str | None = Field(default=None, min_length=1)
     #: Of openai: seconds from sending a request to the last byte of its answer.
     timeout_s: float = Field(default=120.0, gt=0, json_schema_extra=_SAME_ANSWER)
-    #: Of openai: how often one request may fail before its row has.
+    #: Of openai: how often one request may fail before its row fails.
     attempts: int = Field(default=4, ge=1, json_schema_extra=_SAME_ANSWER)
-    #: Of openai: what is done with an answer of another model than was asked for, as a gateway's may be: any takes it
-    #: and records its name, exact refuses it, but for a path, date or tag that a server adds to the name.
+    #: Of openai: what happens to an answer of another model than was asked for, for example from a gateway: any accepts
+    #: it and records its name; exact refuses it, except for a path, date or tag that a server adds to the name.
     model_names: Literal["any", "exact"] = Field(default="any", json_schema_extra=_SAME_ANSWER)
     #: Of openai: failures in a row after which an endpoint rests.
     rest_after: int = Field(default=5, ge=1, json_schema_extra=_SAME_ANSWER)
@@ -66,11 +66,11 @@ class PromptsOptions(Strict):
     rest_s: float = Field(default=30.0, gt=0, json_schema_extra=_SAME_ANSWER)
     #: Sampling temperature; the server's own if absent.
     temperature: float | None = Field(default=None, ge=0)
-    #: Most tokens of an answer; one that is cut there fails.
+    #: Most tokens of an answer; an answer that is cut there fails.
     max_tokens: int = Field(default=256, ge=1)
     #: Seed of sampling, where the server has one; its own if absent.
     seed: int | None = None
-    #: Of openai: further fields of every request; of vllm, its `chat_template_kwargs` alone.
+    #: Of openai: further fields of every request; of vllm: only its `chat_template_kwargs`.
     body: dict[str, Any] = Field(default={})
     #: Of vllm: further arguments of vllm.LLM, such as max_model_len.
     engine: dict[str, Any] = Field(default={}, json_schema_extra=_SAME_ANSWER)
@@ -78,9 +78,9 @@ class PromptsOptions(Strict):
     system: str | None = None
     #: The user message, with {column} fields: {text}, the {group}, and any other column that the work SQL returns.
     user: str | None = None
-    #: Attributes of people, a list of values each; every sample is assigned one value of each, and its prompt shows it.
+    #: Attributes of people, each a list of values; every sample gets one value of each, and its prompt shows them.
     groups: list[list[str]] | dict[str, list[str]] | None = None
-    #: Another one assigns the groups anew.
+    #: Another seed assigns other groups.
     group_seed: int = 0
     #: Whether a prompt has to mention all values of its group, any of them, or none.
     mention: Literal["all", "any", "off"] = "all"
@@ -89,9 +89,9 @@ class PromptsOptions(Strict):
     #: Bounds of a prompt's length, in characters.
     min_chars: int = Field(default=8, ge=1)
     max_chars: int = Field(default=400, ge=1)
-    #: Language of prompts, as ISO 639-1; one that is surely another is refused; "any" takes all.
+    #: Language of prompts, as ISO 639-1; a prompt that is surely in another one is refused; "any" accepts all.
     lang: str = "en"
-    #: A JSON schema that answers have to meet; the prompt is their field `json_field`.
+    #: A JSON schema that answers must meet; the prompt is their field `json_field`.
     json_schema: dict[str, Any] | None = None
     #: The field of such an answer that is the prompt.
     json_field: str = "prompt"
@@ -102,21 +102,21 @@ class PromptsOptions(Strict):
     @classmethod
     def _is_host(cls, value: str) -> str:
         if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", value) or not is_address(f"http://{value}:1"):
-            raise ValueError('no name of a host such as "127.0.0.1", "node7" or "[::1]"')
+            raise ValueError('not the name of a host, such as "127.0.0.1", "node7" or "[::1]"')
         return value
 
     @field_validator("lang")
     @classmethod
     def _is_language(cls, value: str) -> str:
         if not re.fullmatch(r"[a-z]{2,3}", value):
-            raise ValueError('no code of ISO 639-1 such as "en"')
+            raise ValueError('not an ISO 639-1 code such as "en"')
         return value
 
     @field_validator("body")
     @classmethod
     def _leaves_the_talk_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
         if own := [name for name in ("messages", "model", "n", "stream") if name in value]:
-            raise ValueError(f"'{own[0]}' is what the stage itself says")
+            raise ValueError(f"'{own[0]}' is set by the stage itself")
         return value
 
     @field_validator("synonyms")
@@ -152,7 +152,7 @@ class Prompts(Preparing):
 
     @staticmethod
     def unread(params: Mapping[str, Any]) -> tuple[str, ...]:
-        """With `lang = "any"` its own work SQL works where nothing tells languages."""
+        """With `lang = "any"` its own work SQL needs no stage that detects languages."""
         return ("lang",) if params.get("lang") == "any" else ()
 
     def __init__(self, options: PromptsOptions) -> None:
@@ -254,7 +254,7 @@ class Prompts(Preparing):
         return self._result(batch, [next(answered) if isinstance(talk, Conversation) else talk for talk in talks])
 
     def _talks(self, batch: pa.RecordBatch) -> list[Conversation | Rejected]:
-        """What is to be said about every row, or that there is nothing to say."""
+        """Per row the conversation to hold, or why there is none."""
         talks: list[Conversation | Rejected] = []
         for row in batch.to_pylist():
             if not (row["text"] or "").strip():
@@ -349,9 +349,13 @@ def _deciding(options: PromptsOptions, entry: ChatEntry | RewriteEntry) -> Promp
 
 
 def _why(overs: Iterable[Over]) -> StageError | None:
-    """Why no endpoint answers any more; None if the run was stopped."""
+    """Why no endpoint answers any longer; None if the run was stopped."""
     for over in overs:
         if over.kind != "stopped":
-            fix = "raise its 'budget', or name other endpoints" if over.kind == "no_budget" else "mend that"
+            fix = (
+                "raise its 'budget', or name other endpoints"
+                if over.kind == "no_budget"
+                else "get an endpoint to answer again"
+            )
             return StageError(str(over), fix=f"{fix}; the same command goes on with the rows that are left")
     return None

@@ -26,7 +26,7 @@ def options_hash(stage: Stage, options: BaseModel) -> str:
 
 
 def _deciding(value: Any, dumped: Any = None) -> Any:
-    """An option's value as json, less what decides nothing."""
+    """An option's value as json, without the parts that decide nothing."""
     if isinstance(value, BaseModel):
         dumped, found = value.model_dump(mode="json"), {}
         for name, field in type(value).model_fields.items():

@@ -1,8 +1,8 @@
 """What a language model's answer must be to become a prompt.
 
-Owns the contract: which answers are taken, and in which words the others are asked for again. Knows strings; knows
-nothing of servers, stages or columns. Nothing here repairs an answer but for its edges and for what is not seen of it:
-what does not fit is rejected.
+Owns the contract: which answers are accepted, and the words in which the others are asked for again. Knows strings;
+knows nothing of servers, stages or columns. An answer is not repaired: only its edges and invisible characters are
+removed, and an answer that does not fit is rejected.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from builder.models.llm.refusals import refusal_in, remark_in
 from builder.models.text.language import SURE, UNDETERMINED
 from builder.models.text.legible import address_in, hidden_in, visible
 
-#: Score from which an answer counts as being in another language: at it 0.4 % of sentences are told wrong, and short
-#: prompts with names in them stay. Source: bench/languages.py.
+#: Score from which an answer counts as being in another language: here 0.4 % of sentences are classified wrongly, and
+#: short prompts with names in them are kept. Source: bench/languages.py.
 OTHER_LANGUAGE = 0.8
 #: Classes of a rejection.
 KINDS = (
     "no_text", "empty", "lines", "characters", "address", "length", "refusal", "echo", "group", "language", "schema"
 )  # fmt: skip
-#: Characters of an answer that is looked at, where eight times the longest prompt are not more: what is longer is
+#: Longest answer that is looked at, characters, or eight times the longest prompt if that is more. A longer one is
 #: refused before anything is done with it.
 MOST_READ = 16_384
 
-#: Words that mean a value of a group, beside its own: what models write for it. A pipeline adds to them.
+#: Words that mean a value of a group, in addition to its own: what models write for it. A pipeline adds to them.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "man": ("men", "male", "gentleman", "gentlemen", "guy", "boy"),
     "woman": ("women", "female", "lady", "girl"),
@@ -51,7 +51,7 @@ Detect = Callable[[str], tuple[str, float]]
 
 
 class Rejected(Exception):
-    """An answer that does not become a prompt; with `no_text`, a sample that there is nothing to ask about.
+    """An answer that does not become a prompt; with `no_text`, a sample without text to ask about.
 
     Attributes:
         kind: one of KINDS.
@@ -68,7 +68,7 @@ class Accepted:
 
     Attributes:
         prompt: one line.
-        lang: ISO 639-1 code as the model of languages has it; `und` where it could not tell; None if none was asked.
+        lang: ISO 639-1 code as the model of languages has it; `und` if undetermined; None without `detect`.
     """
 
     prompt: str
@@ -77,12 +77,12 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Question:
-    """What an answer is held against.
+    """What an answer is checked against.
 
     Attributes:
-        caption: the text that is rewritten, as it stands in the request.
+        caption: the text that is rewritten, as the request has it.
         user: the user message.
-        labels: words that stand before a colon in the frame of the user message, such as `sentence`.
+        labels: words before a colon in the frame of the user message, such as `sentence`.
         group: the assigned values, empty if there are none.
         again: the message that asks for the answer again; empty the first time.
         more: what else the request says of the sample.
@@ -97,20 +97,20 @@ class Question:
 
     @property
     def given(self) -> str:
-        """All that an answer may take up."""
+        """All the text that an answer may take words from."""
         return f"{self.caption} {self.more}"
 
 
 class Contract:
-    """Turns an answer into a prompt, or says why it is none.
+    """Turns an answer into a prompt, or says why it cannot become one.
 
     Args:
         min_chars, max_chars: bounds of a prompt's length, in characters.
         mention: whether `all` values of the assigned group must be mentioned, `any` one of them, or `off`.
         synonyms: words that mean a value, by the value; they add to SYNONYMS.
-        lang: ISO 639-1 code of the language that is wanted; None: any.
-        detect: gives the language of a text and its score, 0 to 1; None: languages are neither told nor checked.
-        json_schema: the answer is JSON of this schema, and its field `json_field` the prompt; None: plain text.
+        lang: ISO 639-1 code of the wanted language; None: any.
+        detect: gives the language of a text and its score, 0 to 1; None: languages are neither detected nor checked.
+        json_schema: the answer must be JSON of this schema, and its field `json_field` is the prompt; None: plain text.
 
     Raises:
         ConfigError: bounds or a schema that no answer can meet.
@@ -131,7 +131,8 @@ class Contract:
     ) -> None:
         if min_chars > max_chars:
             raise ConfigError(
-                f"min_chars = {min_chars} is more than max_chars = {max_chars}", fix="min_chars is the smaller"
+                f"min_chars = {min_chars} is more than max_chars = {max_chars}",
+                fix="set min_chars to at most max_chars",
             )
         self._bounds, self._mention, self._lang, self._detect = (min_chars, max_chars), mention, lang, detect
         self._synonyms: dict[str, list[str]] = {value: list(words) for value, words in SYNONYMS.items()}
@@ -145,7 +146,7 @@ class Contract:
         """The prompt of an answer.
 
         Raises:
-            Rejected: it is none; the message is a sentence that tells the model why.
+            Rejected: the answer is not a prompt; the message is a sentence that says why to the model.
         """
         if len(answer) > max(MOST_READ, 8 * self._bounds[1]):
             raise self._wrong_length(answer)
@@ -198,7 +199,7 @@ class Contract:
         prompt = value.get(self._field) if isinstance(value, dict) else None
         if not isinstance(prompt, str):
             raise Rejected("schema", f'The JSON had no text "{self._field}".')
-        return visible(prompt).strip()  # escapes of json may hide what was not seen before
+        return visible(prompt).strip()  # json escapes may have hidden invisible characters
 
     def _check_echo(self, text: str, request: Question) -> None:
         said, user, labels = _letters(text), _letters(request.user), request.labels
@@ -218,7 +219,7 @@ class Contract:
             raise Rejected("echo", f"The answer was the sentence unchanged; portray: {' '.join(request.group)}.")
 
     def _check_form(self, text: str, given: str) -> None:
-        """Refuses markup, tags, lists and labels that are not the caption's own."""
+        """Refuses markup, tags, lists and labels that the caption does not have."""
         alone = f"{_ALONE}, as plain text"
         if mark := next((char for char in text if char in _MARKUP and char not in given), None):
             raise Rejected("lines", f'The answer had "{mark}" in it; {alone}.')
@@ -260,7 +261,7 @@ class Contract:
         return self._patterns[value]
 
     def _is_english(self, text: str) -> bool:
-        """Whether an answer shall be in English, or may be and is."""
+        """Whether an answer must be in English, or may be and is."""
         if self._lang is None and self._detect is not None:
             return self._detect(text)[0] == "en"
         return self._lang == "en"
@@ -275,7 +276,7 @@ class Contract:
 
 
 _ALONE = "give the sentence alone"
-#: Thoughts of a model that thinks and was told not to, or whose template has opened them: empty.
+#: Empty thoughts: of a model that was asked not to think, or whose template has opened them.
 _NO_THOUGHTS = re.compile(r"\s*(?:<think(?:ing)?>)?\s*</think(?:ing)?>", re.I)
 _THOUGHTS = re.compile(r"\s*<think(?:ing)?>", re.I)
 #: Characters of an answer that a rejection shows.
@@ -294,7 +295,7 @@ _LABEL = re.compile(
 _AGREEMENT = re.compile(
     r"(?:sure|certainly|of course|okay|ok|absolutely|yes|got it|understood|right|no problem)\s*[,!.:]", re.I
 )
-#: The same of at least twelve characters, three times and more.
+#: The same text of at least twelve characters, three times or more.
 _REPEATED = re.compile(r"(.{12,200}?)\W*(?:\1\W*){2,}")
 _FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.S | re.I)
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "「": "」", "`": "`"}
@@ -314,7 +315,7 @@ def _without_thoughts(answer: str) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """Without the one pair of quotes around it; quotes that belong to two quoted parts stay."""
+    """The text without the one pair of quotes around it; quotes that belong to two quoted parts stay."""
     closing = _QUOTES.get(text[0])
     inner = text[1:-1]
     is_pair = len(text) > 1 and text[-1] == closing and text[0] not in inner and closing not in inner
@@ -322,7 +323,7 @@ def _unquoted(text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """Letters and digits in lower case: two texts that differ in punctuation and spaces alone are one."""
+    """Letters and digits in lower case: texts that differ only in punctuation and spaces become equal."""
     return "".join(char for char in text.casefold() if char.isalnum())
 
 
@@ -344,15 +345,16 @@ def _validator(json_schema: Mapping[str, Any], field: str) -> Any:
         import jsonschema
     except ModuleNotFoundError:
         raise missing_extra("jsonschema", "llm", "json_schema") from None
+    fix = "correct json_schema in the pipeline"
     try:
         jsonschema.Draft202012Validator.check_schema(json_schema)
     except jsonschema.SchemaError as error:
-        raise ConfigError(f"json_schema is no JSON schema: {error.message}", fix="mend it") from None
+        raise ConfigError(f"json_schema is not a JSON schema: {error.message}", fix=fix) from None
     validator = jsonschema.Draft202012Validator(json_schema)
     try:
         next(validator.iter_errors({field: ""}), None)
-    except Exception as error:  # a reference that leads nowhere, of whatever package resolves them
-        raise ConfigError(f"json_schema cannot be used: {error}", fix="mend it") from None
+    except Exception as error:  # a reference that leads nowhere; its class depends on the package that resolves it
+        raise ConfigError(f"json_schema cannot be used: {error}", fix=fix) from None
     return validator
 
 

@@ -1,6 +1,6 @@
-"""Requests that ask a language model to turn a caption into a prompt, and the talk about one sample until it did.
+"""The messages that turn a caption into a prompt, and the conversation about one sample until there is a prompt.
 
-Owns the wording: the built-in system and user messages, fields of columns in them, and asking again with the reason.
+Owns the wording: the built-in system and user messages, their `{column}` fields, and asking again with the reason.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ PLAIN_USER = 'caption: "{text}"'
 #: Fields that need no column of the work SQL: the group is assigned, and every batch has the others.
 GIVEN = ("group", "shard", "row", "uid")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-#: A rejected answer is said back to the model up to this length, so that a request does not grow with it.
+#: Characters of a rejected answer that are repeated to the model, so that a request does not grow with it.
 _SAID_BACK = 500
-#: ... and kept for people to read up to this one.
+#: Characters of it that are kept for people to read.
 _KEPT = 20_000
 
 Messages = list[dict[str, str]]
@@ -52,7 +52,7 @@ class Template:
         name: the option that holds it, for messages.
 
     Raises:
-        ConfigError: a field is no plain name, or the text is no format text.
+        ConfigError: a field is not a plain name, or the text is not a format text.
     """
 
     def __init__(self, name: str, text: str) -> None:
@@ -64,7 +64,7 @@ class Template:
             raise ConfigError(f"'{name}' is not a format text: {error}", where=where, fix=fix) from None
         for _, field, spec, cast in parsed:
             if field is not None and (not _NAME.fullmatch(field) or spec or cast):
-                raise ConfigError(f"'{name}' has a field '{{{field}}}' that is no column", where=where, fix=fix)
+                raise ConfigError(f"'{name}' has a field '{{{field}}}' that is not a column name", where=where, fix=fix)
         self._parts = [(literal, field) for literal, field, _, _ in parsed]
 
     @property
@@ -74,7 +74,7 @@ class Template:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Words that stand before a colon in front of a field: `sentence` in `sentence: "{text}"`."""
+        """Words before a colon in front of a field: `sentence` in `sentence: "{text}"`."""
         found = []
         for literal, field in self._parts:
             if field is not None and (label := re.search(r"([^\W\d_][\w ]*?)\s*:\s*[\"'“‘(\[<]*\s*$", literal)):
@@ -89,13 +89,13 @@ class Rewrites:
     """The messages of samples.
 
     Args:
-        system, user: templates; None takes the built-in ones, an empty `system` sends none.
+        system, user: templates; None: the built-in ones; an empty `system` is not sent.
         has_groups: whether every sample has a group.
         lang: ISO 639-1 code of the wanted language; None: any.
-        json_schema: what the answer has to be; the built-in system message says so to servers that do not enforce it.
+        json_schema: the form of the answer; the built-in system message states it for servers that do not enforce it.
 
     Raises:
-        ConfigError: a template is none, or has `{group}` where no groups are given.
+        ConfigError: a template is invalid, or has `{group}` although no groups are given.
     """
 
     def __init__(
@@ -130,9 +130,9 @@ class Rewrites:
         return [field for field in dict.fromkeys(fields) if field not in GIVEN]
 
     def begin(self, values: Mapping[str, Any], group: Sequence[str]) -> tuple[Messages, Question]:
-        """The first messages about a sample, and what the answer is held against.
+        """The first messages about a sample, and what the answer is checked against.
 
-        A value loses line breaks and double quotes, so that it cannot leave its place in the message.
+        Line breaks and double quotes are removed from values, so that a value cannot leave its place in the message.
 
         Args:
             values: of every column that the templates read, and shard, row, uid.
@@ -148,13 +148,13 @@ class Rewrites:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt, and what was paid for it.
+    """A prompt, and what it cost.
 
     Attributes:
         model: as the server calls it.
         endpoint: the server's address; None in process.
-        tokens_in, tokens_out: of the request that gave the prompt; None if the server does not say.
-        ms: milliseconds from sending that request to the last byte of its answer; None if it had no time of its own.
+        tokens_in, tokens_out: of the request that gave the prompt; None if the server reports none.
+        ms: milliseconds from sending that request to the last byte of its answer; None if it was not timed alone.
     """
 
     prompt: str
@@ -181,14 +181,14 @@ class Turned:
 
 
 class Conversation:
-    """What is said about one sample until its answer is a prompt.
+    """The messages about one sample until its answer is a prompt.
 
     Args:
         retries: how often a rejected answer is asked for again.
 
     Attributes:
         messages: what to ask next.
-        turned: answers that were rejected.
+        turned: the answers that were rejected.
     """
 
     def __init__(self, contract: Contract, messages: Messages, request: Question, *, retries: int) -> None:
@@ -197,10 +197,10 @@ class Conversation:
         self._contract, self._request, self._retries, self._begin = contract, request, retries, messages
 
     def hear(self, text: str, endpoint: str | None = None) -> Accepted | None:
-        """The prompt; None if the answer is none and `messages` now asks again.
+        """The prompt; None if the answer was rejected and `messages` now asks again.
 
         Raises:
-            Rejected: it is none, and it was asked for often enough.
+            Rejected: it was rejected, and no retry is left.
         """
         try:
             return self._contract.read(text, self._request)
@@ -216,7 +216,7 @@ class Conversation:
 
 
 def _plain(value: Any) -> str:
-    """One line without double quotes and without what is not seen as it is; null is empty."""
+    """One line without double quotes and invisible characters; null is empty."""
     return "" if value is None else " ".join(legible(str(value)).replace('"', "").split())
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline says of one server with the OpenAI chat API."""
+"""What a pipeline says about one server with the OpenAI chat API."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _SAME_ANSWER: JsonDict = {"decides": False}
 class Endpoint(Strict):
     """A server with the OpenAI chat API, and how it may be used."""
 
-    #: As a client of OpenAI takes it, mostly ending in /v1: "http://127.0.0.1:8000/v1".
+    #: As an OpenAI client takes it, usually ending in /v1: "http://127.0.0.1:8000/v1".
     base_url: str = Field(json_schema_extra=_SAME_ANSWER)
     #: The model to ask for.
     model: str = Field(min_length=1)
     #: Name of the environment variable that holds the key.
     api_key_env: str | None = Field(default=None, min_length=1, json_schema_extra=_SAME_ANSWER)
-    #: Most requests in flight; how many there are adapts below it. A run's workers share this and all limits here.
+    #: Most requests in flight; the actual number adapts below it. A run's workers share this and all limits here.
     max_concurrency: int = Field(default=64, ge=1, json_schema_extra=_SAME_ANSWER)
-    #: Requests a minute, in a steady flow.
+    #: Requests per minute, in a steady flow.
     requests_per_minute: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
-    #: Tokens a minute, of requests and answers together.
+    #: Tokens per minute, of requests and answers together.
     tokens_per_minute: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
     #: A lower tier is used only where every endpoint of the higher ones is at its limits or does not answer.
     tier: Literal["free", "local", "paid"] = Field(default="local", json_schema_extra=_SAME_ANSWER)
     #: Price of a million tokens of requests and of answers, in any currency.
     price_in: float | None = Field(default=None, ge=0, json_schema_extra=_SAME_ANSWER)
     price_out: float | None = Field(default=None, ge=0, json_schema_extra=_SAME_ANSWER)
-    #: What may be spent here, in the same currency; what no answer tells is counted at its most.
+    #: What may be spent here, in the same currency; a request whose tokens are not reported counts at its most.
     budget: float | None = Field(default=None, gt=0, json_schema_extra=_SAME_ANSWER)
-    #: As `model_names` of the stage, for this one alone.
+    #: As `model_names` of the stage, for this server only.
     model_names: Literal["any", "exact"] | None = Field(default=None, json_schema_extra=_SAME_ANSWER)
 
     def share(self, workers: int) -> Endpoint:
-        """What one of several processes may take of it.
+        """The share of it that one of several processes may use.
 
         Raises:
             StageError: each of them needs one request at a time, and that is more than `max_concurrency`.
@@ -61,10 +61,10 @@ class Endpoint(Strict):
     @classmethod
     def _is_base_url(cls, value: str) -> str:
         if not is_address(value):
-            raise ValueError('no address such as "http://127.0.0.1:8000/v1"')
+            raise ValueError('not an address such as "http://127.0.0.1:8000/v1"')
         parts = urlsplit(value)
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("it holds more than an address; a key belongs into the variable that api_key_env names")
+            raise ValueError("it has more than an address; a key belongs in the variable that api_key_env names")
         if parts.path.rstrip("/").endswith("/completions"):
             raise ValueError('leave out "/chat/completions"')
         return value.rstrip("/")

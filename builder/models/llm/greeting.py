@@ -1,4 +1,4 @@
-"""Asks an endpoint whether it answers, takes its key and has its model."""
+"""Asks an endpoint whether it answers, accepts its key and has its model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from builder.models.llm.served import Served, probe
 
 
 async def check(one: Served, http: Http, clock: Callable[[], float]) -> str:
-    """Why an endpoint does not answer; empty if it does, takes its key and has its model.
+    """Why an endpoint does not answer; empty if it answers, accepts its key and has its model.
 
-    It is asked for its list of models. Where it gives none, or one without the model (a gateway lists other names than
-    it takes), and where there is a key (lists are often public), it is probed.
+    It is asked for its list of models. It is probed if it gives no list, or a list without the model (a gateway lists
+    other names than it accepts), or if there is a key (lists are often public).
 
     Raises:
         StageError: the key is refused, or the model unknown.
@@ -42,10 +42,10 @@ async def check(one: Served, http: Http, clock: Callable[[], float]) -> str:
 async def say_hello(
     one: Served, http: Http, clock: Callable[[], float], models: Sequence[str] | None = None
 ) -> AskFailed | None:
-    """Probes an endpoint; returns why it does not answer, None if it does, or would answer another request.
+    """Probes an endpoint; returns why it does not answer, None if it does or would answer another request.
 
     Args:
-        models: those that it lists, if it is not among them.
+        models: those that it lists, if its model is not among them.
 
     Raises:
         StageError: the key is refused, or the model unknown.
@@ -83,12 +83,13 @@ def _refused(one: Served, error: AskFailed) -> StageError:
     where = {"it says": one.told(str(error))}
     name = one.endpoint.api_key_env
     if error.status == 404:
-        return _unknown_model(one, where, "mend 'model', or 'base_url', which mostly ends in /v1")
+        return _unknown_model(one, where, "correct 'model', or 'base_url', which usually ends in /v1")
     if error.status == 402:
-        return StageError(f"endpoint '{one.name}' wants to be paid", where=where, fix="pay, or leave it out")
+        fix = "add credit to its account, or remove it from the pipeline"
+        return StageError(f"endpoint '{one.name}' asks for payment", where=where, fix=fix)
     if name is None:
         fix = 'name the environment variable that holds it: api_key_env = "..."'
-        return StageError(f"endpoint '{one.name}' wants a key", where=where, fix=fix)
+        return StageError(f"endpoint '{one.name}' needs a key", where=where, fix=fix)
     fix = f"put a valid key into the environment variable '{name}'"
     return StageError(f"endpoint '{one.name}' refuses the key", where=where, fix=fix)
 
@@ -98,7 +99,7 @@ def _unknown_model(one: Served, where: dict[str, str], fix: str) -> StageError:
 
 
 def _listed(body: bytes) -> list[str] | None:
-    """Names of models in the answer to GET /models; None where it is no such list."""
+    """Names of models in the answer to GET /models; None if the answer is not such a list."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""Which group of people a sample's prompt shall portray: one value of every attribute, the same wherever it is asked.
+"""Which group of people a sample's prompt must portray: one value per attribute, the same wherever it is computed.
 
 Owns the choice. Knows uids and keys as text, and no stage.
 """
@@ -20,7 +20,7 @@ class Groups:
 
     Args:
         attributes: lists of values, for example [["Black", "white"], ["man", "woman"]], or a table of them.
-        seed: another one deals the groups anew.
+        seed: another seed assigns other groups.
 
     Raises:
         ConfigError: no attribute, one without values, an empty value, or one value twice.
@@ -36,19 +36,19 @@ class Groups:
             if not values:
                 raise ConfigError(f"'{shown}' has no values", fix=fix)
             if any(not value.strip() or value.split() != value.strip().split(" ") for value in values):
-                raise ConfigError(f"'{shown}' has a value that is no plain text on one line", fix=fix)
+                raise ConfigError(f"'{shown}' has a value that is not plain text on one line", fix=fix)
             if len({value.casefold() for value in values}) < len(values):
-                raise ConfigError(f"'{shown}' has a value twice", fix="give each once: every value is as likely")
+                raise ConfigError(f"'{shown}' has a value twice", fix="give each value once: all are equally likely")
         self._values = [tuple(value.strip() for value in values) for values in named.values()]
         self._seed = seed
 
     @property
     def count(self) -> int:
-        """Combinations that there are."""
+        """The number of combinations."""
         return math.prod(map(len, self._values))
 
     def of(self, uid: str, key: str) -> tuple[str, ...]:
-        """A sample's group: one value of every attribute, in the order given; every combination is as likely.
+        """A sample's group: one value per attribute, in the order given; all combinations are equally likely.
 
         128 bits are hashed, so that the share of a combination is off by less than count / 2**128.
         """
@@ -62,5 +62,5 @@ class Groups:
 
 
 def text_of(group: Sequence[str]) -> str:
-    """A group as the table and a request say it: the values with a space between."""
+    """A group as the table and a request have it: the values, with spaces between."""
     return " ".join(group)

@@ -1,4 +1,4 @@
-"""One chat request over HTTP: sent, waited for, and its answer held to the protocol.
+"""One chat request over HTTP: sends it, waits for it, and checks its answer against the protocol.
 
 Owns what counts as an answer of an OpenAI-compatible server, and the classes of failure. Knows no limits and no choice
 between endpoints: see `builder.models.llm.pool`.
@@ -22,21 +22,21 @@ import orjson
 
 from builder.errors import missing_extra
 
-#: Bytes that are read of an answer, of which a chat's has some thousand, and of a list of models, which may be long.
+#: Most bytes that are read of an answer (a chat's has some thousand), and of a list of models, which may be long.
 MAX_BYTES, MAX_BYTES_LISTED = 2**20, 8 * 2**20
 #: Seconds that an idle connection is kept: less than the 5 s after which uvicorn, and so vLLM, closes it.
 _KEEP_ALIVE_S = 4.0
-#: Seconds in which a server that is there takes a connection; packets to a machine that is gone are lost in silence.
+#: Seconds in which a live server accepts a connection; packets to a dead machine are lost without notice.
 _CONNECT_S = 10.0
-#: Seconds that a server's wish to be left alone is told with, at most.
+#: Longest pause that a server's `Retry-After` is read as, seconds.
 _MOST_SECONDS = 1e9
-#: Bytes of a server's own words that are looked at.
+#: Bytes of a server's error text that are looked at.
 _WORDS = 4000
-#: Characters of a model's name, of a message, that are kept of what a server says.
+#: Characters that are kept of a model's name, and of a message, from a server.
 MAX_NAME, MAX_SAID = 200, 240
-#: Tokens by which a server may count more of a request than it has bytes: the frame of its chat template.
+#: Tokens that a server may count in addition to the bytes of a request: the frame of its chat template.
 _FRAME_TOKENS = 4096
-#: Parts of a message's content that are its text; the others are thoughts, pictures and the like.
+#: Types of the parts of a message's content that are text; others are thoughts, pictures and the like.
 _TEXT_PARTS = ("text", "output_text")
 
 
@@ -46,11 +46,11 @@ class Reply:
 
     Attributes:
         text: the message's content as it came, not empty.
-        model: what the server says it is, printable and of at most MAX_NAME characters; the one asked for where it says
-            nothing.
+        model: the name that the server gives, printable and of at most MAX_NAME characters; the one asked for if it
+            gives none.
         endpoint: name of the endpoint that answered: its base_url.
-        tokens_in, tokens_out: as the server counted them; None where it did not, or counted more than there can be.
-        ms: from sending to the last byte, the attempt that was answered alone.
+        tokens_in, tokens_out: as the server counted them; None if it did not, or counted more than there can be.
+        ms: from sending to the last byte, of the answered attempt only.
     """
 
     text: str
@@ -65,9 +65,9 @@ class AskFailed(Exception):
     """A request has no answer; `str()` says why, without secrets.
 
     Attributes:
-        kind: `timeout`: no whole answer in time; `rate_limited`: 429; `server_error`: 5xx; `bad_reply`: an answer that
-            is none; `unreachable`: no connection; `rejected`: another 4xx; `no_budget`: what may be spent is spent.
-        status: the HTTP status, None where there was none or where it was 200.
+        kind: `timeout`: no whole answer in time; `rate_limited`: 429; `server_error`: 5xx; `bad_reply`: not a valid
+            answer; `unreachable`: no connection; `rejected`: another 4xx; `no_budget`: the budget is spent.
+        status: the HTTP status; None if there was none or it was 200.
         retry_after: seconds that the server asks to wait.
         is_final: the same request would fail again, on any endpoint.
     """
@@ -93,10 +93,10 @@ class AskFailed(Exception):
 
 
 class Over(AskFailed):
-    """The request has no answer, and no other one will have: it says nothing of the request.
+    """The request has no answer, and no other one will have: the request is not to blame.
 
     Attributes:
-        kind: that of the last failure; `stopped` where the caller asked for it.
+        kind: that of the last failure; `stopped` if the caller asked for it.
     """
 
 
@@ -138,14 +138,14 @@ class Http:
     ) -> tuple[int, Mapping[str, str], bytes]:
         """The status, headers and body of an answer, whatever it says.
 
-        A connection that was kept may be closed by the server at any time, with a word or without: a request that finds
-        it so is sent once more, on a connection made for it.
+        The server may close a kept connection at any time, with or without notice: a request that meets a closed one is
+        sent once more, on a new connection.
 
         Args:
-            most: bytes of a body that are read.
+            most: bytes of a body that are read at most.
 
         Raises:
-            AskFailed: `timeout`, `unreachable`, or `bad_reply` where the body is longer, or does not end as announced.
+            AskFailed: `timeout`, `unreachable`, or `bad_reply` if the body is longer, or does not end as announced.
         """
         aiohttp = self._aiohttp
         _IS_REUSED.set(True)
@@ -177,14 +177,14 @@ class Http:
         raise AskFailed("unreachable", "the connection was closed before an answer")
 
 
-#: Whether the task was last given a connection that had been used before.
+#: Whether the task's last connection had been used before.
 _IS_REUSED: ContextVar[bool] = ContextVar("is_reused", default=False)
 
 
 def _connector() -> Any:
-    """Keeps connections for a while, and says of each request whether it got such a one.
+    """Keeps connections for a while, and records for each request whether it got a kept one.
 
-    aiohttp's tracing says it, too, at the cost of a quarter of a request.
+    aiohttp's tracing reports this too, at the cost of a quarter of a request.
     """
     import aiohttp
 
@@ -215,9 +215,9 @@ def read_status(status: int, headers: Mapping[str, str], body: bytes) -> None:
 
 
 def read_retry_after(value: str | None) -> float | None:
-    """Seconds of a `Retry-After` header, which gives seconds or a date (RFC 9110, 10.2.3); None where it is neither.
+    """Seconds of a `Retry-After` header, which gives seconds or a date (RFC 9110, 10.2.3); None if it is neither.
 
-    They may be so many that nobody waits for them: whoever obeys them bounds them.
+    There may be too many to wait for: the caller bounds them.
     """
     if value is None:
         return None
@@ -230,7 +230,7 @@ def read_retry_after(value: str | None) -> float | None:
 
 
 def said(body: bytes) -> str:
-    """What the server says of an error, on one line; its json's message, if it has one."""
+    """The server's text of an error, on one line; the message in its json, if it has one."""
     text = body[:_WORDS].decode("utf-8", "replace")
     data = _read_json(body)
     if isinstance(data, dict):
@@ -241,14 +241,14 @@ def said(body: bytes) -> str:
 
 
 def _is_out_of_quota(body: bytes) -> bool:
-    """Whether an error's own code says that an account has nothing left: as OpenAI does, with 429."""
+    """Whether an error's code says that an account has no credit left: OpenAI sends it with 429."""
     data = _read_json(body)
     error = data.get("error", data) if isinstance(data, dict) else None
     return isinstance(error, dict) and "insufficient_quota" in (error.get("code"), error.get("type"))
 
 
 def shown(text: str, most: int) -> str:
-    """A server's words for people: printable, on one line, of at most so many characters."""
+    """A server's text for people: printable, on one line, of at most `most` characters."""
     clean = text[: 4 * most]
     if not clean.isprintable():
         clean = "".join(char if char.isprintable() else " " for char in clean)
@@ -257,22 +257,22 @@ def shown(text: str, most: int) -> str:
 
 
 def _read_json(body: bytes) -> Any:
-    """The value of a json text; None where it is none.
+    """The value of a json text; None if it is not json.
 
-    Servers write NaN and Infinity, too, which json does not have: `json` reads them.
+    Servers also write NaN and Infinity, which json does not have: `json` reads them.
     """
     with contextlib.suppress(orjson.JSONDecodeError):
         return orjson.loads(body)
     try:
         value = json.loads(body)
-        json.dumps(value, ensure_ascii=False).encode()  # refuses half characters, which no column and no file takes
+        json.dumps(value, ensure_ascii=False).encode()  # refuses half characters, which no column and no file can hold
     except (ValueError, RecursionError):
         return None
     return value
 
 
 def model_in(body: bytes) -> str | None:
-    """The model that an answer says it is of; None where it says none."""
+    """The model that an answer names; None if it names none."""
     data = _read_json(body)
     return _name(data.get("model")) if isinstance(data, dict) else None
 
@@ -282,13 +282,13 @@ def read_reply(
 ) -> Reply:
     """The answer in the body of a 200.
 
-    A cut answer (`finish_reason` "length") and one that a filter of the server has held back are failures that no
-    other attempt would mend; everything else that is no answer may be the server's fault of the moment.
+    Another attempt would not help where an answer is cut (`finish_reason` "length") or held back by a filter of the
+    server; every other failure may be a passing fault of the server.
 
     Args:
         asked: the model that was asked for.
         is_exact: whether an answer of another model is refused; `Reply.model` says which one it is.
-        most: bytes of the request, and tokens that were allowed for the answer: a server that counts more counts wrong.
+        most: bytes of the request, and tokens that the answer may have: a server that counts more counts wrongly.
 
     Raises:
         AskFailed: `bad_reply`: no json, an error in it, no choice, no text, a cut text, another model.
@@ -328,7 +328,7 @@ def _name(value: Any) -> str | None:
 
 
 def _text(content: Any) -> str:
-    """The text of a message: a string, or a list of parts of which some are text; empty where there is none."""
+    """The text of a message: a string, or a list of parts, some of them text; empty if there is no text."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -337,9 +337,9 @@ def _text(content: Any) -> str:
 
 
 def _tokens(usage: Any, size: int, most: tuple[int, int] | None) -> tuple[int | None, int | None]:
-    """Tokens of request and answer as a server counts them; None where it does not, or there cannot be so many.
+    """Tokens of request and answer as a server counts them; None if it does not, or counts more than possible.
 
-    A token of text has a byte at least, and of what is not shown there are no more than the request allowed.
+    A token of text has at least one byte; hidden tokens are at most as many as the request allowed.
     """
     bytes_in, most_out = most or (2**31, 2**31)
     counts = usage if isinstance(usage, dict) else {}

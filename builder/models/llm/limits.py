@@ -1,6 +1,6 @@
-"""How much an endpoint is given at a time and a minute.
+"""How many requests an endpoint gets at a time and per minute.
 
-Owns the arithmetic of limits; knows no network and no clock: times are given, in seconds.
+Owns the arithmetic of limits; knows no network and no clock: callers pass times, in seconds.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ START = 8
 class Concurrency:
     """Requests in flight, by additive increase and multiplicative decrease (Chiu and Jain, 1989).
 
-    Until the first decrease every answer raises the limit by one, which doubles it in a round trip (slow start,
-    RFC 5681); then it grows by one a round trip.
+    Until the first decrease every answer raises the limit by one, which doubles it per round trip (slow start,
+    RFC 5681); then it grows by one per round trip.
 
     Attributes:
-        in_flight: requests that are not answered yet; the owner counts them.
+        in_flight: requests without an answer yet; the owner counts them.
     """
 
     def __init__(self, ceiling: int) -> None:
@@ -41,13 +41,13 @@ class Concurrency:
         return self.in_flight / int(self._limit)
 
     def increase(self) -> None:
-        """After an answer, counted before its request leaves `in_flight`. A limit that is not used does not grow."""
+        """Call it after an answer, before its request leaves `in_flight`. A limit that is not used does not grow."""
         if self._limit < self._ceiling and 2 * self.in_flight >= self._limit:
             step = 1.0 if self._is_starting else 1 / self._limit
             self._limit = min(float(self._ceiling), self._limit + step)
 
     def decrease(self, sent: float, now: float) -> bool:
-        """Halves the limit, not below 1; False if the request was sent before the last decrease and tells nothing new.
+        """Halves the limit, not below 1; False if the request was sent before the last decrease: nothing new.
 
         Args:
             sent: when the request was sent that met the limit.
@@ -63,7 +63,7 @@ class Concurrency:
 class Bucket:
     """A token bucket: a steady flow, at most a second's worth (but one whole unit) at once.
 
-    What costs more than that passes when the bucket is full and is paid off afterwards.
+    A request that costs more is let through when the bucket is full; the level then goes negative.
     """
 
     def __init__(self, per_minute: float, now: float) -> None:
@@ -73,11 +73,11 @@ class Bucket:
         self._at = now
 
     def wait(self, cost: float, now: float) -> float:
-        """Seconds until so much may be taken; 0 if now."""
+        """Seconds until `cost` may be taken; 0 if now."""
         self._level = min(self._burst, self._level + (now - self._at) * self._rate)
         self._at = now
         return max(0.0, (min(cost, self._burst) - self._level) / self._rate)
 
     def take(self, cost: float) -> None:
-        """Takes so much; a negative cost gives back."""
+        """Takes `cost`; a negative one is given back."""
         self._level = min(self._burst, self._level - cost)

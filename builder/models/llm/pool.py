@@ -1,6 +1,6 @@
 """A pool of OpenAI-compatible chat endpoints: each request goes where there is room, and comes back answered or failed.
 
-Owns which endpoint is asked, when, and how often. Knows nothing of prompts: what an answer is worth, its caller says.
+Owns which endpoint is asked, when, and how often. Knows nothing of prompts: its caller judges the answers.
 Everything happens in one event loop, so nothing here is locked.
 """
 
@@ -22,42 +22,44 @@ from builder.models.llm.served import BACK_OFF_S, LONGEST_BACK_OFF_S, Cost, Requ
 __all__ = ["AskFailed", "Endpoint", "Over", "Pool", "Reply"]
 
 TIERS = ("free", "local", "paid")
-#: A request that waits for room, and what it is given: an endpoint, and the tokens taken for it there.
+#: A request that waits for room, and what it gets: an endpoint, and the tokens taken for it there.
 _Place: TypeAlias = tuple[Request, "asyncio.Future[tuple[Served, float]]"]
-#: Tokens of an answer, at most, where the request does not say.
+#: Most tokens of an answer, where the request does not say.
 _TOKENS_OUT = 1024
-#: Notices that are kept where nobody takes them.
+#: Notices that are kept while nobody takes them.
 _NOTICES = 1000
-#: Seconds of a pause after which an endpoint is probed, once a pause.
+#: Seconds of a pause after which an endpoint is probed, once per pause.
 PROBE_AFTER_S = 1.0
-#: How often it must be shown that an endpoint takes others and not one request, before that has failed.
+#: How often an endpoint must be seen to take other requests, but not this one, before this one has failed.
 _DOUBTS = 2
-#: Seconds between the two: as long as the endpoint asks for, between these. A limit of tokens a minute has room then.
+#: Seconds between two such observations: as long as the endpoint asks for, within these bounds. By then a limit of
+#: tokens per minute has room again.
 DOUBT_S = (1.0, 5.0)
 
 
 class Pool:
     """Endpoints that are asked as one. All but `__init__`, `totals` and `capacity` runs in one event loop.
 
-    A failed request is sent to another endpoint where one is open, else again after a pause. 401 and 404 close an
-    endpoint, 403 only `rest_after` times in a row, since some servers say it where a filter holds back one request.
+    A failed request is sent to another endpoint if one is open, else again after a pause. 401 and 404 close an
+    endpoint; 403 closes it only after `rest_after` times in a row, since some servers send it when a filter holds back
+    one request.
 
-    Pushed back (429, or 503 with `Retry-After`) a request goes behind all others and uses up no attempt. It has failed
-    when it was pushed back `attempts` times, and at two of them its endpoint took others: an answer to what was sent
-    later, or to a probe, shows that. It does not where the endpoint is limiting how much it is asked: where it has
-    lately pushed back a probe, or a request that it then answered. Such answers also end a pause.
+    A request that is pushed back (429, or 503 with `Retry-After`) goes behind all others and uses up no attempt. It
+    fails when it was pushed back `attempts` times, and its endpoint took others at two of them: an answer to a later
+    request, or to a probe, shows that. This does not count while the endpoint limits its load: when it has recently
+    pushed back a probe, or a request that it then answered. Such answers also end a pause.
 
     Args:
         timeout_s: seconds from sending a request to the last byte of its answer; waiting for room does not count.
-        attempts: how often one `ask` may fail before it does.
+        attempts: how many of its requests may fail before `ask` fails.
         rest_after: failures in a row after which an endpoint rests.
         rest_s: seconds of a rest.
-        patience_s: seconds that the pool waits while no endpoint is open, or takes a request or a probe; after them
-            what waits fails. By default ten rests.
-        model_names: `exact`: an answer of another model than was asked for is none.
+        patience_s: seconds that the pool waits while no endpoint is open, or takes a request or a probe; then the
+            waiting requests fail. By default ten rests.
+        model_names: `exact`: an answer of another model than was asked for is a failure.
 
     Attributes:
-        notices: what a person should know of endpoints, oldest first; whoever shows them takes them out.
+        notices: what a person should know about endpoints, oldest first; whoever shows them removes them.
     """
 
     def __init__(
@@ -88,9 +90,9 @@ class Pool:
         #: Since when no endpoint is open.
         self._dark_since: float | None = None
         self._answered_at = 0.0
-        #: What asks endpoints that rest whether they answer again.
+        #: Tasks that ask resting endpoints whether they answer again.
         self._wakening: dict[Served, asyncio.Task[None]] = {}
-        #: What probes endpoints that are paused.
+        #: Tasks that probe paused endpoints.
         self._probing: dict[Served, asyncio.Task[None]] = {}
         #: Its kind and message.
         self._last_failure = ("unreachable", "none has failed")
@@ -100,7 +102,7 @@ class Pool:
     async def start(self) -> None:
         """Opens connections and asks every endpoint whether it serves its model.
 
-        An endpoint that does not answer rests, and is told in `notices`, as long as another one does.
+        An endpoint that does not answer rests and is reported in `notices`, as long as another one answers.
 
         Raises:
             StageError: aiohttp or a key is missing; a key is refused; a model is unknown; no endpoint answers.
@@ -117,7 +119,7 @@ class Pool:
                 raise StageError(
                     "no endpoint answers",
                     where={one.name: failure for one, failure in zip(self._served, failures, strict=True)},
-                    fix="start a server there, or mend 'base_url'",
+                    fix="start a server there, or correct 'base_url'",
                 )
         except BaseException:
             await self._http.close()
@@ -128,7 +130,7 @@ class Pool:
                 self._waken(one)
 
     async def close(self) -> None:
-        """Closes the connections; what still waits for room is cancelled."""
+        """Closes the connections; requests that still wait for room are cancelled."""
         for _, future in self._waiting:
             future.cancel()
         self._waiting.clear()
@@ -140,11 +142,11 @@ class Pool:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.close()
 
-    # --- what is told ---
+    # --- what is reported ---
 
     @property
     def capacity(self) -> int:
-        """Requests that may be in flight at present, over endpoints that answer; at least 1."""
+        """Requests that may be in flight now, over all endpoints that answer; at least 1."""
         return max(1, sum(one.concurrency.limit for one in self._served if not one.closed and not one.is_resting))
 
     def totals(self) -> dict[str, dict[str, Any]]:
@@ -165,8 +167,8 @@ class Pool:
             body: further fields: temperature, max_tokens, seed, response_format.
 
         Raises:
-            Over: no endpoint is left, or none was open, or gave an answer, for too long.
-            AskFailed: it was rejected, or it failed as often as allowed; of several failures the last.
+            Over: no endpoint is left, or for too long none was open or gave an answer.
+            AskFailed: it was rejected, or it failed as often as allowed; the last of several failures.
         """
         most_out = body.get("max_completion_tokens") or body.get("max_tokens") or _TOKENS_OUT
         request = Request(messages, body, Cost(len(orjson.dumps(messages)), most_out), is_next)
@@ -228,7 +230,7 @@ class Pool:
     # --- pauses ---
 
     async def _behind_others(self, request: Request, one: Served, error: AskFailed, sent: float, now: float) -> None:
-        """Returns when a request that was pushed back may look for room again; raises its error if it is its fault."""
+        """Returns when a request that was pushed back may look for room again; raises if it is to blame itself."""
         request.pushes += 1
         request.pushers.append(one)
         request.pushed_back = request.pushed_back or now
@@ -244,7 +246,7 @@ class Pool:
             await asyncio.sleep(min(max(error.retry_after or 0.0, DOUBT_S[0]), DOUBT_S[1]))
 
     async def _takes_others(self, one: Served, sent: float) -> bool:
-        """Whether an endpoint that pushed back what was sent then answers others; if nothing shows it, it is probed."""
+        """Whether an endpoint that pushed back a request sent at `sent` answers others; if in doubt, it is probed."""
         async with one.probing:
             is_limiting = one.is_limiting(self._loop.time())
             if not is_limiting and not one.has_answered_since(sent):
@@ -272,7 +274,7 @@ class Pool:
         self._dispatch()
 
     def _probe_later(self, one: Served) -> None:
-        """Sees to it that an endpoint is probed in its pause, if that is long."""
+        """Starts a probe of an endpoint within its pause, if the pause is long."""
         now = self._loop.time()
         if one not in self._probing and not one.is_probed and one.is_paused(now + PROBE_AFTER_S):
             self._probing[one] = self._loop.create_task(self._probe_in_pause(one))
@@ -287,7 +289,7 @@ class Pool:
             del self._probing[one]
 
     def _close(self, one: Served, error: StageError) -> None:
-        """Uses an endpoint no more: a probe was refused for good."""
+        """Stops using an endpoint: it refused a probe for good."""
         why = str(error.where.get("it says", error.what))
         self._tell(one.close("rejected", why))
         self._last_failure = ("rejected", f"{one.name}: {why}")
@@ -300,7 +302,7 @@ class Pool:
         self._last_failure = (kind, f"{one.name}: {why}")
 
     def _waken(self, one: Served) -> None:
-        """Sees to it that an endpoint is used again when it answers; no row is risked for finding out."""
+        """Starts asking a resting endpoint until it answers again. It is asked with probes, so no row is risked."""
         if one not in self._wakening:
             self._wakening[one] = self._loop.create_task(self._say_hello(one))
 
@@ -365,7 +367,7 @@ class Pool:
     def _dispatch(self) -> None:
         """Gives room to those who wait, first come, first served.
 
-        Those that are asked again stand in front, those pushed back behind the others.
+        Requests that are asked again come first, those that were pushed back last.
         """
         if not self._waiting:
             return
@@ -433,7 +435,7 @@ class Pool:
 
 
 def summary(totals: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """A line for every endpoint from the `totals` of several pools."""
+    """One line per endpoint, from the `totals` of several pools."""
     lines = []
     for name in dict.fromkeys(name for one in totals for name in one):
         parts = [one[name] for one in totals if name in one]
@@ -453,6 +455,6 @@ def summary(totals: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def _names(endpoints: Sequence[Endpoint]) -> list[str]:
-    """The base_url of each; where several have the same, with their place among all."""
+    """The base_url of each; if several have the same one, with their position among all."""
     urls = [one.base_url for one in endpoints]
     return [f"{url} #{i + 1}" if urls.count(url) > 1 else url for i, url in enumerate(urls)]

@@ -98,7 +98,7 @@ def remark_in(answer: str, given: str, *, in_english: bool) -> str:
         in_english: whether the answer shall be in English.
 
     Returns:
-        The first of such words; empty where there is none.
+        The first of such words; empty if there are none.
     """
     patterns = [*_REMARK, _PRONOUN] if in_english else _REMARK
     said, given = _straight(answer), _straight(given)

@@ -1,6 +1,6 @@
-"""Talks with a pool of endpoints, in an event loop that runs in a thread of its own.
+"""Holds conversations with a pool of endpoints, in an event loop that runs in its own thread.
 
-Owns the thread. A caller that is no coroutine hands talks over and comes back for the answers.
+Owns the thread. A caller that is not a coroutine submits conversations and waits for the answers later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Asking(PromptBackend):
     """Asks the endpoints of a pool.
 
     Args:
-        pool: not yet started; it belongs to this object from now on.
+        pool: not yet started; this object starts and closes it.
         body: fields of every request besides model and messages.
     """
 
@@ -38,7 +38,7 @@ class Asking(PromptBackend):
         """Before anything else.
 
         Raises:
-            StageError: as `Pool.start`; or it was told to `give_up`.
+            StageError: as `Pool.start`; or `give_up` was called.
         """
         try:
             self._wait(self._start)
@@ -57,7 +57,7 @@ class Asking(PromptBackend):
         self._working.discard(task)
 
     def submit(self, talks: Sequence[Conversation]) -> Future[list[AnswerOrError]]:
-        """Begins all of these talks and returns at once; the result has their outcomes in order."""
+        """Begins all of these conversations and returns at once; the result has their outcomes in order."""
         return asyncio.run_coroutine_threadsafe(self._all(talks), self._loop)
 
     async def _all(self, talks: Sequence[Conversation]) -> list[AnswerOrError]:
@@ -85,11 +85,11 @@ class Asking(PromptBackend):
                         reply.tokens_out,
                         reply.ms,
                     )
-        except Exception as error:  # whatever it is: the other rows' answers are paid for
+        except Exception as error:  # any error: the answers of the other rows are paid for
             return error
 
     def give_up(self) -> None:
-        """Ends every talk that is not answered yet at once, and those that begin later: their outcome is `Over`."""
+        """Ends every conversation without an outcome at once, and those that begin later: their outcome is `Over`."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._end_talks)
 
@@ -99,7 +99,7 @@ class Asking(PromptBackend):
             task.cancel()
 
     def notices(self) -> list[str]:
-        """What the pool has to tell of its endpoints, since it was last asked."""
+        """The pool's notices about its endpoints, since this was last called."""
         taken = []
         while self._pool.notices:
             taken.append(self._pool.notices.popleft())
@@ -110,7 +110,7 @@ class Asking(PromptBackend):
         return self._pool.totals()
 
     def close(self) -> None:
-        """Gives up what is not answered, and closes the connections."""
+        """Ends what has no answer yet, and closes the connections."""
         try:
             self._wait(self._give_up)
         finally:

@@ -2,10 +2,11 @@
 
 Owns when an endpoint may be sent a request, and how answers and failures change that. Knows no other endpoint.
 
-An endpoint is *open*, or it is *paused* (it pushed requests back with 429: for as long as it asks, within bounds, and
-not longer than until it answers what was sent later), *resting* (it failed several times in a row: for a fixed time,
-and again until it answers a probe) or *closed* (it refused the key or the model, or its budget is spent: for good). A
-probe is a request of fixed text for one token, counted in what is spent."""
+An endpoint is *open*, or one of these. *Paused*: it pushed requests back with 429; it is left alone for as long as it
+asks, within bounds, or until it answers a later request. *Resting*: it failed several times in a row; it rests for a
+fixed time, and again until it answers a probe. *Closed* for good: it refused the key or the model, or its budget is
+spent. A probe is a request of fixed text for one token, counted in what is spent.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +23,31 @@ from builder.models.llm.endpoint import Endpoint
 from builder.models.llm.http import MAX_SAID, AskFailed, Reply, is_same_model, shown
 from builder.models.llm.limits import Bucket, Concurrency
 
-#: Seconds of the first pause where a server does not say how long; doubled for each further one, up to the other. No
-#: pause is longer, whatever a server asks for.
+#: Seconds of the first pause where a server does not say how long, doubled for each further one; and of the longest
+#: pause, whatever a server asks for.
 BACK_OFF_S, LONGEST_BACK_OFF_S = 0.25, 30.0
-#: Seconds for which an endpoint counts as limiting how much it is asked, after it was seen to.
+#: Seconds for which an endpoint counts as limiting its load, after it was seen to do so.
 LIMITING_S = 10.0
-#: Bytes of English text a token, as OpenAI states for its own models: "about 4 characters".
+#: Bytes of English text per token, as OpenAI states for its own models: "about 4 characters".
 _BYTES_A_TOKEN = 4
-#: Names of other models that an endpoint's counts hold.
+#: Most names of other models that an endpoint's counts hold.
 _MOST_MODELS = 5
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a request may take. Bytes bound the tokens of a text from above: a token has at least one."""
+    """What a request may cost. Its bytes bound its tokens from above: a token has at least one byte."""
 
     bytes_in: int
     most_out: int
 
     @property
     def most(self) -> tuple[int, int]:
-        """What a server can count of request and answer, as `read_reply` takes it."""
+        """The most that a server can count for request and answer, as `read_reply` takes it."""
         return self.bytes_in, self.most_out
 
     def tokens(self, mean_out: float | None) -> float:
-        """Tokens that are likely, `mean_out` of them in the answer."""
+        """The likely number of tokens, `mean_out` of them in the answer."""
         return self.bytes_in / _BYTES_A_TOKEN + min(self.most_out, self.most_out if mean_out is None else mean_out)
 
 
@@ -56,9 +57,9 @@ class Request:
 
     Attributes:
         is_next: whether it goes before others that wait.
-        is_probe: whether it is one that asks for a token, to see whether an endpoint answers.
+        is_probe: whether it only asks for one token, to see whether an endpoint answers.
         tried: endpoints that have failed it.
-        attempts: how often it failed, being pushed back not counted.
+        attempts: how often it failed, not counting how often it was pushed back.
         pushes: how often it was pushed back.
         doubts: how often an answer to a later request showed that the endpoint pushes back this one alone.
         pushers: endpoints that have pushed it back.
@@ -88,7 +89,7 @@ class Served:
     """An endpoint at work: its limits, its state and its counts.
 
     Attributes:
-        closed: the kind of failure for which it is used no more.
+        closed: the kind of failure for which it was closed.
         is_probed: whether it was probed in its pause.
         probing: held by whoever probes it.
     """
@@ -109,12 +110,12 @@ class Served:
         self.probing = asyncio.Lock()
         self._paused_until = 0.0
         self._failed_in_row = 0
-        #: Requests pushed back in a row; round trips in a row in which some were; when the last such trip was.
+        #: Requests pushed back in a row; round trips in a row with such requests; when the last such trip was.
         self._pushed_in_row = self._trips_in_row = 0
         self._pushed_at = float("-inf")
-        #: When what was pushed back last, and what was answered, had been sent; of several the latest.
+        #: When the last request that was pushed back, and the last that was answered, had been sent.
         self._pushed_sent = self._answered_sent = float("-inf")
-        #: When it last pushed back what it takes: a probe, or a request that it has answered since.
+        #: When it last pushed back a request that it takes: a probe, or one that it has answered since.
         self._limiting_at = float("-inf")
         self._pending = 0.0
         self._spent = 0.0
@@ -135,11 +136,11 @@ class Served:
         return self.closed is None and not self.is_resting and now >= self._paused_until
 
     def opens(self) -> float:
-        """When it is worth trying, which may be past; infinite if it is closed."""
+        """When it is worth trying, possibly in the past; inf if it is closed."""
         return float("inf") if self.closed else self._paused_until
 
     def wait(self, cost: Cost, now: float) -> float:
-        """Seconds until a request may be sent; 0 if now, infinite if that hangs on the end of another or of a rest."""
+        """Seconds until a request may be sent; inf until another request or a rest ends."""
         if self.closed is not None or self.is_resting:
             return float("inf")
         if now < self._paused_until:
@@ -156,12 +157,12 @@ class Served:
         return max(waits)
 
     def can_pay(self, cost: Cost) -> bool:
-        """Whether the budget has room for a request beside those under way."""
+        """Whether the budget has room for a request in addition to those under way."""
         budget = self.endpoint.budget
         return budget is None or self._spent + self._pending + self._most(cost) <= budget
 
     def is_spent(self, cost: Cost) -> bool:
-        """Whether the budget has no room for a request, and will have none: nothing is under way."""
+        """Whether the budget has no room for a request and never will, since nothing is under way."""
         budget = self.endpoint.budget
         return budget is not None and not self._pending and self._spent + self._most(cost) > budget
 
@@ -185,14 +186,14 @@ class Served:
         return taken
 
     def end(self, request: Request) -> None:
-        """Counts a request as no longer under way, whatever came of it."""
+        """Counts a request as no longer under way, whatever its outcome."""
         self.concurrency.in_flight -= 1
         self._pending -= self._most(request.cost)
         if not self.concurrency.in_flight:
-            self._pending = 0.0  # what floating point numbers leave
+            self._pending = 0.0  # drops the rounding error
 
     def answered(self, request: Request, reply: Reply, taken: float, sent: float, now: float) -> None:
-        """Takes note of an answer, for whose request `taken` tokens were taken."""
+        """Takes note of an answer; `taken` tokens were taken for its request."""
         self._answered += 1
         self._ms += reply.ms
         self.concurrency.increase()
@@ -206,18 +207,18 @@ class Served:
         self.takes(sent, now)
 
     def takes(self, sent: float, now: float) -> None:
-        """Takes note that it takes requests: what was sent then is answered. A pause for what was sent before ends."""
+        """Takes note that it answered a request sent at `sent`. A pause that an earlier request caused ends."""
         self._pushed_in_row = self._trips_in_row = 0
         self._answered_sent = max(self._answered_sent, sent)
         if sent > self._pushed_sent and not self.is_resting:
             self._paused_until = min(self._paused_until, now)
 
     def has_answered_since(self, sent: float) -> bool:
-        """Whether something is answered that was sent later."""
+        """Whether it has answered a request that was sent later."""
         return self._answered_sent > sent
 
     def is_limiting(self, now: float) -> bool:
-        """Whether it pushes back requests for their number: lately it has, some that it takes."""
+        """Whether it pushes back requests because there are too many: it recently did so with some that it takes."""
         return now - self._limiting_at < LIMITING_S
 
     def is_paused(self, now: float) -> bool:
@@ -246,20 +247,20 @@ class Served:
         return self.endpoint.model_names == "exact"
 
     def heard(self, model: str) -> str | None:
-        """Takes note of the model that answered; returns what there is to tell, once."""
+        """Takes note of the model that answered; returns a notice, once per model."""
         asked = self.endpoint.model
         if is_same_model(asked, model) or model in self._models or len(self._models) >= _MOST_MODELS:
             return None
         self._models.append(model)
         return (
-            f"{self.name} answers as '{self.told(model)}', asked for '{asked}': that is taken, and stands in "
-            'prompt_model; model_names = "exact" would refuse it'
+            f"{self.name} answers as '{self.told(model)}' when asked for '{asked}': its answers are accepted, with "
+            'that name in prompt_model; model_names = "exact" would refuse them'
         )
 
     def failed(
         self, request: Request, error: AskFailed, sent: float, now: float, *, rest_after: int, rest_s: float
     ) -> str | None:
-        """Takes note of a failure; returns what there is to tell."""
+        """Takes note of a failure; returns a notice, if there is one."""
         self._failures[error.kind] += 1
         if error.kind in ("timeout", "bad_reply"):
             self._spent += self._most(request.cost)  # nobody knows what the server has done
@@ -270,7 +271,7 @@ class Served:
             self.concurrency.decrease(sent, now)
         if error.status in (401, 402, 404):
             return self.close("no_budget" if error.status == 402 else "rejected", str(error))
-        if error.status == 403:  # of a filter for one request, or of the endpoint for all
+        if error.status == 403:  # from a filter for one request, or from the endpoint for all
             self._failed_in_row += 1
             return self.close("rejected", str(error)) if self._failed_in_row >= rest_after else None
         self._failed_in_row = 0 if error.is_final else self._failed_in_row + 1
@@ -279,10 +280,10 @@ class Served:
         return None
 
     def _pushed_back(self, request: Request, error: AskFailed, sent: float, now: float) -> str | None:
-        """Takes note that a request was pushed back; returns what there is to tell.
+        """Takes note that a request was pushed back; returns a notice, if there is one.
 
-        One alone may be its own fault and changes nothing; two in a row are asked for less. What a request is told
-        that was pushed back before, and a probe, says nothing of how many at a time are too many.
+        One alone may be the request's own fault and changes nothing; after two in a row fewer are sent at a time. A
+        probe, or a request that was pushed back before, does not show how many at a time are too many.
         """
         if request.is_probe:
             self._limiting_at = now
@@ -306,7 +307,7 @@ class Served:
         self._longest_asked = max(self._longest_asked, asked)
         if not is_news:
             return None
-        return f"{self.name} asks to be left alone for {asked:g} s: it is for {LONGEST_BACK_OFF_S:g} s, and probed"
+        return f"{self.name} asks for a pause of {asked:g} s: it gets {LONGEST_BACK_OFF_S:g} s, and is probed"
 
     def rest(self, why: str, now: float, rest_s: float) -> str:
         self.is_resting = True
@@ -323,10 +324,10 @@ class Served:
         if self.closed is not None:
             return None
         self.closed = kind
-        return f"{self.name} is used no more: {why}"
+        return f"{self.name} is no longer used: {why}"
 
     def told(self, text: str) -> str:
-        """A text for people: without the key, and short."""
+        """A text for people: short, and without the key."""
         return shown(text if self.key is None else text.replace(self.key, "***"), MAX_SAID)
 
     def _state(self) -> str:
@@ -361,12 +362,12 @@ def _read_key(endpoint: Endpoint) -> str | None:
     key = os.environ.get(name, "").strip()
     if not key:
         raise StageError(
-            f"environment variable '{name}' is not set, which endpoint '{endpoint.base_url}' needs",
+            f"environment variable '{name}' is not set, but endpoint '{endpoint.base_url}' needs it",
             fix=f"put the key into it: export {name}=...",
         )
     return key
 
 
 def is_pushed_back(error: AskFailed) -> bool:
-    """Whether the server takes the request, only not now."""
+    """Whether the server would take the request later."""
     return error.status == 429 or (error.status == 503 and error.retry_after is not None)

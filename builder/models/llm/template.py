@@ -1,4 +1,4 @@
-"""Turns a web caption into a text-to-image prompt by fixed rules, for trying a pipeline where there is no LLM.
+"""Turns a web caption into a text-to-image prompt by fixed rules, for trying a pipeline without an LLM.
 
 Owns the rules. It cleans and frames; it does not understand, translate or add anything about the picture. For prompts
 that matter use an LLM.
@@ -16,7 +16,7 @@ from builder.errors import ConfigError, RowError
 from builder.models.llm.backend import RewriteEntry
 from builder.models.text.legible import DOMAIN, address_in, legible
 
-#: What a prompt is made of where the pipeline does not say.
+#: The style where the pipeline names none.
 DEFAULT_STYLE = "A photo of {caption}, natural light"
 
 #: Characters of a cleaned caption, before the style; image models read about 77 tokens.
@@ -73,12 +73,12 @@ _PHOTO_OF = re.compile(
 )
 _EMPTY_PARENS = re.compile(r"\(\W*\)|\[\W*\]")
 _EDGES = " \t,;:.|/\\_–—-=~*+<>·•…、。，；：&@#"
-#: First words that are no names: small within a sentence.
+#: First words that are not names: lower case within a sentence.
 _OPENING = re.compile(
     r"^(?:An?|The|Some|One|Two|Three|Four|Five|His|Her|My|Our|Their|This|Old|Young|Beautiful|Happy|Smiling|Portrait|View|"
     r"Close[ -]?up|Man|Men|Woman|Women|Boys?|Girls?|Child|Children|People|Person|Group|Couple)(?=[ -])"
 )
-#: What is left of captions that say nothing.
+#: What is left of captions without content.
 _USELESS = re.compile(
     r"^(?:untitled|no title|unnamed|image|img|(?:photo|photograph|picture|pic)(?: of)?|thumbnail|placeholder|logo|icon|"
     r"avatar|file|default|null|none|nan|n/?a|jpe?g|png)?[\s\d]*$",
@@ -108,7 +108,7 @@ def rewrite(caption: str, *, style: str = DEFAULT_STYLE) -> str:
 
 
 def check_style(style: str) -> None:
-    """Refuses a style that is not a format text with `{caption}` and no other field.
+    """Refuses a style that is not a format text with the field `{caption}` alone.
 
     Raises:
         ConfigError: it is not.
@@ -123,12 +123,12 @@ def check_style(style: str) -> None:
     others = [name for name, spec, cast in fields if (name, spec, cast) != ("caption", "", None)]
     if others:
         raise ConfigError(
-            f"style has a field '{{{others[0]}}}' beside '{{caption}}'", where={"style": repr(style)}, fix=fix
+            f"style has a field '{{{others[0]}}}' other than '{{caption}}'", where={"style": repr(style)}, fix=fix
         )
 
 
 def clean(caption: str) -> str:
-    """Strips a caption of what is not about the picture.
+    """Removes what is not about the picture from a caption.
 
     Returns:
         One line of at most MAX_CHARS characters. Cleaning it again changes nothing.

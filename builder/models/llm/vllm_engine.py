@@ -1,4 +1,4 @@
-"""Talks with a model that vLLM runs in this process, a whole batch at a time.
+"""The back end vllm: conversations with a model that vLLM runs in this process, a whole batch at a time.
 
 Owns the engine: one on one GPU, or on the CPU.
 """
@@ -20,7 +20,7 @@ from builder.models.llm.contract import Rejected
 from builder.models.llm.conversation import Answer, Conversation, Messages
 from builder.models.llm.http import AskFailed
 
-#: The engine's own process is left out, so that what kills the worker leaves nothing behind; nothing is reported home.
+#: The engine runs in the worker's own process, so that a killed worker leaves none behind. No usage is reported.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 #: Rows of a batch. vLLM forms batches by itself, the better the more rows it has.
 IN_PROCESS_ROWS = 4096
@@ -40,8 +40,8 @@ class VllmChat(PromptBackend):
     Args:
         model: a folder, or a hub's id.
         device: `cuda`, `cuda:1` or `cpu`.
-        sampling: temperature, max_tokens, seed; None takes the model's own.
-        json_schema: every answer is JSON of this schema: the engine takes no token that leads elsewhere.
+        sampling: temperature, max_tokens, seed; None: the model's own.
+        json_schema: every answer is JSON of this schema: the engine samples only tokens that fit it.
         template: further variables of the model's chat template.
         engine: further arguments of `vllm.LLM`, such as max_model_len.
 
@@ -61,7 +61,7 @@ class VllmChat(PromptBackend):
     ) -> None:
         check_installed()
         if model.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model)):  # noqa: PTH111, PTH112
-            raise StageError(f"there is no model folder '{model}'", fix="name one that exists, or a hub's id")
+            raise StageError(f"there is no model folder '{model}'", fix="name a folder that exists, or a hub's id")
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         _choose(device)
@@ -81,7 +81,7 @@ class VllmChat(PromptBackend):
             raise StageError(
                 f"vLLM cannot start: {type(error).__name__}: {' '.join(str(error).split())[:500]}",
                 where={"model": model, "device": device},
-                fix="mend 'model', 'run.devices' or the keys of 'engine'; what vLLM itself says stands in the log",
+                fix="correct 'model', 'run.devices' or the keys of 'engine'; vLLM's own messages are in the log",
             ) from error
         self._model, self._template = model, dict(template)
         base = self._engine.get_default_sampling_params()
@@ -98,7 +98,7 @@ class VllmChat(PromptBackend):
         return future
 
     def answer(self, talks: Sequence[Conversation]) -> list[Answer | AskFailed | Rejected]:
-        """The outcomes of talks, in order; what is rejected is asked again together."""
+        """The outcomes of conversations, in order; rejected answers are asked for again together."""
         outcomes: dict[int, Answer | AskFailed | Rejected] = {}
         while left := [i for i in range(len(talks)) if i not in outcomes]:
             outcomes |= {i: failed for i in left if (failed := self._too_long(talks[i].messages)) is not None}
@@ -117,9 +117,10 @@ class VllmChat(PromptBackend):
         return [outcomes[i] for i in range(len(talks))]
 
     def _too_long(self, messages: Messages) -> AskFailed | None:
-        """Why a request is not asked: for one that is longer than the model takes, the engine refuses them all.
+        """Why a request is not asked: the engine refuses a whole batch if one request is longer than the model takes.
 
-        Tokens are counted where there may be so many: a token of text has a byte at least, a frame has some hundred.
+        Tokens are counted only where there may be too many: a token of text has at least one byte, the frame of the
+        chat template has some hundred tokens.
         """
         longest: int = self._engine.model_config.max_model_len
         if 2 * sum(len(message["content"].encode()) for message in messages) < longest:
@@ -158,7 +159,7 @@ class VllmChat(PromptBackend):
 
 
 def _choose(device: str) -> None:
-    """Lets vLLM see one GPU alone; it must not be imported yet.
+    """Lets vLLM see only one GPU; call it before vLLM is imported.
 
     Raises:
         StageError: there is no such GPU.
@@ -178,7 +179,7 @@ def _choose(device: str) -> None:
 
 
 def _check(device: str, have: str) -> None:
-    """Refuses a device that this build of vLLM does not run on: it would take another one."""
+    """Refuses a device that this build of vLLM does not run on: it would use another one."""
     wanted = device.partition(":")[0]
     if wanted != have:
         fix = f'set devices = ["{have or "cpu"}"]; for GPUs, install a vLLM and a driver for CUDA'
