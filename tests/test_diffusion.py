@@ -565,7 +565,7 @@ def test_values_that_are_no_numbers_are_no_image(start: Callable[..., Generate])
         model_of(stage)._pipe.vae.decoder.conv_out.bias[0] = float("nan")
     with pytest.raises(RowsFailed) as caught:
         stage.process(batch([1]))
-    assert str(caught.value.errors[0]) == "the model's image holds values that are no numbers: try another dtype"
+    assert str(caught.value.errors[0]) == "the model's image has values that are not numbers: try another dtype"
 
 
 def test_an_image_that_the_models_own_safety_checker_blacked_out_is_none(
@@ -651,7 +651,7 @@ def test_a_model_directory_that_is_not_there(model: str) -> None:
 
 def test_a_directory_without_a_pipeline(tmp_path: Path) -> None:
     assert refused(model=str(tmp_path)) == (
-        f"'{tmp_path}' holds no diffusers pipeline: it has no model_index.json\n"
+        f"'{tmp_path}' is not a diffusers pipeline: it has no model_index.json\n"
         "  fix: name the directory that save_pretrained or `hf download` wrote"
     )
 
@@ -664,7 +664,7 @@ def test_a_directory_that_is_not_whole(tmp_path: Path) -> None:
     message = refused(model=str(folder))
     assert message.startswith(f"model '{folder}' cannot be loaded: ")
     assert message.endswith(
-        "\n  fix: see that the directory is whole: load it with diffusers' AutoPipelineForText2Image by hand"
+        "\n  fix: check that the directory is complete: load it with diffusers' AutoPipelineForText2Image by hand"
     )
 
 
@@ -713,7 +713,7 @@ def test_a_pipeline_without_prompts(tmp_path: Path) -> None:
     [
         ("sd", "StableDiffusionPipeline", {"max_sequence_length": 100},
          "'StableDiffusionPipeline' does not take the option 'max_sequence_length'", "take max_sequence_length out"),
-        ("dit", "PixArtSigmaPipeline", {"lora": "x"}, "'PixArtSigmaPipeline' takes no LoRA", "take lora out"),
+        ("dit", "PixArtSigmaPipeline", {"lora": "x"}, "'PixArtSigmaPipeline' does not take a LoRA", "take lora out"),
     ],
 )  # fmt: skip
 def test_an_option_that_the_pipeline_does_not_take(
@@ -735,7 +735,7 @@ def test_options_that_cannot_be_met(models: dict[str, Path]) -> None:
         "scheduler 'DPMSolverSDEScheduler' needs torch and torchsde\n  fix: install them, or name another one"
     )
     assert refused(model=sd, lora="./lora.safetensors") == (
-        "there is no LoRA file './lora.safetensors'\n  fix: name a file, a directory or a hub id"
+        "there is no LoRA file './lora.safetensors'\n  fix: name a file or directory that exists, or a hub id"
     )
     assert refused(model=sd, negative_prompt="blur", guidance=1.0) == (
         f"negative_prompt has no effect with guidance = 1\n  model: {sd}\n"
@@ -774,7 +774,7 @@ def test_a_scheduler_whose_noise_no_seed_decides(tmp_path: Path) -> None:
         f"  model: {model}",
         "  device: cpu",
         "  tolerance: 1",
-        "  fix: set another scheduler: this one draws noise that no seed decides",
+        "  fix: set another scheduler: the noise of this one does not depend on the seed",
     ]
 
 
@@ -1007,7 +1007,7 @@ def test_a_device_that_computes_no_more_marks_no_row(
     real, calls = getattr(Diffusion, method), []
     pipeline = pictured.load("stages.generate.sizes=[[64, 64]]", "stages.generate.batch_size=1")
     run = planned.described(pipeline, "generate", Choice(redo=True, next_draw=True), 1)
-    lost = StageError("device 'cuda:0' computes no more: AcceleratorError: CUDA error: unspecified launch failure")
+    lost = StageError("device 'cuda:0' no longer computes: AcceleratorError: CUDA error: unspecified launch failure")
 
     def failing(self: Diffusion, *given: Any) -> Any:
         calls.append(given)

@@ -568,7 +568,7 @@ batch_rows = 3
             'model = "{folder}/toy.onnx"\n[stages.faces.run]\ndevices = ["cuda:0"]',
             "onnxruntime has no CUDAExecutionProvider for device 'cuda:0'\n"
             "  it has: AzureExecutionProvider, CPUExecutionProvider\n{log}"
-            '  fix: install onnxruntime-gpu in the place of onnxruntime, or set devices = ["cpu"]\n',
+            '  fix: install onnxruntime-gpu instead of onnxruntime, or set devices = ["cpu"]\n',
         ),
     ],
 )

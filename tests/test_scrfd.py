@@ -99,8 +99,8 @@ def test_places_that_stay_empty_have_no_faces(toy: Path) -> None:
         ("batched", None, None),
         ("batched", 1, None),
         ("batched", 3, None),
-        ("leaking", None, "its outputs for a picture depend on the pictures beside it"),
-        ("leaking", 1, "its outputs for a picture depend on the pictures beside it"),
+        ("leaking", None, "its outputs for a picture depend on the pictures next to it"),
+        ("leaking", 1, "its outputs for a picture depend on the pictures next to it"),
     ],
 )
 def test_a_graph_is_batched_where_that_changes_nothing(
@@ -174,7 +174,7 @@ def test_a_network_with_as_many_outputs_is_refused(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "the model does not work as an SCRFD detector: its scores and boxes of stride 8 have the shapes (1, 3, 64, 64) "
         f"and (1, 3, 64, 64)\n  file: {path}\n  frame: 64 x 64 px\n"
-        "  fix: name another one, for example det_10g.onnx"
+        "  fix: name another model, for example det_10g.onnx"
     )
 
 
@@ -209,7 +209,7 @@ def test_a_device_that_is_none_is_refused(tmp_path: Path, device: str) -> None:
     with pytest.raises(StageError) as caught:
         Scrfd(str(write_toy(tmp_path / "toy.onnx")), device=device)
     assert str(caught.value) == (
-        f"detector 'scrfd' knows no device '{device}'\n  fix: devices: cpu, cuda, cuda:0, cuda:1 ..."
+        f"detector 'scrfd' does not know the device '{device}'\n  fix: devices: cpu, cuda, cuda:0, cuda:1 ..."
     )
 
 
@@ -230,5 +230,5 @@ def test_an_answer_that_is_no_number_is_not_taken_for_no_face(
     monkeypatch.setattr(detector, "_run", broken)
     frames = detector.frames(1)
     frames.put(0, decode(magenta(256, 256, [(64, 64, 128, 128)])))
-    with pytest.raises(ValueError, match=f"the detector's {what} hold values that are no numbers"):
+    with pytest.raises(ValueError, match=f"the detector's {what} have values that are not numbers"):
         detector.detect(frames)

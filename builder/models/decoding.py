@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from builder.models.pictures import Pixels, decode, pixels_of
 
-#: Pictures with more pixels are halved in decoding, until they have no more: a face of 1 % of the long side of what is
-#: left, at least 2 million pixels, is 16 px wide, and half a minute's work becomes seconds.
+#: Pictures with more pixels are halved in decoding until they have at most these. At least 2 million are left, where a
+#: face of 1 % of the long side is 16 px wide, and half a minute of work becomes seconds.
 MOST_PIXELS = 8_000_000
-#: Pixels that are decoded at a time, plus those of the picture that passes the limit: 96 MB. 32 pictures of 512 px are
-#: 8 million.
+#: Pixels that are decoded at a time, plus those of the picture that crosses the limit: 96 MB. 32 pictures of 512 px
+#: are 8 million.
 BLOCK_PIXELS = 32_000_000
 
 
@@ -51,10 +51,10 @@ class Decoder:
     """Decodes pictures, several at once.
 
     Args:
-        threads: how many; one decodes in the thread that calls.
-        room: makes the place for so many pictures.
-        most: pictures of one block, at most.
-        look: what else is made of every decoded picture; called in threads.
+        threads: how many; 1 decodes in the caller's thread.
+        room: makes room for that many pictures.
+        most: most pictures of one block.
+        look: what else is computed from every decoded picture; called in threads.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Decoding pictures as viewers show them, and encoding them.
 
-Pillow is the truth of what decodes and to what; simplejpeg does the same faster where it can.
+Pillow decides what decodes, and to which pixels; simplejpeg does the same faster where it can.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from builder.errors import RowError
 
 Pixels = npt.NDArray[np.uint8]
 
-#: Pictures with more pixels are refused before they are decoded: a decompression bomb of a few KB fills the memory.
+#: Pictures with more pixels are refused before they are decoded: a decompression bomb of a few KB can fill the memory.
 MAX_PIXELS = 100_000_000
 
 #: Pixels that are converted to RGB at a time.
 _CONVERTED = 4_000_000
 
-#: Most that libjpeg shrinks a picture by in its transform, each side.
+#: Largest factor by which libjpeg shrinks each side of a picture in its transform.
 _MOST_IN_TRANSFORM = 8
 
 #: TIFF's tags: what the numbers stand for, and how many bits a value has. Source: TIFF 6.0, section 8.
@@ -48,10 +48,10 @@ _HAS_SIMPLEJPEG = importlib.util.find_spec("simplejpeg") is not None
 # Pillow warns below the limit of this module, which refuses by itself. Set once: `warnings.catch_warnings` is not safe
 # in threads, and pictures are decoded in several.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", module=r"PIL\.")  # its words on a picture's faults: a million of them fill a log
+warnings.filterwarnings("ignore", module=r"PIL\.")  # its warnings about pictures would fill a log
 
 
-#: Formats that are decoded, by Pillow's names. Some of its others are no decoders: EPS runs Ghostscript on the data.
+#: Formats that are decoded, by Pillow's names. Some of its others do not decode by themselves: EPS runs Ghostscript.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 
@@ -71,15 +71,15 @@ def _formats() -> list[str]:
 def decode(data: bytes, most_pixels: int = MAX_PIXELS) -> Pixels:
     """Decodes a picture, its first frame, to uint8 (height, width, 3) RGB as viewers show it.
 
-    It stands upright, by its EXIF orientation; what is transparent is on white; of values of 16 bits the high 8 count.
+    It is upright by its EXIF orientation; transparent parts are on white; of 16-bit values the high 8 bits count.
 
     Args:
-        most_pixels: a picture with more is halved until it has no more, JPEG within its transform; of this many or
-            fewer every pixel is the picture's own.
+        most_pixels: a picture with more is halved until it has at most these, a JPEG within its transform; a smaller
+            picture keeps its own pixels.
 
     Raises:
-        RowError: no picture that Pillow knows, damaged, cut short, more than `MAX_PIXELS`, or of numbers of which
-            nothing says which one is white.
+        RowError: not a picture that Pillow knows, damaged, cut short, more than `MAX_PIXELS`, or of numbers with no
+            known value for white.
     """
     with _opened(data) as image:
         factor = 1
@@ -101,7 +101,7 @@ def pixels_of(data: bytes) -> int:
     """How many pixels a picture has, by its header.
 
     Raises:
-        RowError: as `decode`, as far as the header tells.
+        RowError: as `decode`, as far as the header shows it.
     """
     with _opened(data) as image:
         return image.width * image.height
@@ -127,8 +127,10 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def _rgb(image: Image.Image, factor: int) -> Pixels:
-    """The pixels of a picture, each side divided by a factor, converted some rows at a time: at once the largest ones
-    take twice the memory."""
+    """The pixels of a picture, each side divided by a factor, converted some rows at a time.
+
+    Converted at once, the largest pictures would take twice the memory.
+    """
     bits, is_negative = _numbers(image)
     image.load()
     pixels = np.empty((-(-image.height // factor), -(-image.width // factor), 3), np.uint8)
@@ -145,10 +147,10 @@ def _rgb(image: Image.Image, factor: int) -> Pixels:
 
 
 def _numbers(image: Image.Image) -> tuple[int, bool]:
-    """Bits of a value where it has more than 8, else 0; and whether 0 is white.
+    """Bits of a value if it has more than 8, else 0; and whether 0 is white.
 
     Raises:
-        RowError: nothing says which value is white.
+        RowError: it is unknown which value is white.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
@@ -178,10 +180,10 @@ def _on_white(part: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """EXIF's orientation of what was decoded; where a format's decoder has turned it already there is none."""
+    """EXIF's orientation of what was decoded; upright if its format's decoder has turned it already."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a damaged EXIF block says nothing of it, and viewers show such a picture as it is stored
+    except Exception:  # with a damaged EXIF block, viewers show a picture as it is stored
         return None
 
 
@@ -194,10 +196,10 @@ def _upright(pixels: Pixels, orientation: Any) -> Pixels:
 
 def _jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
     """The pixels of a plain JPEG, each side divided by 1, 2, 4 or 8 in the transform, bit for bit those of Pillow; None
-    where only Pillow will do.
+    if Pillow has to decode it.
 
-    Both stand on libjpeg-turbo with the same transform and upsampling. simplejpeg's strict mode fails on whatever the
-    library warns of; Pillow, which forgives some of that, then says whether the picture decodes.
+    Both use libjpeg-turbo with the same transform and upsampling. simplejpeg's strict mode fails on every warning of
+    the library; Pillow, which ignores some of them, then decides whether the picture decodes.
     """
     if not _HAS_SIMPLEJPEG or image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return None
@@ -217,10 +219,7 @@ def _jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
 
 
 def difference(one: Pixels, other: Pixels) -> tuple[float, int] | None:
-    """How far two pictures are apart: the mean and the largest absolute difference of their values, 0..255.
-
-    None where they differ in size.
-    """
+    """The mean and the largest absolute difference of two pictures' values, 0..255; None if they differ in size."""
     if one.shape != other.shape:
         return None
     apart = np.abs(one.astype(np.int16) - other.astype(np.int16))
@@ -230,8 +229,8 @@ def difference(one: Pixels, other: Pixels) -> tuple[float, int] | None:
 def encode(pixels: Pixels, kind: str, quality: int) -> bytes:
     """A picture of uint8 (height, width, 3) RGB: a baseline JPEG, 4:2:0, a lossless PNG, or a lossy WebP.
 
-    JPEG by simplejpeg, without the interpreter's lock. Pillow's bytes differ, though both stand on libjpeg-turbo: there
-    is no falling back on it.
+    JPEG is encoded by simplejpeg, without the interpreter's lock. Pillow is never used instead: its bytes differ,
+    though both use libjpeg-turbo.
 
     Args:
         kind: one of `formats.FORMATS`.
@@ -251,7 +250,8 @@ def encoded(image: Image.Image, kind: str, quality: int, *, remark: str = "") ->
     Args:
         kind: one of `formats.FORMATS`.
         quality: 1..100; PNG has none.
-        remark: text that the file carries beside the picture: as comment, as text chunk, as EXIF's ImageDescription.
+        remark: text that the file carries in addition to the picture: as comment, as text chunk, as EXIF's
+            ImageDescription.
     """
     options: dict[str, Any] = {"compress_level": _PNG_LEVEL} if kind == formats.PNG else {"quality": quality}
     if remark and kind == formats.JPG:

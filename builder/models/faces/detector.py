@@ -1,4 +1,4 @@
-"""What a face detector is: how it is started, checked and fed, and what a stage has to know of it."""
+"""What a face detector is: how it is started, checked and fed, and what a stage has to know about it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Detector(Protocol):
 
     @property
     def most_frames(self) -> int:
-        """Pictures that it is given at a time."""
+        """Most pictures that it is given at a time."""
 
     def frames(self, count: int) -> Room:
-        """Room for so many pictures, as it takes them."""
+        """Room for `count` pictures, in the form that it takes."""
 
     def detect(self, frames: Any) -> list[tuple[Floats, Floats]]:
-        """By place the boxes, (n, 4) in pixels, and their scores, best first; nothing where no picture was put."""
+        """Per place the boxes, (n, 4) in pixels, and their scores, best first; empty if no picture was put there."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,19 @@ class DetectorEntry:
     """One value of the option `detector`.
 
     Attributes:
-        start: loads it. It is called with `device`, `name` (whose messages it writes to the log, the stage's) and, by
+        start: loads it. It is called with `device`, `name` (the stage's, for messages in the log) and, by
             their names, the options that `reads` lists.
         check: raises StageError for packages and files that it would miss, and loads nothing. It is called with the
             options that `reads` lists, by their names.
-        reads: the options that are its own; every other detector refuses them.
-        min_score: `min_score` where the options do not set it.
+        reads: its own options; every other detector refuses them.
+        min_score: `min_score` if the options do not set it.
         batch_rows: pictures of one batch.
-        packages: those whose versions decide what it finds.
+        packages: the packages whose versions decide what it finds.
         ahead: batches that are decoded ahead.
-        tolerance: how far the answers for one picture may be apart when the pictures around it change, in shares of its
+        tolerance: how much the answers for one picture may differ when the pictures around it change, in shares of its
             sides and in scores.
         takes_device: whether it runs on the device that it is given; else on the CPU.
-        notice: what a run says of it once, such as the licence of its models.
+        notice: what a run reports about it once, such as the licence of its models.
     """
 
     start: Callable[..., Detector]

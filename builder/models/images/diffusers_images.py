@@ -14,8 +14,8 @@ from builder.models.images.loading import DiffusionOptions, check_installed
 from builder.models.images.queue import ImageQueue, Job, Made
 from builder.models.pictures import decode, difference
 
-#: Mean absolute difference of pixels, 0..255, up to which two images are the same. A batch's shape does not depend on
-#: how many are real: there is no difference but a library's own noise.
+#: Mean absolute difference of pixels, 0..255, up to which two images are the same. The shape of a batch does not depend
+#: on how many of its images are real, so only a library's own noise makes a difference.
 SAME_PIXELS = 1.0
 #: Sizes of diffusion models are multiples of this: their VAEs shrink each side by it. FLUX needs 16, SANA 32; a size
 #: that a model does not make is refused when it is loaded.
@@ -35,7 +35,8 @@ class DiffusersImages:
     One batch of each size, the largest first, is made at the start and thrown away.
 
     Raises:
-        StageError: the model cannot be loaded, does not take an option, makes no such image, or another one each time.
+        StageError: the model cannot be loaded, does not take an option, makes no image of such a size, or another one
+            each time.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class DiffusersImages:
         return self._queue.add(jobs)
 
     def answers(self, jobs: list[Job]) -> list[Made | Exception]:
-        """Waits for jobs that were added; for each its image, or why there is none."""
+        """Waits for jobs that were added; returns for each its image, or why there is none."""
         return self._queue.answers(jobs)
 
     def take_notes(self) -> list[dict[str, Any]]:
@@ -94,7 +95,7 @@ class DiffusersImages:
                     "model": self._options.model, "device": self._device, "difference": f"{found:g}",
                     "tolerance": f"{SAME_PIXELS:g}",
                 },
-                fix="set another scheduler: this one draws noise that no seed decides",
+                fix="set another scheduler: the noise of this one does not depend on the seed",
             )  # fmt: skip
 
     def _tried(self, size: tuple[int, int]) -> Made | None:
@@ -119,7 +120,7 @@ class DiffusersImages:
 
 
 def pixels_apart(one: bytes, other: bytes) -> float:
-    """The mean absolute difference of two encoded pictures, 0..255; 255 where they differ in size."""
+    """The mean absolute difference of two encoded pictures, 0..255; 255 if they differ in size."""
     if one == other:
         return 0.0
     found = difference(decode(one), decode(other))

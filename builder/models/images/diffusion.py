@@ -1,7 +1,7 @@
 """Images of prompts by a diffusers pipeline: text encoding, denoising.
 
-Owns what differs between pipeline classes: how the options are called there, and what `encode_prompt` returns. Knows no
-table, no threads and no JPEG; who batches, pads and halves is `builder.models.images.queue`.
+Owns what differs between pipeline classes: the names of their options, and what `encode_prompt` returns. Knows no
+table, no threads and no JPEG; `builder.models.images.queue` batches, pads and halves.
 """
 
 from __future__ import annotations
@@ -47,34 +47,34 @@ ENCODED: dict[str, tuple[str | None, ...]] = {
     ),
     "SanaSprintPipeline": ("prompt_embeds", "prompt_attention_mask"),
 }  # fmt: skip
-#: Arguments without which a pipeline makes no image of a prompt with a size and a seed of its own.
+#: Arguments that a pipeline needs to make an image of a prompt with a given size and seed.
 NEEDED = ("prompt", "height", "width", "generator", "output_type")
-#: What `__call__` and `encode_prompt` are given where they take it: the prompt and the size as they are.
+#: Arguments of `__call__` and `encode_prompt` that leave prompt and size as they are, passed where they are accepted.
 AS_IS = {"use_resolution_binning": False, "clean_caption": False}
 #: Steps of SanaSprintPipeline for which its `intermediate_timesteps` is meant; it refuses it for others.
 _SPRINT_STEPS = 2
 
-#: What `encode_prompt` said of one prompt, by argument of `__call__`, one row each; or the prompt itself.
+#: The result of `encode_prompt` for one prompt, by argument of `__call__`, one row each; or the prompt itself.
 Text = Mapping[str, Any]
 
 
 class Unsafe(ValueError):
-    """The model's own safety checker blacked an image out."""
+    """The model's own safety checker blacked out an image."""
 
 
 class Diffusion:
     """A loaded pipeline on one device.
 
     Attributes:
-        name: the model's name without paths of the machine; of the hub `owner/name@commit`.
+        name: the model's name without paths of the machine; `owner/name@commit` for a model of the hub.
         steps: denoising steps.
-        guidance: guidance scale; None where the pipeline has none.
+        guidance: guidance scale; None if the pipeline has none.
         device_name: what it computes on, as far as that decides the last bits: a GPU's name, a CPU's vector unit
             and threads.
 
     Raises:
-        StageError: a package, the device, the model or a part of it is missing, it is no text-to-image pipeline, or it
-            does not take an option that is set.
+        StageError: a package, the device, the model or a part of it is missing, it is not a text-to-image pipeline, or
+            it does not take an option that is set.
     """
 
     def __init__(self, options: DiffusionOptions, device: str) -> None:
@@ -104,7 +104,7 @@ class Diffusion:
         return float(self._taken["guidance_scale"].default if given is None else given)
 
     def _check_taken(self) -> None:
-        """Refuses a pipeline that is none for this, and options that it would not look at."""
+        """Refuses a pipeline that cannot make images of prompts, and options that it would ignore."""
         kind = type(self._pipe).__name__
         where = {"model": self.options.model, "pipeline": kind}
         if lacking := [name for name in NEEDED if name not in self._taken]:
@@ -124,7 +124,7 @@ class Diffusion:
             if missing and getattr(self.options, option) is not None:
                 raise StageError(f"'{kind}' does not take the option '{option}'", where=where, fix=f"take {option} out")
         if self.options.steps is None and "num_inference_steps" not in self._taken:
-            raise StageError(f"'{kind}' takes no number of steps", where=where, fix="name a text-to-image model")
+            raise StageError(f"'{kind}' does not take a number of steps", where=where, fix="name a text-to-image model")
 
     def _check_negative_prompt(self) -> None:
         if self.options.negative_prompt and self.guidance is not None and self.guidance <= 1:
@@ -169,13 +169,13 @@ class Diffusion:
         """Begins a batch of images.
 
         Args:
-            texts: what `encode` returned, one an image.
-            seeds: of each image's own generator, which is on the CPU: the noise is the same on every device.
+            texts: what `encode` returned, one per image.
+            seeds: one per image, for its own generator, which is on the CPU: the noise is the same on every device.
             size: width and height, px.
 
         Returns:
-            A function that waits for the device and returns uint8 (count, height, width, 3), and of each image why it
-            is none, if it is none.
+            A function that waits for the device and returns uint8 (count, height, width, 3), and per image an error
+            or None.
 
         Raises:
             ValueError: the pipeline made another size.
@@ -232,7 +232,7 @@ class Diffusion:
         """Computes one number.
 
         Raises:
-            StageError: the device does not compute any more.
+            StageError: the device no longer computes.
         """
         if not self.device.startswith("cuda"):
             return
@@ -241,15 +241,15 @@ class Diffusion:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise StageError(
-                    f"device '{self.device}' computes no more: {one_line(error)}",
+                    f"device '{self.device}' no longer computes: {one_line(error)}",
                     where={"name": self.device_name},
-                    fix="see nvidia-smi and dmesg, then run the same command again: it goes on where it was",
+                    fix="see nvidia-smi and dmesg, then run the same command again: it continues where it stopped",
                 ) from error
 
     def free(self) -> None:
-        """Gives back device memory that nothing uses."""
+        """Frees device memory that nothing uses."""
         if self.device.startswith("cuda"):
-            with contextlib.suppress(RuntimeError):  # of a device that is lost: no reason to hide why
+            with contextlib.suppress(RuntimeError):  # of a lost device; the first error says why
                 self._torch.cuda.empty_cache()
 
 
@@ -258,7 +258,7 @@ def _fault(is_blacked: bool, is_finite: bool) -> Exception | None:
         return Unsafe("the model's own safety checker blacked the image out")
     if is_finite:
         return None
-    return RowError("not_finite", "the model's image holds values that are no numbers: try another dtype")
+    return RowError("not_finite", "the model's image has values that are not numbers: try another dtype")
 
 
 def _encoded(pipe: Any) -> tuple[str | None, ...]:
@@ -270,7 +270,7 @@ def _encoded(pipe: Any) -> tuple[str | None, ...]:
 
 
 def _tell_memory(pipe: Any) -> None:
-    """Lets a VAE without memory be heard of: SANA's pipelines catch that error and go on without an image."""
+    """Turns a VAE's out-of-memory error into a MemoryError: SANA's pipelines catch the original and return no image."""
     torch, _ = packages()
     vae = getattr(pipe, "vae", None)
     if vae is None:

@@ -24,7 +24,7 @@ _SNAPSHOT = re.compile(r"models--([\w.-]+)--([\w.-]+)/snapshots/(\w+)$")
 
 
 class DiffusionOptions(Strict):
-    """What a diffusers pipeline can be told. None: as the pipeline has it."""
+    """Options of a diffusers pipeline. None: the pipeline's own value."""
 
     #: A directory that diffusers' `save_pretrained` wrote, or a hub id. Only a directory needs no network.
     model: str = ""
@@ -72,7 +72,7 @@ def name_of(model: str, revision: str | None) -> str:
 
 
 def name_as_loaded(pipe: Any, options: DiffusionOptions) -> str:
-    """`name_of`, with the commit where the model comes of the hub, whose branches move."""
+    """`name_of`, with the commit if the model is from the hub, whose branches move."""
     config = getattr(_network(pipe), "config", None)
     folder = Path(str(getattr(config, "_name_or_path", ""))).parent  # of the hub's cache
     if not Path(options.model).expanduser().is_dir() and _SNAPSHOT.search(folder.as_posix()):
@@ -90,7 +90,7 @@ _PACKAGES = ("torch", "simplejpeg", "accelerate", "transformers", "diffusers")
 
 
 def packages() -> tuple[Any, Any]:
-    """torch and diffusers, quiet; the others that every pipeline needs are there, too."""
+    """torch and diffusers, with their logs silenced; checks that the other packages of a pipeline are there."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -140,7 +140,7 @@ def check_installed(options: DiffusionOptions) -> None:
 
 
 def check_model(options: DiffusionOptions) -> None:
-    """Raises StageError where no model is named, or one that can be no model."""
+    """Raises StageError if no model is named, or one that cannot be a model."""
     model = options.model
     directory = Path(model).expanduser()
     if not model:
@@ -151,7 +151,7 @@ def check_model(options: DiffusionOptions) -> None:
     is_local = directory.is_dir()
     if is_local and not (directory / "model_index.json").is_file():
         raise StageError(
-            f"'{model}' holds no diffusers pipeline: it has no model_index.json",
+            f"'{model}' is not a diffusers pipeline: it has no model_index.json",
             fix="name the directory that save_pretrained or `hf download` wrote",
         )
     if not is_local and (directory.exists() or not _HUB_ID.fullmatch(model)):
@@ -181,11 +181,11 @@ def loaded(options: DiffusionOptions) -> Any:
             if "can't find a pipeline linked to" not in str(error):
                 raise
             return diffusers.DiffusionPipeline.from_pretrained(place, **given)  # the class that the model names
-    except Exception as error:  # of the hub, of files, of every loader: none of them is of a row
+    except Exception as error:  # of the hub, of files, of any loader; never the fault of a row
         if is_out_of_memory(error) or (is_local and is_of_the_machine(error)):
             raise
         fix = (
-            "see that the directory is whole: load it with diffusers' AutoPipelineForText2Image by hand"
+            "check that the directory is complete: load it with diffusers' AutoPipelineForText2Image by hand"
             if is_local
             else f"fetch it where there is a network, hf download {model} --local-dir DIR, and set model = DIR"
         )
@@ -226,7 +226,7 @@ def _scheduler(diffusers: Any, name: str, current: Any) -> Any:
     base = diffusers.SchedulerMixin
     names = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     kind = getattr(diffusers, name, None) if name in names else None
-    if needed := getattr(kind, "_backends", None):  # diffusers' stand-in where one of them is missing
+    if needed := getattr(kind, "_backends", None):  # diffusers' placeholder if one of them is missing
         raise StageError(f"scheduler '{name}' needs {' and '.join(needed)}", fix="install them, or name another one")
     if kind is None or not issubclass(kind, base):
         near = difflib.get_close_matches(name, names, 1)
@@ -239,12 +239,14 @@ def _scheduler(diffusers: Any, name: str, current: Any) -> Any:
 
 def _fuse_lora(pipe: Any, options: DiffusionOptions, where: dict[str, Any]) -> None:
     if not hasattr(pipe, "load_lora_weights"):
-        raise StageError(f"'{type(pipe).__name__}' takes no LoRA", where=where, fix="take lora out")
+        raise StageError(f"'{type(pipe).__name__}' does not take a LoRA", where=where, fix="take lora out")
     if importlib.util.find_spec("peft") is None:
         raise missing_extra("peft", "images", "option 'lora'")
     path = Path(str(options.lora)).expanduser()
     if not path.exists() and not _HUB_ID.fullmatch(str(options.lora)):
-        raise StageError(f"there is no LoRA file '{options.lora}'", fix="name a file, a directory or a hub id")
+        raise StageError(
+            f"there is no LoRA file '{options.lora}'", fix="name a file or directory that exists, or a hub id"
+        )
     with saying(f"LoRA '{options.lora}' cannot be loaded", where, "name weights that were trained for this model"):
         place = str(path) if path.exists() else options.lora
         pipe.load_lora_weights(place, local_files_only=path.exists())
@@ -258,7 +260,7 @@ def _fuse_lora(pipe: Any, options: DiffusionOptions, where: dict[str, Any]) -> N
 def saying(what: str, where: dict[str, Any], fix: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # diffusers and peft have no class of their own for a request that cannot be met
+    except Exception as error:  # diffusers and peft raise no error class of their own for this
         if is_of_the_machine(error):
             raise
         raise StageError(f"{what}: {one_line(error)}", where=where, fix=fix) from error

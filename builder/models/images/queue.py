@@ -1,9 +1,8 @@
-"""Batches for an image model: filled from rows that are asked for later, padded where there are none, halved where
-memory ends.
+"""Batches for an image model: filled from later rows, padded if there are none, halved when memory runs out.
 
-Owns the threads between text encoding, denoising and encoding, and the batch size. Three kinds work side by side:
-whoever calls `add` encodes text, one thread makes batches in the order of the rows, a few encode pictures. Knows of the
-model only what `Model` says.
+Owns the threads between text encoding, denoising and encoding, and the batch size. Three kinds of threads work at the
+same time: callers of `add` encode text, one thread makes batches in the order of the rows, a few encode pictures. Knows
+only the `Model` protocol of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from builder import formats
 from builder.errors import StageError
 from builder.models.pictures import Pixels, encode
 
-#: Threads that encode pictures, at most: one encodes some 1,000 JPEGs of 384 px a second.
+#: Most threads that encode pictures: one encodes some 1,000 JPEGs of 384 px per second.
 ENCODERS = 4
 
 
@@ -45,7 +44,7 @@ class Made:
 
     Attributes:
         data: its bytes, in the format that its job asks for.
-        batch_size: images that the model made together with it, padding counted; None where each is made by itself.
+        batch_size: images that the model made together with it, padding included; None if each is made alone.
     """
 
     data: bytes
@@ -61,7 +60,7 @@ class Job:
     size: tuple[int, int]
     kind: str = formats.JPG
     made: Future[Made] = field(default_factory=Future)
-    #: The encoded prompt, and how many were encoded together with it, padding counted.
+    #: The encoded prompt, and how many were encoded together with it, padding included.
     text: Any = None
     text_batch: int = 0
 
@@ -69,12 +68,12 @@ class Job:
 class ImageQueue:
     """Images of jobs, each made in a batch of exactly `batch_size` of one size.
 
-    A batch is made as soon as it is full. One that is not is padded with copies of its last job, once one of its jobs
-    is asked for and no more are being added. Jobs that nobody holds any more are forgotten.
+    A batch is made as soon as it is full. If it is not full, it is padded with copies of its last job, once one of its
+    jobs is asked for and no more are being added. Jobs that nobody references any longer are dropped.
 
-    A batch that fails is halved, padded, until the jobs that fail stand alone; no other job fails with them. Out of
-    memory halves `batch_size` for good, and `take_notes` says so. A device that computes no more is no job's fault: its
-    jobs get the StageError that says so.
+    A batch that fails is made again in padded halves until the failing jobs are alone; no other job fails with them.
+    Running out of memory halves `batch_size` for good, and `take_notes` reports it. If the device no longer computes,
+    the jobs get a StageError that says so.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class ImageQueue:
         self._asked: frozenset[Job] = frozenset()
         self._adding = 0
         self._closed = False
-        self._encoding = threading.Lock()  # tokenizers are not for two threads
+        self._encoding = threading.Lock()  # tokenizers are not thread-safe
         self._pool = ThreadPoolExecutor(min(ENCODERS, os.cpu_count() or 1), "pictures")
         self._maker = threading.Thread(target=self._work, name="images", daemon=True)
         self._maker.start()
@@ -97,8 +96,8 @@ class ImageQueue:
         """Encodes the prompts of jobs and queues them; for any thread.
 
         Raises:
-            StageError: the device computes no more.
-            Exception: whatever the text encoder raises; no job of these is queued then.
+            StageError: the device no longer computes.
+            Exception: any error of the text encoder; none of these jobs is queued then.
         """
         with self._changed:
             self._adding += 1
@@ -117,7 +116,7 @@ class ImageQueue:
         return jobs
 
     def answers(self, jobs: list[Job]) -> list[Made | Exception]:
-        """Waits for jobs that were added; of each its image, or why there is none."""
+        """Waits for jobs that were added; returns for each its image, or why there is none."""
         with self._changed:
             self._asked = frozenset(jobs)
             self._changed.notify_all()
@@ -136,7 +135,7 @@ class ImageQueue:
         return found
 
     def take_notes(self) -> list[dict[str, Any]]:
-        """Batch sizes that were halved since this was last asked."""
+        """Batch sizes that were halved since this was last called."""
         with self._changed:
             notes, self._notes = self._notes, []
         return notes
@@ -155,7 +154,7 @@ class ImageQueue:
         while jobs := self._take():
             try:
                 self._make(jobs)
-            except BaseException as error:  # whoever waits for these must not wait for ever
+            except BaseException as error:  # callers that wait for these must not wait forever
                 for job in jobs:
                     if not job.made.done():
                         job.made.set_exception(error)
@@ -183,11 +182,11 @@ class ImageQueue:
         return full[0][: self.batch_size] if full else []
 
     def _make(self, jobs: list[Job]) -> None:
-        """Makes the images of jobs of one size; what fails is made again in parts, until the bad job stands alone.
+        """Makes the images of jobs of one size; a batch that fails is made again in parts, until the bad job is alone.
 
-        The batch size may shrink in another thread meanwhile, while prompts are encoded: then jobs hold texts of
-        another batch size than the images', and their last bits would differ. So such texts are encoded again first,
-        and a batch whose texts do not all come out at `size` starts anew with the size that there is now.
+        Another thread may shrink the batch size while prompts are encoded. Jobs then hold texts of another batch size
+        than the images', and their last bits would differ. So such texts are encoded again first, and if not all of
+        them are of `size` then, the batch starts again with the present size.
         """
         size = self.batch_size
         if len(jobs) > size:
@@ -204,11 +203,11 @@ class ImageQueue:
             failure = self._cause(error).with_traceback(None)  # it holds the batch's tensors
             failure.__context__ = None
         else:
-            if images is None:  # there was no memory for so many prompts
+            if images is None:  # memory ran out while the prompts were encoded
                 self._make(jobs)
                 return
             for i, job in enumerate(jobs):
-                job.text = None  # memory of the device
+                job.text = None  # frees memory of the device
                 self._pool.submit(self._finish, job, images, i, size)
             return
         if isinstance(failure, StageError):
@@ -223,7 +222,7 @@ class ImageQueue:
             jobs[0].made.set_exception(failure)
 
     def _cause(self, error: Exception) -> Exception:
-        """Why a batch failed: what the model said, or that its device computes no more."""
+        """Why a batch failed: the model's error, or that its device no longer computes."""
         if isinstance(error, RuntimeError) and not self._is_out_of_memory(error):
             try:
                 self._model.check()

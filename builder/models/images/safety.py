@@ -18,7 +18,7 @@ from builder import machine
 from builder.errors import StageError, missing_extra
 from builder.models.pictures import Pixels
 
-#: Labels that mean unsafe, in lower case, where the options name none.
+#: Labels that mean unsafe, in lower case, if the options name none.
 UNSAFE = ("nsfw", "unsafe", "porn", "sexy", "hentai", "explicit")
 
 

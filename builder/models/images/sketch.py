@@ -1,7 +1,7 @@
-"""Draws a labelled picture of a prompt, for trying a pipeline where there is no image model.
+"""Draws a labelled picture of a prompt, for trying a pipeline without an image model.
 
-Owns the drawing. Nobody should take its pictures for generated photos: they show a flat landscape, the mark "sketch"
-with the seed, and the prompt. The file's own remark says so too, where the picture is too small for a label.
+Owns the drawing. Its pictures cannot be mistaken for generated photos: they show a flat landscape, the mark "sketch"
+with the seed, and the prompt. The file has a remark that says so too, if the picture is too small for a label.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _glow(size: int) -> Image.Image:
 
 
 def _lights(image: Image.Image, dice: random.Random, palette: _Palette) -> float:
-    """Draws the sun, or the moon and stars; returns where it stands, pixels from the left."""
+    """Draws the sun, or the moon and stars; returns its place, pixels from the left."""
     w, h = image.size
     pen = ImageDraw.Draw(image)
     for _ in range(70 if palette.night else 0):
@@ -338,7 +338,7 @@ def _windows(
 
 
 class Sketches:
-    """Draws an image when it is asked for, each by itself."""
+    """Draws each image alone, when it is asked for."""
 
     name = "sketch"
     steps: int | None = None

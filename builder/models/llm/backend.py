@@ -1,4 +1,4 @@
-"""What makes prompts: how a back end is checked, started and asked, and what a stage has to know of it."""
+"""What makes prompts: how a back end is checked, started and asked, and what a stage has to know about it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PromptBackend:
         raise NotImplementedError
 
     def notices(self) -> list[str]:
-        """What the run's log should say of it, since this was last called."""
+        """Notices for the run's log, since this was last called."""
         return []
 
     def totals(self) -> dict[str, dict[str, Any]]:

