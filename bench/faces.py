@@ -24,7 +24,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from builder import exit_codes
 from builder.demo.shards import make_demo_shards
 from builder.engine.work import Choice
 from builder.engine.worker import run_task
-from builder.executors.base import Ended, Submission
+from builder.executors.base import Ended, RunSettings, Submission
 from builder.executors.by_name import EXECUTORS
 from builder.executors.local import LocalExecutor
 from builder.models.faces.mtcnn import Mtcnn
@@ -190,7 +190,7 @@ class Processes(LocalExecutor):
         self.took = (max(wall for wall, _ in answers), sum(cpu for _, cpu in answers))
         return self.took
 
-    def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Submission:
+    def submit(self, run: RunFiles, tasks: int, settings: RunSettings) -> Submission:
         """Does the tasks of a run, one for each process."""
         assert tasks == WORKERS
         self.ask([("task", str(run.folder), number) for number in range(tasks)])

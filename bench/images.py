@@ -20,7 +20,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
@@ -30,7 +30,7 @@ from bench.report import Result, compared, table
 from builder import exit_codes
 from builder.engine.work import Choice
 from builder.engine.worker import run_task
-from builder.executors.base import DEFAULTS, Ended, Submission
+from builder.executors.base import DEFAULTS, Ended, RunSettings, Submission
 from builder.executors.by_name import EXECUTORS
 from builder.executors.local import LocalExecutor
 from builder.progress import Talk
@@ -121,7 +121,7 @@ class Worker(LocalExecutor):
         self.took = self._pipe.recv()
         return self.took
 
-    def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Submission:
+    def submit(self, run: RunFiles, tasks: int, settings: RunSettings) -> Submission:
         assert tasks == 1
         self.ask("task", str(run.folder))
         return Tasks([[Ended(0, exit_codes.DONE, 0)]])

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from builder.engine.in_hand import InHand
 from builder.engine.runs import PlannedRun, execute
 from builder.engine.work import Choice
 from builder.executors import base
-from builder.executors.base import Ended, Reported, run_to_end
+from builder.executors.base import Ended, Reported, RunSettings, run_to_end
 from builder.executors.by_name import EXECUTORS, executor_named, liveness_of
 from builder.progress import Talk
 from builder.store.layout import RunFiles
@@ -46,10 +46,10 @@ class Elsewhere(InProcess):
         self.submitted: list[tuple[str, int, int, list[str]]] = []
         self.known = Liveness.CANNOT_BE_ASKED
 
-    def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Tasks:
+    def submit(self, run: RunFiles, tasks: int, settings: RunSettings) -> Tasks:
         kind = json.loads(run.description.read_text())["kind"]
-        self.submitted.append((kind, tasks, workers, list(devices)))
-        return super().submit(run, tasks, workers=workers, devices=devices)
+        self.submitted.append((kind, tasks, settings.workers, list(settings.devices)))
+        return super().submit(run, tasks, settings)
 
     def owner(self) -> dict[str, Any]:
         return {"executor": self.name, "job": 7}

@@ -39,7 +39,7 @@ class Lines:
     kind: ClassVar[str] = "lines"
     version: ClassVar[str] = "1"
     changes: ClassVar[dict[str, str]] = {}
-    has_bytes: ClassVar[bool] = False
+    has_hybrid_shards: ClassVar[bool] = False
     Options: ClassVar[type[DatasetSection]] = LinesSection
 
     folder: str

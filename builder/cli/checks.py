@@ -94,7 +94,7 @@ def verify(named: PipelineOptions, as_json: bool) -> None:
 
     loaded = named.load()
     proof = prove(loaded, Talk(quiet=as_json))
-    if proof.shards == 0 and loaded.asked.has_bytes:
+    if proof.shards == 0 and loaded.asked.has_hybrid_shards:
         raise ConfigError(
             "there is nothing to verify: the table has none of the pipeline's shards",
             where={"root": loaded.layout.root},
@@ -104,8 +104,8 @@ def verify(named: PipelineOptions, as_json: bool) -> None:
         click.echo(json.dumps(vars(proof)))
     else:
         print_facts("verify", summary(proof))
-        if not loaded.asked.has_bytes:
-            hint(f"no hybrid shards are written of sources of the kind '{loaded.asked.kind}': their rows have no bytes")
+        if not loaded.asked.has_hybrid_shards:
+            hint(f"no hybrid shards are written of sources of the kind '{loaded.asked.kind}'")
         for problem in proof.problems:
             hint(f"wrong: {plain(problem)}")
         if options := options_for(loaded, proof.problems):

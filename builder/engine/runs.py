@@ -200,7 +200,7 @@ def execute(planned: PlannedRun, talk: Talk, executor: Executor | None = None) -
             progress[task] = (done, failed)
             bar.update(sum(d for d, _ in progress.values()), sum(f for _, f in progress.values()))
 
-        submission = executor.submit(run, planned.tasks, workers=settings.workers, devices=settings.devices)
+        submission = executor.submit(run, planned.tasks, settings)
         ended = run_to_end(submission, planned.tasks, on_progress)
     outcome = Outcome()
     broken: list[BuilderError] = []

@@ -133,11 +133,25 @@ class Submission(Protocol):
         ...
 
 
+class RunSettings(Protocol):
+    """What every executor reads of the section [run] of a pipeline.
+
+    Attributes:
+        workers: how many tasks may be done at the same time.
+        devices: each worker gets one of these, in turn.
+    """
+
+    workers: int
+    devices: list[str]
+
+
 class Executor(Protocol):
     """A place where the tasks of runs are done: processes of this machine, jobs of a cluster.
 
     An owner is the record of who does some work, as json: it is written to `run.json` and next to the batch that a task
-    has in hand. It names its executor under the key `executor`, unless that is `local`.
+    has in hand. It names its executor under the key `executor`, unless that is `local`. The one in `run.json` is
+    written before `submit`, so it cannot hold a job's number; `liveness` is given all of `run.json`, the run's name
+    too.
     """
 
     @property
@@ -145,14 +159,13 @@ class Executor(Protocol):
         """As `[run] executor` has it."""
         ...
 
-    def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Submission:
+    def submit(self, run: RunFiles, tasks: int, settings: RunSettings) -> Submission:
         """Takes tasks 0 to `tasks - 1` of a run.
 
         Each is started with `task_command` and the environment of `task_environment`.
 
         Args:
-            workers: how many tasks may be done at the same time.
-            devices: each worker gets one of these, in turn.
+            settings: the section [run] as it holds for this run: an executor's own keys are among them.
         """
         ...
 

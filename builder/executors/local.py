@@ -21,6 +21,7 @@ from builder.executors.base import (
     PARENT_PIPE,
     Ended,
     Reported,
+    RunSettings,
     Submission,
     has_listener,
     read_line,
@@ -61,11 +62,13 @@ class LocalExecutor:
 
     name = "local"
 
-    def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Submission:
+    def submit(self, run: RunFiles, tasks: int, settings: RunSettings) -> Submission:
         def command(number: int) -> Sequence[str]:
             return task_command(run, number)
 
-        return TaskPool(command, tasks, run.log, workers=workers, devices=devices, in_hand=run.in_hand)
+        return TaskPool(
+            command, tasks, run.log, workers=settings.workers, devices=settings.devices, in_hand=run.in_hand
+        )
 
     def enter_task(self) -> None:
         die_with_parent()

@@ -26,8 +26,8 @@ class Found:
 
     Attributes:
         paths: the file that each is read from, by the shard's name, in the order of the table's shards.
-        missing: paths that the pipeline names and that are not files: they do not exist, are links to nothing, or are
-            folders; a wildcard that matches nothing stands for itself.
+        missing: paths that the pipeline names and that no shard can be read from; a wildcard that matches nothing
+            stands for itself.
     """
 
     paths: dict[str, Path]
@@ -71,6 +71,23 @@ class Read:
     seen: Seen = field(default_factory=Seen)
 
 
+class OpenShard(Protocol):
+    """A shard that is open for reading."""
+
+    def read(self, place: dict[str, Any]) -> bytes:
+        """The bytes of one member.
+
+        Args:
+            place: its entry in `source_members`.
+
+        Raises:
+            ShardError: they are not there.
+            ConflictError: the shard was changed since it was opened.
+            OSError: the machine does not give them.
+        """
+        ...
+
+
 class Source(Protocol):
     """One kind of source, with what a pipeline asks of it.
 
@@ -79,14 +96,14 @@ class Source(Protocol):
         version: raised when a column that ingest makes changes its meaning.
         changes: what each raised version changed, the oldest first.
         boxes: the json field of face boxes, in samples whose picture is replaced.
-        has_bytes: whether shards are tars with the samples' members in them: only of these hybrid shards are written.
+        has_hybrid_shards: true for tars: hybrid shards are written of such sources only.
         Options: the section `[dataset]` of a pipeline of this kind.
     """
 
     kind: ClassVar[str]
     version: ClassVar[str]
     changes: ClassVar[dict[str, str]]
-    has_bytes: ClassVar[bool]
+    has_hybrid_shards: ClassVar[bool]
     Options: ClassVar[type[DatasetSection]]
 
     @property
@@ -150,8 +167,8 @@ class Source(Protocol):
         ...
 
     @classmethod
-    def opened(cls, layout: Layout, shard: str, origin: Origin) -> AbstractContextManager[int | None]:
-        """A shard, open for reading at the offsets of `source_members`; None for a kind without bytes.
+    def opened(cls, layout: Layout, shard: str, origin: Origin) -> AbstractContextManager[OpenShard | None]:
+        """A shard, open for reading members; None for a kind whose samples have no bytes.
 
         Raises:
             ShardError: it is gone, or is not what was ingested.

@@ -6,14 +6,12 @@ Owns how `(shard, row, member)` becomes bytes. Knows nothing of stages and runs.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from typing import Any
 
-from builder.errors import ConflictError, ShardError, where
+from builder.errors import where
 from builder.sources.kinds import kind_of
-from builder.sources.members import AGAIN, EDIT, place_of
-from builder.store import files
+from builder.sources.members import EDIT, place_of
 from builder.store.layout import Layout
 from builder.table import partitions
 from builder.table.edits import EditsReader
@@ -36,8 +34,9 @@ class MemberReader:
         self._columns: dict[str, list[Any]] = {}
         self._state: Origin | None = None
         from_source = any(member != EDIT for member in members)
-        columns = ["source_members"] * from_source
-        columns += ["image_path", "image_offset", "image_size"] * (EDIT in members)
+        columns = ["source_members"] if from_source else []
+        if EDIT in members:
+            columns += ["image_path", "image_offset", "image_size"]
         if columns:
             places, state = partitions.read_partition(layout, shard, columns)
             self._columns = {name: places[name].to_pylist() for name in places.column_names}
@@ -80,17 +79,7 @@ class MemberReader:
             place = place_of(self._columns["source_members"][row], member)
             if place is None or self._source is None:
                 return None
-            try:
-                return files.read_at(self._source, place["data"], place["size"])
-            except ShardError as error:
-                size = os.fstat(self._source).st_size
-                if self._state is None or size == self._state.size:
-                    raise
-                raise ConflictError(
-                    "the source shard was cut while it was read",
-                    where={"file": self._state.path, "bytes": f"expected {self._state.size}, found {size}"},
-                    fix=AGAIN,
-                ) from error
+            return self._source.read(place)
 
     def __enter__(self) -> MemberReader:
         return self

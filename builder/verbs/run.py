@@ -76,7 +76,7 @@ def check_first(snapshot: Snapshot) -> None:
         )
     for problem in problems:
         raise problem
-    if pipeline.asked.has_bytes:
+    if pipeline.asked.has_hybrid_shards:
         _check_room(layout, found)
 
 

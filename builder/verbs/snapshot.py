@@ -88,7 +88,7 @@ class Snapshot:
     @property
     def hybrid_shards(self) -> list[str]:
         """Those of `shards` of which hybrid shards are written: none where the source has no bytes."""
-        return self.shards if self.pipeline.asked.has_bytes else []
+        return self.shards if self.pipeline.asked.has_hybrid_shards else []
 
     def some_shards(self) -> list[str]:
         """`shards`, of which there is at least one.

@@ -44,7 +44,8 @@ class InProcess(LocalExecutor):
     def __init__(self, *, is_logged: bool = True) -> None:
         self._is_logged = is_logged
 
-    def submit(self, run: RunFiles, tasks: int, *, workers: int, devices: Sequence[str]) -> Tasks:
+    def submit(self, run: RunFiles, tasks: int, settings: base.RunSettings) -> Tasks:
+        devices = settings.devices
         return Tasks(self._do(run, number, devices[number % len(devices)]) for number in range(tasks))
 
     def _do(self, run: RunFiles, number: int, device: str) -> News:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from builder import machine
-from builder.errors import ShardError
+from builder.errors import ConflictError, ShardError
 from builder.sources.members import AGAIN
 from builder.store import files
 from builder.store.layout import Layout
@@ -50,6 +52,28 @@ def opened(layout: Layout, shard: str, source: Origin) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class OpenTar:
+    """A source shard that is open for reading members at their offsets."""
+
+    descriptor: int
+    source: Origin
+
+    def read(self, place: dict[str, Any]) -> bytes:
+        """The bytes of one member; see `builder.sources.base.OpenShard`."""
+        try:
+            return files.read_at(self.descriptor, place["data"], place["size"])
+        except ShardError as error:
+            size = os.fstat(self.descriptor).st_size
+            if size == self.source.size:
+                raise
+            raise ConflictError(
+                "the source shard was cut while it was read",
+                where={"file": self.source.path, "bytes": f"expected {self.source.size}, found {size}"},
+                fix=AGAIN,
+            ) from error
 
 
 def _changed(source: Origin, **place: object) -> ShardError:

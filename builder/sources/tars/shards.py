@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from builder.sources.tars.collection import no_collection
 from builder.sources.tars.columns import columns_of
 from builder.sources.tars.expected import expected
 from builder.sources.tars.finding import find_shards, why_missing
-from builder.sources.tars.opening import opened
+from builder.sources.tars.opening import OpenTar, opened
 from builder.sources.tars.samples import ShardSamples, group
 from builder.sources.tars.section import TarSection, fields_of
 from builder.store import files
@@ -62,7 +62,7 @@ class TarShards:
         "that macOS puts beside files (._NAME, .DS_Store, __MACOSX/) belong to no sample; boxes up to 1 % of a side "
         "outside the picture are cut instead of unknown; numbers in fields of text have the digits that the json has",
     }
-    has_bytes: ClassVar[bool] = True
+    has_hybrid_shards: ClassVar[bool] = True
     Options: ClassVar[type[DatasetSection]] = TarSection
 
     fields: dict[str, pa.DataType]
@@ -154,8 +154,10 @@ class TarShards:
         return texts
 
     @classmethod
-    def opened(cls, layout: Layout, shard: str, origin: Origin) -> AbstractContextManager[int]:
-        return opened(layout, shard, origin)
+    @contextlib.contextmanager
+    def opened(cls, layout: Layout, shard: str, origin: Origin) -> Iterator[OpenTar]:
+        with opened(layout, shard, origin) as descriptor:
+            yield OpenTar(descriptor, origin)
 
 
 def _real(path: Path) -> str:
