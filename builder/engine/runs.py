@@ -47,7 +47,7 @@ class Outcome:
         folder: the run directory; None if there was nothing to do.
         totals: what the stage has counted itself, for each task.
         remarks: what is strange about shards that were read, by shard.
-        wanted, others: names of json fields, as of `sources.samples.Seen`.
+        wanted, others: names of json fields, as of `sources.base.Seen`.
     """
 
     counts: dict[str, int] = field(default_factory=dict)

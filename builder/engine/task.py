@@ -6,8 +6,8 @@ A task is a run directory and a number; it keeps one stage instance for all its 
     main        asks the stage about group 3                                            Task._do
     committer   makes the checkpoint of groups 1 and 2 durable and commits it            ShardWork._in_flight
 
-The window may reach into the next shard while the one before is still being committed. What a kill costs is what the
-committer and the main thread hold, at most `checkpoint_rows`; what the reader holds has no answers yet.
+The window may reach into the next shard while the one before is still being committed. A kill loses
+what the committer and the main thread hold, at most `checkpoint_rows`; what the reader holds has no answers yet.
 """
 
 from __future__ import annotations

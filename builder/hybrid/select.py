@@ -1,6 +1,6 @@
 """Write selection: the rows that write SQL returns, shard by shard, with what the table says of their samples.
 
-Whatever is made of selected samples stands on it. It knows no tars and nothing of what becomes of a sample.
+The writer and all exports read their rows from here. It knows no tars, and nothing of what becomes of a sample.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def select(
     boxes: Collection[str] = (),
     refused: dict[str, BuilderError] | None = None,
 ) -> Iterator[Selection]:
-    """Evaluates write SQL once and yields the selection of every shard of the table among `shards`, sorted by name.
+    """Evaluates write SQL once and yields one Selection for each of `shards` that is in the table, sorted by name, also
+    where no row is selected.
 
     Args:
         columns: of the table.

@@ -127,7 +127,7 @@ class Source(Protocol):
         ...
 
     def with_columns_of(self, columns: Iterable[Column]) -> Self:
-        """This source with what a root carries already, so that no column leaves it by another pipeline.
+        """This source with the columns that a root already has: a pipeline that does not name them removes none.
 
         Raises:
             SchemaError: they do not fit together.

@@ -131,7 +131,7 @@ class Stage:
     tolerance: float | None = None
     #: Its option for how many rows its model takes at once, where these are not the rows of a batch.
     batch_option: ClassVar[str] = ""
-    #: Its columns that hold an input as it was when a row was answered, by input.
+    #: By input, its column that keeps the input's value of the time of the answer.
     recorded: ClassVar[Mapping[str, str]] = {}
     #: Its column that says what of a row's input was changed or ignored: a run reports how many rows
     #: have it.

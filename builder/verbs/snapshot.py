@@ -17,8 +17,8 @@ from builder.verbs.pipeline import Pipeline
 class Snapshot:
     """What a command found of a pipeline's source and root.
 
-    The source is looked at once. The root is looked at again after `renew`, which whoever has committed something
-    calls. What the protocol of commits reads again before it commits does not go through here.
+    The source is looked at once. Call `renew` after every commit: then the root is looked at again. Commits themselves
+    read the disk, not this.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -55,7 +55,7 @@ class Snapshot:
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
-        """The root's columns with those that the pipeline will add: these read as typed nulls until then."""
+        """The root's columns with those that the pipeline will add: until a stage runs, they are null."""
         return schema.merge(self.root_columns, self.pipeline.own_columns)
 
     @cached_property

@@ -33,7 +33,7 @@ class WritePlan:
         edited: samples that will differ, over all shards; dropped ones apart.
         stale: edited samples whose image is older than their prompt: they keep the caption it was made from.
         refused: samples that the SQL returns and that are never edited, since their source is bad.
-        kept: samples that the SQL returns and that stay the source's, by reason (`edited_sample.REASONS`).
+        kept: samples that the SQL returns and that stay the source's, by reason (`hybrid.edit.REASONS`).
         needed: bytes that writing takes.
     """
 
@@ -175,7 +175,7 @@ def _say_kept(snapshot: Snapshot, plan: WritePlan, talk: Talk) -> None:
 
 
 def help_for(snapshot: Snapshot, reason: str) -> str:
-    """What helps where samples stay the source's for a reason out of `edited_sample.REASONS`."""
+    """What helps where samples stay the source's for a reason out of `hybrid.edit.REASONS`."""
     if reason == SEVERAL_PICTURES:
         return 'say what becomes of the others: [write] other_pictures = "keep" or "drop"'
     if reason == NO_TEXT:
