@@ -435,12 +435,12 @@ def test_an_ambiguous_uid_is_refused_with_examples(workspace: Make, tmp_path: Pa
     metadata(tmp_path / "meta/two.parquet", {uid[1]: [[0, 0, 1, 1]], uid[4]: [], uid[8]: [[0, 0, 1, 1]], uid[2]: []})
     made.run("ingest")
     message = (
-        "error: 2 uids of the samples are ambiguous in 'metadata': the files say different things of them\n"
+        "error: 2 uids of the samples are ambiguous in 'metadata': the files have different values for them\n"
         f"  row: {uid[1]}, [], in {tmp_path}/meta/one.parquet\n"
         f"  row: {uid[1]}, [[0.0, 0.0, 1.0, 1.0]], in {tmp_path}/meta/two.parquet\n"
         f"  row: {uid[4]}, [], in {tmp_path}/meta/two.parquet\n"
         f"  row: {uid[4]}, [[0.0, 0.0, 1.0, 1.0]], in {tmp_path}/meta/one.parquet\n"
-        f"  fix: name files in '{tmp_path}/meta/*.parquet' that agree, or take the wrong rows out of them\n"
+        f"  fix: name files that agree instead of '{tmp_path}/meta/*.parquet', or delete the wrong rows from them\n"
     ).replace("row: ", "{}: ")
     for command in ("plan", "stage faces"):
         done = made.run(*command.split(), check=False)
@@ -453,7 +453,7 @@ def test_an_ambiguous_uid_is_refused_with_examples(workspace: Make, tmp_path: Pa
     [
         (
             "missing*.parquet",
-            "no file matches '{folder}/missing*.parquet', which 'metadata' is to be read from\n  fix: name parquet "
+            "no file matches '{folder}/missing*.parquet', from which 'metadata' is read\n  fix: name parquet "
             "files, relative to the working directory: a path, or a glob such as 'metadata/*.parquet'",
         ),
         (
@@ -471,7 +471,8 @@ def test_an_ambiguous_uid_is_refused_with_examples(workspace: Make, tmp_path: Pa
         (
             "text.parquet",
             "the parquet file cannot be read: Parquet magic bytes not found in footer. Either the file is corrupted or "
-            "this is not a parquet file.\n  file: {folder}/text.parquet\n  fix: mend it, or name other files",
+            "this is not a parquet file.\n  file: {folder}/text.parquet\n"
+            "  fix: download or write it again, or name other files",
         ),
         (
             "others.parquet",

@@ -758,7 +758,7 @@ def test_a_question_with_too_many_open_files(own: Callable[..., Workspace]) -> N
     assert lines[0].endswith("Too many open files")
     assert lines[1:] == [
         "  file: question.sql",
-        "  fix: mend that (free some disk or memory, or raise ulimit -n), then run the same command again",
+        "  fix: free some disk or memory, or raise ulimit -n, then run the same command again",
     ]
 
 

@@ -427,7 +427,7 @@ def test_a_schema_that_is_damaged_is_told_with_its_file(given: Given) -> None:
         path.write_text(text)
         ended = given.made.run("status", check=False)
         assert ended.returncode == 1, text
-        assert "the root's schema is not one that builder has written" in ended.stderr
+        assert "the root's schema was not written by builder" in ended.stderr
         assert f"file: {path}" in ended.stderr
         path.unlink()
 
@@ -606,5 +606,5 @@ def test_a_column_s_stage_is_a_plain_name() -> None:
     good = {"name": "x", "type": "string", "stage": "faces", "meaning": ""}
     assert Column.from_json(good).stage == "faces"
     for bad in ("Faces", "a b", "", "a-b", "a;b", "ä"):
-        with pytest.raises(ValueError, match="no name of a stage"):
+        with pytest.raises(ValueError, match="not a name of a stage"):
             Column.from_json({**good, "stage": bad})

@@ -896,7 +896,7 @@ def test_pointers_that_leave_the_edits_folder_are_refused(tmp_path: Path, path: 
     assert str(caught.value) == (
         "an image pointer leads out of the edits folder of the root\n"
         f"  edits tar: {path}\n"
-        "  fix: the table or the write SQL names a file that no stage has made: leave that row out"
+        "  fix: leave that row out of the write SQL: it names a file that no stage has made"
     )
 
 

@@ -160,7 +160,7 @@ def test_sql_in_capitals(workspace: Callable[..., Workspace]) -> None:
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ("'a' as set_x, 'b' as set_X", "SQL returns two columns that are one name to it: 'set_x' and 'set_X'"),
+        ("'a' as set_x, 'b' as set_X", "SQL returns two columns with the same name in SQL: 'set_x' and 'set_X'"),
         ("'a' as SET_CAPTION", "write SQL returned 'set_CAPTION', which the writer sets itself"),
         ("'a' as Foo", "write SQL returned a column 'Foo', which the writer does not know"),
     ],

@@ -461,7 +461,7 @@ def test_what_the_machine_decides_is_refused_by_name(clause: str, name: str, dat
             else:
                 run_stage(dataset.load(*sets), "lang", Choice(), Talk(quiet=True))
         assert caught.value.what == (
-            f"SQL uses {name}, which the machine decides and not the table: another run would find other rows"
+            f"SQL uses {name}, which depends on the machine, not the table: another run may find other rows"
         )
         lines = ("", ":2") if name.startswith("a sample") else (":2",)
         assert caught.value.where["file"] in [f"{path}{line}" for line in lines]

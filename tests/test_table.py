@@ -661,7 +661,7 @@ def test_a_task_planned_for_other_rows_leaves_the_shard(root: Root) -> None:
         "  stage: one\n"
         "  shard: 00000000\n"
         f"  rows: expected {old}, found {new}\n"
-        "  fix: run the same command again: it plans the work anew"
+        "  fix: run the same command again: it plans the work again"
     )
     assert root.files() == ["source.g000001.parquet", "source.g000002.parquet"]
 

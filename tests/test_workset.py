@@ -147,7 +147,7 @@ def test_an_input_with_the_name_of_a_column_of_the_work_set_is_refused(layout: L
 
 def test_two_columns_of_one_name_are_refused(layout: Layout) -> None:
     assert refusal(layout, "select shard, row, uid, key, caption as text, key as text from samples") == (
-        "SQL returns two columns that are one name to it: 'text' and 'text'\n"
+        "SQL returns two columns with the same name in SQL: 'text' and 'text'\n"
         "  file: work.sql\n"
         "  returned: shard, row, uid, key, text, text\n"
         "  fix: give one of them another name, or leave it out"

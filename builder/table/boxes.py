@@ -1,6 +1,6 @@
-"""Boxes of faces as files have them: which are boxes, which lie a hair outside the picture, and which are none.
+"""Reads and checks the boxes of faces in files; cuts those that extend slightly beyond the picture.
 
-Owns the one reading of `[x1, y1, x2, y2]` in 0..1 of width and height, whatever file they come from.
+Owns the meaning of `[x1, y1, x2, y2]` in 0..1 of width and height, whatever file the boxes come from.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-#: How far an edge may lie outside the picture, as a share of its side: rounding and detectors go that far, boxes in
-#: pixels farther.
+#: How far an edge may be outside the picture, as a share of its side: rounding and detectors stay within that, boxes in
+#: pixels do not.
 HAIR = 0.01
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a file says of the faces of one picture.
+    """What a file says about the faces of one picture.
 
     Attributes:
-        boxes: within 0..1; None: unknown.
-        note: what was cut, or why they are unknown; empty if all is right.
+        boxes: within 0..1; None if they are unknown.
+        note: what was cut, or why they are unknown; empty if nothing is wrong.
     """
 
     boxes: list[list[float]] | None
@@ -33,7 +33,7 @@ class Reading:
 
 
 def read(value: Any) -> Reading:
-    """The boxes of one picture; one that is none makes all of them unknown, for they can no longer be counted."""
+    """The boxes of one picture; if one is invalid, all are unknown, since their number is not known any more."""
     if value is None:
         return Reading(None)
     if not isinstance(value, list | tuple):
@@ -49,14 +49,14 @@ def read(value: Any) -> Reading:
 
 
 def _is_inside(box: Any) -> bool:
-    """Whether there is nothing to say of a box."""
+    """Whether a box is valid and inside the picture."""
     if not isinstance(box, list) or len(box) != 4 or not set(map(type, box)) <= {int, float}:
         return False
     return bool(0 <= box[0] <= box[2] <= 1 and 0 <= box[1] <= box[3] <= 1)
 
 
 def _fault(box: Any) -> str:
-    """Why a box is none; empty if it is one."""
+    """Why a box is invalid; empty if it is valid."""
     if not isinstance(box, list | tuple) or len(box) != 4:
         return "is not a list of four numbers"
     if not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in box):
@@ -71,7 +71,7 @@ def _fault(box: Any) -> str:
 
 
 def column(values: Sequence[Any]) -> pa.ListArray | None:
-    """The boxes of many pictures as a column, if there is nothing to say of any; None if one has to be `read`."""
+    """The boxes of many pictures as a column, if all are valid; None if some have to be `read`."""
     if not set(map(type, values)) <= {list, type(None)}:
         return None
     boxes = list(chain.from_iterable(value for value in values if value))

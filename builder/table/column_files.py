@@ -1,14 +1,14 @@
-"""The table on disk: commit column files, fold them into partitions, heal, realign, sweep.
+"""Column files: the answers of one stage for one shard, and how they follow a shard whose rows changed.
 
-Owns the rules by which rows reach `columns/`, `samples/` and `schema/`. No lock, no lease, no clock: a generation is
-created once or not at all, and the partition is a pure function of the newest generations.
+Owns the form of the files in `columns/`. The table needs no lock, no lease and no clock: a generation is created once
+or not at all, and a partition is a pure function of the newest generations.
 
-A sample is known by its key: of several with one key the n-th stays the n-th. `rows` is the identity of a shard's rows,
-recorded by every column file and work set: files of one `rows` are aligned row by row. An ingest that finds the same
-keys in the same order keeps it, whatever else changed. Of files with different `rows` the answers move to where their
-key is now; those of keys that are gone stay in the column file, behind the shard's rows, and come back with the key. So
-an ingest drops no answer: whether it is still that of its sample, `builder.engine.outdated` tells. A task of other rows
-than the shard has now leaves the shard."""
+A sample is identified by its key; of several samples with one key, the n-th stays the n-th. `rows` is the identity of a
+shard's rows, recorded in every column file and work set: files with the same `rows` are aligned row by row. An ingest
+that finds the same keys in the same order keeps `rows`, whatever else changed. If the `rows` of two files differ,
+answers move to where their key is now. Answers whose key is gone stay in the column file, after the shard's rows, and
+return with the key. So an ingest never drops an answer; `builder.engine.outdated` decides whether it still belongs to
+its sample. A task planned for other rows than the shard has now leaves the shard alone."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ from builder.table import schema
 from builder.table.origin import Origin
 from builder.table.schema import SOURCE, Column
 
-#: Generations of a column file that a sweep keeps: readers may still hold the listing before the newest.
+#: Generations of a column file that a sweep keeps: readers may still use the one before the newest.
 KEPT_GENERATIONS = 2
 ROWS_KEY, SOURCE_KEY, SWEPT_KEY, GONE_KEY, FOLDED_KEY, SCHEMA_KEY = (
     b"builder." + name for name in (b"rows", b"source", b"swept", b"gone", b"folded", b"schema")
 )
-#: Which sample of a shard it is: its key, and how many before it have that key.
+#: Identifies a sample in its shard: its key, and how many samples before it have the same key.
 Identity: TypeAlias = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Content:
-    """One column file, read.
+    """The content of one column file.
 
     Attributes:
-        table: its rows; behind those of the shard the answers of samples that are gone.
+        table: the rows of the shard, followed by the answers of samples that are gone.
         rows: identity of the shard's rows.
-        gone: which samples the last rows are of.
+        gone: the samples of those last rows.
     """
 
     table: pa.Table
@@ -59,7 +59,7 @@ class Content:
 
     @property
     def of_shard(self) -> pa.Table:
-        """The rows that the shard has."""
+        """The rows of the shard, without those of samples that are gone."""
         return self.table.slice(0, self.table.num_rows - len(self.gone))
 
 
@@ -75,15 +75,15 @@ def listing(layout: Layout, shard: str, *, fresh: bool = False) -> dict[str, lis
     folder = layout.column_folder(shard)
     if fresh:
         renew_listing(folder)
-    found: dict[str, list[int]] = {}
+    by_stage: dict[str, list[int]] = {}
     for name in names(folder):
         if parsed := generation_of(name):
-            found.setdefault(parsed[0], []).append(parsed[1])
-    return {stage: sorted(generations) for stage, generations in found.items()}
+            by_stage.setdefault(parsed[0], []).append(parsed[1])
+    return {stage: sorted(generations) for stage, generations in by_stage.items()}
 
 
 def renew_listing(folder: Path) -> None:
-    """Makes and removes a file in a folder, which renews a listing of it that NFS has cached."""
+    """Creates and removes a file in a folder, so that NFS renews its cached listing of it."""
     if folder.is_dir():
         probe = files.check_no_link(files.temp_path(folder / "listing"))
         probe.touch()
@@ -96,10 +96,10 @@ def newest(layout: Layout, shard: str, *, fresh: bool = False) -> dict[str, int]
 
 
 def read_column_file(path: Path, columns: Sequence[str] | None = None) -> Content:
-    """One column file, or some of its columns.
+    """Reads a column file, or some of its columns.
 
     Raises:
-        ShardError: it is damaged.
+        ShardError: the file is damaged.
     """
     try:
         with pq.ParquetFile(path) as file:
@@ -107,11 +107,11 @@ def read_column_file(path: Path, columns: Sequence[str] | None = None) -> Conten
             return _content(table.replace_schema_metadata(None), file.schema_arrow.metadata or {})
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk; pages that do not decompress are an OSError without a number
+            raise  # an error of the disk; pyarrow raises OSError without errno for pages that do not decompress
         raise ShardError(
             "a column file is damaged",
             where={"file": path, "reason": str(error)},
-            fix=f"rm '{path}', then the same command again: the generation before it counts, or its work is done anew",
+            fix=f"rm '{path}', then the same command again: the generation before it counts, or its work is done again",
         ) from error
 
 
@@ -131,7 +131,7 @@ def read_rows(path: Path) -> str:
 
 
 def write_parquet(table: pa.Table, metadata: dict[bytes, bytes], path: Path | pa.NativeFile) -> None:
-    """One row group, zstd 1, a dictionary only where values repeat: smallest and fastest of those measured."""
+    """One row group, zstd 1, a dictionary only where values repeat: the smallest and fastest settings measured."""
     pq.write_table(
         table.replace_schema_metadata(metadata),
         path,
@@ -160,7 +160,7 @@ def rows_hash(keys: Sequence[str]) -> str:
 
 
 def column_values(stage: pa.Table, column: Column, count: int) -> Any:
-    """A column out of a stage's column file; null where the file is older than the column or than its type."""
+    """A column of a stage's column file; nulls if the file is older than the column or its type."""
     if column.name in stage.column_names and stage[column.name].type == column.type:
         return stage[column.name]
     return pa.nulls(count, column.type)
@@ -169,7 +169,7 @@ def column_values(stage: pa.Table, column: Column, count: int) -> Any:
 def aligned(
     layout: Layout, shard: str, stage: str, content: Content, found: dict[str, list[int]], source: Content
 ) -> Content:
-    """A stage's answers, their rows those of `source`: moved to where their key is now if those are others."""
+    """A stage's answers aligned with the rows of `source`: if its rows are others, answers move with their key."""
     if content.rows == source.rows:
         return content
     for generation in reversed(found[SOURCE]):
@@ -183,32 +183,32 @@ def aligned(
 
 
 def _moved(stage: str, content: Content, old: list[Identity], source: Content) -> Content:
-    """Answers that stand in the order of `old`, in that of `source`; those of samples that it lacks behind them."""
+    """Reorders answers from the order of `old` to that of `source`; answers of samples that are gone come last."""
     new = identities(source.table["key"].to_pylist())
-    place = {identity: row for row, identity in enumerate(old)}
+    old_row = {identity: row for row, identity in enumerate(old)}
     has_answer = content.table[f"{stage}_run"].is_valid().to_pylist()
     lacking = set(old) - set(new)
     gone = [row for row, identity in enumerate(old) if identity in lacking and has_answer[row]]
-    take = pa.array([*(place.get(identity) for identity in new), *gone], pa.int64())
+    take = pa.array([*(old_row.get(identity) for identity in new), *gone], pa.int64())
     return Content(content.table.take(take), source.rows, content.swept, gone=tuple(old[row] for row in gone))
 
 
 def newest_content(layout: Layout, shard: str, stage: str) -> tuple[int, Content]:
-    """The newest column file of a stage and its generation; before the first one, no answer for any row and 0."""
-    found = newest(layout, shard, fresh=True)
-    if stage in found:
-        return found[stage], read_column_file(layout.column_file(shard, stage, found[stage]))
-    source = read_column_file(layout.column_file(shard, SOURCE, found[SOURCE]), ["row"])
+    """The newest generation of a stage and its content; 0 and rows without answers if the stage has no column file."""
+    generations = newest(layout, shard, fresh=True)
+    if stage in generations:
+        return generations[stage], read_column_file(layout.column_file(shard, stage, generations[stage]))
+    source = read_column_file(layout.column_file(shard, SOURCE, generations[SOURCE]), ["row"])
     count = source.table.num_rows
     empty = {column.name: pa.nulls(count, column.type) for column in schema.status_columns(stage)}
     return 0, Content(pa.table(empty), source.rows)
 
 
 def identities(keys: Sequence[str]) -> list[Identity]:
-    """Which sample each row of a shard is."""
+    """The identity of the sample in each row of a shard."""
     count: Counter[str] = Counter()
-    found = []
+    result = []
     for key in keys:
-        found.append((key, count[key]))
+        result.append((key, count[key]))
         count[key] += 1
-    return found
+    return result

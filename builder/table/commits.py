@@ -1,4 +1,4 @@
-"""Commits: what ingest read and what a task answered become the next generation of a column file."""
+"""Commits: the rows read by ingest or answered by a task become the next generation of a column file."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from builder.table.schema import SOURCE, Column
 
 @dataclass
 class Committed:
-    """What became of the rows of one commit.
+    """What happened to the rows of one commit.
 
     Attributes:
-        rows: rows that the table took.
-        dropped: rows that another run or another copy of the task had answered since the freeze.
+        rows: how many rows were committed.
+        dropped: how many rows another run or another copy of the task had answered since the freeze.
         kept: failures that did not replace an `ok` answer.
     """
 
@@ -45,21 +45,21 @@ class Committed:
 
 
 class Swept(ConflictError):
-    """A sweep has named this attempt: it commits nothing and starts again under a new name."""
+    """A sweep has deleted files of this attempt: it commits nothing and starts again under a new name."""
 
 
 def earlier_sources(layout: Layout, shard: str) -> list[Path]:
-    """What ingest has committed of a shard, the newest first."""
+    """The column files that ingest has committed for a shard, the newest first."""
     generations = listing(layout, shard, fresh=True).get(SOURCE, [])
     return [layout.column_file(shard, SOURCE, generation) for generation in reversed(generations)]
 
 
 def commit_source(layout: Layout, shard: str, source: Origin, follow: Callable[[Sequence[Path]], pa.Table]) -> None:
-    """Commits what ingest read of a shard, and folds it.
+    """Commits the rows that ingest read from a shard, and folds it.
 
     Args:
-        follow: makes the rows as they follow those that ingest has committed before, given as files, the newest first;
-            called again where another ingest commits meanwhile.
+        follow: makes the rows to commit from the column files that ingest committed before, the newest first; called
+            again if another ingest commits meanwhile.
     """
     while True:
         earlier = earlier_sources(layout, shard)
@@ -73,7 +73,7 @@ def commit_source(layout: Layout, shard: str, source: Origin, follow: Callable[[
 
 
 def _rows_that_stay(earlier: Sequence[Path], keys: list[str]) -> str | None:
-    """The identity of the rows that are there, if they have these keys."""
+    """The identity of the committed rows, if they have these keys in this order."""
     if not earlier:
         return None
     newest_file = read_column_file(earlier[0], ["key"])
@@ -97,18 +97,18 @@ def commit(
     rows: str,
     attempt: str,
 ) -> Committed:
-    """Sets the rows that a task has done, where nobody has answered them since the freeze, and creates a generation.
+    """Commits rows that a task has done in a new generation, except rows answered by another run since the freeze.
 
     Args:
-        columns: the stage's columns, status columns included.
+        columns: the stage's columns, including its status columns.
         done: the rows: `row` and every column of `columns`.
-        previous: `<stage>_run` of each row as it was at the freeze.
-        rows: identity of the shard's rows that the work set follows.
-        attempt: name of this attempt, compared with those that a sweep has named.
+        previous: `<stage>_run` of each row at the time of the freeze.
+        rows: identity of the shard's rows that the work set was made for.
+        attempt: name of this attempt, compared with those that a sweep has recorded.
 
     Raises:
         ConflictError: the shard was ingested again with other rows.
-        Swept: a sweep has named this attempt.
+        Swept: a sweep has recorded this attempt.
     """
     made: Committed | None = None
     with where(stage=stage, shard=shard):
@@ -127,14 +127,14 @@ def commit(
 
 
 def _base(layout: Layout, shard: str, stage: str, columns: tuple[Column, ...], rows: str) -> tuple[int, Content]:
-    """The newest answers of a stage, aligned with the shard's rows, and their generation (0: none yet)."""
+    """The newest generation of a stage (0 if there is none yet) and its answers, aligned with the shard's rows."""
     found = listing(layout, shard, fresh=True)
     source = read_column_file(layout.column_file(shard, SOURCE, found[SOURCE][-1]), ["key"])
     if source.rows != rows:
         raise ConflictError(
             "the shard was ingested again with other rows since this work was planned",
             where={"rows": f"expected {rows}, found {source.rows}"},
-            fix="run the same command again: it plans the work anew",
+            fix="run the same command again: it plans the work again",
         )
     generation = found.get(stage, [0])[-1]
     content = Content(pa.table({}), rows)
@@ -148,7 +148,7 @@ def _base(layout: Layout, shard: str, stage: str, columns: tuple[Column, ...], r
 
 
 def _applied(stage: str, base: pa.Table, done: pa.Table, previous: Sequence[str | None]) -> tuple[Committed, pa.Table]:
-    """Puts `done` into `base` where the run is still the previous one and no failure replaces an answer."""
+    """Puts rows of `done` into `base` if their run is still the previous one and no failure replaces an answer."""
     at = done["row"].to_numpy()
     runs = base[f"{stage}_run"].take(pa.array(at)).to_pylist()
     status = base[f"{stage}_status"].take(pa.array(at)).to_pylist()

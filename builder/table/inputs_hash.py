@@ -1,4 +1,4 @@
-"""The hash of a row's inputs: what `<stage>_inputs` holds."""
+"""The hash of a row's inputs, stored in `<stage>_inputs`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pyarrow as pa
 def inputs_hashes(
     signature: str, columns: Sequence[Sequence[Any]], more: Sequence[Any] | None = None
 ) -> pa.UInt64Array:
-    """`<stage>_inputs` of rows: 64 bits over the signature and each row's inputs, given as columns.
+    """`<stage>_inputs` of rows: a 64-bit hash of the signature and each row's inputs, given as columns.
 
     Args:
-        more: of each row one more input; a row of which it is None has the hash of a row that has none.
+        more: one more input of each row; None has the same hash as no such input.
     """
     copy = hashlib.blake2b(signature.encode(), digest_size=8).copy
     digests = []

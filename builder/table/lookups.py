@@ -1,4 +1,4 @@
-"""Parquet files next to the samples, which SQL may join by uid."""
+"""Lookups: parquet files outside the table that SQL may join by uid."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from builder.store import layout as places
 from builder.table import schema
 from builder.table.sql_text import Sql, refused
 
-#: What DuckDB takes for a pattern in a file name.
+#: Characters that make a file name a pattern for DuckDB.
 _MAGIC = re.compile(r"([*?\[])")
-#: Uids that the message about ambiguous ones names.
+#: Ambiguous uids named in the message about them.
 _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """Parquet files beside the samples, which SQL may join by uid.
+    """Parquet files outside the table that SQL may join by uid.
 
     Attributes:
         files: a path, or a glob of paths.
-        columns: of each column of the view its type, and the names under which the files may have it. `uid` is one.
+        columns: the columns of the view, with their types and the names that they may have in the files; one is `uid`.
     """
 
     files: str
@@ -42,7 +42,7 @@ class Lookup:
 
 
 def look_up(connection: duckdb.DuckDBPyConnection, name: str, lookup: Lookup) -> None:
-    """Makes the table of a lookup: one row a uid of `samples`, a null giving way to what another row knows."""
+    """Creates the table of a lookup: one row per uid of `samples`; values from other rows of the uid replace nulls."""
     rows = _rows_of(name, lookup)
     others = [column for column in lookup.columns if column != "uid"]
     values = ", ".join(f'any_value("{column}") as "{column}"' for column in others)
@@ -61,9 +61,9 @@ def look_up(connection: duckdb.DuckDBPyConnection, name: str, lookup: Lookup) ->
                 f"select distinct * from ({rows}) where uid in ({listed}) order by all limit {3 * _EXAMPLES}"
             ).fetchall()
             raise ConfigError(
-                f"{count} uids of the samples are ambiguous in '{name}': the files say different things of them",
+                f"{count} uids of the samples are ambiguous in '{name}': the files have different values for them",
                 where={f"row {i}": ", ".join([*map(str, row[:-1]), f"in {row[-1]}"]) for i, row in enumerate(found, 1)},
-                fix=f"name files in '{lookup.files}' that agree, or take the wrong rows out of them",
+                fix=f"name files that agree instead of '{lookup.files}', or delete the wrong rows from them",
             )
         connection.execute(f'alter table "{name}" drop column is_ambiguous')
         examples = [connection.execute(f"select uid from {of} limit 1").fetchone() for of in ("samples", f"({rows})")]
@@ -89,8 +89,8 @@ def _rows_of(name: str, lookup: Lookup) -> str:
     """A SELECT of all rows of a lookup's files: its columns with their types, and the file.
 
     Raises:
-        ConfigError: there is no file, one is no parquet file, or lacks a column.
-        OSError: the machine does not list them.
+        ConfigError: no file matches, or one is not a parquet file or lacks a column.
+        OSError: a disk or a file server does not list the files.
     """
     paths = []
     for path in globs.matching(places.local(lookup.files)):
@@ -98,13 +98,13 @@ def _rows_of(name: str, lookup: Lookup) -> str:
             paths.append(path)
         elif path.endswith(".parquet") or not os.path.isdir(path):  # noqa: PTH112 - as given
             raise ConfigError(
-                "the parquet file cannot be read: it is a folder, a link to nothing or no regular file",
+                "the parquet file cannot be read: it is a folder, a broken link or not a regular file",
                 where={"file": path},
-                fix="mend it, or name other files",
+                fix="replace it by a parquet file, or name other files",
             )
     if not paths:
         raise ConfigError(
-            f"no file matches '{lookup.files}', which '{name}' is to be read from",
+            f"no file matches '{lookup.files}', from which '{name}' is read",
             fix="name parquet files, relative to the working directory: a path, or a glob such as 'metadata/*.parquet'",
         )
     alike: dict[tuple[str, ...], list[str]] = {}
@@ -123,7 +123,7 @@ def _is_file(path: str) -> bool:
 
 
 def _names_in(path: str, lookup: Lookup) -> tuple[str, ...]:
-    """The names that a file has for the columns of a lookup; reads its footer."""
+    """The names of a lookup's columns in one file, from its footer."""
     try:
         found = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:
@@ -131,7 +131,9 @@ def _names_in(path: str, lookup: Lookup) -> tuple[str, ...]:
             raise
         first = str(error).splitlines()[0]
         raise ConfigError(
-            f"the parquet file cannot be read: {first}", where={"file": path}, fix="mend it, or name other files"
+            f"the parquet file cannot be read: {first}",
+            where={"file": path},
+            fix="download or write it again, or name other files",
         ) from error
     names = []
     for column, (_, known) in lookup.columns.items():
@@ -149,7 +151,7 @@ def _names_in(path: str, lookup: Lookup) -> tuple[str, ...]:
 
 
 def _selected(lookup: Lookup, names: Sequence[str], paths: Sequence[str]) -> str:
-    """A SELECT over files that name their columns alike."""
+    """A SELECT over files whose columns have the same names."""
     kinds = [schema.duckdb_type(kind) for kind, _ in lookup.columns.values()]
     columns = ", ".join(
         f'cast({schema.quoted(name)} as {kind}) as "{column}"'
@@ -167,5 +169,5 @@ def _selected(lookup: Lookup, names: Sequence[str], paths: Sequence[str]) -> str
 
 
 def literal_path(path: str) -> str:
-    """A path as read_parquet takes it for that one file: 'a*.parquet' would be every shard that begins with a."""
+    """A path escaped for read_parquet, so that 'a*.parquet' names one file, and not all files that begin with a."""
     return _MAGIC.sub(r"[\1]", path)

@@ -1,4 +1,4 @@
-"""Where a shard's rows come from, and what that was when they were read."""
+"""Where a shard's rows come from, and the state of that file when they were read."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-#: The kind of source of origins that name none: tar shards.
+#: The kind of an origin that does not name one: tar shards.
 TARS = "shards"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a shard's rows come from, and what that was when they were read.
+    """Where a shard's rows come from, and the state of that file when they were read.
 
     Attributes:
-        path: absolute path of the file; of a tar shard the tar.
-        size: its bytes; 0 where the rows come from no file.
-        mtime_ns: its time of modification; 0 where the rows come from no file.
-        reading: hash of what ingest was asked to carry into the table.
-        version: ingest's version; a shard that an older one has read is still read.
-        end_mark: whether zeros close the tar; true where version 1 has read it.
+        path: absolute path of the file, for example of the tar.
+        size: its bytes; 0 if the rows do not come from a file.
+        mtime_ns: its time of modification; 0 if the rows do not come from a file.
+        reading: hash of what ingest was asked to put into the table.
+        version: the version of ingest that read the shard; an older one does not make ingest read it again.
+        end_mark: whether zeros close the tar; always true if version 1 has read it.
         kind: the kind of source, see `builder.sources.kinds`.
     """
 
@@ -33,7 +33,7 @@ class Origin:
     kind: str = TARS
 
     def to_json(self) -> bytes:
-        """As column files and partitions have it in their metadata; tar shards are written as they always were."""
+        """The origin as stored in the metadata of column files and partitions; tar shards are stored without `kind`."""
         values: dict[str, Any] = dict(vars(self))
         if self.kind == TARS:
             del values["kind"]
@@ -41,5 +41,5 @@ class Origin:
 
     @classmethod
     def from_json(cls, data: bytes) -> Origin:
-        """Raises ValueError or TypeError where it is damaged."""
+        """Raises ValueError or TypeError if the data is damaged."""
         return cls(**json.loads(data))

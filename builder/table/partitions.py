@@ -1,4 +1,4 @@
-"""Partitions: the newest column files of a shard side by side, and whether they still are."""
+"""Partitions: a shard's newest column files in one table, and whether a partition is up to date."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from builder.table.schema import SOURCE, Column
 
 @dataclass(frozen=True)
 class State:
-    """What a partition says it was folded from."""
+    """What a partition was folded from, as recorded in its metadata."""
 
     generations: dict[str, int]
     schema_generation: int
@@ -69,7 +69,7 @@ def _fold_once(layout: Layout, shard: str, known: tuple[str, int, Content] | Non
 def folded(
     layout: Layout, shard: str, known: tuple[str, int, Content] | None = None, *, fresh: bool = False
 ) -> tuple[pa.Table, State]:
-    """What a shard's newest column files hold side by side, and which they are; makes no partition of it.
+    """The table of a shard's newest column files, and which files those are; writes nothing.
 
     Args:
         known: stage, generation and content of a column file that need not be read.
@@ -96,7 +96,7 @@ def folded(
 def folded_metadata(
     generations: dict[str, int], schema_generation: int, rows: str, source: Origin
 ) -> dict[bytes, bytes]:
-    """What a partition says it was folded from."""
+    """The metadata of a partition: what it was folded from."""
     return {
         FOLDED_KEY: json.dumps(generations).encode(),
         SCHEMA_KEY: str(schema_generation).encode(),
@@ -114,7 +114,7 @@ def _content_of(
 
 
 def partition_state(layout: Layout, shard: str) -> State | None:
-    """What a partition was folded from, or None if there is none or it cannot be read: then it is folded anew."""
+    """What a partition was folded from; None if it does not exist or cannot be read, so that it is folded again."""
 
     def read() -> State | None:
         try:
@@ -128,11 +128,11 @@ def partition_state(layout: Layout, shard: str) -> State | None:
 
 
 def footer_values(file: BinaryIO, keys: Sequence[bytes]) -> dict[bytes, bytes] | None:
-    """Metadata of a parquet file of ours, out of its end, with at least these keys where it has them; None if it is no
-    whole parquet file.
+    """The metadata of one of our parquet files, read from its end, with at least those of these keys that it has; None
+    if it is not a complete parquet file.
 
-    All of a footer that pyarrow reads is 20 to 40 times as much work, and there are tens of thousands of partitions.
-    Where the values do not stand as they are looked for, pyarrow reads it.
+    Parsing the whole footer with pyarrow takes 20 to 40 times as long, and there are tens of thousands of partitions.
+    pyarrow is used only if a value is not found where we look for it.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - 8, 0))
@@ -150,16 +150,16 @@ def footer_values(file: BinaryIO, keys: Sequence[bytes]) -> dict[bytes, bytes] |
     except OSError as error:
         if error.errno is not None:
             raise
-        return None  # pyarrow's word on a footer that it cannot parse
+        return None  # pyarrow cannot parse the footer
     except pa.ArrowInvalid:
         return None
 
 
 def _footer_value(footer: bytes, key: bytes) -> bytes | None:
-    """The value of a key in a parquet footer: two Thrift binaries, each a length as varint and bytes.
+    """The value of a key in a parquet footer, where both are Thrift binaries: a length as varint, then bytes.
 
     Source: parquet.thrift's KeyValue and Thrift's compact protocol, in which fields 1 and 2 of type binary begin with
-    0x18. The footer's own key-value pairs are the last ones in it.
+    0x18. The key-value pairs of the file are the last ones in the footer.
     """
     start = footer.rfind(b"\x18" + bytes([len(key)]) + key + b"\x18")
     if start < 0:
@@ -183,21 +183,21 @@ def _state(metadata: dict[bytes, bytes]) -> State | None:
             rows=metadata[ROWS_KEY].decode(),
             source=Origin.from_json(metadata[SOURCE_KEY]),
         )
-    except (KeyError, ValueError, TypeError):  # damaged, or no partition
+    except (KeyError, ValueError, TypeError):  # damaged, or not a partition
         return None
 
 
 def is_behind(layout: Layout, shard: str) -> bool:
-    """Whether a partition lacks answers that its shard's column files have."""
+    """Whether a partition lacks answers of its shard's column files."""
     return _is_behind(layout, shard, partition_state(layout, shard), newest(layout, shard), load_schema(layout))
 
 
 def _is_behind(
     layout: Layout, shard: str, state: State | None, found: dict[str, int], root: tuple[int, tuple[Column, ...]]
 ) -> bool:
-    """Whether a partition differs from the newest generations, or was folded before the root knew a column of theirs.
+    """Whether a partition differs from the newest generations, or was folded before the root had one of their columns.
 
-    Columns that the column files lack do not count, such as those that a stage has gained since: they read as nulls.
+    Columns that the column files lack do not count, for example new outputs of a stage: they read as nulls.
     """
     if state is None or state.generations != found:
         return True
@@ -216,21 +216,21 @@ def _is_behind(
             or column.name in pq.read_schema(layout.column_file(shard, column.stage, found[column.stage])).names
             for column in others
         )
-    except (pa.ArrowInvalid, OSError):  # gone or damaged: whoever folds finds a newer one, or says what is wrong
+    except (pa.ArrowInvalid, OSError):  # gone or damaged: folding finds a newer one, or reports what is wrong
         return True
 
 
 @lru_cache(maxsize=64)
 def _types_of(path: Path, inode: int) -> dict[str, pa.DataType]:
-    """The columns of one generation of a root's schema, which a partition folded from it has."""
+    """The types of the columns in one generation of a root's schema."""
     return {column.name: column.type for column in read_schema(path)}
 
 
 def heal(layout: Layout, shards: Iterable[str], *, state: Callable[[str], State | None] | None = None) -> int:
-    """Folds the partitions that are behind; returns how many were.
+    """Folds the partitions that are behind; returns how many there were.
 
     Args:
-        state: gives what is known of a partition already, instead of reading it.
+        state: returns the state of a partition if the caller knows it; by default it is read.
     """
     state_of = state or partial(partition_state, layout)
     root = load_schema(layout)
@@ -245,10 +245,10 @@ def heal(layout: Layout, shards: Iterable[str], *, state: Callable[[str], State 
 
 
 def read_partition(layout: Layout, shard: str, columns: Sequence[str]) -> tuple[pa.Table, State]:
-    """Columns of one partition in tar order, and what it was folded from; both out of one open file.
+    """Columns of one partition in tar order, and what it was folded from; both from the same open file.
 
-    A column that the partition lacks reads as nulls. A part of a nested one has its path in the parquet file as its
-    name: `source_members.list.element.ext`.
+    A column that the partition lacks reads as nulls. A part of a nested column is named by its path in the parquet
+    file: `source_members.list.element.ext`.
     """
 
     def read() -> tuple[pa.Table, State]:

@@ -1,4 +1,4 @@
-"""Which columns point into edits tars."""
+"""Finds the columns that point into edits tars."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from builder.table import schema
 
 
 def pointers_of(columns: Iterable[schema.Column]) -> dict[str, list[str]]:
-    """For each stage of a root its columns that name edits tars: those with offset, size and sha256 beside them."""
+    """The columns of each stage that name edits tars: those with columns for offset, size and sha256 next to them."""
     names = {column.name for column in columns}
     found: dict[str, list[str]] = {}
     for column in columns:

@@ -1,4 +1,4 @@
-"""DuckDB over the table: a view `samples`, and SQL on a leash that can only read it.
+"""DuckDB over the table: a view `samples`, and restricted SQL that can only read it.
 
 Owns every DuckDB connection of the package. Knows nothing of stages and runs."""
 
@@ -23,18 +23,18 @@ from builder.table.sql_text import Sql, batches, check_repeatable, checked, guar
 
 
 class Samples:
-    """A connection on which `samples` is the table and nothing else can be reached.
+    """A connection on which `samples` is the table and no other file can be read.
 
     Args:
         columns: the columns of the view; those that a partition lacks read as typed nulls.
-        shards: the partitions, in order; files are named one by one, so no listing happens in a query.
-        lookups: files to join, by the name of their view: a row for each uid that these shards have and the files too.
-            They are read here, once, and what is kept of them spills to disk.
-        deciding: SQL that decides what becomes of rows: it gives the same rows on every machine and at any time.
+        shards: the partitions, in order; files are named one by one, so that a query lists no folder.
+        lookups: files to join, by the name of their view, which has a row for each uid that is both in these shards and
+            in the files. They are read once, here; what is kept of them can spill to disk.
+        deciding: SQL that decides which rows are processed: it must return the same rows on every machine at any time.
 
     Raises:
-        ConfigError: something in `deciding` is decided by the machine and not by the table; files of a lookup that do
-            not exist, lack a column, have no uid of these shards, or say different things of one.
+        ConfigError: the result of SQL in `deciding` depends on the machine; or the files of a lookup do not exist, lack
+            a column, have no uid of these shards, or have different values for one.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Samples:
         run(_view(columns, paths))
         for name, lookup in lookups.items():
             look_up(self._connection, name, lookup)
-        allowed = dict.fromkeys([*paths, *map(literal_path, paths)])  # DuckDB asks for the name that it was given, too
+        allowed = dict.fromkeys([*paths, *map(literal_path, paths)])  # DuckDB checks the name as given, too
         run(f"set allowed_paths = [{', '.join(schema.literal(path) for path in allowed)}]")
         run("set enable_external_access = false")
         run("set lock_configuration = true")
@@ -87,14 +87,14 @@ class Samples:
     def select(
         self, sql: Sql, params: dict[str, Any] | None = None, *, around: str = "select * from {}"
     ) -> duckdb.DuckDBPyRelation:
-        """Evaluates a SELECT as a subquery, in which nothing can be written.
+        """Evaluates a SELECT as a subquery, so that it cannot write anything.
 
         Args:
-            params: values of its $names: one missing or unused is refused.
-            around: the statement that reads it, `{}` standing for the subquery.
+            params: values of its $names; a missing or unused one is an error.
+            around: the statement that reads it, with `{}` for the subquery.
 
         Raises:
-            ConfigError: not one SELECT, wrong parameters, or what DuckDB says of it.
+            ConfigError: not one SELECT, wrong parameters, or an error of DuckDB.
         """
         text = checked(sql, params or {})
         before, _, after = around.partition("{}")
@@ -104,12 +104,12 @@ class Samples:
             raise refused(sql, error, before.count("\n") + 1) from error
 
     def names(self, sql: Sql, params: dict[str, Any] | None = None) -> list[str]:
-        """The names that an answer has, in the case of the SQL.
+        """The names of an answer's columns, in the case of the SQL.
 
         Raises:
-            ConfigError: as `select` does, and where two names differ in case alone.
+            ConfigError: as `select`, and if two names differ only in case.
         """
-        self.select(sql, params)  # a SELECT and nothing else
+        self.select(sql, params)  # raises unless it is exactly one SELECT
         try:
             found = list(self._connection.sql(checked(sql, params or {}), params=params or None).columns)
         except duckdb.Error as error:
@@ -118,7 +118,7 @@ class Samples:
         for name in found:
             if first.setdefault(schema.folded(name), name) != name or found.count(name) > 1:
                 raise ConfigError(
-                    f"SQL returns two columns that are one name to it: '{first[schema.folded(name)]}' and '{name}'",
+                    f"SQL returns two columns with the same name in SQL: '{first[schema.folded(name)]}' and '{name}'",
                     where={"file": sql.origin, "returned": ", ".join(found)},
                     fix="give one of them another name, or leave it out",
                 )
@@ -144,7 +144,7 @@ class Samples:
     def stream(
         self, sql: Sql, params: dict[str, Any] | None = None, *, around: str = "select * from {}", rows: int
     ) -> Iterator[pa.RecordBatch]:
-        """An answer of any size, in batches of about so many rows; several may be read side by side."""
+        """An answer of any size, in batches of about `rows` rows; several can be read at the same time."""
         text = checked(sql, params or {})
         before, _, after = around.partition("{}")
         try:
@@ -154,7 +154,7 @@ class Samples:
             raise refused(sql, error, before.count("\n") + 1) from error
 
     def fixed(self, statement: str) -> list[tuple[Any, ...]]:
-        """All rows of a statement of the package's own.
+        """All rows of a statement of this package; the user's SQL goes through `select`.
 
         Raises:
             ShardError: a partition cannot be read.
@@ -168,7 +168,7 @@ class Samples:
 
 
 def _spill_folder() -> str:
-    """A name that no other connection and no other user has; DuckDB makes the folder when it spills, and removes it."""
+    """A name that no other connection or user has; DuckDB creates the folder when it spills, and removes it."""
     return f"{tempfile.gettempdir()}/builder-spill-{os.getpid()}-{secrets.token_hex(4)}"
 
 

@@ -1,6 +1,6 @@
-"""Whether SQL gives the same rows on every machine and at any time: what in it the machine decides, and not the table.
+"""Whether SQL returns the same rows on every machine at any time: finds what depends on the machine, not on the table.
 
-Owns which functions, tables and clauses those are, out of DuckDB's own lists. Knows SQL as text alone.
+Owns which functions, tables and clauses those are, from DuckDB's own lists. Knows SQL only as text.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 
 import duckdb
 
-#: Aggregates whose answer is the same in whatever order rows come. All others run on one thread.
+#: Aggregates that do not depend on the order of rows. All others run on one thread.
 _ORDER_FREE = frozenset({
     "count", "count_star", "count_if", "countif", "min", "max", "bool_and", "bool_or", "bit_and", "bit_or", "bit_xor",
     "approx_count_distinct",
 })  # fmt: skip
-#: Functions of DuckDB's lists that are repeatable all the same: `error` ends the query.
+#: Functions in DuckDB's lists that are repeatable nevertheless: `error` ends the query.
 _HARMLESS = frozenset({"error"})
-#: Functions whose stability DuckDB does not tell: its version.
-_UNTOLD = frozenset({"version"})
-#: Words that are functions without brackets where no column has their name. Source: DuckDB, GetSQLValueFunctionName.
+#: Functions that depend on the installed DuckDB, which its list does not say.
+_NOT_LISTED = frozenset({"version"})
+#: Functions that are called without brackets, unless a column has their name. Source: DuckDB, GetSQLValueFunctionName.
 _WORDS = frozenset({
     "current_catalog", "current_date", "current_schema", "current_time", "current_timestamp", "localtime",
     "localtimestamp",
 })  # fmt: skip
-#: Table functions whose rows come from their arguments alone, or from the table's own files, which no others are let.
+#: Table functions whose rows come only from their arguments, or from files: only the table's own files can be read.
 _TABLES = frozenset({
     "generate_series", "json_each", "json_tree", "parquet_scan", "range", "read_parquet", "repeat", "repeat_row",
     "unnest",
 })  # fmt: skip
-#: Joins and clauses whose rows depend on the order in which rows come.
+#: Joins and clauses whose result depends on the order of rows.
 _ORDERED_JOINS = frozenset({"ASOF", "POSITIONAL"})
 _LIMITS = frozenset({"LIMIT_MODIFIER", "LIMIT_PERCENT_MODIFIER"})
 _CATALOGS = frozenset({"information_schema", "pg_catalog"})
@@ -45,10 +45,10 @@ class Finding:
     """What was found in one SELECT.
 
     Attributes:
-        refused: what the machine decides in it, as in SQL; empty if nothing does.
-        line: where that stands, from 1; 0 if unknown.
+        refused: the part that depends on the machine, as in SQL; empty if there is none.
+        line: its line, from 1; 0 if unknown.
         fix: what to write instead.
-        by_order: whether its answer may depend on the order in which threads bring rows.
+        by_order: whether the answer may depend on the order in which threads deliver rows.
     """
 
     refused: str = ""
@@ -59,10 +59,10 @@ class Finding:
 
 @lru_cache(maxsize=64)
 def examine(text: str, columns: frozenset[str] = frozenset()) -> Finding:
-    """Looks through a SELECT; of a text that is none, nothing is said.
+    """Examines a SELECT; any other text has an empty finding.
 
     Args:
-        columns: names that are columns, even where they are words of SQL.
+        columns: names that are columns, even if they are also functions called without brackets.
     """
     tree = parsed(text)
     if tree is None:
@@ -81,7 +81,7 @@ def examine(text: str, columns: frozenset[str] = frozenset()) -> Finding:
 
 
 def parsed(text: str) -> Any:
-    """DuckDB's parse tree of one SELECT; None of anything else."""
+    """DuckDB's parse tree of one SELECT; None for anything else."""
     try:
         found = _connection().execute("select json_serialize_sql(?)", [text]).fetchall()[0][0]
     except duckdb.Error:
@@ -96,7 +96,7 @@ def text_of(statement: dict[str, Any]) -> str:
 
 
 def _parsed(serialized: str) -> Any:
-    """What `json_serialize_sql` gives; None where it could not parse the text."""
+    """The tree in the result of `json_serialize_sql`; None if it could not parse the text."""
     tree = json.loads(serialized)
     return None if tree["error"] else tree["statements"]
 
@@ -114,10 +114,10 @@ def nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def _of_the_machine(node: dict[str, Any], columns: frozenset[str], own: set[str]) -> str | None:
-    """What the machine decides in this node alone; None if nothing.
+    """What depends on the machine in this node alone; None if nothing does.
 
     Args:
-        own: names of tables that the SQL makes itself.
+        own: names of tables that the SQL defines itself.
     """
     kind = node.get("type")
     if node.get("sample") and not node["sample"]["repeatable"]:
@@ -158,18 +158,18 @@ def _aggregates() -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def _catalog() -> frozenset[str]:
-    """Tables of DuckDB's own that are found without a schema."""
+    """DuckDB's own tables that can be named without a schema."""
     return listed("select view_name from duckdb_views() where internal and schema_name <> 'information_schema'")
 
 
 @lru_cache(maxsize=1)
 def _functions() -> frozenset[str]:
-    """Functions whose value the machine decides: those that DuckDB says may differ from call to call, or from query to
-    query without being given a time, and macros that call one of them.
+    """Functions whose value depends on the machine: those that DuckDB says may differ from call to call, or from query
+    to query without taking a time as an argument, and macros that call one of them.
 
-    A function that is given a time differs by the session's time zone alone, which is pinned.
+    A function that takes a time depends only on the session's time zone, which is fixed.
     """
-    found = set(_UNTOLD) | listed(
+    found = set(_NOT_LISTED) | listed(
         "select distinct function_name from duckdb_functions() where stability = 'VOLATILE' or "
         "(stability = 'CONSISTENT_WITHIN_QUERY' and list_has_all(['VARCHAR', 'BOOLEAN'], parameter_types))"
     )
@@ -177,7 +177,7 @@ def _functions() -> frozenset[str]:
 
 
 def with_macros(names: Collection[str]) -> frozenset[str]:
-    """These functions and words, and every macro that uses one of them or such a macro."""
+    """These functions, and every macro that uses one of them, directly or through other macros."""
     query = (
         "select function_name, json_serialize_sql('select ' || macro_definition) from duckdb_functions() "
         "where function_type = 'macro'"
@@ -211,5 +211,5 @@ def _opened() -> duckdb.DuckDBPyConnection:
 
 
 def _connection() -> duckdb.DuckDBPyConnection:
-    """A connection that reads DuckDB's own lists, and never a table."""
+    """A connection for DuckDB's own lists; it never reads a table."""
     return _opened().cursor()

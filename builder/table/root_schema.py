@@ -1,4 +1,4 @@
-"""The columns of a root: one generation of its schema after another, each created once."""
+"""The columns of a root, stored as generations of its schema, each created once."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def read_schema(path: Path) -> tuple[Column, ...]:
         return tuple(Column.from_json(item) for item in json.loads(text)["columns"])
     except (ValueError, KeyError, TypeError, SchemaError) as error:
         raise ShardError(
-            "the root's schema is not one that builder has written",
+            "the root's schema was not written by builder",
             where={"file": path, "reason": error.what if isinstance(error, SchemaError) else error},
             fix=f"rm {shlex.quote(str(path))}: the generation before it counts",
         ) from error
 
 
 def change_schema(layout: Layout, change: Callable[[tuple[Column, ...]], tuple[Column, ...]]) -> tuple[Column, ...]:
-    """Commits a new generation of the root's columns, unless `change` leaves them as they are."""
+    """Commits a new generation of the root's columns, unless `change` returns them unchanged."""
     while True:
         generation, have = load_schema(layout, fresh=True)
         changed = change(have)

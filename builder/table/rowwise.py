@@ -1,6 +1,6 @@
-"""SQL that looks at every row of the table on its own, in pieces, so that one pass can ask several of them.
+"""Splits SQL that looks at each row on its own into pieces, so that several queries can share one pass.
 
-A pass over a table of many partitions costs about as much for one question as for ten: most of it is their footers.
+A pass over a table of many partitions takes about as long for one query as for ten: most of it is reading footers.
 Knows nothing of stages and of the table.
 """
 
@@ -17,20 +17,20 @@ import duckdb
 from builder.table import repeatable
 from builder.table.schema import folded
 
-#: What a SELECT of rows, one for each of the table, has none of.
+#: Clauses that must be empty in a SELECT that looks at each row on its own.
 _PARTS = ("group_expressions", "group_sets", "having", "modifiers", "qualify", "sample")
-#: An expression with one of these is not a value of one row, or has names of its own, as a lambda's parameters are.
+#: An expression with one of these is not a value of one row, or defines names, like the parameters of a lambda.
 _OTHER = ("LAMBDA", "STAR", "SUBQUERY", "WINDOW")
 _SOURCE = ("catalog_name", "schema_name", "at_clause", "sample", "column_name_alias")
 
 
 @dataclass(frozen=True)
 class Rowwise:
-    """A SELECT that looks at every row on its own, in pieces of SQL over the table's columns.
+    """A SELECT that looks at each row on its own, as pieces of SQL over the table's columns.
 
     Attributes:
-        condition: when it returns a row.
-        values: what it returns of one, by name, in lower case.
+        condition: whether it returns a row.
+        values: the expressions that it returns for a row, by name in lower case.
         params: values of the parameters that these pieces use.
     """
 
@@ -44,14 +44,14 @@ class Rowwise:
 
 
 def rowwise(text: str, columns: Collection[str], params: Mapping[str, Any], prefix: str = "of") -> Rowwise | None:
-    """The pieces of a SELECT from `samples` alone that returns `shard` and `row` as they are, at most once each.
+    """The pieces of a SELECT from only `samples` that returns `shard` and `row` unchanged, and each row at most once.
 
     Args:
-        columns: of the table.
-        prefix: goes before the names of parameters, so that those of several SELECTs stay apart.
+        columns: the columns of the table.
+        prefix: put in front of the names of parameters, to keep those of several SELECTs apart.
 
     Returns:
-        None where the SELECT is any other, such as a join, compares rows with each other, or is nested too deeply.
+        None for any other SELECT, for example a join, one that compares rows, or one that is nested too deeply.
     """
     node = _select(text)
     if node is None:
@@ -74,14 +74,14 @@ def rowwise(text: str, columns: Collection[str], params: Mapping[str, Any], pref
     try:
         values = {folded(item["alias"] or item.get("column_names", [""])[-1]): _as_text(item) for item in items}
         condition = "true" if where is None else _as_text(where)
-    except duckdb.SerializationException:  # DuckDB makes no text of a tree of more than 256 levels
+    except duckdb.SerializationException:  # DuckDB cannot write a tree of more than 256 levels as text
         return None
     given = {f"{prefix}_{name}": value for name, value in params.items() if folded(name) in used}
     return Rowwise(condition, values, given)
 
 
 def _select(text: str) -> dict[str, Any] | None:
-    """The tree of one SELECT from `samples` and nothing more."""
+    """The tree of a simple SELECT from `samples`, without other clauses than WHERE; None for any other text."""
     statements = repeatable.parsed(text)
     node: dict[str, Any] | None = statements[0]["node"] if statements and len(statements) == 1 else None
     if node is None or node["type"] != "SELECT_NODE" or node["cte_map"]["map"] or any(node[part] for part in _PARTS):
@@ -94,17 +94,17 @@ def _select(text: str) -> dict[str, Any] | None:
 
 
 def _is_column(item: dict[str, Any], name: str) -> bool:
-    """Whether a SELECT returns the column of this name as it is, under its own name."""
+    """Whether an item of a SELECT is the column of this name, unchanged and under its own name."""
     if item.get("class") != "COLUMN_REF":
         return False
     return [folded(part) for part in item["column_names"]] == [name] == [folded(item["alias"] or name)]
 
 
 def _is_of_one_row(expression: dict[str, Any] | None, columns: Collection[str], own: str) -> bool:
-    """Whether an expression is a value of one row, made of columns of the table alone.
+    """Whether an expression is a value of one row, computed only from columns of the table.
 
     Args:
-        own: the name that the table has in the SELECT.
+        own: the name of the table in the SELECT.
     """
     for part in repeatable.nodes(expression):
         if part.get("class") in _OTHER:
@@ -113,15 +113,16 @@ def _is_of_one_row(expression: dict[str, Any] | None, columns: Collection[str], 
             return False
         if part.get("class") == "COLUMN_REF":
             head, *rest = map(folded, part["column_names"])
-            if (rest[0] if rest and head == own else head) not in columns:
+            column = rest[0] if rest and head == own else head
+            if column not in columns:
                 return False
     return True
 
 
 @lru_cache(maxsize=1)
 def _not_plain() -> frozenset[str]:
-    """Functions that make another number of rows (aggregates, those that unnest), or that tell the name of a value, and
-    macros that use one of these."""
+    """Functions that change the number of rows (aggregates, unnest) or return the name of a value, and macros that use
+    one of these."""
     others = "select distinct function_name from duckdb_functions() where function_type not in ('scalar', 'macro')"
     return repeatable.with_macros(repeatable.listed(others) | {"unnest", "unlist", "alias"})
 

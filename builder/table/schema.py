@@ -23,14 +23,14 @@ SOURCE = "source"
 GENERATED = pa.large_binary()
 BOXES = pa.list_(pa.list_(pa.float64()))
 MEMBER = pa.struct([("ext", pa.string()), ("header", pa.int64()), ("data", pa.int64()), ("size", pa.int64())])
-#: Names of stages and of their columns: plain enough for SQL without quotes, for TOML without quotes, and for files.
+#: Names of stages and of their columns: they need no quotes in SQL and TOML, and can be file names.
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 TEXT = pa.string()
-#: A member of a sample as it was; its digest is the first one that is known of so many bytes.
+#: A former member of a sample; its digest is the first one that is known for a member of this size.
 FORMER = pa.struct([("ext", pa.string()), ("size", pa.int64()), ("digest", pa.uint64())])
 #: Members of a source that a stage may read.
 SOURCE_MEMBERS = ("image", "json", "txt")
-#: Values repeat in columns that end so: they are written with a dictionary.
+#: Columns whose names end like this have repeated values: they are written with a dictionary.
 _REPEATING = ("_status", "_error", "_run", "_model", "_source", "lang", "shard", "exif", "status", "_notes", "_path")
 
 
@@ -42,8 +42,8 @@ class Column:
         name: as in SQL.
         type: its Arrow type.
         stage: the stage that owns it, `source` for ingest.
-        meaning: one sentence, with the unit where there is one.
-        field: of a json field that ingest carries, its name in the json; empty where an older version has written it.
+        meaning: one sentence, with the unit if there is one.
+        field: for a column from a json field, the name in the json; empty if an older version has written the schema.
     """
 
     name: str
@@ -53,18 +53,20 @@ class Column:
     field: str = ""
 
     def to_json(self) -> dict[str, str]:
-        told = {**asdict(self), "type": type_text(self.type)}
-        return told if self.field else {name: value for name, value in told.items() if name != "field"}
+        values = {**asdict(self), "type": type_text(self.type)}
+        if not self.field:
+            del values["field"]
+        return values
 
     @classmethod
     def from_json(cls, data: dict[str, str]) -> Column:
-        """A column of a root's schema; its stage is a name that SQL and files can hold, since it becomes part of both.
+        """A column of a root's schema.
 
         Raises:
-            ValueError: it is not.
+            ValueError: its stage is not a valid name; it becomes part of SQL and of file names.
         """
         if not NAME.fullmatch(data["stage"]):
-            raise ValueError(f"{data['stage']!r} is no name of a stage")
+            raise ValueError(f"{data['stage']!r} is not a name of a stage")
         return cls(data["name"], parse_type(data["type"]), data["stage"], data["meaning"], data.get("field", ""))
 
 
@@ -72,7 +74,7 @@ _LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
 def folded(name: str) -> str:
-    """A name as SQL compares it: DuckDB does not tell the case of ASCII letters."""
+    """A name as SQL compares it: DuckDB ignores the case of ASCII letters."""
     return name.translate(_LOWER)
 
 
@@ -111,7 +113,7 @@ IDENTITY = (
 
 
 def status_columns(stage: str) -> tuple[Column, ...]:
-    """The columns that every stage has beside its own: six, ingest four of them."""
+    """The columns that every stage has in addition to its own: six, of which ingest has four."""
     common = (
         Column(f"{stage}_status", pa.string(), stage, "ok, failed, or null = not tried"),
         Column(f"{stage}_error", pa.string(), stage, "class: message, of a failed row"),
@@ -154,14 +156,14 @@ FIELD_TYPES: dict[str, pa.DataType] = {
 
 
 def field_columns(fields: Mapping[str, pa.DataType], named: Mapping[str, str] | None = None) -> tuple[Column, ...]:
-    """Columns of the json fields that a pipeline carries.
+    """Columns of the json fields that a pipeline puts into the table.
 
     Args:
-        named: names of columns by field, where the pipeline gives one; else a field has its own name, and `json_` in
-            front where the table has that name already, in whatever case.
+        named: names of columns by field, if the pipeline gives one. Otherwise a column has the name of its field, with
+            `json_` in front if the table has that name already, in any case.
 
     Raises:
-        SchemaError: two fields would be one column, or a name that is given is one of the table's.
+        SchemaError: two fields would be one column, or a given name is one of the table's.
     """
     columns: dict[str, Column] = {}
     for name, kind in fields.items():
@@ -185,19 +187,19 @@ def _column_of(field: str) -> str:
 
 
 def carried_as(name: str, kind: pa.DataType, column: str) -> str:
-    """What to write in a pipeline for a json field that is to be carried under another name."""
-    quoted_name = json.dumps(name, ensure_ascii=False)  # a text of TOML, too
+    """The fix for a json field that needs another column name: what to write in the pipeline."""
+    quoted_name = json.dumps(name, ensure_ascii=False)  # valid in TOML, too
     spec = f'{{ name = {quoted_name}, type = "{type_text(kind)}", column = "{plain_name(column)}" }}'
-    return f"give it a column of its own in dataset.fields: {spec}"
+    return f"give it another column in dataset.fields: {spec}"
 
 
 def plain_name(name: str) -> str:
-    """A name that a pipeline can give to a column: letters, digits and _, as many as it had characters."""
+    """A name that a pipeline can give to a column: every character but letters, digits and _ becomes _."""
     return re.sub(r"[^A-Za-z0-9_]", "_", name)
 
 
 def _is_taken(name: str) -> bool:
-    """Whether ingest's own columns have a name."""
+    """Whether a name is that of one of ingest's own columns, or reserved for them."""
     return folded(name).startswith(f"{SOURCE}_") or folded(name) in _OWN
 
 
@@ -205,7 +207,7 @@ _OWN = {column.name for column in IDENTITY}
 
 
 def carried_fields(columns: Iterable[Column]) -> tuple[dict[str, pa.DataType], dict[str, str]]:
-    """The json fields that a root carries, and the columns of those that have none of the usual name."""
+    """The json fields in a root's table, and the column names of those whose column has an unusual name."""
     own = {column.name for column in (*IDENTITY, *status_columns(SOURCE))}
     fields: dict[str, pa.DataType] = {}
     named: dict[str, str] = {}
@@ -219,8 +221,8 @@ def carried_fields(columns: Iterable[Column]) -> tuple[dict[str, pa.DataType], d
 
 
 def field_of(column: str) -> str:
-    """The json field of a column that does not tell it, by the rule of version 0.1: `json_` stands before the table's
-    own names, in their own case."""
+    """The json field of a column that does not record it, by the rule of version 0.1: `json_` is in front of the
+    table's own names, if their case is the same."""
     field = column.removeprefix("json_")
     return field if field in _OWN or field.startswith(f"{SOURCE}_") else column
 
@@ -238,7 +240,7 @@ def merge(have: tuple[Column, ...], new: tuple[Column, ...]) -> tuple[Column, ..
     """Adds a stage's columns to a root's.
 
     Raises:
-        SchemaError: a name that another stage owns, in whatever case, or a type that changes; both sides are shown.
+        SchemaError: a name belongs to another stage, in any case, or a type would change; both sides are shown.
     """
     by_name: dict[str, Column] = {}
     for column in have:
@@ -310,17 +312,17 @@ def type_text(kind: pa.DataType) -> str:
 
 
 def literal(text: str) -> str:
-    """A text as SQL has it."""
+    """A text as a literal in SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def quoted(name: str) -> str:
-    """A name of a column as SQL takes it, whatever it holds."""
+    """A column name in quotes for SQL; it may contain any character."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def duckdb_type(kind: pa.DataType) -> str:
-    """The same type in DuckDB's words."""
+    """The DuckDB type of a column."""
     if pa.types.is_list(kind):
         return duckdb_type(kind.value_type) + "[]"
     if pa.types.is_struct(kind):
@@ -332,7 +334,7 @@ def parse_type(text: str) -> pa.DataType:
     """The inverse of `type_text`.
 
     Raises:
-        SchemaError: no such type; the valid ones are listed.
+        SchemaError: the type does not exist; the valid ones are listed.
     """
     kind, rest = _parse(re.sub(r"\s+", "", text))
     if rest:

@@ -1,4 +1,4 @@
-"""SQL as people write it: exactly one SELECT with its parameters, and what DuckDB says of it."""
+"""SQL as users write it: exactly one SELECT with its parameters, and DuckDB's errors about it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from builder.errors import BuilderError, ConfigError, ShardError, TransientError
 from builder.store import layout as places
 from builder.table import repeatable, schema
 
-#: What DuckDB raises, also while an answer is being read.
+#: The base class of DuckDB's errors, which can also be raised while an answer is being read.
 DuckError = duckdb.Error
-#: Runs any statement given as json, and so would slip through the check of the statement's type.
+#: Runs any statement given as json, so the check of the statement's type would not see it.
 _FORBIDDEN = "json_execute_serialized_sql"
-#: DuckDB's words on a file that is no parquet file.
+#: In DuckDB's message about a file that is not a parquet file.
 _NO_PARQUET = "magic bytes"
 
 
@@ -30,7 +30,7 @@ class Sql:
 
     Attributes:
         text: exactly one SELECT.
-        origin: the file, or what else to call it in a message.
+        origin: the file, or another name for it in messages.
     """
 
     text: str
@@ -38,10 +38,10 @@ class Sql:
 
 
 def read_sql(name: str) -> Sql:
-    """SQL out of a file: `./sql/` first, then as installed.
+    """Reads SQL from a file: from `./sql/` if it is there, else from the installed folder.
 
     Raises:
-        ConfigError: no such file, with the places looked at, or no text.
+        ConfigError: the file does not exist, with the paths tried, or is not UTF-8 text.
     """
     name = places.local(name)
     relative = name.removeprefix("sql/")
@@ -64,12 +64,12 @@ def read_sql(name: str) -> Sql:
 
 
 def check_repeatable(sql: Sql, columns: frozenset[str]) -> repeatable.Finding:
-    """Refuses SQL in which the machine decides something."""
+    """Refuses SQL whose result depends on the machine."""
     found = repeatable.examine(sql.text, columns)
     if found.refused:
         place = f"{sql.origin}:{found.line}" if found.line else sql.origin
         raise ConfigError(
-            f"SQL uses {found.refused}, which the machine decides and not the table: another run would find other rows",
+            f"SQL uses {found.refused}, which depends on the machine, not the table: another run may find other rows",
             where={"file": place},
             fix=f"{found.fix}; builder sql and --where may use it",
         )
@@ -92,12 +92,12 @@ def batches(reader: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def guarded(sql: Sql, error: duckdb.Error) -> BuilderError:
-    """What DuckDB says while an answer is being read, with the file."""
+    """An error of DuckDB while an answer is being read, with the file of the SQL."""
     return refused(sql, error, 1)
 
 
 def parameters(sql: Sql) -> list[str]:
-    """The $names of a text; none of one that is no SQL, which `checked` refuses."""
+    """The $names of a text; an empty list if it is not SQL, which `checked` refuses."""
     try:
         statements = duckdb.extract_statements(sql.text)
     except duckdb.Error:
@@ -106,7 +106,11 @@ def parameters(sql: Sql) -> list[str]:
 
 
 def checked(sql: Sql, params: dict[str, Any]) -> str:
-    """The text with blanks for its semicolons, if it is exactly one SELECT with exactly these parameters."""
+    """The text with spaces instead of semicolons, if it is exactly one SELECT with exactly these parameters.
+
+    Raises:
+        ConfigError: it is not.
+    """
     try:
         statements = duckdb.extract_statements(sql.text)
     except duckdb.Error as error:
@@ -122,7 +126,7 @@ def checked(sql: Sql, params: dict[str, Any]) -> str:
     given = {schema.folded(name) for name in params}
     if len(given) < len(params):
         raise ConfigError(
-            "two parameters have one name: SQL does not tell capitals from small letters",
+            "two parameters have the same name: SQL ignores the case of letters",
             where={"file": sql.origin, "values given": ", ".join(sorted(params))},
             fix="leave one of them out",
         )
@@ -143,7 +147,7 @@ def checked(sql: Sql, params: dict[str, Any]) -> str:
 
 
 def _without_semicolons(text: str) -> str:
-    """One statement as a subquery can hold it: only what the tokenizer takes for a semicolon is one."""
+    """One statement in a form that can be a subquery. The tokenizer finds the semicolons: those in texts are kept."""
     raw = bytearray(text, "utf-8")
     for offset, _ in duckdb.tokenize(text):
         if raw[offset] == ord(";"):
@@ -152,8 +156,8 @@ def _without_semicolons(text: str) -> str:
 
 
 def refused(sql: Sql, error: duckdb.Error, shift: int = 0) -> BuilderError:
-    """DuckDB's own words, its line numbers counted from the first line of the user's text."""
-    if (unread := unread_table(error)) is not None:  # nothing that the text could mend
+    """DuckDB's message, with line numbers counted from the first line of the user's text."""
+    if (unread := unread_table(error)) is not None:  # the SQL is not the cause
         unread.where = {"file": sql.origin, **unread.where}
         return unread
     text = re.sub(r"LINE (\d+):", lambda match: f"LINE {int(match[1]) - shift}:", str(error).strip())
@@ -163,15 +167,15 @@ def refused(sql: Sql, error: duckdb.Error, shift: int = 0) -> BuilderError:
 
 
 def unread_table(error: duckdb.Error) -> BuilderError | None:
-    """DuckDB's words on a table that it cannot read; None of any other error."""
+    """The error for a table that DuckDB cannot read; None for any other error of DuckDB."""
     if _NO_PARQUET in str(error):
         return ShardError(
             f"the table cannot be read: {' '.join(str(error).split())}",
-            fix="rm the partition that it names: it is folded again if it is the table's (builder fold)",
+            fix="rm the partition that it names, then: builder fold",
         )
     if isinstance(error, duckdb.IOException | duckdb.OutOfMemoryException):
         return TransientError(
             f"DuckDB cannot go on: {' '.join(str(error).split())}",
-            fix="mend that (free some disk or memory, or raise ulimit -n), then run the same command again",
+            fix="free some disk or memory, or raise ulimit -n, then run the same command again",
         )
     return None

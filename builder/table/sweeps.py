@@ -1,4 +1,4 @@
-"""What nothing needs any more: old generations, edits tars, temp files; named before it is deleted."""
+"""Finds and deletes files that are no longer needed: old generations, edits tars, temp files."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from builder.table.schema import SOURCE
 
 @dataclass
 class Sweep:
-    """What a sweep deletes, and its bytes."""
+    """The files and folders that a sweep deletes, and their bytes."""
 
     paths: list[Path] = field(default_factory=list)
     size: int = 0
 
     def add(self, path: Path) -> None:
-        """Adds a file, or a folder with all that is in it."""
+        """Adds a file, or a folder with everything in it."""
         with contextlib.suppress(FileNotFoundError):
             inside = [entry for entry in path.rglob("*") if entry.is_file()] if path.is_dir() else [path]
             self.size += sum(entry.stat().st_size for entry in inside)
@@ -46,19 +46,19 @@ class Sweep:
 
 
 def sweep_shard(layout: Layout, shard: str, stages: Iterable[str], sweep: Sweep, *, dry_run: bool) -> set[str]:
-    """Deletes what nothing needs of one shard: old generations, edits tars that nothing points to.
+    """Deletes files of one shard that are no longer needed: old generations, edits tars without a pointer to them.
 
-    An unreferenced edits tar may belong to an attempt that is only paused: a generation that names the attempt as
-    swept is committed first, and only what is still unreferenced after it is deleted.
+    An unreferenced edits tar may belong to an attempt that is only paused. So a generation that records the attempt as
+    swept is committed first, and only tars that are still unreferenced after that are deleted.
 
     Args:
         stages: those that write edits tars.
 
     Returns:
-        The runs that rows of this shard point to.
+        The runs that rows of this shard name.
     """
     doomed, pointing = files.retry_listing(partial(_unreferenced, layout, shard, KEPT_GENERATIONS))
-    if doomed:  # the fence is a generation too: what only the one before the newest points to goes with the others
+    if doomed:  # the fence adds a generation: tars that only the oldest kept one points to are then unreferenced, too
         doomed, pointing = files.retry_listing(partial(_unreferenced, layout, shard, KEPT_GENERATIONS - 1))
     if doomed and not dry_run:
         attempts = sorted({attempt_of(path) for path in doomed})
@@ -75,11 +75,10 @@ def sweep_shard(layout: Layout, shard: str, stages: Iterable[str], sweep: Sweep,
 
 
 def sweep_temps(layout: Layout, sweep: Sweep, liveness: AskLiveness, *, dry_run: bool) -> None:
-    """Deletes temp files and temp folders of dead processes: everywhere in the root, and next to hybrid shards that go
-    to another folder.
+    """Deletes temp files and temp folders of dead processes in the root, and next to hybrid shards outside of it.
 
     Args:
-        liveness: as `files.is_dead_temp` takes it.
+        liveness: as for `files.is_dead_temp`.
     """
     _sweep_temps_in(os.walk(layout.root), sweep, liveness, dry_run=dry_run)
     if layout.output is not None:
@@ -100,7 +99,7 @@ def _sweep_temps_in(
 
 
 def delete(path: Path) -> None:
-    """Deletes a file, or a folder whole or not at all: it loses its name first. Gone already is as good."""
+    """Deletes a file or a folder, if it exists. A folder is renamed first: a kill leaves no half of it in place."""
     if not path.is_dir() or path.is_symlink():
         files.remove(path)
         return
@@ -112,15 +111,14 @@ def delete(path: Path) -> None:
 
 
 def attempt_of(edits_tar: Path) -> str:
-    """The attempt that wrote an edits tar: its name less the number of the checkpoint."""
+    """The attempt that wrote an edits tar: its name without the number of the checkpoint."""
     return edits_tar.name[: -len(".tar")].rpartition("-")[0]
 
 
 def _unreferenced(layout: Layout, shard: str, kept: int) -> tuple[list[Path], set[str]]:
-    """Edits tars of a shard that none of the newest so many generations points to, and the stages that point to any.
+    """Edits tars of a shard to which none of the newest `kept` generations points, and the stages with pointers.
 
-    The column files say themselves which of their columns are pointers: a column that was dropped from the root may
-    come back.
+    Pointers are found by the columns of the files, not of the root: a column dropped from the root may come back.
     """
     named: set[str] = set()
     stages: set[str] = set()
@@ -136,7 +134,7 @@ def _unreferenced(layout: Layout, shard: str, kept: int) -> tuple[list[Path], se
 
 
 def _pointers(columns: pa.Schema) -> list[str]:
-    """The columns that name edits tars: text, with offset and size beside them."""
+    """The columns that name edits tars: text, with columns for offset and size next to them."""
     found = []
     for column in columns:
         base = column.name.removesuffix("_path")
@@ -150,7 +148,7 @@ def _pointers(columns: pa.Schema) -> list[str]:
 
 
 def _fence(layout: Layout, shard: str, stage: str, attempts: list[str]) -> None:
-    """Commits a generation that names attempts as swept; returns when the newest one does."""
+    """Commits a generation that records attempts as swept; returns when the newest generation does."""
     while True:
         generation, content = files.retry_listing(partial(newest_content, layout, shard, stage))
         swept = tuple(dict.fromkeys([*content.swept, *attempts]))
@@ -160,7 +158,7 @@ def _fence(layout: Layout, shard: str, stage: str, attempts: list[str]) -> None:
 
 
 def _superseded(layout: Layout, shard: str) -> tuple[list[Path], set[str]]:
-    """Column files that nothing needs, and the runs that the newest ones point to."""
+    """Column files that are no longer needed, and the runs that the newest ones name."""
     found = listing(layout, shard)
     old = [
         layout.column_file(shard, stage, generation)
@@ -178,7 +176,7 @@ def _superseded(layout: Layout, shard: str) -> tuple[list[Path], set[str]]:
 
 
 def _superseded_sources(layout: Layout, shard: str, found: dict[str, list[int]]) -> list[Path]:
-    """What ingest has committed and no kept column file follows: one file of each `rows` is enough to realign by."""
+    """Column files of ingest that no kept column file needs: for each `rows`, one is enough to realign answers."""
     paths = [layout.column_file(shard, SOURCE, generation) for generation in reversed(found.get(SOURCE, []))]
     kept, superseded = paths[:KEPT_GENERATIONS], paths[KEPT_GENERATIONS:]
     if not superseded:
@@ -195,7 +193,7 @@ def _superseded_sources(layout: Layout, shard: str, found: dict[str, list[int]])
 
 
 def _needed_rows(layout: Layout, shard: str, found: dict[str, list[int]]) -> set[str]:
-    """Identities of rows that a kept column file still follows: their source generation realigns it."""
+    """The `rows` of kept column files: a source generation of each is needed to realign them."""
     kept = [
         layout.column_file(shard, stage, generation)
         for stage, generations in found.items()
