@@ -173,7 +173,7 @@ def test_write_sql_of_one_name_twice_or_of_the_writer_s(dataset: Workspace, colu
 
 def test_parameters_of_one_name(dataset: Workspace) -> None:
     done = dataset.run("sql", "select $x", "--param", "x=1", "--param", "X=2", check=False)
-    assert "two parameters have one name" in done.stderr
+    assert "two parameters have the same name" in done.stderr
     assert "1" in dataset.run("sql", "select $Limit_ as n", "--param", "limit_=1").stdout
 
 
