@@ -269,7 +269,8 @@ def test_run_says_what_failed_and_ends_with_3(finished: Finished) -> None:
         "ingest: no sample that was read has the json field 'original_width', which the pipeline names: "
         "fields that there are: caption, face_bboxes, height and 2 more",
         "ingest: 1 shards, 50 rows, 15 failed in S",
-        "shard 'bad': the members of 2 samples do not lie together; it has members of one name twice: make it again",
+        "shard 'bad': the members of 2 samples are not next to each other; it has two members of the same name: "
+        "make it again",
         "faces: 35 rows, 33 ok, 2 failed in S",
         "lang: 33 rows, 33 ok in S",
         "prompts: 5 rows, 5 ok in S",

@@ -263,8 +263,8 @@ def test_choices_that_say_different_things_are_refused(dataset: Workspace, flags
     names = " and ".join(name for name in ("--retry", "--redo", "--stale") if name in flags)
     assert (result.returncode, result.stderr) == (
         2,
-        f"error: {names} say different things\n"
-        "  fix: give one: --retry failed rows, --redo all rows, --stale rows whose inputs or options changed\n",
+        f"error: {names} cannot be used together\n"
+        "  fix: use one: --retry failed rows, --redo all rows, --stale rows whose inputs or options changed\n",
     )
 
 

@@ -26,7 +26,7 @@ def test_a_glob_tells_what_it_matches_that_is_no_file(workspace: Callable[..., W
     done = made.run("ingest")
     assert done.stderr.splitlines()[0] == (
         f"2 of the shards that dataset.shards names are no files: {source}/folder.tar (a folder; did you mean "
-        f"{source}/folder.tar/*.tar?), {source}/gone.tar (a link to nothing)"
+        f"{source}/folder.tar/*.tar?), {source}/gone.tar (a broken link)"
     )
     assert len(json.loads(made.run("plan", "--json").stdout)["ingest"]["missing"]) == 2
     everything = find_shards([f"{source}/*"])
@@ -41,7 +41,7 @@ def refusal(*patterns: str) -> str:
 
 def test_links_to_nothing_alone_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar").symlink_to("b.tar")
-    assert f"{tmp_path}/a.tar: a link to nothing" in refusal(f"{tmp_path}/*.tar")
+    assert f"{tmp_path}/a.tar: a broken link" in refusal(f"{tmp_path}/*.tar")
 
 
 def test_a_folder_in_place_of_its_tars(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_shard_in_no_order_says_how_to_sort_it(workspace: Callable[..., Worksp
     assert done.returncode == 3
     assert "tar --sort=name" in made.run("status").stdout
     (line,) = [line for line in done.stderr.splitlines() if "to sort it: " in line]
-    assert line.startswith("shard '0': the members of 6 samples do not lie together")
+    assert line.startswith("shard '0': the members of 6 samples are not next to each other")
     subprocess.run(line.partition("to sort it: ")[2], shell=True, check=True, cwd="/")
     assert sorted(path.name for path in shard.parent.iterdir()) == ["0.tar", "0.unsorted"]
     made.run("ingest")

@@ -114,10 +114,10 @@ def test_two_shards_of_one_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         find_shards([f"{tmp_path}/*/*.tar"])
     assert str(caught.value) == (
-        "two shards are named '0': a shard's name locates its samples\n"
+        "two shards are named '0', and the table identifies shards by name\n"
         f"  one: {tmp_path}/a/0.tar\n"
         f"  other: {tmp_path}/b/0.tar\n"
-        "  fix: rename one of them, or give each folder a dataset.root of its own"
+        "  fix: rename one of them, or use another dataset.root for each folder"
     )
 
 

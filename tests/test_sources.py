@@ -172,5 +172,5 @@ def test_a_root_of_a_kind_that_this_version_lacks(lines: Workspace, monkeypatch:
     monkeypatch.delitem(kinds.KINDS, "lines")
     state = partitions.partition_state(pipeline.layout, "a")
     assert state is not None
-    with pytest.raises(Exception, match="a source of the kind 'lines', which this version does not know"):
+    with pytest.raises(Exception, match="a source of kind 'lines', which this version does not know"):
         kinds.kind_of(state.source)

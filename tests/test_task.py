@@ -236,7 +236,8 @@ def test_past_max_failed_a_task_stops_and_leaves_its_failures_null(many: Layout)
         "stage 'note' failed on 70 of 100 rows, more than max_failed = 0.5\n"
         "  shard: 00000001\n"
         f"  last error: {cannot(key(96))}\n"
-        "  fix: mend the cause and run again (no row of the last checkpoint was marked failed), or raise max_failed in "
+        "  fix: fix the cause of the last error and run again "
+        "(no row of the last checkpoint was marked failed), or raise max_failed in "
         "[stages.note.run]"
     )
     statuses = [status for (status,) in read(many, "note_status")]

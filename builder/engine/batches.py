@@ -1,6 +1,6 @@
-"""Asking a stage about a batch: answers in order, bad rows found by halving, and whether a batch changes an answer.
+"""Asks a stage about a batch: returns answers in order, finds bad rows by halving, compares answers alone and in batch.
 
-Owns what a failed row is. Knows no table.
+Owns what a failed row is. Knows nothing of the table.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from builder.stages.contract import Preparing, RowsFailed, Stage, check_result
 from builder.stages.finding import place_in
 from builder.store.files import ReadError
 
-#: Tries of a row whose stage raises TransientError, and the pause before the second, in seconds.
+#: Tries of a batch whose stage raises TransientError, and the pause before the second try, in seconds.
 TRANSIENT_TRIES, TRANSIENT_PAUSE_S = 3, 0.5
-#: An error text in the table is cut at this length.
+#: The longest error text in the table; longer ones are cut.
 MAX_ERROR = 500
-#: What can be a class of errors, as `--retry failed:CLASS` takes it.
+#: What can be a class of errors in `--retry failed:CLASS`.
 _KIND = re.compile(r"\w{1,80}")
-#: Rows of a batch that are asked about alone, too.
+#: How many rows of a batch are also asked about alone.
 TESTED = 3
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why one row has no answer; `trace` is the traceback of a stage's own code, where it is the first of its kind."""
+    """Why one row has no answer; `trace` is the first traceback from each place in a stage's own code."""
 
     error: str
     trace: str = field(default="", compare=False)
@@ -43,12 +43,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Left:
-    """One row that stays as it is.
+    """One row that is neither answered nor failed.
 
     Attributes:
-        why: what ends the task, or what of the machine's was in the way; None where it was asked to stop.
-        since: of the machine's, how many rows had been answered when this one last failed.
-        is_final: whether asking again helps nothing now.
+        why: the error that ends the task, or an error of the machine; None if the task was asked to stop.
+        since: for an error of the machine, how many rows had been answered when this row last failed.
+        is_final: whether asking again now would not help.
     """
 
     why: BuilderError | None
@@ -56,17 +56,17 @@ class Left:
     is_final: bool = True
 
 
-#: What is found out about rows: answers of several, or that one has none.
+#: The result for some rows: answers of several, or why one has none.
 Found: TypeAlias = pa.RecordBatch | Failure | Left
 
 
 @dataclass
 class Tally:
-    """What is known of the rows asked about so far.
+    """Counts over all rows asked about so far.
 
     Attributes:
         answered: how many were answered.
-        seen: the places in a stage's code whose tracebacks were told.
+        seen: the places in a stage's code whose traceback was reported.
     """
 
     answered: int = 0
@@ -83,13 +83,13 @@ def answer(
 ) -> Iterator[tuple[int, Found]]:
     """Answers of a batch, with the position of their first row; a batch that raises is halved.
 
-    What is the machine's makes no row fail: the row is left. One that stood alone has failed all the same if other rows
-    were answered since it failed before, by want of memory or of an answer of a disk or a server.
+    A row does not fail because of an error of the machine: it is left. But a row that is asked about alone, and runs
+    out of memory or gets no answer from a disk or a server again, fails if other rows were answered in between.
 
     Args:
         ahead: what the stage's `prepare` returned or raised for this batch; without it, `prepare` is called here.
-        tally: counted on.
-        since: how many rows had been answered when these failed before.
+        tally: counts that are continued.
+        since: how many rows had been answered when these rows last failed.
 
     Raises:
         StageError: the stage broke its contract, or says that it cannot go on.
@@ -106,7 +106,7 @@ class _Asking:
     def ask(
         self, batch: pa.RecordBatch, first: int, ahead: Future[Any] | None, since: int | None, tries: int
     ) -> Iterator[tuple[int, Found]]:
-        """As `answer`; a disk or a server that does not answer is asked so many times."""
+        """As `answer`; if a disk or a server does not answer, there are `tries` tries."""
         try:
             result = check_result(type(self._stage), batch, self._patiently(batch, ahead, tries))
         except RowsFailed as partial:
@@ -148,7 +148,7 @@ class _Asking:
                 yield first + place, found
 
     def _of_one(self, error: Exception, since: int | None) -> Failure | Left:
-        """What an error means for a row; of the machine's, for one that stood alone."""
+        """What an error means for a row that was asked about alone."""
         sort = _sort_of(error)
         if sort is None:
             return self._failed(error)
@@ -186,7 +186,7 @@ class _Asking:
 
 
 def _apart(result: pa.RecordBatch, others: Mapping[int, Failure | Left]) -> Iterator[tuple[int, Found]]:
-    """The answers of a batch some of whose rows have none: each of these alone, the rows between them together."""
+    """Splits the answers of a batch: each row without an answer alone, the rows in between together."""
     start = 0
     for row in [*sorted(others), result.num_rows]:
         if row > start:
@@ -196,15 +196,15 @@ def _apart(result: pa.RecordBatch, others: Mapping[int, Failure | Left]) -> Iter
         start = row + 1
 
 
-#: Our words for what is the machine's, where a row has failed by it.
+#: The class of a row that failed because of an error of the machine.
 _KINDS: dict[Sort | None, str] = {Sort.MEMORY: "OutOfMemory", Sort.ACCESS: "NotAnswered"}
 
 
 def error_text(error: BaseException, place: str = "") -> str:
-    """`class: message` on one line of printable text; the class is its `kind`, if it has one that is a word.
+    """`class: message` on one line of printable text; the class is the error's `kind`, if it has one that is a word.
 
     Args:
-        place: file and line of a stage's own code, put behind the message.
+        place: file and line of a stage's own code, added after the message.
     """
     message = error.what if isinstance(error, BuilderError) else str(error)
     kind = _own_kind(error)
@@ -212,18 +212,18 @@ def error_text(error: BaseException, place: str = "") -> str:
         kind = _KINDS.get(machine.sort_of(error))
     clean = "".join(char if char.isprintable() else " " for char in message[: 10 * MAX_ERROR])
     words = " ".join(clean.split())
-    behind = f" ({place})" if place else ""
-    return f"{kind or type(error).__name__}: {words}"[: MAX_ERROR - len(behind)] + behind
+    end = f" ({place})" if place else ""
+    return f"{kind or type(error).__name__}: {words}"[: MAX_ERROR - len(end)] + end
 
 
 def _own_kind(error: BaseException) -> str | None:
-    """The class that an error's owner gave it: what it is, is decided."""
+    """The class that the code raising an error gave it; such an error is never one of the machine."""
     kind = getattr(error, "kind", None)
     return kind if isinstance(kind, str) and _KIND.fullmatch(kind) else None
 
 
 def _sort_of(error: Exception) -> Sort | None:
-    """As `machine.sort_of`; None where the error's owner gave it a class."""
+    """As `machine.sort_of`; None if the error has its own class."""
     return None if _own_kind(error) else machine.sort_of(error)
 
 
@@ -231,14 +231,14 @@ def _sort_of(error: Exception) -> Sort | None:
 
 
 def check_alone(stage: Stage, batch: pa.RecordBatch, answers: Sequence[tuple[int, Found]]) -> float | None:
-    """Asks about a few rows of a batch alone, and compares that with the answers that they got beside the others.
+    """Asks about a few rows of a batch alone, and compares the answers with those that they got in the batch.
 
     Returns:
-        The largest difference: of numbers as they are, infinite between values that are no numbers and not the same,
-        or what the stage's own `difference` says; None where there was nothing to compare.
+        The largest difference: between numbers their difference, infinite between other values that are not the same,
+        or the result of the stage's own `difference`; None if there was nothing to compare.
 
     Raises:
-        StageError: it is larger than the stage's `tolerance`.
+        StageError: the difference is larger than the stage's `tolerance`.
     """
     tolerance = stage.tolerance
     places = [(first + i, answer.slice(i, 1)) for first, answer in _good(answers) for i in range(answer.num_rows)]
@@ -249,22 +249,22 @@ def check_alone(stage: Stage, batch: pa.RecordBatch, answers: Sequence[tuple[int
         row, within = places[i * (len(places) - 1) // max(min(TESTED, len(places)) - 1, 1)]
         [(_, alone)] = answer(stage, batch.slice(row, 1))
         if isinstance(alone, Left) or (isinstance(alone, Failure) and alone.error.startswith(TransientError.__name__)):
-            continue  # that says nothing of the answers
-        found = math.inf if isinstance(alone, Failure) else stage.difference(alone, within)
-        if not found <= tolerance:
-            said = alone.error if isinstance(alone, Failure) else _shown(alone)
+            continue  # nothing to compare
+        distance = math.inf if isinstance(alone, Failure) else stage.difference(alone, within)
+        if not distance <= tolerance:
+            alone_text = alone.error if isinstance(alone, Failure) else _shown(alone)
             own = stage.batch_option
             alone_by = f"{own} = 1 in [stages.{stage.name}]" if own else f"batch_rows = 1 in [stages.{stage.name}.run]"
             place = {"shard": batch.column("shard")[row].as_py(), "row": batch.column("row")[row].as_py()}
             raise StageError(
                 f"stage '{stage.name}' gives a row another answer alone than in a batch of {batch.num_rows}",
                 where={
-                    **place, "alone": said, "in the batch": _shown(within), "difference": f"{found:g}",
+                    **place, "alone": alone_text, "in the batch": _shown(within), "difference": f"{distance:g}",
                     "tolerance": f"{tolerance:g}",
                 },
                 fix=f"its model lets rows of one batch change each other: use another model, or {alone_by}",
             )  # fmt: skip
-        largest = max(largest, found)
+        largest = max(largest, distance)
     return largest
 
 

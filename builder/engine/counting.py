@@ -1,4 +1,4 @@
-"""How many rows a stage's SQL covers, by state; starts nothing."""
+"""Counts the rows that a stage's SQL covers, by state; starts nothing."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ def _counted_at_once(
     pieces: Mapping[int, Rowwise],
     by_run: dict[str, Counter[str]] | None,
 ) -> dict[int, tuple[Counts, list[str]]]:
-    """The counts of these works by place, and the shards of each that are put off.
+    """The counts of these works by position, and for each the shards that have to be counted later.
 
     Args:
-        pieces: by place in `works`, the SQL of those that look at every row on its own.
+        pieces: by position in `works`, the SQL of those that look at each row on its own.
     """
     asked, params, around = _one_pass(works, pieces, with_runs=by_run is not None)
     answer = samples.rows(asked, params, around=around)
@@ -121,10 +121,10 @@ def _counted_at_once(
 def _one_pass(
     works: Sequence[Work], pieces: Mapping[int, Rowwise], *, with_runs: bool
 ) -> tuple[Sql, dict[str, Any], str]:
-    """One query that counts the rows of all these works per shard: its SQL, its parameters, and what stands around it.
+    """One query that counts the rows of all these works per shard: its SQL, its parameters, the statement around it.
 
-    Its rows are the shard, and for each work in order seven counts (rows covered, to do, ok, failed, ok and not
-    covered, late, suspect), and with `with_runs` a histogram of the runs that gave the answers.
+    A row of its result is a shard, followed for each work by seven counts (rows covered, to do, ok, failed, ok and not
+    covered, late, suspect) and, with `with_runs`, a histogram of the runs that gave the answers.
     """
     covers = unused_name("is_covered", (column.name for work in works for column in work.columns))
     rows, sums = ["s.shard"], ["shard"]
@@ -172,12 +172,12 @@ def _counted(
     by_run: dict[str, Counter[str]] | None,
     sort: set[str],
 ) -> tuple[list[Counts], list[list[str]]]:
-    """The counts of every work; for each the shards that are put off, since answers in it have to be compared."""
+    """The counts of every work, and for each the shards to count later, since answers there have to be compared."""
     found = [Counts() for _ in works]
     put_off: list[list[str]] = [[] for _ in works]
     with_inputs, with_runs = works[0].choice.stale, by_run is not None
     if by_run is not None:
-        by_run.update((work.stage.name, Counter()) for work in works)  # anew, where the rows are read again in order
+        by_run.update((work.stage.name, Counter()) for work in works)  # from 0: the rows may be read again
     for shard, state, wanted in side_by_side(samples, works, sort, with_inputs=with_inputs, with_runs=with_runs):
         if by_run is not None:
             for name in {work.stage.name for work in works}:  # others are counted in one pass
@@ -196,7 +196,7 @@ def _counted(
 def _counted_with_inputs(
     layout: Layout, samples: Samples, work: Work, shards: Sequence[str], counts: Counts, sort: set[str]
 ) -> Counts:
-    """`counts` and the rows of these shards."""
+    """`counts` plus the rows of these shards."""
     for _, state, (rows,) in side_by_side(samples, [work], sort, with_inputs=True, only=shards):
         if rows is not None:
             counts = _added(layout, counts, work, state, rows, with_inputs=True)
@@ -220,7 +220,7 @@ def _has_suspects(work: Work, state: pa.Table, wanted: pa.Table) -> bool:
 def _added(
     layout: Layout, counts: Counts, work: Work, state: pa.Table, wanted: pa.Table, *, with_inputs: bool
 ) -> Counts:
-    """`counts` and one shard's rows."""
+    """`counts` plus the rows of one shard."""
     name = work.stage.name
     states = state[f"{name}_state"].to_numpy()
     at, _ = places_in_both(state, wanted)

@@ -1,4 +1,4 @@
-"""Which rows a stage's SQL covers, shard by shard next to the states of the table's rows."""
+"""Finds the rows that a stage's SQL covers, shard by shard, together with the states of the table's rows."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ def lookups_of(works: Sequence[Work]) -> dict[str, Lookup]:
     """The files that the SQL of any of the works may join, by the name of the view.
 
     Raises:
-        ConfigError: two stages have other files under one name.
+        ConfigError: two stages use one name for different files.
     """
-    found: dict[str, Lookup] = {}
+    lookups: dict[str, Lookup] = {}
     for work in works:
         for name, lookup in work.lookups.items():
-            if found.setdefault(name, lookup) != lookup:
+            if lookups.setdefault(name, lookup) != lookup:
                 raise ConfigError(
-                    f"two stages look things up in '{name}', but in other files",
-                    where={"stage": work.stage.name, "files": f"{found[name].files} and {lookup.files}"},
+                    f"two stages use the name '{name}' for different files",
+                    where={"stage": work.stage.name, "files": f"{lookups[name].files} and {lookup.files}"},
                     fix="name the same files in both",
                 )
-    return found
+    return lookups
 
 
 def in_one_pass_or_two(work: Work, read: Callable[[Rowwise | None, set[str]], T]) -> T:
     """Reads the rows that a work's SQL covers.
 
     Args:
-        read: is given the pieces of SQL that looks at every row alone, which is read with the table's rows in one pass,
-            and what to sort; None for other SQL, and where DuckDB refuses a piece: then it says itself what is wrong.
+        read: called with the pieces of the SQL, if it looks at each row on its own and can be read in one pass with the
+            table's rows, and with what to sort. The pieces are None for other SQL, and if DuckDB refuses one of them:
+            the SQL as written then gives the better error message.
     """
     taken = rowwise(work.sql.text, {column.name for column in work.columns}, work.params)
     if taken is not None:
@@ -58,7 +59,7 @@ def in_one_pass_or_two(work: Work, read: Callable[[Rowwise | None, set[str]], T]
 
 
 def rows_covered(samples: Samples, work: Work, taken: Rowwise | None, sort: set[str]) -> Iterator[pa.Table]:
-    """The rows of each shard that a work's SQL returns, with their state and the stage's inputs."""
+    """The rows that a work's SQL returns, shard by shard, with their state and the stage's inputs."""
     if taken is None:
         for _, state, (wanted,) in side_by_side(samples, [work], sort, with_inputs=True):
             if wanted is not None:
@@ -75,20 +76,20 @@ def rows_of(layout: Layout, shard: str) -> str:
     return "" if state is None else state.rows
 
 
-# --- the SQL's rows beside the table's ---
+# --- the rows of the SQL together with the table's ---
 
 
 class _Unordered(Exception):
-    """The answer of a stage's SQL, or what a condition leaves of the table, is not in the table's order."""
+    """The rows of a stage's SQL, or those of the table, do not arrive in the table's order."""
 
 
 def in_order(read: Callable[[set[str]], T]) -> T:
-    """Reads answers beside the table, from the start again whenever one turns out to be in another order.
+    """Calls `read`, and calls it again from the start whenever one of its streams turns out to be in another order.
 
-    What was read of it until then may lack rows that come later, so nothing of it is kept.
+    What was read until then may lack rows that come later, so nothing of it is kept.
 
     Args:
-        read: is given the stages whose answer DuckDB has to sort, `THE_TABLE` for the rows of the table.
+        read: called with the stages whose rows DuckDB has to sort; `THE_TABLE` means the rows of the table.
     """
     sort: set[str] = set()
     while True:
@@ -109,20 +110,20 @@ def side_by_side(
     with_runs: bool = False,
     only: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, pa.Table, list[pa.Table | None]]]:
-    """For every shard its name, the state of its rows, and those of its rows that the SQL of each work returns.
+    """For every shard: its name, the state of its rows, and its rows that the SQL of each work returns.
 
-    The table and the answers of the SQL are two streams that are merged shard by shard: joining them in SQL would need
-    memory for the whole table. That works as long as both come in the table's order, which SQL that filters keeps and
-    joins may not; then `_Unordered` is raised and `in_order` starts again with the answer sorted by DuckDB.
+    The table and the rows of the SQL are two streams that are merged shard by shard: joining them in SQL would need
+    memory for the whole table. This works as long as both arrive in the table's order. SQL that filters keeps the
+    order, joins may not; then `_Unordered` is raised, and `in_order` starts again with the rows sorted by DuckDB.
 
     Args:
-        sort: what DuckDB sorts, since it comes in another order.
-        with_inputs: with the stages' inputs, and what rows have recorded of those of their answers.
-        with_runs: with the run that gave each answer, as `<stage>_given_by`.
-        only: the shards to look at, of those that the SQL is evaluated over; all if absent.
+        sort: what DuckDB sorts, since it arrives in another order.
+        with_inputs: also return the stages' inputs, and what is recorded of the inputs of answers.
+        with_runs: also return the run that gave each answer, as `<stage>_given_by`.
+        only: the shards to look at, out of those that the SQL is evaluated over; all if None.
 
     Raises:
-        _Unordered: with the name of a stage that has to be sorted.
+        _Unordered: with the name of a stage whose rows have to be sorted.
     """
     shards = sorted(works[0].shards)
     place = {shard: number for number, shard in enumerate(shards)}
@@ -137,18 +138,18 @@ def side_by_side(
     for number, state in _shard_by_shard(states, place, THE_TABLE):
         yield shards[number], state, [answer.of(number) for answer in answers]
     for answer in answers:
-        answer.of(len(shards))  # to its end: rows that come back there count, too
+        answer.of(len(shards))  # reads to the end, to notice rows that are out of order there
 
 
 class _Answer:
-    """What one work's SQL returns, shard by shard."""
+    """The rows that one work's SQL returns, shard by shard."""
 
     def __init__(self, groups: Iterator[tuple[int, pa.Table]]) -> None:
         self._groups = groups
         self._next = next(groups, None)
 
     def of(self, number: int) -> pa.Table | None:
-        """The rows of a shard; asked for in ascending order."""
+        """The rows of a shard; called in ascending order of shards."""
         while self._next is not None and self._next[0] < number:
             self._next = next(self._groups, None)
         if self._next is None or self._next[0] > number:
@@ -161,10 +162,10 @@ class _Answer:
 def _answer(
     samples: Samples, work: Work, place: dict[str, int], *, sort: bool, with_inputs: bool, these: str
 ) -> Iterator[tuple[int, pa.Table]]:
-    """What a work's SQL returns, by number of the shard; no row twice."""
-    wanted = work.stage.inputs if with_inputs else ()
+    """The rows that a work's SQL returns, by number of the shard; raises ConfigError if a row is returned twice."""
+    fields = work.stage.inputs if with_inputs else ()
     inputs = "".join(
-        f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"' for field in wanted
+        f', cast(w."{field.name}" as {schema.duckdb_type(field.type)}) as "{field.name}"' for field in fields
     )
     order = " order by 1, 2" if sort else ""
     around = (
@@ -220,7 +221,7 @@ def _shard_by_shard(
 
 
 def check_columns(samples: Samples, work: Work) -> None:
-    """Refuses SQL that does not return exactly what the stage needs, and a condition that is none."""
+    """Raises ConfigError if the SQL does not return exactly what the stage needs, or a condition is not valid."""
     if condition := work.choice.where:
         samples.select(Sql(f"select (\n{condition}\n) from samples", "--where"))  # nothing that leaves its brackets
         samples.select(where_clause(condition))

@@ -1,16 +1,16 @@
-"""Which answers are out of date: their sample changed since, and their own inputs are others now.
+"""Finds answers that are out of date: their sample changed since, and the answer's own inputs with it.
 
-Owns what a row records of the inputs of its answer, and how that is compared. `<stage>_inputs` is a hash of the values
-that the work SQL gave, of the uid, of a generated image that was read, and of the stage's version and options;
-`<stage>_digest` tells the bytes of the source that were read; `<stage>_sample` the ingest that had last found the
-sample changed. An answer is out of date if
+Owns what a row records about the inputs of its answer, and how that is compared. `<stage>_inputs` is a hash of the
+values from the work SQL, the uid, a generated image that was read, and the stage's version and options.
+`<stage>_digest` is a digest of the bytes of the source that were read. `<stage>_sample` is the ingest that had last
+found the sample changed. An answer is out of date if
 
-- the bytes that it was made from are not those that an ingest of the changed shard has found, or
-- an ingest has found its sample changed since, and the hash of its inputs, taken with the version and the options of
-  its own run, is another now: other ones make an answer stale, and not out of date.
+- it was made from other bytes than an ingest of the changed shard has found, or
+- an ingest has found its sample changed since, and the hash of its inputs has changed. That hash is taken with the
+  version and the options of the answer's own run: a new version or new options make an answer stale, not out of date.
 
-So what nobody changed costs nothing: nulls are compared with nulls. Answers of versions that recorded no digest have
-hashed extension and size of every member in its place; these are taken from `source_was`.
+Unchanged samples cost nothing: nulls are compared with nulls. Answers of versions that recorded no digest have the
+extension and size of every member in their hash instead; these are taken from `source_was`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from builder.store.layout import Layout, RunFiles
 from builder.table.inputs_hash import inputs_hashes
 
 Mask = npt.NDArray[np.bool_]
-#: What `suspicion` says of a row: an answer is as it was, has to be compared, or was made from other bytes.
+#: Results of `suspicion`: the sample did not change, its answer has to be compared, or was made from other bytes.
 SAME, SUSPECT, OTHER_BYTES = 0, 1, 2
 
 
@@ -57,9 +57,9 @@ def suspicion(stage: Stage) -> str:
 
 
 def recorded(stage: Stage) -> list[str]:
-    """SQL over `samples s`: what a row says of the inputs of its answer, and what of its inputs the work SQL does not.
+    """SQL over `samples s`: what a row records about the inputs of its answer, and inputs that the work SQL lacks.
 
-    The columns that `inputs_now`, `are_out_of_date` and `are_stale` read beside the stage's inputs.
+    These are the columns that `inputs_now`, `are_out_of_date` and `are_stale` read in addition to the stage's inputs.
     """
     name = stage.name
     is_old = f"s.{name}_status is not null and s.{name}_digest is null"
@@ -85,7 +85,7 @@ def recorded(stage: Stage) -> list[str]:
 
 
 def inputs_now(rows: pa.Table, stage: Stage, signature: str) -> pa.UInt64Array:
-    """`<stage>_inputs` of rows that are to be answered.
+    """The value of `<stage>_inputs` for rows that are to be answered.
 
     Args:
         signature: `stage.options_hash`.
@@ -95,50 +95,51 @@ def inputs_now(rows: pa.Table, stage: Stage, signature: str) -> pa.UInt64Array:
 
 
 def _format_asked(rows: pa.Table, stage: Stage) -> list[Any] | None:
-    """The format in which pictures are asked for; None for jpg, which all were before there was a choice."""
+    """The format asked for each picture; None for jpg, which has the same hash as before there was a choice."""
     name = f"{stage.name}_format_asked"
     if name not in rows.column_names:
         return None
     return [None if asked == formats.JPG else asked for asked in rows[name].to_pylist()]
 
 
-def _values(rows: pa.Table, stage: Stage, beside: Sequence[str]) -> list[list[Any]]:
-    names = [*(field.name for field in stage.inputs), *beside]
+def _values(rows: pa.Table, stage: Stage, more: Sequence[str]) -> list[list[Any]]:
+    """The stage's inputs and the columns `more`, each as a list."""
+    names = [*(field.name for field in stage.inputs), *more]
     return [rows[name].to_pylist() for name in names] or [[None] * rows.num_rows]
 
 
 def _named(stage: Stage, parts: Sequence[str]) -> list[str]:
-    """Names of the columns of `recorded` that this stage has."""
+    """The names of those columns of `recorded` that this stage has."""
     has = {"sizes": bool(source_members(stage)), "edit": EDIT in stage.members}
     return [f"{stage.name}_{part}" for part in parts if has[part]]
 
 
 def are_stale(rows: pa.Table, stage: Stage, signature: str) -> Mask:
-    """Which rows have no answer, or one of other inputs, another version or other options than now's."""
+    """Which rows have no answer, or one made with other inputs, another version or other options than now."""
     others = rows[f"{stage.name}_suspect"].to_numpy() == OTHER_BYTES
     differ = ~_are_same(rows, stage, [signature] * rows.num_rows)
     return np.asarray(differ | others | _was_other(rows, stage))
 
 
 def are_out_of_date(rows: pa.Table, stage: Stage, signature: str, layout: Layout) -> Mask:
-    """Which answers are out of date; `rows` have the columns of `suspicion` as `<stage>_suspect`, and of `recorded`.
+    """Which answers are out of date; `rows` has the columns of `recorded`, and `suspicion` as `<stage>_suspect`.
 
-    Of an answer whose run is gone, so that its options are unknown, only bytes tell.
+    If the run of an answer is gone, its options are unknown: then only changed bytes make it out of date.
     """
     suspect = rows[f"{stage.name}_suspect"].to_numpy()
-    found: Mask = suspect == OTHER_BYTES
+    result: Mask = suspect == OTHER_BYTES
     at = np.flatnonzero(suspect == SUSPECT)
     if len(at):
         chosen = rows.take(pa.array(at))
         own = [signature_of(layout, run) for run in chosen[f"{stage.name}_by"].to_pylist()]
         is_known = np.array([known is not None for known in own], bool)
         differ = ~_are_same(chosen, stage, [known or signature for known in own])
-        found[at] = (is_known & differ) | _was_other(chosen, stage)
-    return found
+        result[at] = (is_known & differ) | _was_other(chosen, stage)
+    return result
 
 
 def _are_same(rows: pa.Table, stage: Stage, signatures: Sequence[str]) -> Mask:
-    """Whether the recorded hash is that of the row's inputs now, taken with a signature of its own."""
+    """Whether the recorded hash equals the hash of the row's inputs now, taken with the signature given for the row."""
     name = stage.name
     previous = rows[f"{name}_previous"].to_pylist()
     is_old = rows[f"{name}_is_old"].to_pylist()
@@ -158,7 +159,7 @@ def _are_same(rows: pa.Table, stage: Stage, signatures: Sequence[str]) -> Mask:
 
 
 def _was_other(rows: pa.Table, stage: Stage) -> Mask:
-    """Of answers without a digest: whether the uid, or a member that is read, is known to be another than it was."""
+    """For answers without a digest: whether the uid, or a member that the stage reads, is known to have changed."""
     name, found = stage.name, np.zeros(rows.num_rows, bool)
     was = rows[f"{name}_was"]
     for row in np.flatnonzero(was.is_valid().to_numpy()).tolist():
@@ -176,14 +177,14 @@ def _was_other(rows: pa.Table, stage: Stage) -> Mask:
 
 
 def signature_of(layout: Layout, run: str | None) -> str | None:
-    """Hash of version and options of a run, `stage.options_hash`; None if the run is gone or does not say it."""
+    """The hash of a run's version and options, `stage.options_hash`; None if the run is gone or does not record it."""
     return None if run is None else _signature_in(RunFiles(layout, run).description)
 
 
 @lru_cache(maxsize=4096)
 def _signature_in(description: Path) -> str | None:
     try:
-        found = files.read_object(description).get("options_hash")
+        signature = files.read_object(description).get("options_hash")
     except (FileNotFoundError, ShardError):
         return None
-    return found if isinstance(found, str) else None
+    return signature if isinstance(signature, str) else None

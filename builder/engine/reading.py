@@ -1,4 +1,4 @@
-"""Batches of a work set with the bytes that a stage needs, read and prepared ahead."""
+"""Reads the batches of a work set with the bytes that a stage needs, and prepares them ahead."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from builder.sources.reader import MemberReader
 from builder.stages.contract import Preparing, Stage, formats_asked
 from builder.store.layout import Layout
 
-#: Other rows of a shard that are tried, where none of a batch can be read.
+#: How many other rows of a shard are tried if no row of a batch can be read.
 PROBED = 16
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows with what the stage is given, prepared ahead if it can be; one row without its bytes as failed or left.
+    """Rows with what the stage is given, prepared ahead if possible; or one row whose bytes could not be read.
 
     Attributes:
-        digests: of the source's bytes in each row, as `<stage>_digest` has them.
-        prepared: the result of the stage's `prepare`, or what it raised.
+        digests: the value of `<stage>_digest` for each row.
+        prepared: the result of the stage's `prepare`, or the error that it raised.
     """
 
     rows: list[int]
@@ -37,7 +37,7 @@ class Batch:
 
     @property
     def under_way(self) -> Any | None:
-        """What is prepared, if work on it goes on outside: it can be cancelled."""
+        """The prepared object, if work on it goes on outside, so that it can be cancelled; else None."""
         prepared = None if self.prepared is None or self.prepared.exception() else self.prepared.result()
         return prepared if hasattr(prepared, "cancel") else None
 
@@ -53,13 +53,13 @@ class Reader:
         self._members = asked_again(lambda: MemberReader(layout, shard, stage.members))
 
     def batches(self, work: pa.Table, inputs: pa.Schema, preparing: Preparing | None) -> list[Batch]:
-        """One batch of rows with their bytes, prepared; each row whose bytes cannot be read as a failure of its own.
+        """One batch of rows with their bytes, prepared, and a failure for each row whose bytes cannot be read.
 
         Raises:
             ConflictError: the source was cut.
-            ShardError: the source is gone, or another one, at a second opening.
-            OSError: no other row of the shard can be read either, or it does not open a second time.
-            MemoryError: there is not enough for the bytes of several rows.
+            ShardError: when opened a second time, the source is gone or is another one.
+            OSError: no other row of the shard can be read either, or the source cannot be opened a second time.
+            MemoryError: there is too little memory for the bytes of several rows.
         """
         rows = work["row"].to_pylist()
         chosen = work.select(["shard", "row", "uid", *inputs.names, *self._formats]).combine_chunks()
@@ -100,7 +100,7 @@ class Reader:
         return [Batch([rows[i] for i in good], batch, digests, prepared), *failures]
 
     def _read(self, row: int) -> list[bytes | None]:
-        """The bytes of one row, read after a second opening where a disk or a server did not give them."""
+        """The bytes of one row; opens the files a second time if a disk or a server did not return them."""
         try:
             return [self._members.read(row, name) for name in self._names]
         except Exception as error:
@@ -110,17 +110,17 @@ class Reader:
         return [self._members.read(row, name) for name in self._names]
 
     def _unread(self, unread: dict[int, Exception], rows: set[int], is_one_read: bool) -> list[Batch]:
-        """Rows that were not read at two openings: failed, if others of the shard are read.
+        """The batches of rows that could not be read in two tries: they fail, if another row of the shard can be read.
 
         Raises:
-            Exception: of the first of them, if none is.
+            Exception: the error of the first of them, if no row can be read.
         """
         if not unread:
             return []
         sorts = {machine.sort_of(error): error for error in unread.values()}
         if Sort.SHORTAGE in sorts:
             raise sorts[Sort.SHORTAGE]
-        if Sort.MEMORY in sorts:  # of one row: those of several were halved
+        if Sort.MEMORY in sorts:  # this is one row: batches of several were halved
             return [
                 Batch([row], Left(machine.told(error), is_final=False), [NOT_READ]) for row, error in unread.items()
             ]
@@ -129,7 +129,7 @@ class Reader:
         return [Batch([row], Failure(error_text(error)), [NOT_READ]) for row, error in unread.items()]
 
     def _is_another_read(self, rows: set[int]) -> bool:
-        """Whether a row that is none of these can be read."""
+        """Whether a row other than these can be read."""
         count = self._members.rows()
         others = [row for row in range(0, count, max(count // PROBED, 1)) if row not in rows]
         for row in others:
@@ -155,7 +155,7 @@ def read_once(layout: Layout, shard: str, stage: Stage, work: pa.Table) -> list[
 
 
 def _prepared(stage: Preparing, batch: pa.RecordBatch) -> Future[Any]:
-    """What the stage's `prepare` returns or raises, for `answer` to meet."""
+    """The result of the stage's `prepare`, or its error, which `answer` will raise."""
     prepared: Future[Any] = Future()
     try:
         prepared.set_result(stage.prepare(batch))

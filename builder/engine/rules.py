@@ -1,6 +1,6 @@
-"""Older rules: which answers an earlier version of a stage, or of ingest, gave, and what is different now.
+"""Older rules: counts answers given by an earlier version of a stage or of ingest, and says what is different now.
 
-A raised version starts nothing: answers stay until somebody asks for new ones. This says how many there are.
+A new version starts nothing by itself: answers stay until the user asks for new ones.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class OlderRule:
     Attributes:
         stage: the stage that gave them, `ingest` for rows of the source.
         version: the version that gave them.
-        count: rows, or shards where `stage` is `ingest`.
+        count: how many rows, or shards if `stage` is `ingest`.
         changes: what newer versions changed, the oldest first.
-        command: what gives new answers.
+        command: the command that gives new answers.
     """
 
     stage: str
@@ -35,7 +35,7 @@ class OlderRule:
 
 
 def of_ingest(versions: Mapping[str, int], changes: Mapping[str, str]) -> list[OlderRule]:
-    """Shards that an older version of ingest has read.
+    """Shards read by an older version of ingest.
 
     Args:
         versions: how many shards of the table each version has read.
@@ -44,9 +44,9 @@ def of_ingest(versions: Mapping[str, int], changes: Mapping[str, str]) -> list[O
 
 
 def of_stage(layout: Layout, stage: Stage, by_run: Mapping[str, int]) -> list[OlderRule]:
-    """Rows that older versions of a stage have answered, by version.
+    """Rows answered by older versions of a stage, by version.
 
-    A row whose run is gone from `runs/`, or damaged, counts as one of an unknown version: every change is told.
+    If the run of a row is gone from `runs/` or damaged, its version is unknown: every change is reported.
 
     Args:
         by_run: how many rows each run has answered.

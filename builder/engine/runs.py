@@ -1,6 +1,6 @@
-"""Runs: one execution is planned on disk, its tasks are handed to an executor, what they did is added up.
+"""Runs: plans an execution on disk, gives its tasks to an executor, adds up their results.
 
-Owns `runs/<run>/run.json` and the results next to it. A run is readable with ls and cat, and a task needs nothing else.
+Owns `runs/<run>/run.json` and the results next to it. A run can be read with ls and cat, and is all that a task needs.
 The three verbs that make runs have the same steps: plan the run, `execute` it, finish.
 """
 
@@ -29,25 +29,25 @@ from builder.stages import finding
 from builder.store import files
 from builder.store.layout import Layout, RunFiles
 
-#: Packages whose versions decide the table and the tars. The others are declared by the stages: `Stage.packages`.
+#: Packages whose versions affect the table and the tars. Stages declare the others: `Stage.packages`.
 _CORE = ("duckdb", "numpy", "orjson", "pillow", "pyarrow")
-#: Lines of a log that a message shows.
+#: Lines of a log shown in a message.
 _LOG_TAIL = 8
 
 
 @dataclass
 class Outcome:
-    """What a run did, its tasks added up.
+    """The results of a run's tasks, added up.
 
     Attributes:
         counts: by name: rows, ok, failed, kept, dropped, edited ...
         refused: shards that could not be used, with the reason.
         left: shards that could not be done because of the machine, with the reason: the same command does them later.
-        unfinished: the fault of the machine that ended it early, if what comes after it can go on all the same.
+        unfinished: the error of the machine that ended the run early, if later steps can go on nevertheless.
         folder: the run directory; None if there was nothing to do.
-        totals: what the stage has counted itself, for each task.
-        remarks: what is strange about shards that were read, by shard.
-        wanted, others: names of json fields, as of `sources.base.Seen`.
+        totals: the stage's own counts, for each task.
+        remarks: problems of shards that were read, by shard.
+        wanted, others: names of json fields, as in `sources.base.Seen`.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -65,7 +65,8 @@ class Outcome:
         for name, value in result.items():
             if isinstance(value, int) and not isinstance(value, bool):
                 self.counts[name] = self.counts.get(name, 0) + value
-        self.totals += [result["totals"]] if result.get("totals") else []
+        if result.get("totals"):
+            self.totals.append(result["totals"])
         self.refused.update(result.get("refused") or {})
         self.remarks.update(result.get("remarks") or {})
         self.left.update(result.get("left") or {})
@@ -83,13 +84,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that is whole on disk, and none of whose tasks has been started.
+    """A run that is completely written to disk; none of its tasks has been started.
 
     Attributes:
         files: its directory.
-        settings: which executor does it, with how many workers, on which devices.
+        settings: the executor, the number of workers and the devices.
         tasks: how many tasks it has.
-        label: what it does, for people: `ingest`, `write`, or the name of a stage.
+        label: what it does, for messages: `ingest`, `write`, or the name of a stage.
         total: how much work it is, in units of `unit`.
         unit: `rows` or `shards`.
     """
@@ -111,16 +112,16 @@ def new_name(name: str) -> str:
 def describe_new(
     layout: Layout, name: str, kind: str, executor: str, *, packages: Collection[str] = (), **facts: Any
 ) -> RunFiles:
-    """Makes the directory of a new run with its `run.json`: all that a task needs, and what people look up later.
+    """Creates the directory of a new run with its `run.json`: all that a task needs, and a record for users.
 
-    The directory appears with the file in it. The file names the owner of the run, so that a sweep finds a run whose
-    command was killed while it planned.
+    The directory appears with the file already in it. The file names the owner of the run, so that a sweep can find a
+    run whose command was killed while planning.
 
     Args:
-        name: what the run does, as `new_name` takes it.
-        kind: which of `worker.TASKS` its tasks are.
+        name: what the run does, as for `new_name`.
+        kind: the kind of its tasks, a key of `worker.TASKS`.
         executor: the name of the executor that the run is planned for.
-        packages: those that a stage declares.
+        packages: the packages that a stage declares.
     """
     run = RunFiles(layout, new_name(name))
     data = {
@@ -141,16 +142,16 @@ def describe_new(
 
 
 def write_tasks(run: RunFiles, tasks: Sequence[dict[str, Any]]) -> None:
-    """Writes what each task of a run is to do, as json."""
+    """Writes the work of each task of a run, as json."""
     for number, task in enumerate(tasks):
         files.write_atomic(run.task(number), json.dumps(task, indent=1).encode())
 
 
 def read(run: RunFiles) -> dict[str, Any]:
-    """`run.json` of a run directory.
+    """Reads `run.json` of a run directory.
 
     Raises:
-        ConfigError: it does not exist, or is damaged.
+        ConfigError: the file does not exist or is damaged.
     """
     try:
         return files.read_object(run.description)
@@ -165,30 +166,30 @@ def read(run: RunFiles) -> dict[str, Any]:
 
 
 def versions(more: Collection[str] = ()) -> dict[str, str]:
-    """Versions of the installed packages that decide answers.
+    """Versions of the installed packages that affect answers.
 
     Args:
-        more: packages that a stage of the user's own declares.
+        more: packages declared by a stage that is not built in.
     """
-    found = {}
+    installed = {}
     for name in sorted({*_CORE, *finding.packages(), *more}):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 # --- the parent's side ---
 
 
 def execute(planned: PlannedRun, talk: Talk, executor: Executor | None = None) -> Outcome:
-    """Has all tasks of a planned run done, and adds up what they did.
+    """Executes all tasks of a planned run, and adds up their results.
 
     Args:
-        executor: the one that the run's settings name if absent.
+        executor: by default the one in the run's settings.
 
     Raises:
         BuilderError: a task did not finish; the others did.
-        KeyboardInterrupt: stopped when asked; everything committed is kept.
+        KeyboardInterrupt: stopped by the user; everything committed is kept.
     """
     run, settings = planned.files, planned.settings
     executor = executor or executor_named(settings.executor)

@@ -1,4 +1,4 @@
-"""Shards that the machine keeps from being done: one is left for later, several in a row end the task."""
+"""Shards that fail because of the machine: one is left for later, several in a row end the task."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from builder import machine
 from builder.errors import ConflictError, StageError, TransientError
 from builder.machine import Sort
 
-#: Shards in a row that a full disk or the like keeps from being done, after which a task stops.
+#: A task stops after this many shards in a row that failed because of a full disk or the like.
 SETBACKS = 3
 
 
 class Setbacks:
-    """Shards in a row that the machine kept from being done: one is left for later, several mean that none does better.
+    """Counts shards in a row that failed because of the machine: after several, the others would fail too.
 
-    A disk that does not give one file may give the next: only what stands in the way of every file is counted.
+    A disk that does not return one file may return the next, so only errors that would hit every file are counted.
     """
 
     def __init__(self) -> None:
         self._in_a_row = 0
 
     def end(self) -> None:
-        """A shard was done."""
+        """Starts the count again, since a shard was done."""
         self._in_a_row = 0
 
     def add(self, error: BaseException) -> tuple[TransientError, bool]:
-        """Why a shard was left, and whether the others need not be tried."""
+        """Counts a shard; returns why it is left, and whether to stop instead of trying the others."""
         why = machine.told(error) if not isinstance(error, TransientError) else error
         if machine.sort_of(error) in (None, Sort.ACCESS):
             return why, False
@@ -36,7 +36,7 @@ class Setbacks:
 
 
 def is_left(error: BaseException) -> bool:
-    """Whether a shard is left for later: the error is the machine's, or the system's answer to the engine itself."""
+    """Whether a shard is left for later: the error is one of the machine, or any other OSError of the engine."""
     if isinstance(error, ConflictError | StageError):
         return False
     return isinstance(error, OSError | TransientError) or machine.is_of_the_machine(error)

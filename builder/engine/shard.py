@@ -1,4 +1,4 @@
-"""The rows of one shard in one attempt: asked about, held, committed."""
+"""Works on the rows of one shard in one attempt: asks the stage, holds answers, commits them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from builder.table.edits import EditsTar
 from builder.table.outputs import Bytes
 from builder.table.schema import Column
 
-#: Batches in a checkpoint from which a commit starts one batch early, so that this batch can be processed meanwhile.
-#: Where a checkpoint holds fewer, that would be many more commits, and each is waited for.
+#: If a checkpoint has at least this many batches, a commit starts one batch early, so that this batch is processed
+#: meanwhile. With fewer batches, that would make many more commits, and each would be waited for.
 EARLY_FROM = 8
-#: Batches in a row, and rows in them, of which the machine lets none be answered, after which their shard is left if no
-#: row that was answered before is answered now.
+#: After this many batches in a row, with this many rows, without an answer because of the machine, the shard is left,
+#: unless a row that was answered before is answered now.
 EMPTY_BATCHES, EMPTY_ROWS = 2, 16
 
 
@@ -41,8 +41,8 @@ class Group:
     """Positions in a shard's work that form a batch.
 
     Attributes:
-        alone: the process died in it, nothing else may be in hand.
-        since: of a row that the machine kept from being answered: how many rows had been answered then.
+        alone: whether nothing else may be processed at the same time, since the process died in this group.
+        since: for a row that could not be answered because of the machine, how many rows had been answered then.
     """
 
     positions: list[int]
@@ -52,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True)
 class _InFlight:
-    """A commit that is being made: its rows, and in the end the rows as committed and those that were kept."""
+    """A commit that is being made: the number of its rows, and as its result the committed and the kept rows."""
 
     rows: int
     result: Future[tuple[pa.Table, list[int]]]
@@ -60,7 +60,7 @@ class _InFlight:
 
 @dataclass
 class _Pending:
-    """Rows that are answered and not committed."""
+    """Rows that are answered but not committed yet."""
 
     rows: list[int] = field(default_factory=list)
     digests: list[int] = field(default_factory=list)
@@ -72,12 +72,12 @@ class ShardWork:
     """The rows of one shard in one attempt.
 
     Attributes:
-        groups: batch by batch what nobody has answered since the freeze; rows in which the process died stand in
-            batches of their own, behind all others.
+        groups: the rows that no run has answered since the freeze, batch by batch; rows in which the process died are
+            in separate batches after all others.
     """
 
     def __init__(self, state: TaskState, part: Slice, alone: Sequence[Sequence[int]]) -> None:
-        """`alone`: groups of rows that stand in batches of their own, since the process died in them."""
+        """`alone`: groups of rows that become separate batches, since the process died in them."""
         self.part = part
         self._state, self._stage, self._name = state, state.stage, state.kind.name
         self._outputs = outputs_of(state.kind)
@@ -87,7 +87,7 @@ class ShardWork:
         self._work = self._todo()
         self.groups = self._grouped()
         self.last = self.groups[-1] if self.groups else None
-        self._waiting: list[Group] = []  # rows that the machine kept from being answered: tried again at the end
+        self._waiting: list[Group] = []  # rows without an answer because of the machine: tried again at the end
         self._empty = self._unanswered = 0  # batches in a row without an answer, and their rows
         self._pending = _Pending()
         self._edits: EditsTar | None = None
@@ -96,7 +96,7 @@ class ShardWork:
         self._in_flight: _InFlight | None = None
 
     def _todo(self) -> pa.Table:
-        """The rows of the work set that nobody has answered since the freeze, `row` their place in the shard."""
+        """The rows of the work set that no run has answered since the freeze; `row` is the position in the shard."""
         work, runs, _ = self._state.look(self.part)
         same = [now == then for now, then in zip(runs, work["previous_run"].to_pylist(), strict=True)]
         self._seen = same.count(False)
@@ -117,16 +117,16 @@ class ShardWork:
         return rows
 
     def read(self, group: Group, preparing: Preparing | None) -> list[Batch]:
-        """In the reader: a group as batches with their bytes."""
+        """In the reader thread: reads a group as batches with their bytes."""
         if self._reader is None:
             self._reader = Reader(self._state.layout, self.part.shard, self._stage)
         return self._reader.batches(self._work.take(pa.array(group.positions)), self._stage.inputs, preparing)
 
     def ask(self, batches: list[Batch], group: Group, kills: bool) -> None:
-        """Asks the stage about the batches of one group; `kills`: they are one row in which the process dies.
+        """Asks the stage about the batches of one group; with `kills`, they are one row that kills the process.
 
         Raises:
-            TransientError: the machine does not let the rows be answered.
+            TransientError: the rows cannot be answered because of the machine.
         """
         before, kept = self._state.tally.answered, []
         for batch in batches:
@@ -151,14 +151,14 @@ class ShardWork:
         self._keep_waiting(group, kept, is_answered=self._state.tally.answered > before, is_unread=is_unread)
 
     def _of_unread(self, left: Left, group: Group) -> Failure | Left:
-        """What want of memory for the bytes of a row means for it, as `answer` has it of a stage's."""
+        """What it means for a row that its bytes did not fit in memory; the rule is the same as in `batches.answer`."""
         answered = self._state.tally.answered
         if left.why is not None and group.since is not None and answered > group.since:
             return Failure(error_text(left.why))
         return replace(left, since=answered)
 
     def _take(self, batch: Batch, answers: Iterable[tuple[int, Found]]) -> list[tuple[int, Left]]:
-        """Takes answers and failures over; returns the rows that the machine kept from being answered."""
+        """Adds answers and failures to the pending rows; returns rows without an answer because of the machine."""
         failed = left = 0
         kept = []
         for first, result in answers:
@@ -183,10 +183,10 @@ class ShardWork:
         return kept
 
     def _keep_waiting(self, group: Group, kept: list[tuple[int, Left]], *, is_answered: bool, is_unread: bool) -> None:
-        """Lets rows wait for the end of the shard; leaves it where that helps nothing.
+        """Lets rows wait until the end of the shard.
 
         Raises:
-            TransientError: what the machine says.
+            TransientError: the error of the machine, if waiting would not help: the shard is left.
         """
         if not kept or is_answered:
             self._empty = self._unanswered = 0
@@ -209,17 +209,17 @@ class ShardWork:
         self._waiting += [group] if is_again else [Group([places[row]], since=left.since) for row, left in kept]
 
     def take_waiting(self) -> list[Group]:
-        """The rows that wait, each alone; those that were kept last are tried last."""
+        """The waiting rows, each in its own group, in the order in which they started to wait."""
         waiting, self._waiting = self._waiting, []
         return waiting
 
     def halved(self, group: Group) -> list[Group]:
-        """A group as two, of which each is read for itself."""
+        """A group as two groups, which are read separately."""
         middle = len(group.positions) // 2
         return [replace(group, positions=part) for part in (group.positions[:middle], group.positions[middle:])]
 
     def save(self) -> None:
-        """Commits what is answered, as far as the machine lets it."""
+        """Commits what is answered, as far as the machine allows it."""
         for step in (self.collect, self.checkpoint, self.collect):
             with contextlib.suppress(ConflictError, ShardError):
                 try:
@@ -229,7 +229,7 @@ class ShardWork:
                         raise
 
     def _with_edits(self, result: pa.RecordBatch, rows: list[int]) -> pa.RecordBatch:
-        """Moves generated bytes to the edits tar and puts pointers in their place."""
+        """Moves generated bytes to the edits tar and replaces them by pointers."""
         generated = [output for output in self._outputs if isinstance(output, Bytes)]
         if not generated:
             return result
@@ -246,10 +246,10 @@ class ShardWork:
         return pa.RecordBatch.from_pydict(columns)
 
     def _place(self, row: int, data: bytes | None, extension: str) -> tuple[Any, ...]:
-        """Where a row's generated bytes lie now, and what they are.
+        """Adds a row's generated bytes to the edits tar; returns the values of their columns.
 
         Args:
-            extension: what the stage says they are.
+            extension: used if the bytes are not a picture of a known format.
         """
         if data is None:
             return (None, None, None, None, None)
@@ -260,7 +260,7 @@ class ShardWork:
         return pointer.path, pointer.offset, pointer.size, hashlib.sha256(data).hexdigest(), kind
 
     def is_due(self) -> bool:
-        """Whether a checkpoint is."""
+        """Whether it is time for a checkpoint."""
         settings = self._state.settings
         age = time.monotonic() - self._pending.since
         early = settings.batch_rows if settings.checkpoint_rows >= EARLY_FROM * settings.batch_rows else 0
@@ -268,22 +268,22 @@ class ShardWork:
 
     @property
     def exposed(self) -> int:
-        """Rows that a kill would cost now."""
+        """How many answered rows a kill would lose now."""
         return len(self._pending.rows) + (self._in_flight.rows if self._in_flight else 0)
 
     def is_committed(self) -> bool:
-        """Whether nothing is pending, and no commit being made."""
+        """Whether no rows are pending and no commit is being made."""
         return not self._pending.rows and (self._in_flight is None or self._in_flight.result.done())
 
     def make_room(self, rows: int) -> None:
-        """Waits for the commit in flight if a kill could cost more than a checkpoint with these rows in hand."""
+        """Waits for the commit in flight if, with these rows, a kill could lose more than a checkpoint."""
         if self._in_flight is None:
             return
         if self.exposed + rows > self._state.settings.checkpoint_rows or self._in_flight.result.done():
             self.collect()
 
     def checkpoint(self, *, failures: bool = True) -> None:
-        """Hands the pending rows over to be committed; the commit before is through then."""
+        """Starts to commit the pending rows, after the commit before has ended."""
         pending, self._pending = self._pending, _Pending()
         if not failures:
             pending = _without_failures(pending)
@@ -295,7 +295,7 @@ class ShardWork:
         self._in_flight = _InFlight(len(pending.rows), self._committer.submit(self._commit, pending, edits))
 
     def _commit(self, pending: _Pending, edits: EditsTar | None) -> tuple[pa.Table, list[int]]:
-        """In the committer: first the edits tar whole and durable, then the rows that point into it."""
+        """In the committer thread: makes the edits tar durable, then commits the rows that point into it."""
         if edits is not None:
             with edits:
                 edits.close()
@@ -315,7 +315,7 @@ class ShardWork:
         return done, committed.kept
 
     def collect(self) -> None:
-        """Waits for the commit in flight, and raises what it raised."""
+        """Waits for the commit in flight, and raises its error if it failed."""
         if self._in_flight is not None:
             flight, self._in_flight = self._in_flight, None
             self._keep(*flight.result.result())
@@ -336,12 +336,12 @@ class ShardWork:
         raise StageError(
             f"stage '{self._name}' failed on {failed} of {done} rows, more than max_failed = {limit}",
             where={"shard": self.part.shard, "last error": errors[-1] if errors else "see the table"},
-            fix="mend the cause and run again (no row of the last checkpoint was marked failed), "
+            fix="fix the cause of the last error and run again (no row of the last checkpoint was marked failed), "
             f"or raise max_failed in [stages.{self._name}.run]",
         )
 
     def close(self) -> None:
-        """Ends a shard of which all is committed."""
+        """Ends a shard whose rows are all committed."""
         self._committer.shutdown()
         if self._reader is not None:
             self._reader.close()
@@ -350,10 +350,10 @@ class ShardWork:
             self._edits = None
 
     def abandon(self) -> None:
-        """Ends a shard of which not all is committed. A commit in flight that fails leaves its rows to be done."""
+        """Ends a shard with rows that are not committed. If the commit in flight fails, its rows stay to be done."""
         self.close()
         if self._in_flight is not None and self._in_flight.result.exception() is None:
-            with contextlib.suppress(OSError):  # the log of kept failures: no reason to hide another error
+            with contextlib.suppress(OSError):  # an error in the log of kept failures must not hide another error
                 self.collect()
 
 

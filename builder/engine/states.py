@@ -1,4 +1,4 @@
-"""The state of a row in a stage: answered, failed, out of date; and which of these a run tries."""
+"""The state of a row in a stage (answered, failed, out of date), and which rows a run tries."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from builder.table.sql_text import Sql
 
 #: Rows of one read from DuckDB, and of one row group of the work set.
 READ_ROWS = 20_000
-#: Stands among the names of stages for the table itself.
+#: Means the table itself, among names of stages.
 THE_TABLE = ""
 
 
-#: States of a row in a stage, as `states_of` counts them: no answer, an answer, failed, failed with the class to retry.
+#: States of a row in a stage: 0 = no answer, then answered, failed, failed with the class to retry.
 OK, FAILED, RETRIED = 1, 2, 3
 
 
@@ -37,10 +37,10 @@ def states_of(
     these: str = "",
     taken: Rowwise | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Of every row whose source is fine: shard, row, its state in each stage, and whether its answer is suspected.
+    """For every row whose source is ok: shard, row, its state in each stage, and the `suspicion` of its answer.
 
     Args:
-        taken: the pieces of the only work's SQL: only rows that it returns, and the stage's inputs of them.
+        taken: the pieces of the SQL of the only work: returns only the rows that it returns, with the stage's inputs.
     """
     parts = ["s.shard", "s.row"]
     for work in works:
@@ -88,22 +88,22 @@ def run_in_sql(name: str) -> str:
 
 
 def _format_of(work: Work) -> list[str]:
-    """The format in which a stage is asked for pictures."""
+    """SQL for the format in which a stage is asked for pictures; an empty list if the stage makes none."""
     if not formats_asked(work.stage):
         return []
-    told = f"'{formats.JPG}'"
+    asked = f"'{formats.JPG}'"
     if work.image == "source":
         have = "list_transform(s.source_members, lambda m: lower(m.ext))"
         cases = (
-            f"when list_contains({have}, '{extension}') then '{found}'"
-            for extension, found in formats.OF_EXTENSION.items()
+            f"when list_contains({have}, '{extension}') then '{kind}'"
+            for extension, kind in formats.OF_EXTENSION.items()
         )
-        told = f"case {' '.join(cases)} end"
-    return [f"{told} as {work.stage.name}_format_asked"]
+        asked = f"case {' '.join(cases)} end"
+    return [f"{asked} as {work.stage.name}_format_asked"]
 
 
 def places_in_both(state: pa.Table, wanted: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Of the rows that are in both: where they stand in `state`, and which of `wanted` they are; both ascend."""
+    """For the rows that are in both tables: their positions in `state`, and a mask over `wanted`; both ascending."""
     have, rows = state["row"].to_numpy(), wanted["row"].to_numpy()
     if len(have) == len(rows) and (have == rows).all():
         return np.arange(len(rows)), np.ones(len(rows), bool)
@@ -113,7 +113,7 @@ def places_in_both(state: pa.Table, wanted: pa.Table) -> tuple[np.ndarray, np.nd
 
 
 def covered_rows(state: pa.Table, wanted: pa.Table) -> pa.Table:
-    """The rows that are in both, with the columns of both."""
+    """The rows that are in both tables, with the columns of both."""
     at, found = places_in_both(state, wanted)
     both = state.take(pa.array(at))
     for name in wanted.column_names:
@@ -123,15 +123,15 @@ def covered_rows(state: pa.Table, wanted: pa.Table) -> pa.Table:
 
 
 def is_open(states: np.ndarray, late: np.ndarray, choice: Choice) -> np.ndarray:
-    """Which rows a run tries: those without an answer, those out of date and failures to retry; of a class of failures
-    these alone."""
+    """Which rows a run tries: those without an answer, those out of date, and failures to retry. With a class of
+    failures to retry, only these."""
     is_retried = states == RETRIED
     is_alone = choice.retry_class not in (None, "failed")
     return np.asarray(is_retried if is_alone else is_retried | (states == 0) | late)
 
 
 def is_open_in_sql(state: str, late: str, choice: Choice) -> str:
-    """`is_open`, and all rows of a choice to do them again."""
+    """`is_open` in SQL; true for all rows if they are to be done again."""
     if choice.redo:
         return "true"
     is_alone = choice.retry_class not in (None, "failed")
@@ -152,7 +152,7 @@ def is_tried(work: Work, covered: pa.Table, late: np.ndarray) -> np.ndarray:
 
 
 def unused_name(name: str, columns: Iterable[str]) -> str:
-    """A name with which no column begins: SQL that adds a column to all of the table would find two of one name."""
+    """A prefix that no column begins with, for columns that SQL adds to those of the table."""
     taken = {schema.folded(column) for column in columns}
     while any(column.startswith(name) for column in taken):
         name += "_"

@@ -6,8 +6,8 @@ A task is a run directory and a number; it keeps one stage instance for all its 
     main        asks the stage about group 3                                            Task._do
     committer   makes the checkpoint of groups 1 and 2 durable and commits it            ShardWork._in_flight
 
-The window may reach into the next shard while the one before is still being committed. A kill loses
-what the committer and the main thread hold, at most `checkpoint_rows`; what the reader holds has no answers yet.
+The window may reach into the next shard while the one before is still being committed. A kill loses the rows in the
+committer and the main thread, at most `checkpoint_rows`; the rows in the reader have no answers yet.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from builder.store.layout import Layout, RunFiles
 from builder.table import partitions
 from builder.table.commits import Swept
 
-#: Batches, of few rows each, that are read ahead for one of full size.
+#: How many small batches are read ahead in place of one of full size.
 MOST_AHEAD = 8
-#: Seconds between two looks at whether the run was stopped, for a stage that waits for something outside.
+#: Seconds between two checks whether the run was stopped, for a stage that waits for something outside.
 STOP_EVERY_S = 0.1
 
 
@@ -53,11 +53,11 @@ def run_stage_task(
     progress: Progress = lambda done, failed: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Does one task of a stage's run to its end, or until `stopping` says so; commits what is done either way.
+    """Does one task of a stage's run to its end, or until `stopping` returns True; commits what is done either way.
 
     Raises:
         StageError: the stage cannot start or go on, broke its contract, or more than `max_failed` of the rows failed.
-        TransientError: a full disk, want of memory or the like was in the way of shard after shard.
+        TransientError: several shards in a row failed because of a full disk, too little memory or the like.
     """
     started = time.monotonic()
     task = Task(layout, run, number, stage, settings, progress, stopping)
@@ -69,7 +69,7 @@ def run_stage_task(
         task.state.result.totals = stage.totals()
     finally:
         stage.close()
-        with contextlib.suppress(OSError):  # it is of no use any more, and no reason to hide another error
+        with contextlib.suppress(OSError):  # no longer needed; must not hide another error
             files.remove(run.in_hand(number))
     task.state.result.stopped = stopping()
     task.state.result.seconds = time.monotonic() - started
@@ -78,7 +78,7 @@ def run_stage_task(
 
 @contextlib.contextmanager
 def _giving_up(stage: Stage, stopping: Callable[[], bool]) -> Iterator[None]:
-    """Meanwhile, a stage that waits for something outside is told when the run is stopped."""
+    """Inside, calls `give_up` of a stage that waits for something outside when the run is stopped."""
     if not gives_up(stage):
         yield
         return
@@ -108,7 +108,7 @@ class _Step:
 
 
 class Task:
-    """The groups of a task, shard after shard: one in hand, those behind it read and prepared ahead."""
+    """Processes the groups of a task, shard after shard; the next groups are read and prepared ahead."""
 
     def __init__(
         self,
@@ -129,15 +129,15 @@ class Task:
         self._waiting = deque(sorted(parts, key=lambda part: self._in_hand.is_last(part.shard)))
         self._groups = self._grouped()
         self._window: deque[_Step] = deque()
-        self._coming: deque[tuple[ShardWork, Group]] = deque()  # groups behind the window whose note is not written
-        self._shards: list[ShardWork] = []  # that are open, in order
+        self._coming: deque[tuple[ShardWork, Group]] = deque()  # groups after the window, not yet recorded as in hand
+        self._shards: list[ShardWork] = []  # the open shards, in order
         self._reader = ThreadPoolExecutor(1, "reader")
 
     def run(self) -> None:
         """Asks the stage about every row that is left, and commits checkpoints."""
         with self._reader:
             try:
-                while self._waiting and not self._ends():  # again for shards that are swept at their last commit
+                while self._waiting and not self._ends():  # again if a shard was swept at its last commit
                     self._read_on()
                     while self._window and not self._ends():
                         step = self._window.popleft()
@@ -162,7 +162,7 @@ class Task:
         return bool(self.state.ended) or self._stopping()
 
     def _take_over(self) -> None:
-        """At the end of a task that is not done: what a stage that gives up was answered about batches ahead."""
+        """If a task ends early: takes what a stage that waits for something outside already got for batches ahead."""
         if not gives_up(self._stage) or not self._ends():
             return
         self._stage.give_up()
@@ -174,7 +174,7 @@ class Task:
                 )
 
     def _do(self, step: _Step) -> None:
-        """Asks the stage about one group, while those behind it are read."""
+        """Asks the stage about one group, while the next ones are read."""
         shard, group = step.shard, step.group
         try:
             batches = step.following.result()
@@ -184,7 +184,7 @@ class Task:
             self._do_each(shard, group, shard.halved(group))
             return
         if group.alone:
-            shard.checkpoint()  # what is answered is safe if the process dies here again
+            shard.checkpoint()  # so that no answer is lost if the process dies here again
             shard.collect()
         shard.make_room(len(group.positions))
         self._close_before(shard, shard.exposed + len(group.positions))
@@ -196,16 +196,16 @@ class Task:
         if group is shard.last and (again := shard.take_waiting()):
             self._do_each(shard, group, again)
         elif group is shard.last:
-            shard.checkpoint()  # it is closed once that is committed
+            shard.checkpoint()  # the shard is closed when this is committed
             self.state.passed[shard.part.shard] = shard.part.count
         elif shard.is_due():
             shard.checkpoint()
 
     def _verdict(self, shard: ShardWork, group: Group, rows: list[int]) -> Verdict:
-        """What is to become of a group in which the process died.
+        """What to do with a group in which the process died.
 
         Raises:
-            MachineError: nothing says that it is the row and not the machine.
+            MachineError: the machine, not the row, may be the cause.
         """
         if not group.alone:
             return Verdict.AGAIN
@@ -220,7 +220,7 @@ class Task:
         return verdict
 
     def _do_each(self, shard: ShardWork, group: Group, others: list[Group]) -> None:
-        """Does groups in the place of one, each read when it is its turn."""
+        """Does other groups in place of one, reading each when it is its turn."""
         if group is shard.last:
             shard.last = others[-1]
         for other in others:
@@ -229,7 +229,7 @@ class Task:
             self._do(_Step(shard, other, self._reader.submit(shard.read, other, None)))
 
     def _read_on(self) -> None:
-        """Reads ahead where nothing is in hand; a shard whose batch cannot be noted is left."""
+        """Reads ahead while no group is being processed; leaves a shard whose batch cannot be recorded as in hand."""
         is_tried = False
         while not self._window and (self._coming or not is_tried):
             is_tried = True
@@ -243,10 +243,10 @@ class Task:
                     raise
 
     def _read_ahead(self, step: _Step | None, in_hand: list[int]) -> None:
-        """Notes the rows in hand, and starts reading what follows; it is prepared too, unless it has to run alone.
+        """Records the rows in hand, then starts to read the next groups, and to prepare those that need not run alone.
 
-        The note goes to disk before anything is prepared: if preparing kills the process, the next one has to know
-        which rows may have been the cause. For the same reason nothing is read behind a group that runs alone: if the
+        The record is written before anything is prepared: if preparing kills the process, the next process has to know
+        which rows may have been the cause. For the same reason nothing is read after a group that runs alone: if the
         process dies again, no other row can be the cause.
         """
         new = self._coming
@@ -258,19 +258,19 @@ class Task:
             new.append(following)
             last = following[1]
         preparing = self._preparing
-        told: list[tuple[str, list[int]]] = []
+        prepared: list[tuple[str, list[int]]] = []
         if preparing is not None:
             ahead = [*((one.shard, one.group) for one in self._window), *new]
-            told = [(shard.part.shard, shard.rows_of(group)) for shard, group in ahead if not group.alone]
-        if step is not None or told:
-            self._in_hand.begin(step.shard.part.shard if step else "", in_hand, told, self.state.tally.answered)
+            prepared = [(shard.part.shard, shard.rows_of(group)) for shard, group in ahead if not group.alone]
+        if step is not None or prepared:
+            self._in_hand.begin(step.shard.part.shard if step else "", in_hand, prepared, self.state.tally.answered)
         while new:
             shard, group = new.popleft()
             read = self._reader.submit(shard.read, group, None if group.alone else preparing)
             self._window.append(_Step(shard, group, read))
 
     def _last_group(self, step: _Step | None) -> Group | None:
-        """The group behind which reading goes on: the last one that is coming, being read, or in hand."""
+        """The group after which reading goes on: the last one that is coming, being read, or in hand."""
         if self._coming:
             return self._coming[-1][1]
         if self._window:
@@ -282,7 +282,7 @@ class Task:
         return self._stage if isinstance(self._stage, Preparing) else None
 
     def _sees_too_little(self) -> bool:
-        """Whether less is ahead than the stage asks: fewer batches, or rows where those at ends of shards are small."""
+        """Whether the stage asks for more to be read ahead: more batches, or more rows if the batches are small."""
         groups = [*(step.group for step in self._window), *(group for _, group in self._coming)]
         wanted = max(self._stage.resources.ahead, 1)
         rows = sum(len(group.positions) for group in groups)
@@ -297,7 +297,7 @@ class Task:
         return found
 
     def _grouped(self) -> Iterator[tuple[ShardWork, Group]]:
-        """The groups of every shard, each shard opened when it is its turn."""
+        """The groups of every shard; each shard is opened when it is its turn."""
         while self._waiting:
             part = self._waiting.popleft()
             opened: list[ShardWork] = []
@@ -316,10 +316,10 @@ class Task:
                     yield shard, group
 
     def _close_before(self, shard: ShardWork, exposed: int) -> None:
-        """Closes the shards before one that are committed, and those with which a kill could cost too many rows.
+        """Closes earlier shards that are committed, and those with which a kill could lose too many rows.
 
         The shard right before may stay open while its last commit is made, so that the stage does not wait for the
-        disk; but its rows and those of this shard together must not exceed a checkpoint.
+        disk. But its rows and those of this shard together must not exceed a checkpoint.
         """
         for older in self._shards[: self._shards.index(shard)]:
             is_last = self._shards[self._shards.index(older) + 1] is shard
@@ -328,7 +328,7 @@ class Task:
                     self._close(older)
 
     def _close(self, shard: ShardWork) -> None:
-        """Waits until what a shard's rows got is in the table, and counts it."""
+        """Waits until the answers of a shard are in the table, and counts them."""
         shard.collect()
         partitions.heal(self._layout, [shard.part.shard])
         self._shards.remove(shard)
@@ -338,7 +338,7 @@ class Task:
 
     @contextlib.contextmanager
     def _leaving(self, part: Slice) -> Iterator[None]:
-        """Leaves a shard of which nothing more can be done now; does it again if a sweep has named the attempt."""
+        """Leaves or refuses a shard that raises an error inside; does it again if a sweep has recorded the attempt."""
         try:
             yield
         except Swept:
@@ -362,7 +362,7 @@ class Task:
                 raise
 
     def _count_saved(self, part: Slice) -> None:
-        """Adds what was committed of a shard that is left, if its table can be read."""
+        """Counts the committed rows of a shard that is left, if its part of the table can be read."""
         try:
             partitions.heal(self._layout, [part.shard])
             self.state.add_shard(part)
@@ -378,7 +378,7 @@ class Task:
             shard.abandon()
 
     def _forget(self, steps: Iterable[_Step]) -> None:
-        """Takes steps out of the window; none of them is being read any more then, nor answered outside."""
+        """Removes steps from the window; waits until they are not being read, and cancels work on them outside."""
         for step in list(steps):
             self._window.remove(step)
             if not step.following.cancel() and step.following.exception() is None:

@@ -1,4 +1,4 @@
-"""What a task knows so far: rows done and failed, a row that was answered, why it cannot go on."""
+"""The state of a task: rows done and failed, a row that was answered, why the task cannot go on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from builder.store import files
 from builder.store.layout import Layout, RunFiles
 from builder.table import partitions
 
-#: Rows of a task after which the share of failures is judged.
+#: Rows of a task after which the share of failures is checked.
 JUDGED_AFTER = 100
 
 Progress = Callable[[int, int], None]
@@ -26,7 +26,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What `run.json` says about execution."""
+    """The settings of execution in `run.json`."""
 
     checkpoint_rows: int
     checkpoint_seconds: float
@@ -36,19 +36,19 @@ class TaskSettings:
 
 @dataclass
 class Result:
-    """What a task did, read off the table: what an earlier process or a copy of the task did counts too.
+    """The result of a task, read from the table: rows done by an earlier process or a copy of the task count too.
 
     Attributes:
         rows: rows that were tried: ok, failed and kept.
-        ok: rows to which this run gave an answer.
-        failed: rows that failed and stand so in the table.
-        kept: rows that failed where an older answer stays.
+        ok: rows that this run has answered.
+        failed: rows that the table has as failed.
+        kept: rows that failed but keep an older answer.
         dropped: rows that another run answered meanwhile.
-        refused: shards that were ingested again meanwhile, or whose source is gone or another, with the reason.
-        left: shards that the machine kept from being done, with the reason: the same command does the rest of them.
+        refused: shards that were ingested again meanwhile, or whose source is gone or changed, with the reason.
+        left: shards that failed because of the machine, with the reason: the same command does the rest of them.
         stopped: whether it was asked to stop before its end.
-        difference: the largest one between an answer alone and in a batch; None for a stage that names no tolerance.
-        totals: what the stage has counted itself.
+        difference: the largest one between an answer alone and in a batch; None for a stage without a tolerance.
+        totals: the stage's own counts.
     """
 
     rows: int = 0
@@ -68,11 +68,11 @@ class Result:
 
 
 class TaskState:
-    """What a task knows so far: rows done and failed, a row that was answered, why it cannot go on.
+    """The state of a task: rows done and failed, a row that was answered, why the task cannot go on.
 
     Attributes:
-        result: what the task did, as far as it is counted.
-        tally: answers of the stage, as `batches.answer` counts them.
+        result: the result so far.
+        tally: counts of `batches.answer`.
         ended: why the task cannot go on.
         passed: rows of the shards that are done, by shard.
     """
@@ -95,15 +95,15 @@ class TaskState:
         self.passed: dict[str, int] = {}
         self.done = self.failed = 0
         self._progress = progress
-        self._witness: pa.RecordBatch | None = None  # the last row that was answered, as it was asked about
+        self._witness: pa.RecordBatch | None = None  # the last row that was answered, with its inputs
 
     def end(self, why: BuilderError | None) -> None:
-        """Ends the task with what is answered, and with an error if one is given."""
+        """Ends the task; what is answered is kept, and the error is raised if one is given."""
         if why is not None and not self.ended:
             self.ended.append(why)
 
     def look(self, part: Slice) -> tuple[pa.Table, list[str | None], list[str | None]]:
-        """The work set's rows of a shard, with the run and the status that the table has for each of them now.
+        """The work set's rows of a shard, with the current run and status of each row in the table.
 
         Raises:
             ConflictError: the shard was ingested again with other rows.
@@ -115,13 +115,13 @@ class TaskState:
             raise ConflictError(
                 "the shard was ingested again with other rows since this work was planned",
                 where={"rows": f"expected {part.rows}, found {state.rows}"},
-                fix="run the same command again: it plans the work anew",
+                fix="run the same command again: it plans the work again",
             )
         runs, statuses = (have[name].take(work["row"]).to_pylist() for name in names)
         return work, runs, statuses
 
     def add_shard(self, part: Slice) -> None:
-        """Adds what the table says of a shard's rows now to the result."""
+        """Adds the current state of a shard's rows in the table to the result."""
         work, runs, statuses = self.look(part)
         previous = work["previous_run"].to_pylist()
         own = [status for now, status in zip(runs, statuses, strict=True) if now == self.run.folder.name]
@@ -136,19 +136,19 @@ class TaskState:
         self.failed += failed
 
     def show(self, in_shard: int) -> None:
-        """Says how far the task is: the shards behind it, and rows of the one in hand."""
+        """Reports progress: the rows of the shards that are done, and of the current one."""
         self._progress(sum(self.passed.values()) + in_shard, self.failed)
 
     def too_many_failed(self) -> bool:
         return self.done >= JUDGED_AFTER and self.failed > self.settings.max_failed * self.done
 
     def compare(self, batch: pa.RecordBatch, answers: Sequence[tuple[int, Found]]) -> None:
-        """On the first batch that allows it: a stage that names a tolerance has to keep it, or nothing is committed."""
+        """Checks the tolerance of a stage on the first batch that allows it; raises StageError before any commit."""
         if self.result.difference is None:
             self.result.difference = check_alone(self.stage, batch, answers)
 
     def keep_notes(self) -> None:
-        """Writes what the stage wants to be kept beside its answers to the run's log."""
+        """Writes the notes that the stage keeps next to its answers to the run's log."""
         if notes := self.stage.take_notes():
             files.append_lines(self.run.notes(self.number), notes)
 
@@ -156,10 +156,10 @@ class TaskState:
         self._witness = row
 
     def is_witness_answered(self, shard: str | None = None) -> bool:
-        """Whether the stage answers a row that it has answered before: then it is not the machine that fails others.
+        """Whether the stage still answers a row that it answered before: then the machine is not why others fail.
 
         Args:
-            shard: of which the row has to be, where a whole shard may be what is not to be had.
+            shard: the row has to be of this shard, if the whole shard may be unreadable.
         """
         if self._witness is None or shard not in (None, self._witness["shard"][0].as_py()):
             return False
@@ -168,6 +168,6 @@ class TaskState:
         )
 
     def report(self, failure: Failure) -> None:
-        """Writes where a stage's own code has raised to the run's log, once a place."""
+        """Writes a traceback from the stage's own code to the run's log, once per place."""
         if failure.trace:
             print(plain_lines(failure.trace.rstrip("\n")), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a stage is to do: which rows a run tries, over which shards, with which SQL."""
+"""The work of a stage: which rows a run tries, in which shards, with which SQL."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from builder.table.schema import Column
 from builder.table.sql_text import Sql
 
 ROW_KEYS = ("shard", "row", "uid")
-#: Columns that a work set has of its own, so that no input of a stage can be called so.
+#: Columns that a work set adds; an input of a stage cannot have one of these names.
 WORK_COLUMNS = ("previous_run", "inputs", "source_changed")
-#: What `Choice.retry` may be: all failed rows, or those of one class of error, which is a word.
+#: Values of `Choice.retry`: all failed rows, or those with one class of error, which is a word.
 _RETRY = re.compile(r"failed(:[A-Za-z]\w*)?")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of the rows that the SQL covers a run tries: those without an answer, and those that are out of date.
+    """Which of the rows that the SQL covers a run tries: by default those without an answer or out of date.
 
     Attributes:
-        retry: failed rows: with `failed` all of them, too; with `failed:CLASS` those of that class of error alone, and
-            no others.
-        redo: rows with an answer too.
+        retry: `failed` adds all failed rows; `failed:CLASS` tries only those with that class of error.
+        redo: also rows with an answer.
         stale: rows whose inputs, stage version or options differ from those of their answer.
         where: a condition over `samples` that narrows any of these.
-        next_draw: with another draw than that of the answer, for stages whose SQL uses $draw.
+        next_draw: use another draw than that of the answer, for stages whose SQL uses $draw.
     """
 
     retry: str | None = None
@@ -57,8 +56,8 @@ class Choice:
         given = [f"--{name}" for name in ("retry", "redo", "stale") if getattr(self, name)]
         if len(given) > 1:
             raise ConfigError(
-                f"{' and '.join(given)} say different things",
-                fix="give one: --retry failed rows, --redo all rows, --stale rows whose inputs or options changed",
+                f"{' and '.join(given)} cannot be used together",
+                fix="use one: --retry failed rows, --redo all rows, --stale rows whose inputs or options changed",
             )
         if self.next_draw and not self.redo:
             raise ConfigError(
@@ -68,16 +67,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Counts:
-    """What a stage's SQL covers, by state.
+    """The rows that a stage's SQL covers, counted by state.
 
     Attributes:
-        covered: rows that the SQL returns and whose source is fine.
-        todo: of these, rows that a run with this choice tries.
-        ok: of these, rows with an answer.
-        failed: of these, failed rows.
+        covered: rows that the SQL returns and whose source is ok.
+        todo: covered rows that a run with this choice tries.
+        ok: covered rows with an answer.
+        failed: covered rows that failed.
         outside: rows with an answer that the SQL no longer covers.
-        shards: shards that hold rows to try.
-        out_of_date: of ok and failed, rows whose own inputs changed since: see `builder.engine.outdated`.
+        shards: shards with rows to try.
+        out_of_date: rows among ok and failed whose own inputs changed since: see `builder.engine.outdated`.
     """
 
     covered: int = 0
@@ -91,12 +90,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one stage: its SQL, parameters and choice, over certain shards.
+    """The work of one stage: its SQL, parameters and choice, in certain shards.
 
     Attributes:
-        columns: the root's columns with the stage's own.
-        signature: `stage.options_hash`, half of every row's inputs hash.
-        image: the format that pictures are asked for: the one of the sample's own, or `jpg` always.
+        columns: the root's columns and the stage's own.
+        signature: `stage.options_hash`, a part of every row's inputs hash.
+        image: the format of pictures asked for: that of the sample's own picture, or always `jpg`.
     """
 
     stage: Stage

@@ -1,4 +1,4 @@
-"""Does one task of a run in this process: what an executor starts.
+"""Does one task of a run in this process, which an executor has started.
 
 `TASKS` has a function for each kind of run.
 """
@@ -42,7 +42,7 @@ from builder.table import partitions
 
 
 class _Stop:
-    """Whether this process was asked to stop: it then commits what it has and ends."""
+    """Whether this process was asked to stop; it then commits what it has and ends."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -62,7 +62,7 @@ class RunTask:
 
     Attributes:
         run: the files of the run.
-        number: which of its tasks.
+        number: the number of the task.
         data: the run's description, `run.json`.
         is_stopping: whether the process was asked to stop.
     """
@@ -74,18 +74,18 @@ class RunTask:
 
 
 def run_task(folder: Path, number: int) -> int:
-    """Does task `number` of a run and returns its exit code; what it did, or why it failed, is in its result file.
+    """Does task `number` of a run and returns its exit code; writes what it did, or why it failed, to its result file.
 
     Args:
         folder: the run's directory.
 
     Raises:
-        ConfigError: it is not a run's directory.
+        ConfigError: `folder` is not a run's directory.
     """
     run = RunFiles.at(folder.absolute())
     data = runs.read(run)
     stop = _Stop()
-    faulthandler.enable()  # a fault in native code leaves its place in the log
+    faulthandler.enable()  # a crash in native code leaves a traceback in the log
     own_executor().enter_task()
     try:
         result = TASKS[data["kind"]](RunTask(run, number, data, stop))
@@ -100,7 +100,7 @@ def run_task(folder: Path, number: int) -> int:
 
 
 def _report_progress(done: int, failed: int) -> None:
-    """Reports how far this task is. A parent that is gone is not a reason to lose a checkpoint."""
+    """Reports progress. If the parent is gone, the task still goes on to its checkpoint."""
     with contextlib.suppress(BrokenPipeError):
         print(progress_line(done, failed), flush=True)
 
@@ -151,8 +151,8 @@ def _ingest_task(task: RunTask) -> dict[str, Any]:
     remarks: dict[str, list[str]] = {}
     seen = Seen()
     result: dict[str, Any] = {"shards": 0, "rows": 0, "failed": 0, "changed": 0, "remarks": remarks}
-    said = json.loads(run.task(task.number).read_text("utf-8"))
-    paths = {shard: Path(path) for shard, path in said["paths"].items()}
+    work = json.loads(run.task(task.number).read_text("utf-8"))
+    paths = {shard: Path(path) for shard, path in work["paths"].items()}
     names_of_shards = list(paths)
 
     def ingest(done: int) -> None:
@@ -210,7 +210,7 @@ def _write_task(task: RunTask) -> dict[str, Any]:
     return {**result, **undone}
 
 
-#: What does a task of each kind of run, and returns what its result file holds.
+#: The function for a task of each kind of run; returns the content of its result file.
 TASKS: dict[str, Callable[[RunTask], dict[str, Any]]] = {
     "stage": _stage_task,
     "ingest": _ingest_task,
@@ -224,13 +224,13 @@ TASKS: dict[str, Callable[[RunTask], dict[str, Any]]] = {
 def _shard_by_shard(task: RunTask, shards: Sequence[str], do: Callable[[int], None]) -> dict[str, dict[str, str]]:
     """Does the shards of a task in order; returns those that were `refused` and those that were `left`, with reasons.
 
-    A shard in which the process died twice is refused or left, too: the next process goes on with the shard after it.
+    A shard in which the process died twice is also refused or left; the next process goes on with the shard after it.
 
     Args:
         do: does the shard at a position in `shards`.
 
     Raises:
-        TransientError: a fault of the machine that kept several shards in a row from being done would hit all others.
+        TransientError: several shards in a row failed because of the machine, and the others would fail too.
     """
     refused: dict[str, str] = {}
     left: dict[str, str] = {}
@@ -254,17 +254,17 @@ def _shard_by_shard(task: RunTask, shards: Sequence[str], do: Callable[[int], No
             else:
                 raise
         _report_progress(done + 1, len(refused) + len(left))
-    with contextlib.suppress(OSError):  # if it cannot be deleted, it does no harm
+    with contextlib.suppress(OSError):  # harmless if it cannot be deleted
         files.remove(task.run.in_hand(task.number))
     return {"refused": refused, "left": left}
 
 
 def _check_in_hand(in_hand: InHand, shard: str, log: Path) -> None:
-    """Refuses a shard in which the process died twice, and leaves one in which the system killed it.
+    """Raises an error for a shard in which the process died twice.
 
     Raises:
-        ShardError: it died by itself.
-        MachineError: it was killed.
+        ShardError: the process died by itself: the shard is refused.
+        MachineError: the system killed it: the shard is left.
     """
     verdict = in_hand.verdict(shard, [0])
     if verdict is Verdict.LEFT:

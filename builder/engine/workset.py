@@ -1,6 +1,6 @@
-"""Work sets: evaluate a stage's SQL once, keep the rows to do, freeze them, cut them into tasks.
+"""Work sets: evaluates a stage's SQL once, writes the rows to do to a file, and divides them into tasks.
 
-Owns `runs/<run>/workset.parquet` and `tasks/`. The table is the only book of what is done; a work set only says what
+Owns `runs/<run>/workset.parquet` and `tasks/`. Only the table records what is done; a work set only lists the rows that
 one run will try."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from builder.store.layout import Layout, RunFiles
 from builder.table.query import Samples
 from builder.table.rowwise import Rowwise
 
-#: How often a freeze is tried while shards are being ingested beside it.
+#: How often a freeze is tried while shards are ingested at the same time.
 _ATTEMPTS = 5
 
 
@@ -38,7 +38,7 @@ class Slice:
     Attributes:
         first: position of the first row in `workset.parquet`.
         rows: identity of the shard's rows that the positions follow.
-        again: of the rows, those whose answer is out of date.
+        again: how many of the rows have an answer that is out of date.
     """
 
     shard: str
@@ -53,7 +53,7 @@ def freeze(layout: Layout, path: Path, work: Work) -> list[Slice]:
 
     Raises:
         ConfigError: the SQL returns other columns than the stage needs, or a row twice.
-        ConflictError: shards were ingested again all the while.
+        ConflictError: shards were ingested again during every try.
     """
     files.make_folder(path.parent)
     for _ in range(_ATTEMPTS):
@@ -70,7 +70,7 @@ def first_rows(layout: Layout, work: Work, count: int, *, repeatable: bool = Tru
     """The first rows that a freeze would write; writes nothing.
 
     Args:
-        repeatable: whether SQL in which the machine decides something is refused, as a freeze does.
+        repeatable: whether to refuse SQL whose result depends on the machine, as a freeze does.
     """
     deciding = [work.sql] if repeatable else []
     with Samples(layout, work.columns, sorted(work.shards), work.lookups, deciding=deciding) as samples:
@@ -103,7 +103,7 @@ def _frozen_to(
 def _frozen(
     layout: Layout, samples: Samples, work: Work, taken: Rowwise | None, sort: set[str]
 ) -> Iterator[tuple[pa.Table, int]]:
-    """The rows to try, shard by shard, as the work set holds them, and how many of them are out of date."""
+    """The rows to try in the form of the work set, shard by shard, and how many of them are out of date."""
     for covered in rows_covered(samples, work, taken, sort):
         late = outdated.are_out_of_date(covered, work.stage, work.signature, layout)
         tried = is_tried(work, covered, late)
@@ -139,7 +139,7 @@ def _write(parts: Iterator[tuple[pa.Table, int]], path: Path, rows: dict[str, st
 
 
 def _as_work(rows: pa.Table, work: Work) -> pa.Table:
-    """Rows as a work set holds them."""
+    """Rows in the form of the work set."""
     result = rows.append_column("inputs", outdated.inputs_now(rows, work.stage, work.signature))
     for field in work.stage.inputs:
         at = result.column_names.index(field.name)
@@ -152,7 +152,7 @@ def _as_work(rows: pa.Table, work: Work) -> pa.Table:
 
 
 def cut(slices: Sequence[Slice], tasks: int) -> list[list[Slice]]:
-    """Deals whole shards to at most `tasks` tasks: neighbours together, about the same number of rows each."""
+    """Divides whole shards among at most `tasks` tasks: shards in sequence, about the same number of rows per task."""
     total = sum(part.count for part in slices)
     dealt: list[list[Slice]] = []
     done = 0
@@ -167,12 +167,12 @@ def cut(slices: Sequence[Slice], tasks: int) -> list[list[Slice]]:
 
 
 def task_of(slices: Sequence[Slice]) -> dict[str, Any]:
-    """What a task over slices is to do, as json; `read_task` reads it."""
+    """The work of a task as json, for `read_task`."""
     return {"slices": [asdict(part) for part in slices]}
 
 
 def read_task(run: RunFiles, number: int) -> list[Slice]:
-    """The slices that a task of a run is to do."""
+    """The slices that are the work of a task."""
     data = json.loads(run.task(number).read_text("utf-8"))
     return [Slice(**part) for part in data["slices"]]
 
@@ -190,7 +190,7 @@ def read_slice(run: RunFiles, part: Slice) -> pa.Table:
 
 @lru_cache(maxsize=1)
 def _opened(path: Path, inode: int) -> tuple[pq.ParquetFile, np.ndarray]:
-    """A work set and where each of its row groups ends; a task reads it twice a shard, and its footer only once."""
+    """A work set, and where each of its row groups ends. A task reads it twice per shard, but its footer only once."""
     file = pq.ParquetFile(path)
     groups = range(file.num_row_groups)
     return file, np.cumsum([file.metadata.row_group(group).num_rows for group in groups], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What an executor is: it does the tasks of a run somewhere, and reports how far they are and how they ended.
+"""The protocol of an executor: it does the tasks of a run somewhere, and reports their progress and how they ended.
 
 Owns the protocol, the environment of a task, and what a task writes to its standard output. Knows nothing of data.
 """
@@ -19,16 +19,16 @@ from builder.store.owners import Liveness
 
 #: The executor that started this process; `local` if it is not set.
 EXECUTOR = "BUILDER_EXECUTOR"
-#: The device that a task's stage is to use.
+#: The device for a task's stage.
 DEVICE = "BUILDER_DEVICE"
-#: Set for a task that takes the place of one that died: the name of the signal.
+#: Set for a task that replaces one whose process died: the name of the signal.
 DIED_OF = "BUILDER_DIED_OF"
 #: Set to 1 for a task whose parent reads its standard output, and whose standard input ends when that parent dies.
 PARENT_PIPE = "BUILDER_PARENT_PIPE"
-#: Environment of a task unless the caller's sets it: one thread for each library, and the system's allocator for Arrow,
-#: with which a task's first parquet files take 15 ms instead of 22.
+#: Defaults for the environment of a task: one thread for each library, and the system's allocator for Arrow, with which
+#: a task's first parquet files take 15 ms instead of 22.
 DEFAULTS = {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
-#: The signal with which a system ends a process, for example for lack of memory. Faults of native code have others.
+#: The signal with which a system ends a process, for example for lack of memory. Crashes of native code have others.
 KILLED = "SIGKILL"
 
 
@@ -38,12 +38,12 @@ def task_environment(executor: str, device: str, died_of: str = "") -> dict[str,
 
 
 def task_command(run: RunFiles, number: int) -> list[str]:
-    """The command line of one task. With `-P`, no file of the working directory is imported in place of a module."""
+    """The command line of one task. With `-P`, no file in the working directory is imported instead of a module."""
     return [sys.executable, "-P", "-m", "builder", "task", str(run.folder), str(number)]
 
 
 def take_task_defaults() -> None:
-    """Gives this process the defaults of a task, for work that must come out as in a task."""
+    """Sets the defaults of a task in this process, for work whose result must be the same as in a task."""
     for variable, value in DEFAULTS.items():
         os.environ.setdefault(variable, value)
 
@@ -63,7 +63,7 @@ def has_listener() -> bool:
 
 @dataclass(frozen=True)
 class Reported:
-    """How far a task is: rows or shards that are done, and how many of them failed."""
+    """The progress of a task: rows or shards that are done, and how many of them failed."""
 
     number: int
     done: int
@@ -88,7 +88,7 @@ class Ended:
 
 
 def progress_line(done: int, failed: int) -> str:
-    """One line of a task's standard output: how far it is."""
+    """One line of a task's standard output: its progress."""
     return json.dumps({"done": done, "failed": failed})
 
 
@@ -98,12 +98,12 @@ def error_line(error: dict[str, Any]) -> str:
 
 
 def read_line(number: int, line: str | bytes) -> Reported | dict[str, Any] | None:
-    """What task `number` reports with one line: progress, or an error; None for anything else that was printed."""
+    """The progress or the error in one line of output of task `number`; None for anything else that was printed."""
     try:
-        said = json.loads(line)
-        if "error" in said:
-            return dict(said["error"])
-        return Reported(number, int(said["done"]), int(said["failed"]))
+        report = json.loads(line)
+        if "error" in report:
+            return dict(report["error"])
+        return Reported(number, int(report["done"]), int(report["failed"]))
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -112,17 +112,17 @@ def read_line(number: int, line: str | bytes) -> Reported | dict[str, Any] | Non
 
 
 class Submission(Protocol):
-    """The tasks of one run that an executor was given."""
+    """The tasks of one run, given to an executor."""
 
     def poll(self) -> Sequence[Reported | Ended]:
-        """Returns what is new, in order; waits for it, but not for long: it may be nothing.
+        """Returns what is new, in order, after waiting for a short time; it may be nothing.
 
         Every task ends once, after its last report.
         """
         ...
 
     def cancel(self) -> None:
-        """Asks all tasks to commit what they have and to end; returns when they have ended.
+        """Asks all tasks to commit what they have and end; returns when they have ended.
 
         A second Ctrl-C meanwhile kills them.
         """
@@ -146,17 +146,17 @@ class RunSettings(Protocol):
 
 
 class Executor(Protocol):
-    """A place where the tasks of runs are done: processes of this machine, jobs of a cluster.
+    """A way to do the tasks of runs: as processes of this machine, or jobs of a cluster.
 
-    An owner is the record of who does some work, as json: it is written to `run.json` and next to the batch that a task
-    has in hand. It names its executor under the key `executor`, unless that is `local`. The one in `run.json` is
-    written before `submit`, so it cannot hold a job's number; `liveness` is given all of `run.json`, the run's name
-    too.
+    An owner is a json record of the process or job that does some work. It is written to `run.json` and next to the
+    batch that a task is processing. It names its executor under the key `executor`, unless that is `local`. The owner
+    in `run.json` is written before `submit`, so it cannot contain the number of a job; `liveness` is given all of
+    `run.json`, including the run's name.
     """
 
     @property
     def name(self) -> str:
-        """As `[run] executor` has it."""
+        """The value of `[run] executor`."""
         ...
 
     def submit(self, run: RunFiles, tasks: int, settings: RunSettings) -> Submission:
@@ -174,14 +174,14 @@ class Executor(Protocol):
         ...
 
     def owner(self) -> dict[str, Any]:
-        """Who this process is."""
+        """The owner record of this process."""
         ...
 
     def liveness(self, owner: dict[str, Any]) -> Liveness:
-        """Whether an owner lives.
+        """Whether an owner is alive.
 
         Raises:
-            ValueError: the record names nobody.
+            ValueError: the record does not name an owner.
         """
         ...
 
@@ -189,7 +189,7 @@ class Executor(Protocol):
 def run_to_end(
     submission: Submission, tasks: int, on_progress: Callable[[int, int, int], None] = lambda task, done, failed: None
 ) -> list[Ended]:
-    """Polls until every task has ended; returns how, in the order of their numbers.
+    """Polls until every task has ended; returns how they ended, in the order of their numbers.
 
     Args:
         on_progress: called with task, done, failed.

@@ -1,4 +1,4 @@
-"""The executors there are, by the name that `[run] executor` gives them."""
+"""The executors, by their name in `[run] executor`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def _local() -> Executor:
     return LocalExecutor()
 
 
-#: What makes each executor. A module is imported when its executor is used.
+#: Functions that make the executors. A module is imported when its executor is used.
 EXECUTORS: dict[str, Callable[[], Executor]] = {"local": _local}
-#: Names that mean an executor of a later version.
+#: Names of executors that this version does not have yet.
 LATER = ("slurm", "ray")
 
 
@@ -26,21 +26,21 @@ def executor_named(name: str) -> Executor:
     """The executor of that name.
 
     Raises:
-        KeyError: this version has none.
+        KeyError: this version has no such executor.
     """
     return EXECUTORS[name]()
 
 
 def own_executor() -> Executor:
-    """The executor that started this process; `local` for a process that somebody started by hand."""
+    """The executor that started this process; `local` if it was started by hand."""
     return executor_named(os.environ.get(EXECUTOR, "local"))
 
 
 def liveness_of(owner: dict[str, Any]) -> Liveness:
-    """Whether the owner of a run, an attempt or a temp file lives; its own executor is asked.
+    """Whether the owner of a run, an attempt or a temp file is alive; its own executor is asked.
 
     Raises:
-        ValueError: the record names nobody.
+        ValueError: the record does not name an owner.
     """
     name = owner.get("executor", "local")
     if name not in EXECUTORS:

@@ -1,6 +1,6 @@
 """Runs tasks as processes of this machine.
 
-Owns worker processes: they get the devices in turn, are replaced when they die, and stop when asked.
+Owns worker processes: they use the devices in turn, are replaced when they die, and stop when asked.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from builder.store import files
 from builder.store.layout import RunFiles
 from builder.store.owners import Liveness, process_liveness
 
-#: Deaths of one task's process after which it is given up. A row that kills the process is found by halving its batch,
-#: which costs two deaths for each halving.
+#: Deaths of a task's processes after which the task is given up. A row that kills the process is found by halving its
+#: batch, with two deaths for each halving.
 MAX_DEATHS = 40
-#: Rows or shards that a process has to do for the deaths before its own to be forgotten: a task may run for weeks.
+#: If a process has done this many rows or shards, earlier deaths no longer count: a task may run for weeks.
 FORGIVEN_AFTER = 10_000
-#: Deaths in a row, with the same batch in hand or none, after which a task is given up: it does not get on.
+#: Deaths in a row with the same batch, or none, in hand after which a task is given up, as it makes no progress.
 MAX_IDLE_DEATHS = 3
 #: Seconds to wait for the last lines of a worker that ended.
 _LAST_WORDS_S = 1.0
@@ -52,13 +52,13 @@ class _Worker:
     process: subprocess.Popen[bytes]
     log: Path
     error: dict[str, Any] | None = None
-    #: What its first report says is done, and its last.
+    #: The number done in its first report, and in its last.
     begun: int | None = None
     done: int = 0
 
 
 class LocalExecutor:
-    """Runs every task in a process of its own on this machine."""
+    """Runs every task in a separate process on this machine."""
 
     name = "local"
 
@@ -79,20 +79,20 @@ class LocalExecutor:
     def liveness(self, owner: dict[str, Any]) -> Liveness:
         host, pid = owner.get("host"), owner.get("pid")
         if not isinstance(host, str) or not isinstance(pid, int):
-            raise ValueError(f"it names no process: host {host!r}, pid {pid!r}")
+            raise ValueError(f"it does not name a process: host {host!r}, pid {pid!r}")
         return process_liveness(host, pid)
 
 
 class TaskPool:
-    """Processes that do tasks 0 to `tasks - 1`; they are started, and replaced when they die, while it is polled.
+    """Processes that do tasks 0 to `tasks - 1`. `poll` starts them, and replaces those that die.
 
     Args:
-        command: the command line of a task.
-        log: the file that a task's standard error goes to.
-        workers: how many processes run at the same time; fewer where the machine does not give as many.
+        command: returns the command line of a task.
+        log: returns the file for a task's standard error.
+        workers: how many processes run at the same time; fewer if the machine does not allow as many.
         devices: each worker gets one of these, in turn.
-        in_hand: the file that changes whenever a task begins a batch. A task whose processes die with the same content
-            in it does not get on.
+        in_hand: returns the file that changes whenever a task begins a batch. If a task's processes die again and again
+            with the same content in it, the task makes no progress.
     """
 
     def __init__(
@@ -116,10 +116,10 @@ class TaskPool:
         self._died_of: dict[int, str] = {}
 
     def poll(self) -> list[Reported | Ended]:
-        """What the processes report next, and tasks that ended.
+        """The next report of a process, or a task that ended.
 
         Raises:
-            OSError: no process at all can be started.
+            OSError: not even one process can be started.
         """
         while self._waiting and len(self._running) < self._workers:
             if not self._try_to_start(self._waiting[0]):
@@ -133,7 +133,7 @@ class TaskPool:
         return [] if news is None else [news]
 
     def _try_to_start(self, number: int) -> bool:
-        """Starts a task's process; False if the machine gives no more processes or files than those that run have."""
+        """Starts a task's process; False if the machine allows no more processes or open files than now."""
         try:
             self._start(number)
         except OSError:
@@ -155,7 +155,7 @@ class TaskPool:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env={**environment, PARENT_PIPE: "1"},
-                start_new_session=True,  # Ctrl-C reaches the parent alone, which asks its workers to stop
+                start_new_session=True,  # Ctrl-C reaches only the parent, which asks its workers to stop
             )
         worker = _Worker(number, slot, process, path)
         self._running[slot] = worker
@@ -169,29 +169,29 @@ class TaskPool:
             self._events.put((worker, line))
 
     def _wait(self, worker: _Worker, listener: threading.Thread) -> None:
-        """Notes when a worker has ended. Its output may not: a process that its stage started may hold it open."""
+        """Reports that a worker has ended, without waiting for the end of its output: a child may hold that open."""
         worker.process.wait()
         listener.join(_LAST_WORDS_S)
         self._events.put((worker, None))
 
     def _reported(self, worker: _Worker, line: bytes) -> Reported | None:
-        """How far a worker is, if a line of its output says that."""
-        said = read_line(worker.number, line)
-        if isinstance(said, Reported):
+        """The progress in a line of a worker's output; None for other lines."""
+        report = read_line(worker.number, line)
+        if isinstance(report, Reported):
             if worker.begun is None:
-                worker.begun = said.done
-            worker.done = said.done
-            return said
-        if said is not None:
-            worker.error = said
+                worker.begun = report.done
+            worker.done = report.done
+            return report
+        if report is not None:
+            worker.error = report
             return None
-        # Something that a stage printed. On a full disk it is lost: the work matters more.
+        # Printed by a stage: it goes to the log. On a full disk it is lost, as the work matters more.
         with contextlib.suppress(OSError), files.open_log(worker.log) as log:
             log.write(line)
         return None
 
     def _ended(self, worker: _Worker) -> Ended | None:
-        """How the task of a worker that ended came out; None if another process tries it again."""
+        """How the task of a worker that ended has ended; None if another process tries it again."""
         code = worker.process.wait()
         del self._running[worker.slot]
         if self._is_tried_again(worker, code):
@@ -200,7 +200,7 @@ class TaskPool:
         return Ended(worker.number, code, self._deaths.get(worker.number, 0), worker.error)
 
     def _is_tried_again(self, worker: _Worker, code: int) -> bool:
-        """Whether another process goes on with a task: after a death, unless the task dies again and again."""
+        """Whether another process goes on with a task: after a death, unless there were too many."""
         if code >= 0:
             return False
         number = worker.number
@@ -222,7 +222,7 @@ class TaskPool:
             return ""
 
     def cancel(self) -> None:
-        """Asks the processes to commit and end, and waits for them; a second Ctrl-C kills them."""
+        """Asks the processes to commit and end, and waits for them; another Ctrl-C kills them."""
         for worker in self._running.values():
             worker.process.send_signal(signal.SIGTERM)
         try:
@@ -239,7 +239,7 @@ class TaskPool:
 
 
 def die_with_parent() -> None:
-    """In a worker: ends the process as soon as the parent that holds its standard input is gone."""
+    """In a worker: ends the process as soon as its parent, which holds its standard input open, is gone."""
     if not has_listener():
         return
 

@@ -1,4 +1,4 @@
-"""What a kind of source is: how shards are found, read into the table, and opened for their bytes.
+"""The protocol of a kind of source: how shards are found, read into the table, and opened for their bytes.
 
 A new kind is one module with a class like this, and one line in `builder.sources.kinds`.
 """
@@ -25,26 +25,26 @@ class Found:
     """The shards that a pipeline names.
 
     Attributes:
-        paths: the file that each is read from, by the shard's name, in the order of the table's shards.
-        missing: paths that the pipeline names and that no shard can be read from; a wildcard that matches nothing
-            stands for itself.
+        paths: the file of each shard by the shard's name, in the order of the table's shards.
+        missing: paths that the pipeline names but from which no shard can be read; a wildcard that matches nothing is
+            listed as it is.
     """
 
     paths: dict[str, Path]
     missing: list[Path]
 
     def gone(self, shards: Iterable[str]) -> list[str]:
-        """The shards of a table that the pipeline does not name any more: their rows stay, they are not written."""
+        """The shards of a table that the pipeline no longer names: their rows stay, but they are not written."""
         return [shard for shard in shards if shard not in self.paths]
 
 
 @dataclass
 class Seen:
-    """Names of json fields.
+    """Names of json fields that samples have.
 
     Attributes:
-        wanted: those that ingest was asked to carry and that some sample has.
-        others: some of those that it was not asked for.
+        wanted: fields that ingest was asked to put into the table.
+        others: some of the other fields.
     """
 
     wanted: set[str] = field(default_factory=set)
@@ -53,15 +53,15 @@ class Seen:
 
 @dataclass
 class Read:
-    """What one shard holds.
+    """The content of one shard.
 
     Attributes:
         table: its rows in order, as if the shard had never been read before; the columns are `Source.columns`.
             `source_members` of a sample without bytes is an empty list.
-        end_mark: whether its end is there: zeros that close a tar.
-        counts: what else is counted, by name, to be added up over shards.
-        remarks: what is strange about the shard as a whole, one sentence each.
-        seen: which json fields there are.
+        end_mark: whether the shard is complete: zeros close a tar.
+        counts: other counts by name, to be added up over shards.
+        remarks: problems of the shard as a whole, one sentence each.
+        seen: which json fields the samples have.
     """
 
     table: pa.Table
@@ -81,22 +81,22 @@ class OpenShard(Protocol):
             place: its entry in `source_members`.
 
         Raises:
-            ShardError: they are not there.
+            ShardError: the bytes do not exist.
             ConflictError: the shard was changed since it was opened.
-            OSError: the machine does not give them.
+            OSError: a disk or a file server does not return the bytes.
         """
         ...
 
 
 class Source(Protocol):
-    """One kind of source, with what a pipeline asks of it.
+    """One kind of source, with the settings of a pipeline.
 
     Attributes:
-        kind: the value of `[dataset] kind`, which origins carry too.
-        version: raised when a column that ingest makes changes its meaning.
+        kind: the value of `[dataset] kind`, also stored in origins.
+        version: raised when a column made by ingest changes its meaning.
         changes: what each raised version changed, the oldest first.
         boxes: the json field of face boxes, in samples whose picture is replaced.
-        has_hybrid_shards: true for tars: hybrid shards are written of such sources only.
+        has_hybrid_shards: true for tars: hybrid shards are written only from such sources.
         Options: the section `[dataset]` of a pipeline of this kind.
     """
 
@@ -111,11 +111,11 @@ class Source(Protocol):
 
     @classmethod
     def from_options(cls, options: Any, problems: Problems) -> Self:
-        """The source that a pipeline names; what is wrong with the options is added to the problems."""
+        """The source that a pipeline names; errors in the options are added to the problems."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """What the tasks of an ingest need to know of it."""
+        """The settings that the tasks of an ingest need."""
         ...
 
     @classmethod
@@ -123,14 +123,14 @@ class Source(Protocol):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The columns that ingest makes: `schema.IDENTITY`, the source's own, and the status columns of `source`."""
+        """The columns made by ingest: `schema.IDENTITY`, the source's own, and the status columns of `source`."""
         ...
 
     def with_columns_of(self, columns: Iterable[Column]) -> Self:
         """This source with the columns that a root already has: a pipeline that does not name them removes none.
 
         Raises:
-            SchemaError: they do not fit together.
+            SchemaError: the columns do not fit together.
         """
         ...
 
@@ -138,7 +138,7 @@ class Source(Protocol):
         """The shards that the pipeline names.
 
         Raises:
-            ConfigError: it names none, or two of one name.
+            ConfigError: there is none, or two have the same name.
         """
         ...
 
@@ -147,23 +147,23 @@ class Source(Protocol):
         ...
 
     def identify(self, path: Path) -> Origin:
-        """What a shard is now. Another origin than the table's means that the shard is read again."""
+        """The current state of a shard. If it differs from the origin in the table, the shard is read again."""
         ...
 
     def read(self, path: Path, shard: str, run: str) -> Read:
         """The rows of one shard.
 
         Raises:
-            ShardError: it cannot be used; the table keeps what it had of it.
+            ShardError: the shard cannot be used; the table keeps the rows that it has.
         """
         ...
 
     def digests(self, path: Path, rows: pa.Table) -> list[dict[str, int]] | None:
-        """Digests of each sample's members, for shards that changed: see `changes.digests`. None without bytes."""
+        """Digests of each sample's members, for shards that changed, as from `changes.digests`; None without bytes."""
         ...
 
     def notices(self, seen: Seen) -> list[str]:
-        """What to say after an ingest, for example of json fields that the pipeline names and no sample has."""
+        """Messages after an ingest, for example about json fields that the pipeline names but no sample has."""
         ...
 
     @classmethod
@@ -171,6 +171,6 @@ class Source(Protocol):
         """A shard, open for reading members; None for a kind whose samples have no bytes.
 
         Raises:
-            ShardError: it is gone, or is not what was ingested.
+            ShardError: the shard is gone, or is not the one that was ingested.
         """
         ...

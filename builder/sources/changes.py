@@ -1,7 +1,7 @@
-"""What an ingest finds changed of the samples that an earlier one has read.
+"""Finds the samples that changed since an earlier ingest.
 
-Owns `source_changed`, `source_was` and `source_digests`. Of a sample that is as it was they are carried on, so that a
-root whose sources never change holds nulls in them.
+Owns `source_changed`, `source_was` and `source_digests`. An unchanged sample keeps its values, so that they are null in
+a root whose sources never change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from builder.sources.members import digest_of, place_of
 from builder.table.column_files import identities
 from builder.table.schema import IDENTITY, SOURCE_MEMBERS
 
-#: Columns that say where a sample lies and which ingest read it, and not what it is.
+#: Columns about where a sample is and which ingest read it, not about its content.
 _NOT_COMPARED = {
     "shard", "row", "source_members", "source_run", "source_inputs", "source_changed", "source_was", "source_digests",
 }  # fmt: skip
@@ -27,28 +27,30 @@ def digests(rows: pa.Table, read: Callable[[int, int], bytes]) -> list[dict[str,
     """The digests of every sample's picture, json and txt, in tar order.
 
     Args:
-        rows: of one shard, with `source_members`.
-        read: gives the bytes at an offset, so many.
+        rows: the rows of one shard, with `source_members`.
+        read: called with offset and size; returns the bytes.
     """
-    found = []
+    result = []
     for members in rows["source_members"].to_pylist():
-        places = {name: place_of(members, name) for name in SOURCE_MEMBERS}
-        found.append(
-            {name: digest_of(name, None if p is None else read(p["data"], p["size"])) for name, p in places.items()}
-        )
-    return found
+        of_sample = {}
+        for name in SOURCE_MEMBERS:
+            place = place_of(members, name)
+            of_sample[name] = digest_of(name, None if place is None else read(place["data"], place["size"]))
+        result.append(of_sample)
+    return result
 
 
 def follow(
     rows: pa.Table, earlier: Iterable[pa.Table], known: Sequence[dict[str, int]] | None, run: str
 ) -> tuple[pa.Table, int]:
-    """Rows of a shard as they follow what ingest has committed of it before, and how many of its samples changed.
+    """Adds the history of samples to the rows of a shard; returns the rows and how many samples changed.
 
-    A sample that the generation before lacks counts as changed: it may have had answers earlier.
+    A sample that is missing in the generation before counts as changed: it may have had answers earlier.
 
     Args:
-        earlier: what ingest has committed, the newest first; read on only where samples are looked for.
-        known: the digests of the rows; None for a shard that is as it was on disk: then they are carried on.
+        earlier: the tables that ingest has committed, the newest first; older ones are read only while samples are
+            still missing.
+        known: the digests of the rows; None if the shard is unchanged on disk: then the old digests are kept.
         run: this ingest.
     """
     new = identities(rows["key"].to_pylist())
@@ -84,7 +86,7 @@ def follow(
 
 
 def _are_same(old: pa.Table, new: pa.Table) -> list[bool]:
-    """Which rows say the same, in the columns that both have, and have members of the same names and sizes."""
+    """Which rows have the same values in the columns that both tables have, and members of the same names and sizes."""
     same = [True] * new.num_rows
     types = {field.name: field.type for field in old.schema}
     for name in new.column_names:
@@ -100,12 +102,12 @@ def _sizes(members: Sequence[dict[str, Any]]) -> list[tuple[str, int]]:
 
 
 def _differing(old: dict[str, int] | None, new: dict[str, int] | None) -> list[str]:
-    """The members of which both digests are known, and are not the same."""
+    """The members whose digests are both known and differ."""
     return [name for name in SOURCE_MEMBERS if old and new and old[name] != new[name]]
 
 
 def _former(row: dict[str, Any]) -> dict[str, Any]:
-    """`source_was` of a sample that changed: as it was before its first change."""
+    """`source_was` of a sample that changed: its state before the first change."""
     was: dict[str, Any] | None = row.get("source_was")
     if was is None:
         members = [{"ext": ext, "size": size, "digest": None} for ext, size in _sizes(row["source_members"])]

@@ -1,4 +1,4 @@
-"""One shard into the table: read, compared with what was read before, committed."""
+"""Ingests one shard: reads it, compares it with the table, commits its rows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from builder.table.origin import Origin
 
 @dataclass
 class Ingested:
-    """What ingest did with one shard.
+    """The result of ingesting one shard.
 
     Attributes:
-        rows: how many it has.
-        failed: of these, rows whose sample cannot be used.
-        changed: of these, samples that are not as an earlier ingest has read them.
+        rows: how many rows it has.
+        failed: how many of these have a sample that cannot be used.
+        changed: how many of these have a sample that changed since an earlier ingest.
         read: what was read.
     """
 
@@ -36,7 +36,7 @@ class Ingested:
 
 
 def is_same_on_disk(one: Origin | None, other: Origin) -> bool:
-    """Whether a shard's bytes are trusted to be the same: a file of one size and time, wherever it lies."""
+    """Whether the bytes of a shard are taken to be the same: same size and time of modification, at any path."""
     return one is not None and (one.size, one.mtime_ns) == (other.size, other.mtime_ns)
 
 
@@ -44,7 +44,7 @@ def ingest_shard(layout: Layout, source: Source, shard: str, path: Path, run: st
     """Reads one shard and commits its rows.
 
     Raises:
-        ShardError: it cannot be used; the table keeps what it had of it.
+        ShardError: the shard cannot be used; the table keeps the rows that it has.
     """
     if fault := shard_name_fault(shard, path):
         raise ShardError(f"the shard's name cannot be used: {fault}", where={"file": path}, fix="rename the file")
@@ -54,17 +54,17 @@ def ingest_shard(layout: Layout, source: Source, shard: str, path: Path, run: st
     done = Ingested(read.table.num_rows, failed, read)
 
     def following(earlier: Sequence[Path]) -> pa.Table:
-        found = read.table
+        rows = read.table
         if earlier:
             before = read_column_file(earlier[0])
-            known = None if is_same_on_disk(before.source, origin) else source.digests(path, found)
+            known = None if is_same_on_disk(before.source, origin) else source.digests(path, rows)
             older = (read_column_file(file).table for file in earlier[1:])
-            found, done.changed = follow(found, itertools.chain([before.table], older), known, run)
+            rows, done.changed = follow(rows, itertools.chain([before.table], older), known, run)
         if source.identify(path) != origin:
             raise ShardError(
                 "the shard changed while it was read", where={"file": path}, fix="run the same command again"
             )
-        return found
+        return rows
 
     commit_source(layout, shard, replace(origin, end_mark=read.end_mark), following)
     return done

@@ -1,4 +1,4 @@
-"""The kinds of sources that there are."""
+"""The kinds of sources."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def sections() -> dict[str, type[DatasetSection]]:
 
 
 def kind_of(origin: Origin) -> type[Source]:
-    """The kind of source that a shard was read by.
+    """The kind of source from which a shard was read.
 
     Raises:
         ShardError: this version does not know it.
     """
     if origin.kind not in KINDS:
         raise ShardError(
-            f"the shard was read from a source of the kind '{origin.kind}', which this version does not know",
+            f"the shard was read from a source of kind '{origin.kind}', which this version does not know",
             where={"file": origin.path, "kinds": ", ".join(KINDS)},
             fix="use the version of builder that read it",
         )

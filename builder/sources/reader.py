@@ -1,4 +1,4 @@
-"""Bytes of samples at the offsets that the table has: members of the source, and generated images.
+"""Reads the bytes of samples at the offsets in the table: members of the source, and generated images.
 
 Owns how `(shard, row, member)` becomes bytes. Knows nothing of stages and runs.
 """
@@ -22,10 +22,10 @@ class MemberReader:
     """Reads members of one shard's rows.
 
     Args:
-        members: the names that will be asked for: `image`, an extension, or `edit`; only what these need is opened.
+        members: the names that will be read: `image`, an extension, or `edit`; only the files for these are opened.
 
     Attributes:
-        is_open: whether the last opening was a good one.
+        is_open: whether the files were opened without an error.
     """
 
     def __init__(self, layout: Layout, shard: str, members: Sequence[str]) -> None:
@@ -45,10 +45,10 @@ class MemberReader:
         self.reopen()
 
     def reopen(self) -> None:
-        """Opens the shard's files again, as helps where a file server has lost an open one.
+        """Opens the shard's files again; this helps if a file server has lost an open file.
 
         Raises:
-            ShardError, OSError: as `opened`; the next read opens them.
+            ShardError, OSError: as `opened`; the next read tries to open them again.
         """
         self._stack.close()
         self.is_open = False
@@ -59,16 +59,16 @@ class MemberReader:
         self.is_open = True
 
     def rows(self) -> int:
-        """How many rows the shard has; 0 where nothing of them is needed."""
+        """How many rows the shard has; 0 if no members are read."""
         return len(next(iter(self._columns.values()), []))
 
     def read(self, row: int, member: str) -> bytes | None:
-        """The bytes of one member of one row, None if the sample has no such member.
+        """The bytes of one member of one row; None if the sample has no such member.
 
         Raises:
-            ShardError: the bytes are not there.
+            ShardError: the bytes do not exist.
             ConflictError: the source was cut since it was opened.
-            OSError: the machine does not give them.
+            OSError: a disk or a file server does not return the bytes.
         """
         if not self.is_open:
             self.reopen()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Without garbage collection, which looks at every one of thousands of fresh objects again and again."""
+    """Turns garbage collection off, which would visit each of thousands of new objects again and again."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -29,15 +29,15 @@ from builder.sources.tars.samples import MAX_NAMES, ShardSamples, shown_value
 from builder.table import boxes, schema
 from builder.tar.index import Index
 
-#: A json or txt member beyond this is not read into memory.
+#: A larger json or txt member is not read into memory.
 MAX_TEXT = 16 << 20
-#: ShardSamples that are parsed together, and the bytes of json and txt from which on they are fewer: bounds memory.
+#: Samples that are parsed together, and the most bytes of json and txt in them: bounds memory.
 BLOCK_SAMPLES, BLOCK_BYTES = 2_000, 64 << 20
 _HEX32 = re.compile(r"[0-9a-fA-F]{32}")
 _BOM = b"\xef\xbb\xbf"
 
 
-# --- what their json and txt say ---
+# --- json and txt ---
 
 
 def columns_of(
@@ -52,7 +52,7 @@ def columns_of(
 
     Args:
         fields: columns of json fields.
-        box_field: the json field that holds precomputed face boxes.
+        box_field: the json field with precomputed face boxes.
     """
     parts = [
         _Block(view, index, samples, start, stop).columns(shard, fields, box_field)
@@ -90,16 +90,16 @@ def _blocks(index: Index, samples: ShardSamples) -> Iterator[tuple[int, int]]:
 
 
 def _text_sizes(index: Index, members: np.ndarray) -> np.ndarray:
-    """Bytes that are read of these members: none of those that are missing or too large."""
+    """How many bytes are read for each member; 0 for one that is missing or too large."""
     sizes = np.where(members >= 0, index.size[members], 0)
     return np.where(sizes <= MAX_TEXT, sizes, 0)
 
 
 class _Block:
-    """Neighbouring samples whose json and txt are in memory together.
+    """Samples next to each other, whose json and txt are in memory together.
 
     Args:
-        start, stop: their rows.
+        start, stop: the range of their rows.
     """
 
     def __init__(self, view: mmap.mmap, index: Index, samples: ShardSamples, start: int, stop: int) -> None:
@@ -147,7 +147,7 @@ class _Block:
     # --- json ---
 
     def _parsed(self, bodies: list[bytes | None]) -> list[dict[str, Any]]:
-        """The json objects; empty where there is none. What does not parse fails its sample."""
+        """The json objects; empty for a sample without json. A sample whose json does not parse fails."""
         loads = orjson.loads
         try:
             values: list[Any] = [loads(body) for body in bodies]  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ class _Block:
             return self._lenient(place, raw)
 
     def _lenient(self, place: int, raw: bytes) -> Any:
-        """json with NaN and Infinity, which Python's json writes; other faults are told with their place."""
+        """Parses json with NaN and Infinity, which Python's json writes; other errors fail the sample."""
         try:
             return json.loads(raw.decode("utf-8"), parse_float=finite)
         except UnicodeDecodeError as error:
@@ -198,22 +198,27 @@ class _Block:
     # --- columns ---
 
     def _see(self, wanted: Sequence[str]) -> None:
-        """Takes note of which json fields there are, out of those that are wanted; where one is missing, of all."""
+        """Records which of the wanted json fields the samples have; if one is missing, records all fields."""
         seen = self._samples.seen
         for name in set(wanted) - seen.wanted:
-            if name in self._raw if self._raw is not None else any(name in value for value in self._values):
+            if self._has_field(name):
                 seen.wanted.add(name)
             elif len(seen.others) < MAX_NAMES:
                 seen.others.update(*self._values)
 
+    def _has_field(self, name: str) -> bool:
+        if self._raw is not None:
+            return name in self._raw
+        return any(name in value for value in self._values)
+
     def _all(self, name: str) -> Sequence[Any]:
-        """A json field of every sample, None where it is missing."""
+        """A json field of every sample; None where it is missing."""
         if self._raw is None:
             return [value.get(name) for value in self._values]
         return self._raw.get(name) or [None] * len(self._values)
 
     def _field(self, name: str, kind: pa.DataType) -> pa.Array:
-        """A json field as a column; null with a note where a value does not fit."""
+        """A json field as a column; a value that does not fit becomes null, with a note."""
         raw = self._all(name)
         if set(map(type, raw)) <= exact_types(kind):
             try:
@@ -221,11 +226,11 @@ class _Block:
             except pa.ArrowMemoryError:
                 raise
             except (pa.ArrowException, UnicodeEncodeError, OverflowError):
-                pass  # one of them does not fit: which one is told below
+                pass  # a value does not fit: the slow way below notes which one
         return pa.array(_each(raw, lambda place, value: self._fitting(place, name, value, kind)), kind)
 
     def _fitting(self, place: int, name: str, value: Any, kind: pa.DataType) -> Any:
-        """A json value as its column's type, or None with a note."""
+        """A json value as its column's type; None, with a note, if it does not fit."""
         if kind == pa.string():
             if type(value) is str:
                 if _storable(value) is not None:
@@ -261,7 +266,7 @@ class _Block:
         return self._as_written[place]
 
     def _uids(self, shard: str) -> pa.Array:
-        """json's uid, else the 32 hex digits at the head of the key, else a hash of shard and key."""
+        """The json's uid, else the 32 hex digits at the start of the key, else a hash of shard and key."""
         uids = self._field("uid", pa.string())
         missing = pc.fill_null(pc.equal(uids, ""), True)
         if not pc.any(missing).as_py():
@@ -270,7 +275,7 @@ class _Block:
         return pc.replace_with_mask(uids, missing, pa.array([_uid_of(key, shard) for key in keys], pa.string()))
 
     def _captions(self) -> dict[str, pa.Array]:
-        """The caption, json's before txt's, and whether the two differ beyond white space at their ends."""
+        """The caption of the json, else of the txt, and whether the two differ in more than white space at the ends."""
         in_json, in_txt = self._field("caption", pa.string()).to_pylist(), self._texts()
         captions = [text if other is None else other for other, text in zip(in_json, in_txt, strict=True)]
         differs = [
@@ -280,7 +285,7 @@ class _Block:
         return {"caption": pa.array(captions, pa.string()), "caption_differs": pa.array(differs, pa.bool_())}
 
     def _texts(self) -> list[str | None]:
-        """The txt of each sample, without a byte order mark and a last line end."""
+        """The txt of each sample, without byte order mark and trailing line end."""
         raw = self._bodies(self._txt)
         joined = None if None in raw else b"\0".join(raw)  # type: ignore[arg-type]
         if joined is None or joined.count(0) != len(raw) - 1:
@@ -305,7 +310,7 @@ class _Block:
             return None
 
     def _boxes(self, name: str) -> pa.Array:
-        """Boxes [x1, y1, x2, y2] in 0..1; null = unknown."""
+        """The boxes [x1, y1, x2, y2] in 0..1; null if unknown."""
         raw = self._all(name)
         good = boxes.column(raw)
         if good is not None:
@@ -323,7 +328,7 @@ class _Block:
 
 
 def _each(raw: Sequence[Any], change: Callable[[int, Any], Any]) -> list[Any]:
-    """Every value changed, with its place; null stays null."""
+    """Applies `change` to each position and value; null stays null."""
     return [None if value is None else change(place, value) for place, value in enumerate(raw)]
 
 
@@ -337,7 +342,7 @@ def _trimmed(text: str) -> str:
 
 
 def _storable(text: str) -> str | None:
-    """The text, or None if it holds lone surrogates (json escapes allow them), which UTF-8 cannot."""
+    """The text; None if it contains lone surrogates, which json allows as escapes but UTF-8 cannot hold."""
     try:
         text.encode()
     except UnicodeEncodeError:

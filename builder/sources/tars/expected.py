@@ -1,6 +1,6 @@
-"""What lies beside a shard and says how many samples it should have: img2dataset's and DataComp's statistics.
+"""Reads how many samples a shard should have from the statistics that img2dataset and DataComp write next to it.
 
-Owns the forms of `<shard>_stats.json` and `<shard>.parquet`.
+Owns the formats of `<shard>_stats.json` and `<shard>.parquet`.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ import pyarrow.parquet as pq
 from builder import machine
 from builder.store.layout import shard_name
 
-#: The column of img2dataset's parquet, a row an attempt, and its value for one that is in the tar. Source: 1.47.0.
+#: In img2dataset's parquet with a row per attempt: the column, and its value for samples in the tar. Source: 1.47.0.
 _STATUS, _SUCCESS = "status", "success"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """How many samples a file says that a shard has; `samples` is None where the file cannot be read."""
+    """How many samples a shard has according to a file; `samples` is None if the file cannot be read."""
 
     file: str
     samples: int | None
 
 
 def expected(shard: Path) -> Expected | None:
-    """What is said of a shard; None where nothing beside it says anything.
+    """The number of samples according to the files next to a shard; None if there is no such file.
 
-    `<shard>_stats.json` counts by its `successes`, `<shard>.parquet` by its rows of status `success`; files of other
-    forms under these names are other tools'.
+    It is `successes` in `<shard>_stats.json`, or the number of rows with status `success` in `<shard>.parquet`. Files
+    of other formats with these names belong to other tools and are ignored.
     """
     stem = shard.with_name(shard_name(shard))
     readers = {Path(f"{stem}_stats.json"): _statistics, Path(f"{stem}.parquet"): _attempts}
-    found = (read(path) for path, read in readers.items() if path.is_file())  # a folder, or a pipe, says nothing
-    return next((one for one in found if one is not None), None)
+    answers = (read(path) for path, read in readers.items() if path.is_file())  # not folders or pipes
+    return next((one for one in answers if one is not None), None)
 
 
 def _statistics(path: Path) -> Expected | None:
     try:
-        found = json.loads(path.read_bytes())
+        statistics = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:  # the last one of json that is nested too deep
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: json that is nested too deep
         if machine.is_of_the_machine(error):
             raise
         return Expected(path.name, None)
-    count = found.get("successes") if isinstance(found, dict) else None
+    count = statistics.get("successes") if isinstance(statistics, dict) else None
     return Expected(path.name, count) if type(count) is int else None
 
 
@@ -72,6 +72,6 @@ def _attempts(path: Path) -> Expected | None:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds words: status codes of servers, which are numbers, say nothing of samples."""
+    """Whether a column is text; numbers would be HTTP status codes, which say nothing about samples."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -1,4 +1,4 @@
-"""Which files are a pipeline's tar shards: braces and globs, and what is said of a path that is not a shard."""
+"""Finds the tar shards of a pipeline: braces and globs, and messages about paths that are not shards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def find_shards(patterns: Sequence[str]) -> Found:
     """Expands `~`, braces and globs, relative to the working directory.
 
     Raises:
-        ConfigError: nothing matches, a pattern names no files of this machine, or two files would be one shard.
+        ConfigError: nothing matches, a pattern names files that are not on this machine, or two files would be one
+            shard.
     """
     paths: dict[str, Path] = {}
     missing: dict[str, None] = {}
@@ -43,11 +44,11 @@ def find_shards(patterns: Sequence[str]) -> Found:
 
 
 def _here(pattern: str) -> str:
-    """A pattern with `~` expanded; one that names no files of this machine is refused."""
+    """A pattern with `~` expanded; raises ConfigError if it names files that are not on this machine."""
     if "::" in pattern and not os.path.lexists(pattern):
         parts = [part for part in pattern.split("::") if part]
         raise ConfigError(
-            f"dataset.shards '{pattern}' holds '::', which is not known here",
+            f"dataset.shards '{pattern}' contains '::', which does not join patterns here",
             fix=f"write a list: shards = {json.dumps(parts)}",
         )
     try:
@@ -59,21 +60,21 @@ def _here(pattern: str) -> str:
 
 
 class _Folders:
-    """Which files exist: each folder is listed once, since 43,000 questions for one name each take seconds."""
+    """Which files exist. Each folder is listed once: checking 43,000 names one by one takes seconds."""
 
     def __init__(self) -> None:
         self._files: dict[str, set[str]] = {}
 
     def matches(self, name: str) -> tuple[list[str], list[str]]:
-        """The file of that very name, or the files that it matches as a glob, sorted; and what else it matches that
-        should have been one: links to nothing, folders whose names end in `.tar`."""
+        """The file with exactly this name, or the files that match it as a glob, sorted; and matches that look like
+        shards but are not files: broken links, folders whose names end in `.tar`."""
         if self._is_file(name):
             return [name], []
         if not glob.has_magic(name):
             return [], []
-        found = globs.matching(name, recursive=True)
-        files = [match for match in found if self._is_file(match)]
-        others = [match for match in found if not self._is_file(match)] if len(files) < len(found) else []
+        matches = globs.matching(name, recursive=True)
+        files = [match for match in matches if self._is_file(match)]
+        others = [] if len(files) == len(matches) else [match for match in matches if not self._is_file(match)]
         return files, [match for match in others if match.endswith(".tar") or not os.path.isdir(match)]  # noqa: PTH112
 
     def _is_file(self, name: str) -> bool:
@@ -84,20 +85,20 @@ class _Folders:
 
 
 def _files_in(folder: str) -> set[str]:
-    """Names of files in a folder, links to files too; none if it may not be listed.
+    """Names of files in a folder, including links to files; none if it may not be listed.
 
     Raises:
-        OSError: the machine does not list it: a shard that is not seen would count as gone.
+        OSError: a disk or a file server does not list it: a shard that is not seen would count as gone.
     """
 
     def listed() -> set[str]:
-        found = set()
+        names = set()
         with os.scandir(folder) as entries:
             for entry in entries:
                 with _unless_of_the_machine():
                     if entry.is_file():
-                        found.add(entry.name)
-        return found
+                        names.add(entry.name)
+        return names
 
     with _unless_of_the_machine():
         return machine.asked_again(listed)
@@ -106,7 +107,7 @@ def _files_in(folder: str) -> set[str]:
 
 @contextlib.contextmanager
 def _unless_of_the_machine() -> Iterator[None]:
-    """Passes over answers of the system that are of the file or folder asked for."""
+    """Ignores an OSError about the file or folder itself; raises those of the machine."""
     try:
         yield
     except OSError as error:
@@ -115,16 +116,16 @@ def _unless_of_the_machine() -> Iterator[None]:
 
 
 def why_missing(path: Path) -> str:
-    """Why a path of `Found.missing` is no shard."""
+    """Why a path of `Found.missing` is not a shard."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            return "a link to nothing"
+            return "a broken link"
         return "matches nothing" if glob.has_magic(str(path)) else "does not exist"
     except OSError as error:
         return str(error.strerror)
-    return f"a folder; did you mean {path}/*.tar?" if stat.S_ISDIR(mode) else "no regular file"
+    return f"a folder; did you mean {path}/*.tar?" if stat.S_ISDIR(mode) else "not a regular file"
 
 
 def _add(paths: dict[str, Path], path: Path) -> None:
@@ -132,9 +133,9 @@ def _add(paths: dict[str, Path], path: Path) -> None:
     other = paths.setdefault(shard, path)
     if other != path and other.resolve() != path.resolve():
         raise ConfigError(
-            f"two shards are named '{shard}': a shard's name locates its samples",
+            f"two shards are named '{shard}', and the table identifies shards by name",
             where={"one": other, "other": path},
-            fix="rename one of them, or give each folder a dataset.root of its own",
+            fix="rename one of them, or use another dataset.root for each folder",
         )
 
 
@@ -163,7 +164,7 @@ def _near(patterns: Sequence[str]) -> str:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """`{000..335}`, `{0..8..2}`, `{a..c}` and `{a,b}`, as a shell and webdataset do; numbers keep their zeros."""
+    """Expands `{000..335}`, `{0..8..2}`, `{a..c}` and `{a,b}` like a shell and webdataset; numbers keep their zeros."""
     for match in re.finditer(r"\{([^{}]*)\}", pattern):
         choices = _choices(match[1])
         if choices is not None:
@@ -174,7 +175,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _choices(inner: str) -> Iterable[str] | None:
-    """What stands between two braces, expanded; None if a shell leaves it alone."""
+    """The text between two braces, expanded; None if a shell would not expand it."""
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)(?:\.\.([1-9]\d*))?", inner)
     if numbers:
         texts = numbers[1], numbers[2]

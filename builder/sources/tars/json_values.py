@@ -1,4 +1,4 @@
-"""Values of a sample's json as the table holds them: numbers as they are written, types that fit a column."""
+"""Converts values of a sample's json for the table: numbers as they are written, types that fit a column."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-#: json nested deeper fails its sample: the writer's and the proof's json recurses, and Python stops at 1,000 frames.
+#: A sample fails if its json is nested deeper: writer and verify recurse into json, and Python stops at 1,000 frames.
 MAX_DEPTH = 100
 TYPE_NAMES = {
     type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "text", list: "a list",
@@ -29,7 +29,7 @@ def is_deep(value: Any) -> bool:
 
 
 def transposed(values: Sequence[dict[str, Any]]) -> dict[str, Sequence[Any]] | None:
-    """Json objects by field, if all have the same fields in the same order."""
+    """The values of json objects by field, if all have the same fields in the same order; else None."""
     names = list(values[0])
     if not names or any(list(value) != names for value in values):
         return None
@@ -37,7 +37,7 @@ def transposed(values: Sequence[dict[str, Any]]) -> dict[str, Sequence[Any]] | N
 
 
 def exact_types(kind: pa.DataType) -> set[type]:
-    """The Python types of json values that a column of this type holds as they are, null among them."""
+    """The Python types of json values that a column of this type holds unchanged, including null."""
     none = type(None)
     if kind == pa.string():
         return {str, none}
@@ -49,7 +49,7 @@ def exact_types(kind: pa.DataType) -> set[type]:
 
 
 class Digits(str):
-    """A number of json as it is written."""
+    """A json number as it is written."""
 
     __slots__ = ()
 
@@ -58,13 +58,13 @@ TYPE_NAMES[Digits] = "a number"
 
 
 def finite(text: str) -> float | Digits:
-    """A number of json, as it is written where a float cannot hold it."""
+    """A json number as a float, or as it is written if a float cannot hold it."""
     number = float(text)
     return number if math.isfinite(number) else Digits(text)
 
 
 def is_exact(value: Any) -> bool:
-    """Whether a json value that was parsed has the digits that the json has: floats may not, nor a zero (-0)."""
+    """Whether a parsed json value is written with the same digits again; floats and zero (-0) may not be."""
     if isinstance(value, list):
         return all(map(is_exact, value))
     if isinstance(value, dict):
@@ -73,7 +73,7 @@ def is_exact(value: Any) -> bool:
 
 
 def dumped(value: Any) -> str | None:
-    """A json value as text, numbers as they are written; None if it is nested too deep for that."""
+    """A json value as text, with numbers as they are written; None if it is nested too deep."""
     try:
         return _written(value)
     except RecursionError:

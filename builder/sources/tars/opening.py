@@ -1,4 +1,4 @@
-"""A tar shard, open at the offsets that the table has, if it is still what was ingested."""
+"""Opens a tar shard for reading at the offsets in the table, if it is still the one that was ingested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from builder.table import partitions
 from builder.table.origin import Origin
 from builder.tar import head_check
 
-#: Rows whose headers are in memory at a time, while those of a touched shard are compared.
+#: Rows whose headers are compared at a time, for a shard whose time of modification changed.
 _ROWS_A_STEP = 4096
 
 
@@ -26,11 +26,11 @@ _ROWS_A_STEP = 4096
 def opened(layout: Layout, shard: str, source: Origin) -> Iterator[int]:
     """A source shard, open for reading at offsets.
 
-    One of another time of modification is good as long as every sample's headers are where the table has them.
+    A shard whose time of modification changed is accepted if every member header is still where the table says.
 
     Raises:
-        ShardError: it is gone, may not be read, or is not what was ingested: another size, other headers.
-        OSError: the machine does not give it.
+        ShardError: the shard is gone, may not be read, or has another size or other headers than when it was ingested.
+        OSError: a disk or a file server does not open or read it.
     """
     try:
         descriptor = os.open(source.path, os.O_RDONLY)
@@ -81,10 +81,10 @@ def _changed(source: Origin, **place: object) -> ShardError:
 
 
 def _check_heads(descriptor: int, layout: Layout, shard: str, source: Origin) -> None:
-    """Compares the headers of every sample, prefixes included, with what the table says of them.
+    """Compares the headers of every member, including prefixes, with the table.
 
     Raises:
-        ShardError: one of them is another.
+        ShardError: a header differs.
     """
     places, state = partitions.read_partition(layout, shard, ["key", "source_members"])
     if state.source != source:
@@ -92,10 +92,10 @@ def _check_heads(descriptor: int, layout: Layout, shard: str, source: Origin) ->
     for start in range(0, places.num_rows, _ROWS_A_STEP):
         rows = places.slice(start, _ROWS_A_STEP)
         pairs = zip(rows["key"].to_pylist(), rows["source_members"].to_pylist(), strict=True)
-        found = [(f"{key}.{place['ext']}", place) for key, members in pairs for place in members]
-        names, sizes = [name for name, _ in found], [place["size"] for _, place in found]
-        heads = [os.pread(descriptor, place["data"] - place["header"], place["header"]) for _, place in found]
+        expected = [(f"{key}.{place['ext']}", place) for key, members in pairs for place in members]
+        names, sizes = [name for name, _ in expected], [place["size"] for _, place in expected]
+        heads = [os.pread(descriptor, place["data"] - place["header"], place["header"]) for _, place in expected]
         other = head_check.first_other_head(heads, names, sizes)
         if other is not None:
-            at = found[other][1]["header"]
+            at = expected[other][1]["header"]
             raise _changed(source, offset=at, member=f"expected '{names[other]}' of {sizes[other]} bytes")

@@ -1,4 +1,4 @@
-"""Which members of a tar belong to which sample."""
+"""Groups the members of a tar into samples."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from builder.sources.tars.json_values import TYPE_NAMES, dumped
 from builder.tar import blocks, member_names
 from builder.tar.index import Index
 
-#: Names of json fields that are kept to tell which is near one that no sample has.
+#: Names of json fields that are kept, to suggest one for a misspelt name.
 MAX_NAMES = 200
-#: Characters of a sample's error: a name may have a million, and a sample a million members.
+#: Characters of a sample's error: a name may have a million, and a sample may have a million members.
 MAX_ERROR = 1000
 _SORT = "sort the shard: tar --sort=name"
 _LINKS = frozenset(b"12S")
@@ -25,11 +25,11 @@ _LINKS = frozenset(b"12S")
 
 @dataclass
 class Remarks:
-    """What is wrong with the samples of a shard, by row.
+    """Problems of the samples of a shard, by row.
 
     Attributes:
-        problems: `class: message` of samples that cannot be used; the first one of each.
-        notes: what is missing, and values that read as null.
+        problems: `class: message` of samples that cannot be used; only the first of each sample.
+        notes: missing members, and values that read as null.
     """
 
     problems: dict[int, str] = field(default_factory=dict)
@@ -46,14 +46,14 @@ class Remarks:
 
 @dataclass
 class ShardSamples:
-    """The samples of one shard in tar order; their members lie one after another in `members` and `extensions`.
+    """The samples of one shard in tar order; `members` and `extensions` list their members one after another.
 
     Attributes:
         first: int64 (n + 1), where in `members` each sample begins, and the end of the last.
         members: int64, positions in the index.
-        extensions: of each member, as the archive writes it.
-        json, txt: int64 (n), position in the index of that member, -1 where there is none.
-        of_macos: members that macOS has put beside files; they belong to no sample.
+        extensions: the extension of each member, as in the archive.
+        json, txt: int64 (n), the position of that member in the index; -1 if a sample lacks it.
+        of_macos: how many members were added by macOS; they belong to no sample.
         seen: which json fields the samples have.
     """
 
@@ -75,8 +75,8 @@ class ShardSamples:
         sizes = index.size[self.members]
         counts = np.diff(self.first)
         if len(counts) and (counts == counts[0]).all():
-            found: list[list[int]] = sizes.reshape(-1, counts[0]).tolist()
-            return found
+            alike: list[list[int]] = sizes.reshape(-1, counts[0]).tolist()
+            return alike
         return [part.tolist() for part in np.split(sizes, self.first[1:-1])] if len(counts) else []
 
 
@@ -84,7 +84,8 @@ class ShardSamples:
 
 
 def group(index: Index) -> ShardSamples:
-    """Neighbouring members with one key are a sample; members that belong to none do not part them."""
+    """Members next to each other with the same key are a sample; members in between that belong to no sample are
+    skipped."""
     samples = _alike(index) or _grouped(index)
     if len(samples) and not index.has_end_mark:
         why = "the shard has no end mark: it was cut behind this sample, and what followed is lost"
@@ -94,7 +95,10 @@ def group(index: Index) -> ShardSamples:
 
 
 def _alike(index: Index) -> ShardSamples | None:
-    """The samples of a shard in which each has the members of the first one, jpg, json and txt among them."""
+    """The samples of a regular shard: each has the same members as the first, with picture, json and txt.
+
+    None for any other shard. This is the fast way.
+    """
     first = next(iter(index.names), "")
     parts = member_names.split_name(first)
     if parts is None or index.bad_names or not np.isin(index.kind, list(blocks.REGULAR)).all():

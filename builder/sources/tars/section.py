@@ -13,7 +13,7 @@ from builder.table import schema
 
 
 class FieldSpec(Strict):
-    """A json field with a type of its own: an entry `{name = ..., type = ...}` of `dataset.fields`."""
+    """A json field with a given type: an entry `{name = ..., type = ...}` of `dataset.fields`."""
 
     #: The field's name in the json.
     name: str
@@ -38,7 +38,7 @@ class TarSection(DatasetSection):
 
 
 def fields_of(dataset: TarSection, problems: Problems) -> tuple[dict[str, Any], dict[str, str]]:
-    """json fields with their Arrow types, and the columns of those for which one is named."""
+    """The json fields with their Arrow types, and the column names that are given for some of them."""
     fields: dict[str, Any] = {}
     named: dict[str, str] = {}
     for item in dataset.fields:

@@ -1,4 +1,4 @@
-"""Tar shards as a source: what ingest carries of them, and the rows of one."""
+"""Tar shards as a source: the columns that ingest makes of them, and the rows of one shard."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ from builder.table.schema import SOURCE, Column
 from builder.tar import indexing
 from builder.tar.index import Index
 
-#: The json field of face boxes where a pipeline names none.
+#: The json field of face boxes unless a pipeline names another.
 BOXES = "face_bboxes"
-#: What begins a note, at a shard's last sample, about the shard as a whole.
+#: The beginning of a note about the shard as a whole, at its last sample.
 OF_SHARD = "the shard: "
 
 
 @dataclass(frozen=True)
 class TarShards:
-    """Tar shards, and what ingest carries of them into the table.
+    """Tar shards, and what ingest puts into the table from them.
 
     Attributes:
         fields: json fields with their types.
-        boxes: the json field that holds precomputed face boxes.
-        named: names of columns by json field, where they are not the usual ones.
-        patterns: which files they are, as the pipeline names them.
+        boxes: the json field with precomputed face boxes.
+        named: names of columns by json field, if they are not the usual ones.
+        patterns: the files, as the pipeline names them.
     """
 
     kind: ClassVar[str] = TARS
@@ -96,7 +96,7 @@ class TarShards:
 
     @property
     def signature(self) -> str:
-        """Hash of what is carried: 16 hex digits."""
+        """Hash of what ingest puts into the table: 16 hex digits."""
         kinds: dict[str, str | list[str]] = {}
         for column in sorted(self.carried, key=lambda column: column.field):
             kind = schema.type_text(column.type)
@@ -104,10 +104,10 @@ class TarShards:
         return hashlib.blake2b(json.dumps(["1", kinds, self.boxes]).encode(), digest_size=8).hexdigest()
 
     def with_columns_of(self, columns: Iterable[Column]) -> TarShards:
-        """These shards with the json fields that a root carries already: none of them leaves by another pipeline.
+        """These shards with the json fields that a root already has, so that another pipeline does not remove any.
 
         Raises:
-            SchemaError: the root has one of the fields in another column, or two columns that differ in case alone.
+            SchemaError: the root has one of the fields in another column, or two columns that differ only in case.
         """
         schema.merge(tuple(columns), ())
         fields, named = schema.carried_fields(columns)
@@ -139,7 +139,7 @@ class TarShards:
             return digests(rows, partial(files.read_at, file.fileno()))
 
     def notices(self, seen: Seen) -> list[str]:
-        """Which json fields the pipeline names and no sample that was read has: a name may be misspelt."""
+        """Messages about json fields that the pipeline names but no sample has: a name may be misspelt."""
         names = [*self.fields, *([self.boxes] if self.boxes != BOXES else [])]
         unseen = [name for name in names if name not in seen.wanted]
         if unseen and not seen.others:
@@ -161,7 +161,7 @@ class TarShards:
 
 
 def _real(path: Path) -> str:
-    """The absolute path without links; a folder is looked up once, and there are tens of thousands of files in it."""
+    """The absolute path without links; each folder is resolved once, as it may contain tens of thousands of files."""
     return os.path.realpath(path) if path.is_symlink() else f"{_real_folder(path.parent.absolute())}/{path.name}"
 
 
@@ -172,7 +172,7 @@ def _real_folder(folder: Path) -> str:
 
 @no_collection()
 def read_shard(path: Path, shard: str, source: TarShards, run: str) -> Read:
-    """The rows of one shard, and what is strange about it.
+    """The rows of one shard, and remarks about it.
 
     Raises:
         ShardError: the tar cannot be used.
@@ -196,7 +196,7 @@ def read_shard(path: Path, shard: str, source: TarShards, run: str) -> Read:
 
 
 def _sorting(path: Path) -> str:
-    """Commands that make a shard again, the members of each sample together; the old one stays, as `.unsorted`."""
+    """Commands that make a shard again with the members of each sample together; the old one is kept as `.unsorted`."""
     shard, made, files, old = (
         shlex.quote(f"{path.with_suffix('')}{end}") for end in (path.suffix, ".sorted.tar", ".files", ".unsorted")
     )
@@ -208,7 +208,7 @@ def _sorting(path: Path) -> str:
 
 
 def _remarks(path: Path, index: Index, found: ShardSamples) -> list[str]:
-    """What is strange about a shard as a whole; what concerns how many samples it has is noted at its last one."""
+    """Remarks about a shard as a whole; one about the number of its samples is also noted at the last sample."""
     remarks = []
     if not index.has_end_mark:
         remarks.append("it has no end mark: it was cut, and what followed is lost; download or make it again")
@@ -219,20 +219,21 @@ def _remarks(path: Path, index: Index, found: ShardSamples) -> list[str]:
         remarks.append(f"none of its {len(index)} members belongs to a sample, the first is '{index.names[0][:100]}'")
     scattered = sum(text.startswith("ScatteredSample:") for text in found.remarks.problems.values())
     if scattered:
-        is_double = len(set(index.names)) < len(index)  # unpacking it would lose one of two members of one name
-        mend = "it has members of one name twice: make it again" if is_double else f"to sort it: {_sorting(path)}"
-        remarks.append(f"the members of {scattered} samples do not lie together; {mend}")
-    told = expected(path)
-    if told is not None and told.samples != len(found):
-        if told.samples is None:
-            remarks.append(f"'{told.file}' beside it, which says how many samples it should have, cannot be read")
+        is_double = len(set(index.names)) < len(index)  # unpacking would lose one of two members of the same name
+        fix = "it has two members of the same name: make it again" if is_double else f"to sort it: {_sorting(path)}"
+        remarks.append(f"the members of {scattered} samples are not next to each other; {fix}")
+    stated = expected(path)
+    if stated is not None and stated.samples != len(found):
+        # These two texts are stored in `source_notes`, so their wording is part of the table.
+        if stated.samples is None:
+            remarks.append(f"'{stated.file}' beside it, which says how many samples it should have, cannot be read")
         else:
-            remarks.append(f"it has {len(found)} samples, and '{told.file}' beside it says {told.samples}")
+            remarks.append(f"it has {len(found)} samples, and '{stated.file}' beside it says {stated.samples}")
         if len(found):
             found.remarks.notes.setdefault(len(found) - 1, []).insert(0, OF_SHARD + remarks[-1])
     return remarks
 
 
 def _sparse(count: int, texts: dict[int, str]) -> pa.Array:
-    """A column of which only some rows have a text."""
+    """A column of text that is null in most rows."""
     return pa.array([texts.get(row) for row in range(count)] if texts else [None] * count, pa.string())
