@@ -53,7 +53,7 @@ def test_a_folder_in_place_of_its_tars(tmp_path: Path) -> None:
     [
         ("s3://bucket/{000..111}.tar", "'s3://bucket/{000..111}.tar' begins with 's3://'", "mount what holds them"),
         ("pipe:aws s3 cp s3://b/0.tar -", "begins with 'pipe:'", "copy the files to a disk of this machine"),
-        ("a.tar::b.tar", "dataset.shards 'a.tar::b.tar' holds '::'", 'write a list: shards = ["a.tar", "b.tar"]'),
+        ("a.tar::b.tar", "dataset.shards 'a.tar::b.tar' contains '::'", 'write a list: shards = ["a.tar", "b.tar"]'),
     ],
 )
 def test_paths_of_elsewhere_are_told_as_such(pattern: str, what: str, fix: str) -> None:
