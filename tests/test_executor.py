@@ -181,7 +181,7 @@ def test_a_run_of_an_executor_of_another_version_cannot_be_asked(elsewhere: Else
     assert liveness_of({"executor": "elsewhere", "job": 7}) is Liveness.CANNOT_BE_ASKED
     assert liveness_of(executor_named("local").owner()) is Liveness.LIVES
     assert liveness_of({"host": "of-somebody-else", "pid": os.getpid()}) is Liveness.CANNOT_BE_ASKED
-    with pytest.raises(ValueError, match="names no process"):
+    with pytest.raises(ValueError, match="does not name a process"):
         liveness_of({"host": 1, "pid": "x"})
 
 
