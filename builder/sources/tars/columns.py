@@ -306,7 +306,8 @@ class _Block:
         try:
             return _trimmed(raw.decode())
         except UnicodeDecodeError as error:
-            self._note(place, f"txt: not UTF-8 at byte {error.start - len(_BOM) * raw.startswith(_BOM)}")
+            mark = len(_BOM) if raw.startswith(_BOM) else 0
+            self._note(place, f"txt: not UTF-8 at byte {error.start - mark}")
             return None
 
     def _boxes(self, name: str) -> pa.Array:
