@@ -113,7 +113,7 @@ class Dataset:
             with MemberReader(self._layout, shard, [member]) as reader:
                 return reader.read(row, member)
         except OSError as error:
-            raise machine.told(error) from error
+            raise machine.explained(error) from error
 
 
 def open_dataset(root: str | Path) -> Dataset:

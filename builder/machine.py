@@ -163,7 +163,7 @@ def _sort_of_text(text: str) -> Sort | None:
     return Sort.SHORTAGE if any(os.strerror(number) in text for number in _SHORTAGE) else None
 
 
-def told(error: BaseException) -> MachineError:
+def explained(error: BaseException) -> MachineError:
     """An error as a MachineError: what happened, where, and what to do about it.
 
     Any OSError is accepted, not only those that `sort_of` recognizes.

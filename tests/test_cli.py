@@ -998,7 +998,7 @@ def test_a_library_that_finds_no_room_is_the_machine_s() -> None:
         "/x/_duckdb.so: failed to map segment from shared object", "libz.so.1: cannot allocate memory",
         "/x/y.so: cannot map zero-fill pages",
     ):  # fmt: skip
-        told = machine.told(ImportError(words))
+        told = machine.explained(ImportError(words))
         assert machine.is_out_of_memory(ImportError(words))
         assert told.fix
     assert not machine.is_of_the_machine(ImportError("No module named 'x'"))

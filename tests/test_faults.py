@@ -125,10 +125,10 @@ BROKEN = [
 def test_every_answer_of_the_system_has_words_and_a_fix(tmp_path: Path, number: int, what: str, fix: str) -> None:
     on_disk = number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
     system = f"\n  file system: {files.file_system(tmp_path)}" if on_disk else ""
-    assert str(machine.told(OSError(number, "detail of a library", str(tmp_path / "a")))) == (
+    assert str(machine.explained(OSError(number, "detail of a library", str(tmp_path / "a")))) == (
         f"{what}\n  file: {tmp_path}/a{system}\n  fix: {fix}; {GO_ON}"
     )
-    assert str(machine.told(OSError(number, ""))) == f"{what}\n  fix: {fix}; {GO_ON}"
+    assert str(machine.explained(OSError(number, ""))) == f"{what}\n  fix: {fix}; {GO_ON}"
 
 
 def test_an_error_names_the_file_and_not_its_temp_file(tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_a_shard_of_which_nothing_is_read_is_left(
     with unreadable(path, {offset_of(made, row) for row in range(ROWS)}, number):
         done = ask(made, "stage", "note")
     assert (done.code, done.talk[0]) == (1, "note: 8 rows, 8 ok")
-    assert done.talk[1] == f"left shard '00000001' as it is: {machine.told(OSError(number, '')).what}"
+    assert done.talk[1] == f"left shard '00000001' as it is: {machine.explained(OSError(number, '')).what}"
     assert f"  file: {path}" in done.talk
     assert count(made, "note_status = 'failed'") == 0
     assert ask(made, "stage", "note").talk == ["note: 4 rows, 4 ok"]
@@ -441,7 +441,7 @@ def test_a_row_of_which_nothing_is_read_does_not_tell_that_others_can_be(
     with armed(Fault(str(made.folder), ("read",), "source/00000001.tar", times=0, errno=number)):
         done = ask(made, "stage", "note", "--set", f"stages.note.run.batch_rows={rows}")
     assert (done.code, count(made, "note_status = 'failed'")) == (1, 0), done.talk
-    assert done.talk[1] == f"left shard '00000001' as it is: {machine.told(OSError(number, '')).what}"
+    assert done.talk[1] == f"left shard '00000001' as it is: {machine.explained(OSError(number, '')).what}"
     assert ask(made, "stage", "note").code == 0
 
 
@@ -519,7 +519,7 @@ def test_a_source_that_cannot_be_read_is_not_written(
         assert done == Done(0, "", ["write: 3 shards, 12 rows, 3 edited"])
         return
     assert (done.code, done.talk[0]) == (1, "write: 2 shards, 8 rows, 2 edited")
-    assert done.talk[1] == f"left shard '00000001' as it is: {machine.told(OSError(number, '')).what}"
+    assert done.talk[1] == f"left shard '00000001' as it is: {machine.explained(OSError(number, '')).what}"
     assert f"  file: {made.folder}/source/00000001.tar" in done.talk
     assert temps(made) == []
     assert ask(made, "write").talk == ["write: 1 shards, 4 rows, 1 edited"]
@@ -592,7 +592,7 @@ def test_verify_calls_what_it_cannot_read_no_difference(
             assert ask(made, "verify").code == 0
     with armed(Fault(str(made.folder), kinds, f"^{file}$", times=0, errno=number)):
         done = ask(made, "verify")
-    what = machine.told(OSError(number, "")).what
+    what = machine.explained(OSError(number, "")).what
     assert done.code == 1
     assert f"not proven, not read: shard '00000001': {what}" in done.talk
     assert not any(line.startswith("wrong: ") for line in done.talk)
@@ -619,7 +619,7 @@ def test_a_folder_that_is_not_listed_makes_no_shard_vanish(
         left[0] = times
         done = ask(made, "stage", "note", "--redo")
         assert done.code == code, done.talk
-    assert done.talk[0] == f"error: {machine.told(OSError(number, '')).what}"
+    assert done.talk[0] == f"error: {machine.explained(OSError(number, '')).what}"
 
 
 @pytest.mark.parametrize("step", ["group", "digests"])
@@ -695,7 +695,7 @@ def test_a_read_only_root_can_be_asked_and_not_worked_on(
         for words in (("status",), ("plan",), ("verify",), ("show", "00000000:0")):
             assert ask(made, *words).code == 0, words
         done = ask(made, "stage", "note", "--redo")
-        expected = machine.told(OSError(number, "", done.talk[1].removeprefix("  file: ")))
+        expected = machine.explained(OSError(number, "", done.talk[1].removeprefix("  file: ")))
         assert (done.code, done.talk) == (1, f"error: {expected}".splitlines())
         assert done.talk[1].startswith(f"  file: {made.root}/")
         assert done.talk[0] in ("error: the file system is read-only", "error: permission denied")
@@ -791,7 +791,7 @@ def test_a_parquet_file_that_the_library_cannot_write(tmp_path: Path) -> None:
     content = pa.table({"a": [os.urandom(64).hex() for _ in range(200)]})
     with file_size(4096), pytest.raises(OSError) as raised:
         files.write_atomic(tmp_path / "a.parquet", lambda path: column_files.write_parquet(content, {}, path))
-    assert str(machine.told(raised.value)) == (
+    assert str(machine.explained(raised.value)) == (
         "a file is larger than this process may write\n"
         f"  file: {tmp_path}/a.parquet\n"
         f"  fix: raise its limit: ulimit -f unlimited; {GO_ON}"

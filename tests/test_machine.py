@@ -111,7 +111,7 @@ def test_what_an_error_was_handled_in_counts_unless_it_is_hidden() -> None:
 
 @pytest.mark.parametrize("name", list(SAID))
 def test_every_error_of_the_machine_has_words_and_a_fix(name: str) -> None:
-    told = machine.told(SAID[name]())
+    told = machine.explained(SAID[name]())
     assert isinstance(told, TransientError)
     assert told.fix.endswith("; then run the same command again: what is committed is kept")
     assert not told.fix.startswith("remove the cause")
@@ -156,7 +156,7 @@ def test_what_the_machine_says_out_of_a_stage_fails_no_row(
     path = strain(made, name)
     done = ask(made, "stage", "note")
     assert done.code == 1
-    what = machine.told(SAID[name]()).what
+    what = machine.explained(SAID[name]()).what
     assert [line for line in done.talk if what in line] == [
         f"left shard '{i:08d}' as it is: {what}" for i in range(2)
     ], done.talk

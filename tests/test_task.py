@@ -856,7 +856,7 @@ def test_a_commit_that_fails_leaves_its_shard_and_the_next_is_done(
     stage = Counting()
     run = plan(layout, stage)
     result = do(layout, run, stage, checkpoint_rows=8, batch_rows=1)
-    assert result.left == {"00000000": str(machine.told(OSError(errno.ENOSPC, "")))}
+    assert result.left == {"00000000": str(machine.explained(OSError(errno.ENOSPC, "")))}
     monkeypatch.setattr(commits, "commit", commit)
     assert [note is not None for note in notes(layout)] == [failing == 2] * 7 + [False] + [True] * 8
     assert do(layout, run, Counting()).ok == 16

@@ -77,7 +77,7 @@ class _Group(click.Group):
                     fail(StageError(f"{type(error).__name__}: {error}", fix="run it without --json to see where"), True)
                 hint(traceback.format_exc().rstrip("\n"))
                 sys.exit(exit_codes.UNFINISHED)
-            fail(machine.told(error), as_json)
+            fail(machine.explained(error), as_json)
 
 
 @click.group(

@@ -154,7 +154,7 @@ class _Asking:
             return self._failed(error)
         if sort is not Sort.SHORTAGE and since is not None and self._tally.answered > since:
             return self._failed(error)
-        return Left(machine.told(error), self._tally.answered, is_final=sort is Sort.SHORTAGE)
+        return Left(machine.explained(error), self._tally.answered, is_final=sort is Sort.SHORTAGE)
 
     def _failed(self, error: Exception) -> Failure:
         place = place_in(type(self._stage), error)

@@ -122,7 +122,7 @@ class Reader:
             raise sorts[Sort.SHORTAGE]
         if Sort.MEMORY in sorts:  # this is one row: batches of several were halved
             return [
-                Batch([row], Left(machine.told(error), is_final=False), [NOT_READ]) for row, error in unread.items()
+                Batch([row], Left(machine.explained(error), is_final=False), [NOT_READ]) for row, error in unread.items()
             ]
         if not (is_one_read or self._is_another_read(rows)):
             raise next(iter(unread.values()))

@@ -25,7 +25,7 @@ class Setbacks:
 
     def add(self, error: BaseException) -> tuple[TransientError, bool]:
         """Counts a shard; returns why it is left, and whether to stop instead of trying the others."""
-        why = machine.told(error) if not isinstance(error, TransientError) else error
+        why = machine.explained(error) if not isinstance(error, TransientError) else error
         if machine.sort_of(error) in (None, Sort.ACCESS):
             return why, False
         self._in_a_row += 1

@@ -110,7 +110,7 @@ def _report_failure(run: RunFiles, number: int, error: BaseException) -> None:
     if isinstance(error, BuilderError):
         why = error
     elif isinstance(error, OSError) or machine.is_of_the_machine(error):
-        why = machine.told(error)
+        why = machine.explained(error)
     else:
         fix = f"see the traceback in {run.log(number)}, fix the cause, run the same command again"
         why = StageError(error_text(error), fix=fix)

@@ -119,7 +119,7 @@ def note_refused(refused: dict[str, BuilderError] | None, shard: str, error: Exc
     """Takes note of a shard that is refused; raises the error where nothing takes it or it is not of the shard."""
     if refused is None or not (isinstance(error, BuilderError) or machine.is_of_the_machine(error)):
         raise error
-    refused[shard] = error if isinstance(error, BuilderError) else machine.told(error)
+    refused[shard] = error if isinstance(error, BuilderError) else machine.explained(error)
 
 
 def extensions_of(row: dict[str, Any]) -> tuple[str, ...]:

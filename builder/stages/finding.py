@@ -56,7 +56,7 @@ def find(name: str, python: str | None = None) -> type[Stage]:
             kind = points[name].load()
         except (ImportError, AttributeError) as error:
             if machine.is_of_the_machine(error):
-                raise machine.told(error) from error
+                raise machine.explained(error) from error
             raise StageError(
                 f"stage '{name}' cannot be loaded: {error}", fix=f"reinstall the package of {points[name].value}"
             ) from error
@@ -92,7 +92,7 @@ def _from_file(name: str, python: str) -> Any:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         if machine.is_of_the_machine(error):
-            raise machine.told(error) from error
+            raise machine.explained(error) from error
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
         line = lines[-1] if lines else None
         if isinstance(error, SyntaxError):

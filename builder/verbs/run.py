@@ -154,4 +154,4 @@ def _as_far_as_it_goes(verb: Callable[[], Outcome]) -> Outcome:
     except Exception as error:
         if not isinstance(error, OSError | TransientError) and not machine.is_of_the_machine(error):
             raise
-        return Outcome(unfinished=machine.told(error))
+        return Outcome(unfinished=machine.explained(error))

@@ -86,7 +86,7 @@ class Prover:
             yield
         except Exception as error:
             if machine.is_of_the_machine(error):
-                self._unread[shard] = str(machine.told(error))
+                self._unread[shard] = str(machine.explained(error))
             elif isinstance(error, Wrong):
                 self.wrong[shard] = str(error)
             elif isinstance(error, BuilderError | OSError):
