@@ -121,9 +121,8 @@ class Reader:
         if Sort.SHORTAGE in sorts:
             raise sorts[Sort.SHORTAGE]
         if Sort.MEMORY in sorts:  # this is one row: batches of several were halved
-            return [
-                Batch([row], Left(machine.explained(error), is_final=False), [NOT_READ]) for row, error in unread.items()
-            ]
+            left = {row: Left(machine.explained(error), is_final=False) for row, error in unread.items()}
+            return [Batch([row], why, [NOT_READ]) for row, why in left.items()]
         if not (is_one_read or self._is_another_read(rows)):
             raise next(iter(unread.values()))
         return [Batch([row], Failure(error_text(error)), [NOT_READ]) for row, error in unread.items()]
