@@ -1,11 +1,11 @@
--- purpose:    which samples are looked at for faces, where the option metadata names files: `metadata` holds of them one
---             row a uid, with uid and boxes
+-- purpose:    which samples are looked at for faces, if the option metadata names files: the view `metadata` has
+--             one row per uid of them, with uid and boxes
 -- reads:      source_face_bboxes, source_width, source_height
 -- returns:    shard, row, uid, boxes, boxes_from, width, height
 -- parameters: $source
 with both_sources as (
   select s.shard, s.row, s.uid,
-         if($source = 'auto', s.source_face_bboxes, null) as own,        -- source = "metadata" takes no other boxes
+         if($source = 'auto', s.source_face_bboxes, null) as own,        -- source = "metadata" uses only published boxes
          m.boxes as published,
          s.source_width as width,
          s.source_height as height

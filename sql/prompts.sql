@@ -7,6 +7,6 @@ select shard, row, uid, caption as text
 from samples
 where face_count >= $min_faces
   and $lang in ('any', lang)
-  -- and regexp_matches(caption, '\S')          -- leave out blank captions, which fail else
+  -- and regexp_matches(caption, '\S')          -- leave out blank captions, which would fail
   -- and list_max(face_scores) >= 0.99           -- cut by the detector's score instead
   -- and hash(uid) % 100 < 10                    -- the same tenth of the samples every time

@@ -6,4 +6,4 @@ select shard, row, uid, caption as text, key
 from samples
 where face_count >= $min_faces
   and $lang in ('any', lang)
-  -- and regexp_matches(caption, '\S')          -- leave out blank captions, which fail else
+  -- and regexp_matches(caption, '\S')          -- leave out blank captions, which would fail

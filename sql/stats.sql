@@ -1,4 +1,4 @@
--- purpose:    statistics of the dataset: one line a fact
+-- purpose:    statistics of the dataset: one line per fact
 -- reads:      source_status, faces_status, lang_status, prompts_status, generate_status, check_status, face_count, lang,
 --             caption, image_path, image_prompt, prompt
 -- returns:    section, name, rows, share

@@ -5,8 +5,8 @@
 --             image_seed, image_model, image_prompt, prompt
 -- parameters: none
 --
--- The caption of a new image is its image_prompt, always. These columns may be returned too, or instead of the image:
---   image_format  jpg, png or webp, where the image is not the one that the table's image_format is of
+-- The caption of a new image is always its image_prompt. These columns may be returned too, or instead of the image:
+--   image_format  jpg, png or webp, if the image is not the one that the table's image_format describes
 --   dropped       true: the sample is left out
 --   caption       a new caption for a sample that keeps its image
 --   set_<name>    a json field to set

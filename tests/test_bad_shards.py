@@ -454,7 +454,7 @@ def test_vanished_and_missing_shards_are_told_and_left_alone(workspace: Callable
     done = made.run("run", *sets)
     missing = [f"{made.folder}/source/{name}.tar" for name in "bd"]
     assert untimed(done.stderr) == [
-        "2 of the shards that dataset.shards names are no files: "
+        "2 of the shards that dataset.shards names are not files: "
         + ", ".join(f"{path} (does not exist)" for path in missing),
         "2 shards of the table are gone from dataset.shards, their rows stay and are not written: a, b",
         "ingest: nothing to do (1 shards)",

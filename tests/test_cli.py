@@ -231,7 +231,7 @@ def test_json_of_verify(dataset: Workspace) -> None:
         (
             ("status", "--sett", "x"), 2,
             {
-                "class": "ConfigError", "what": "builder status takes no option --sett",
+                "class": "ConfigError", "what": "builder status has no option --sett",
                 "where": {"its options": "--scale, --pipeline, --set, --json"}, "fix": "did you mean --set?",
             },
         ),
@@ -319,7 +319,7 @@ def test_exit_2_usage_and_bad_pipelines(tmp_path: Path) -> None:
     assert done.err == (
         "error: there is no command 'nothing'\n"
         f"  commands: {', '.join(COMMANDS)}\n"
-        "  fix: builder help says what each of them does\n"
+        "  fix: builder help describes each of them\n"
     )
     assert run().code == 2
     bad = tmp_path / "bad.toml"
@@ -369,7 +369,7 @@ def test_exit_130_stopped_as_a_scheduler_does_and_gone_on(own: Callable[..., Wor
     process.send_signal(signal.SIGTERM)
     _, talk = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert talk.splitlines()[-1] == "stopped: everything committed is kept; run the same command again to go on"
+    assert talk.splitlines()[-1] == "stopped: everything committed is kept; run the same command again to continue"
     [(before,)] = made.rows("select count(note) from samples")
     assert 4 <= before < 12
     made.run("stage", "note")
@@ -393,7 +393,7 @@ def test_root_that_is_a_file(ask: Callable[..., Done], dataset: Workspace) -> No
             2,
             "",
             f"error: dataset.root '{dataset.file}' is a file\n  pipeline: {dataset.file}\n"
-            "  fix: name a folder, new or old\n",
+            "  fix: name a folder; it may exist already\n",
         )
 
 
@@ -433,10 +433,10 @@ def test_plan_names_what_is_missing_and_what_is_gone(ask: Callable[..., Done], d
     shards = f'dataset.shards=["{dataset.folder}/source/00000000.tar", "none.tar"]'
     assert ask("plan", "--set", shards).out.splitlines()[:5] == [
         "ingest",
-        "  shards that the pipeline names    1",
-        "  new or changed, to read           0",
-        "  named and not there               1",
-        "  in the table, not named any more  1",
+        "  shards that the pipeline names  1",
+        "  new or changed, to read         0",
+        "  named and not there             1",
+        "  in the table, no longer named   1",
     ]
 
 
@@ -684,21 +684,21 @@ def test_no_shard_matches_is_said_in_under_a_second(workspace: Make) -> None:
         (("verison",), "there is no command 'verison'", "did you mean: builder version"),
         (("query", "select 1"), "there is no command 'query'", "did you mean: builder sql"),
         (("stats",), "there is no command 'stats'", "did you mean: builder status"),
-        (("help", "nop"), "there is no command 'nop'", "builder help says what each of them does"),
-        (("run", "--stale"), "builder run takes no option --stale",
+        (("help", "nop"), "there is no command 'nop'", "builder help describes each of them"),
+        (("run", "--stale"), "builder run has no option --stale",
          "stage by stage: builder stage NAME --stale, then builder run; builder plan --stale counts"),
-        (("run", "--dry-run"), "builder run takes no option --dry-run",
+        (("run", "--dry-run"), "builder run has no option --dry-run",
          "builder plan shows what a run would do, and starts nothing"),
-        (("run", "--dry-run", "--pipeline", "a b"), "builder run takes no option --dry-run",
+        (("run", "--dry-run", "--pipeline", "a b"), "builder run has no option --dry-run",
          "builder plan shows what a run would do, and starts nothing (each builder command with --pipeline 'a b')"),
-        (("stage", "lang", "--wher", "x"), "builder stage takes no option --wher", "did you mean --where?"),
-        (("status", "--zzz"), "builder status takes no option --zzz", "builder status --help"),
-        (("run", "small"), "builder run takes no more words: 'small'", "name the pipeline with --scale small"),
-        (("run", "my.toml"), "builder run takes no more words: 'my.toml'", "name the pipeline with --pipeline my.toml"),
-        (("run", "lang"), "builder run takes no more words: 'lang'", "one stage alone: builder stage lang"),
-        (("ingest", "a.tar", "b.tar"), "builder ingest takes no more words: 'a.tar b.tar'",
+        (("stage", "lang", "--wher", "x"), "builder stage has no option --wher", "did you mean --where?"),
+        (("status", "--zzz"), "builder status has no option --zzz", "builder status --help"),
+        (("run", "small"), "builder run has too many words: 'small'", "name the pipeline with --scale small"),
+        (("run", "my.toml"), "builder run has too many words: 'my.toml'", "name the pipeline with --pipeline my.toml"),
+        (("run", "lang"), "builder run has too many words: 'lang'", "one stage alone: builder stage lang"),
+        (("ingest", "a.tar", "b.tar"), "builder ingest has too many words: 'a.tar b.tar'",
          "name shards in the pipeline, or in quotes: --set 'dataset.shards=DIR/*.tar'"),
-        (("sql", "select", "1"), "builder sql takes no more words: '1'",
+        (("sql", "select", "1"), "builder sql has too many words: '1'",
          'put the SQL in quotes: builder sql "select count(*) from samples"'),
         (("show",), "builder show needs UID", "builder show 00000000:3 --save /tmp/sample"),
         (("drop",), "builder drop needs COLUMN", "builder drop lang_score --scale small"),
@@ -707,7 +707,7 @@ def test_no_shard_matches_is_said_in_under_a_second(workspace: Make) -> None:
         (("demo", "--workers", "0"), "invalid value for '--workers': 0 is not in the range x>=1",
          "builder demo --help"),
         (("stage", "lang", "--try"), "option '--try' requires an argument", "builder help"),
-        (("--nope",), "builder takes no option --nope", "builder --help"),
+        (("--nope",), "builder has no option --nope", "builder --help"),
     ],
 )  # fmt: skip
 def test_every_misuse_says_what_where_and_how_to_mend_it(arguments: tuple[str, ...], what: str, fix: str) -> None:
@@ -779,9 +779,9 @@ def test_advice_names_the_pipeline_that_was_given() -> None:
 
 def test_options_before_the_command() -> None:
     for words in (("--pipeline", "x.toml", "run"), ("--json", "status")):
-        with pytest.raises(ConfigError, match=f"builder takes no option {words[0]}") as caught:
+        with pytest.raises(ConfigError, match=f"builder has no option {words[0]}") as caught:
             raise console.misused(click_error(*words))
-        assert caught.value.fix == f"options stand behind the command: builder COMMAND {words[0]} ..."
+        assert caught.value.fix == f"put options after the command: builder COMMAND {words[0]} ..."
     assert console.misused(click_error("--nothing")).fix == "builder --help"
 
 

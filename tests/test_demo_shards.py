@@ -226,7 +226,7 @@ def test_the_detector_finds_the_faces_that_were_placed(tmp_path: Path) -> None:
 def test_too_few_samples_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         make_demo_shards(tmp_path, samples=1)
-    assert str(caught.value) == "the demo needs at least 2 samples, one a shard\n  fix: samples = 200"
+    assert str(caught.value) == "the demo needs at least 2 samples, one per shard\n  fix: set samples = 200"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,4 +243,6 @@ def test_without_scikit_image_the_extra_is_named(tmp_path: Path, monkeypatch: py
 def test_a_folder_without_truth_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         faces_placed(tmp_path)
-    assert str(caught.value) == f"no 'truth.tsv' beside the shards\n  folder: {tmp_path}\n  fix: builder demo"
+    assert (
+        str(caught.value) == f"no 'truth.tsv' next to the shards\n  folder: {tmp_path}\n  fix: make them: builder demo"
+    )

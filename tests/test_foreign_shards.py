@@ -25,7 +25,7 @@ def test_a_glob_tells_what_it_matches_that_is_no_file(workspace: Callable[..., W
     (source / "notes").mkdir()
     done = made.run("ingest")
     assert done.stderr.splitlines()[0] == (
-        f"2 of the shards that dataset.shards names are no files: {source}/folder.tar (a folder; did you mean "
+        f"2 of the shards that dataset.shards names are not files: {source}/folder.tar (a folder; did you mean "
         f"{source}/folder.tar/*.tar?), {source}/gone.tar (a broken link)"
     )
     assert len(json.loads(made.run("plan", "--json").stdout)["ingest"]["missing"]) == 2
@@ -131,7 +131,7 @@ def test_members_that_macos_puts_beside_files_are_no_members(workspace: Callable
     made = workspace({}, stages="")
     shard = write_tar(made.folder / "source" / "0.tar", of_a_mac(3))
     done = made.run("ingest")
-    assert "9 members that macOS puts beside files (._NAME, .DS_Store, __MACOSX/) belong to no sample" in done.stderr
+    assert "9 members that macOS adds next to files (._NAME, .DS_Store, __MACOSX/) belong to no sample" in done.stderr
     rows = made.rows("select key, source_status, len(source_members) from samples order by row")
     assert rows == [(f"photos/{i:05d}", "ok", 2) for i in range(3)]
     sql = made.folder / "write.sql"

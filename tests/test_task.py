@@ -1230,7 +1230,7 @@ def test_ctrl_c_keeps_what_is_committed(workspace: Make) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, talk = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert talk.splitlines()[-1] == "stopped: everything committed is kept; run the same command again to go on"
+    assert talk.splitlines()[-1] == "stopped: everything committed is kept; run the same command again to continue"
     before = log.read_text().split()
     assert len(before) == len(set(before)) < 48
     answered = made.rows("select uid from samples where note_status = 'ok'")

@@ -169,7 +169,7 @@ def test_options_that_are_known_no_more_are_told(drawn: Workspace) -> None:
     done = drawn.run("regen", uid, "--check", check=False)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: stage 'generate' does not take the options of the image's run any more: "
+        "error: stage 'generate' no longer takes the options of the image's run: "
         "Extra inputs are not permitted\n"
         f"  run: {run}\n  option: brush\n  fix: use the version that made it: builder {data['builder']}\n",
     )
@@ -199,11 +199,11 @@ def test_what_a_stage_says_of_itself_is_said_once_a_run(workspace: Make) -> None
         (
             "stage lang --try 2",
             "stage 'lang' has no row to try\n  sql: sql/lang.sql\n"
-            "  fix: with --redo rows that have an answer are tried, too",
+            "  fix: add --redo to try rows that have an answer too",
         ),
         (
             "stage lang --save x",
-            "--save is for --try\n  fix: builder show SHARD:ROW --save DIR writes what is in the table",
+            "--save needs --try\n  fix: builder show SHARD:ROW --save DIR writes what is in the table",
         ),
         *(
             (

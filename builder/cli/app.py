@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Data to stdout, talk to stderr.
+"""The command line: parse, call, print. Data to stdout, messages to stderr.
 
 Heavy modules are imported inside the commands, so that `--help` starts at once."""
 
@@ -26,7 +26,7 @@ from builder.errors import BuilderError, StageError
 
 
 class _Group(click.Group):
-    """Commands in the order of their work, and errors as messages, or as one JSON value where `--json` is given."""
+    """Commands in the order of their work; errors as messages, or as one JSON value with `--json`."""
 
     def list_commands(self, context: click.Context) -> list[str]:
         return list(self.commands)
@@ -46,23 +46,23 @@ class _Group(click.Group):
         as_json = "--json" in arguments
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a caption that the terminal cannot show is no error
+                stream.reconfigure(errors="backslashreplace")  # a caption that the terminal cannot show must not raise
         if arguments[:1] != ["task"]:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a scheduler sends is Ctrl-C too
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM acts like Ctrl-C
         try:
             try:
                 sys.exit(super().main(arguments, prog_name="builder", standalone_mode=False))
             finally:
-                sys.stdout.flush()  # a full disk behind it is told here, and not by the interpreter at its end
+                sys.stdout.flush()  # a full disk is reported here, not by the interpreter at its exit
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.ctx.get_help() if error.ctx else "")
             sys.exit(exit_codes.USAGE)
         except (click.UsageError, BuilderError) as error:
-            told = console.misused(error) if isinstance(error, click.UsageError) else error
-            name_pipeline(told, arguments)
-            fail(told, as_json)
+            shown = console.misused(error) if isinstance(error, click.UsageError) else error
+            name_pipeline(shown, arguments)
+            fail(shown, as_json)
         except (click.Abort, KeyboardInterrupt):
-            fix = "everything committed is kept; run the same command again to go on"
+            fix = "everything committed is kept; run the same command again to continue"
             if as_json:
                 click.echo(json.dumps({"error": {"class": "Interrupted", "what": "stopped", "where": {}, "fix": fix}}))
             else:
@@ -107,7 +107,7 @@ for command in (init, ingest, stage, run, write, plan, status, sql, show, regen,
 @click.argument("command", required=False)
 @click.pass_context
 def help_(context: click.Context, command: str | None) -> None:
-    """Show what a command does; without one, all of them.
+    """Show what a command does; without a name, all commands.
 
     \b
     Example:

@@ -13,9 +13,9 @@ from builder.progress import Talk, plain
 
 @click.command()
 @pipeline_options
-@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+@click.option("--dry-run", is_flag=True, help="Only report what would be deleted.")
 def gc(named: PipelineOptions, dry_run: bool) -> None:
-    """Delete what nothing needs any more.
+    """Delete what nothing needs any longer.
 
     Old generations of column files, temp files of dead processes, edits tars and runs that no row points to. Nothing
     else ever deletes.

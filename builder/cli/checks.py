@@ -1,4 +1,4 @@
-"""Commands that compare with what was made before: regen, verify."""
+"""Commands that compare with earlier results: regen, verify."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from builder.progress import Talk, plain
 @json_option
 @click.option("--check", is_flag=True, help="Compare it with the stored one; exit 3 if they differ.")
 @click.option("--out", type=LocalPath(path_type=Path), metavar="FILE", help="Write it to this file.")
-@click.option("--device", metavar="NAME", help="What to make it on: cpu, cuda:0; the stage's first device if absent.")
+@click.option("--device", metavar="NAME", help="Device to make it on: cpu, cuda:0; the stage's first device if absent.")
 def regen(
     uid: str,
     named: PipelineOptions,
@@ -36,7 +36,7 @@ def regen(
     """Make one generated image again, from the table alone.
 
     UID is the sample's uid, or SHARD:ROW. On the same device, with the same packages and batch size, it is the same
-    bit for bit; where it is not, what differs is told.
+    bit for bit; if the bytes differ, the command lists what has changed.
 
     \b
     Example:
@@ -53,8 +53,8 @@ def regen(
     if out is not None:
         write_atomic(out, again.made, durable=False)
     if as_json:
-        told = {name: value for name, value in vars(again).items() if name not in ("stored", "made")}
-        click.echo(json.dumps({**told, "same": again.is_same}))
+        facts = {name: value for name, value in vars(again).items() if name not in ("stored", "made")}
+        click.echo(json.dumps({**facts, "same": again.is_same}))
     else:
         click.echo(f"sample {plain(again.uid)}: shard {plain(again.shard)} row {again.row}")
         _show_regen(again)
@@ -73,7 +73,7 @@ def _show_regen(again: Any) -> None:
         click.echo("another image: its pixels cannot be compared")
     else:
         click.echo(f"another image: pixels differ by {again.mean:.3g} of 255 on average, {again.most} at most")
-    for reason in again.reasons or ["nothing is known to differ: the model's files, the driver, or the machine do"]:
+    for reason in again.reasons or ["no recorded fact differs: the model's files, the driver or the machine must"]:
         click.echo(f"  {plain(reason)}")
 
 
@@ -105,7 +105,7 @@ def verify(named: PipelineOptions, as_json: bool) -> None:
     else:
         print_facts("verify", summary(proof))
         if not loaded.asked.has_hybrid_shards:
-            hint(f"no hybrid shards are written of sources of the kind '{loaded.asked.kind}'")
+            hint(f"sources of the kind '{loaded.asked.kind}' have no hybrid shards")
         for problem in proof.problems:
             hint(f"wrong: {plain(problem)}")
         if options := options_for(loaded, proof.problems):

@@ -1,6 +1,6 @@
-"""What a shell hands to a command and takes from it: streams that may be closed, an encoding, words that are misspelt.
+"""Deals with the shell around a command: streams that may be closed, encodings, and misspelt words.
 
-Owns these for the command line alone. Knows no command.
+Knows no command.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from builder.errors import ConfigError
 
 
 class _Steady(io.FileIO):
-    """A standard stream whose reader may go, as `| head -1` does: what is written after that goes nowhere.
+    """A standard stream whose reader may exit, as `| head -1` does: what is written after that is discarded.
 
-    So does what stderr cannot take for any other reason, such as a full disk: there is nobody left to tell.
+    What stderr cannot write for any other reason, such as a full disk, is discarded too: nobody could read an error.
     """
 
     def write(self, data: object, /) -> int:
@@ -37,10 +37,10 @@ class _Steady(io.FileIO):
 
 
 def steady_streams() -> None:
-    """Makes standard streams of which none is an error, closed or not; no file that is opened later takes their place.
+    """Makes standard streams that raise no error when they are closed; no file opened later takes their place.
 
-    What a command does is worth more than what it says: it goes on where nobody listens. A full disk behind
-    stdout is an error still.
+    The work of a command matters more than its output, so it continues when nobody reads it. A full disk behind
+    stdout is still an error.
     """
     for number in (0, 1, 2):
         try:
@@ -53,13 +53,13 @@ def steady_streams() -> None:
         encoding = getattr(old, "encoding", None) or "utf-8"
         raw = io.BufferedWriter(_Steady(number, "w", closefd=False))
         at_once = name == "stderr" or os.isatty(number)
-        # A caption that the terminal cannot show is no error either.
+        # A caption that the terminal cannot show must not raise either.
         new = io.TextIOWrapper(raw, encoding, "backslashreplace", line_buffering=at_once)
         setattr(sys, name, new)
 
 
 def let_go_of_stdout() -> None:
-    """Lets what stdout cannot take go nowhere: the interpreter would try once more at its end, and fail."""
+    """Discards what stdout cannot write: the interpreter would try again at its exit, and fail."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -69,9 +69,9 @@ def let_go_of_stdout() -> None:
 
 
 def in_utf8() -> None:
-    """Starts this command again where Python takes names of files for another encoding than UTF-8.
+    """Starts this command again in UTF-8 mode if Python uses another encoding for file names.
 
-    pyarrow, DuckDB and the rest take UTF-8 alone. What is printed stays in the encoding of the terminal.
+    pyarrow, DuckDB and others accept only UTF-8. The output keeps the encoding of the terminal.
     """
     if sys.getfilesystemencoding().replace("-", "") == "utf8" or not sys.executable:
         return
@@ -81,7 +81,7 @@ def in_utf8() -> None:
 
 # --- words that are misspelt ---
 
-#: What a command has not and another one has: the option, and what to write instead.
+#: Options that a command lacks but another one has, and what to write instead.
 ELSEWHERE: Mapping[tuple[str, str], str] = {
     ("run", "--dry-run"): "builder plan shows what a run would do, and starts nothing",
     ("stage", "--dry-run"): "builder plan shows what a stage would do, and starts nothing; --try 20 shows some answers",
@@ -111,18 +111,18 @@ ALIASES: Mapping[str, str] = {
 
 
 def no_command(name: str, commands: Sequence[str]) -> ConfigError:
-    """The error for a command that there is not."""
+    """The error for an unknown command."""
     near = difflib.get_close_matches(name, [*commands, "help", "version", *ALIASES], 1)
     meant = ALIASES.get(near[0], near[0]) if near else None
     return ConfigError(
         f"there is no command '{name}'",
         where={"commands": ", ".join(commands)},
-        fix=f"did you mean: builder {meant}" if meant else "builder help says what each of them does",
+        fix=f"did you mean: builder {meant}" if meant else "builder help describes each of them",
     )
 
 
 def misused(error: click.UsageError) -> ConfigError:
-    """What click says of a command line, in the form of every other error."""
+    """click's error about a command line, in the form of every other error."""
     context = error.ctx
     if context is None:
         return ConfigError(_sentence(error), fix="builder help")
@@ -134,15 +134,15 @@ def misused(error: click.UsageError) -> ConfigError:
         near = difflib.get_close_matches(error.option_name, options, 1, 0.75)
         fix = ELSEWHERE.get((name, error.option_name)) or (f"did you mean {near[0]}?" if near else more)
         if isinstance(context.command, click.Group) and _takes(context.command, error.option_name):
-            fix = f"options stand behind the command: builder COMMAND {error.option_name} ..."
+            fix = f"put options after the command: builder COMMAND {error.option_name} ..."
         shown = ", ".join(option for option in options if option.startswith("--"))
-        return ConfigError(f"{path} takes no option {error.option_name}", where={"its options": shown}, fix=fix)
+        return ConfigError(f"{path} has no option {error.option_name}", where={"its options": shown}, fix=fix)
     if isinstance(error, click.MissingParameter) and error.param is not None:
         needed = error.param.make_metavar(context)
         return ConfigError(f"{path} needs {needed}", where=place, fix=_example(context) or more)
     if extra := re.match(r"Got unexpected extra arguments? \((.*)\)$", error.message):
         words = extra[1].split()
-        return ConfigError(f"{path} takes no more words: '{extra[1]}'", where=place, fix=_of_extra(name, words) or more)
+        return ConfigError(f"{path} has too many words: '{extra[1]}'", where=place, fix=_of_extra(name, words) or more)
     return ConfigError(_sentence(error), where=place, fix=more)
 
 
@@ -163,7 +163,7 @@ def _example(context: click.Context) -> str:
 
 
 def _of_extra(name: str, words: Sequence[str]) -> str:
-    """What words too many were probably meant as."""
+    """What the extra words were probably meant as."""
     if name == "sql":
         return 'put the SQL in quotes: builder sql "select count(*) from samples"'
     if words[0].endswith(".toml"):

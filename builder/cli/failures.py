@@ -19,7 +19,7 @@ from builder.errors import BuilderError, ConfigError, SchemaError
 if TYPE_CHECKING:
     from builder.verbs.pipeline import Pipeline
 
-#: What `--help` says of `builder.exit_codes`.
+#: The text about `builder.exit_codes` in `--help`.
 EXIT_CODES = (
     "Exit codes: 0 done; 1 it did not finish; 2 usage or a bad pipeline file; 3 done, but this command's own work left "
     "failed rows or refused shards; 130 interrupted."
@@ -27,12 +27,12 @@ EXIT_CODES = (
 
 
 def names_a_command(text: str) -> bool:
-    """Whether a text has a builder command that a pipeline's options belong to."""
+    """Whether a text has a builder command that takes the options of a pipeline."""
     return re.search(rf"\bbuilder ({'|'.join(TAKING_A_PIPELINE)})\b(?! --help)", text) is not None
 
 
 def name_pipeline(error: BuilderError, arguments: Sequence[str]) -> None:
-    """Says which options the commands in an error's advice take, where they were needed this time."""
+    """Adds to an error's fix the pipeline options that its commands need, if they were given this time."""
     given = _pipeline_words(arguments)
     is_said = all(shlex.quote(word) in error.fix for word in given)
     if given and names_a_command(error.fix) and not is_said:
@@ -40,7 +40,7 @@ def name_pipeline(error: BuilderError, arguments: Sequence[str]) -> None:
 
 
 def options_for(loaded: Pipeline, texts: Iterable[str]) -> str:
-    """What to say of the commands in texts that name no pipeline; empty where there is none."""
+    """A note for builder commands in texts that name no pipeline; empty if there are none."""
     is_needed = loaded.named and any(map(names_a_command, texts))
     return f"(each builder command with {shlex.join(loaded.named)})" if is_needed else ""
 

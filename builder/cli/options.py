@@ -41,7 +41,7 @@ class PipelineOptions:
         """The pipeline that they name.
 
         Raises:
-            ConfigError: they name none or two, or it is wrong.
+            ConfigError: they name no pipeline or two, or it is wrong.
         """
         from builder.config.loading import find_pipeline
         from builder.verbs.pipeline import load_pipeline
@@ -54,7 +54,7 @@ class PipelineOptions:
             raise ConfigError(
                 f"dataset.root '{root}' is a file",
                 where={"pipeline": loaded.config.path},
-                fix="name a folder, new or old",
+                fix="name a folder; it may exist already",
             )
         return loaded
 
@@ -107,7 +107,7 @@ def choice_options(command: Command) -> Command:
         click.option(
             "--retry",
             metavar="CLASS",
-            help="With 'failed', failed rows, too; with 'failed:timeout' those of that class of error alone.",
+            help="With 'failed', failed rows too; with 'failed:timeout', only failed rows of that class of error.",
         ),
     ):
         with_choice = option(with_choice)

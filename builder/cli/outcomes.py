@@ -1,4 +1,4 @@
-"""What is said of a verb that is done: one line on what it did, what was refused or left, how to try again."""
+"""Reports of a finished verb: one line on what it did, what was refused or left, how to try again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from builder.engine.runs import Outcome
     from builder.verbs.pipeline import Pipeline
 
-#: Remarks about shards that an ingest prints.
+#: Most remarks about shards that an ingest prints.
 _REMARKS = 10
 
 
@@ -22,7 +22,7 @@ _REMARKS = 10
 
 
 def tell_outcome(loaded: Pipeline, name: str, outcome: Outcome, talk: Talk) -> None:
-    """One line on what a command did, and one a refused shard."""
+    """Prints one line on what a command did, and one per refused shard."""
     if outcome.counts:
         shown = ("shards", "rows", "changed", "ok", "failed", "kept", "dropped", "edited")
         words = _WORDS if name != "write" else {}
@@ -34,15 +34,15 @@ def tell_outcome(loaded: Pipeline, name: str, outcome: Outcome, talk: Talk) -> N
         talk.say(f"refused shard '{plain(shard)}': {reason}")
     if outcome["of_macos"]:
         talk.say(
-            f"{outcome['of_macos']} members that macOS puts beside files (._NAME, .DS_Store, __MACOSX/) belong to no "
+            f"{outcome['of_macos']} members that macOS adds next to files (._NAME, .DS_Store, __MACOSX/) belong to no "
             "sample; write copies them as they are"
         )
-    told = [(shard, text) for shard in sorted(outcome.remarks) for text in outcome.remarks[shard]]
-    for shard, text in told[:_REMARKS]:
+    remarks = [(shard, text) for shard in sorted(outcome.remarks) for text in outcome.remarks[shard]]
+    for shard, text in remarks[:_REMARKS]:
         talk.say(f"shard '{plain(shard)}': {text}")
-    if len(told) > _REMARKS:
+    if len(remarks) > _REMARKS:
         talk.say(
-            f"and {len(told) - _REMARKS} more of these lines: 'remarks' in "
+            f"and {len(remarks) - _REMARKS} more of these lines: 'remarks' in "
             f"{shlex.quote(str(outcome.folder))}/tasks/*.result.json"
         )
     for shard, reason in outcome.left.items():
@@ -57,7 +57,7 @@ _WORDS = {"kept": "failed again, their old answer stays", "dropped": "answered b
 
 
 def tell_failed(loaded: Pipeline, outcomes: dict[str, Outcome], talk: Talk) -> None:
-    """Where to look after rows have failed, and how to try them again where that may help."""
+    """Prints where to look after rows have failed, and how to try them again if that may help."""
     from builder.verbs.stage import is_lasting
 
     for name, outcome in outcomes.items():

@@ -12,17 +12,17 @@ import click
 
 from builder.progress import plain, plain_lines
 
-#: A cell of a printed table, and a value of a shown sample, are cut at so many characters.
+#: Most characters of a cell of a printed table, and of a value of a shown sample.
 CELL_WIDTH, VALUE_WIDTH = 100, 1000
 
 
 def hint(text: str) -> None:
-    """Lines for people on stderr, nothing in them that a terminal would obey."""
+    """Lines for people on stderr, without control characters."""
     click.echo(plain_lines(text), err=True)
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stdout: as wide as its values, nothing in it that a terminal would obey, no blanks at line ends."""
+    """A table on stdout: as wide as its values, without control characters and trailing blanks."""
     from rich.cells import cell_len
 
     values = [list(row) for row in rows]
@@ -40,7 +40,7 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 
 def print_facts(title: str, facts: Sequence[tuple[str, Any]], if_any: Sequence[tuple[str, int]] = ()) -> None:
-    """Names and values on stdout, one a line; those of `if_any` only if they are not 0."""
+    """Names and values on stdout, one per line; those of `if_any` only if they are not 0."""
     facts = [*facts, *((name, value) for name, value in if_any if value)]
     width = max(len(name) for name, _ in facts)
     click.echo(title)
@@ -72,7 +72,7 @@ def cut(text: str, limit: int) -> str:
 
 
 def json_of(value: Any) -> Any:
-    """A value of the table as json can hold it: what json has no word for becomes null, bytes hex, else text."""
+    """A value of the table as json can hold it: bytes become hex, values that json lacks null or text."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Decimal):

@@ -28,7 +28,7 @@ def plan(
 ) -> None:
     """Show what there is to do; start nothing.
 
-    Counts of the stages and of write are for the shards that the table has already.
+    Counts of the stages and of write are for the shards that are in the table already.
 
     \b
     Example:
@@ -72,7 +72,7 @@ def plan(
     print_facts(
         "ingest",
         [("shards that the pipeline names", len(shards.found.paths)), ("new or changed, to read", len(shards.todo))],
-        [("named and not there", len(shards.missing)), ("in the table, not named any more", len(shards.vanished))],
+        [("named and not there", len(shards.missing)), ("in the table, no longer named", len(shards.vanished))],
     )
     click.echo()
     print_table(

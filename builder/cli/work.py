@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def init(folder: Path) -> None:
     """Copy the SQL and the pipelines for editing.
 
-    They go to FOLDER/sql and FOLDER/pipelines; files that are there already are kept.
+    They go to FOLDER/sql and FOLDER/pipelines; existing files are kept.
 
     \b
     Example:
@@ -109,7 +109,7 @@ def stage(
         )
     asked = Choice(**choice, next_draw=draw == "next")
     if save is not None and tried is None:
-        raise ConfigError("--save is for --try", fix="builder show SHARD:ROW --save DIR writes what is in the table")
+        raise ConfigError("--save needs --try", fix="builder show SHARD:ROW --save DIR writes what is in the table")
     if tried is not None:
         sys.exit(_try_stage(loaded, name, asked, tried, save))
     outcome = run_stage(loaded, name, asked, talk)
@@ -119,7 +119,7 @@ def stage(
 
 
 def _try_stage(loaded: Pipeline, name: str, choice: Any, count: int, save: Path | None) -> int:
-    """What a stage answers for a few rows, how fast, and where that would be too little."""
+    """Shows what a stage answers for a few rows, and how fast."""
     from builder.verbs.trial import save_generated, try_stage
 
     trial = try_stage(loaded, name, choice, count)
@@ -152,7 +152,7 @@ def _short(value: Any) -> Any:
 def run(named: PipelineOptions) -> None:
     """Ingest, run every stage, write.
 
-    What is done is not done again: run it again to go on after a stop.
+    Finished work is not repeated: run it again to continue after a stop.
 
     \b
     Example:
@@ -201,9 +201,9 @@ def write(named: PipelineOptions) -> None:
 )
 @click.option("--workers", type=click.IntRange(1), metavar="N", default=2, show_default=True, help="Worker processes.")
 def demo(out: Path, workers: int) -> None:
-    """Do the whole way on 200 real photos.
+    """Run everything on 200 real photos.
 
-    Makes two small shards, runs everything over them, proves the result, and leaves all of it to look at.
+    Makes two small shards, runs everything on them, proves the result, and keeps all files to look at.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""The whole way on 200 samples of real photos: what `builder demo` does and shows."""
+"""The demo: everything that builder does, on 200 samples of real photos."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ _CHOSEN = Sql(
 
 
 def run_demo(folder: Path, talk: Talk, *, workers: int = 2) -> bool:
-    """Makes shards, runs everything over them, shows what came of it; returns whether all of it is as it was placed.
+    """Makes shards, runs everything on them and shows the result; returns whether all of it is as expected.
 
     Raises:
-        ConfigError: the folder holds something else.
+        ConfigError: the folder has other files in it.
     """
     pipeline = _prepare(folder, talk, workers)
     seconds: dict[str, float] = {}
@@ -102,7 +102,7 @@ def _prepare(folder: Path, talk: Talk, workers: int) -> Pipeline:
     path = folder / "pipeline.toml"
     if folder.is_dir() and any(folder.iterdir()) and not path.exists():
         raise ConfigError(
-            f"'{folder}' holds something that is no demo", fix="name another folder: builder demo --out DIR"
+            f"'{folder}' has files that are not a demo's", fix="name another folder: builder demo --out DIR"
         )
     if not (folder / "source" / TRUTH).exists():
         started = time.monotonic()
@@ -113,7 +113,7 @@ def _prepare(folder: Path, talk: Talk, workers: int) -> Pipeline:
 
 
 def _pipeline_text(folder: Path, workers: int) -> str:
-    """The demo's pipeline; a text of TOML is one of json, and the folder's name is no pattern."""
+    """The demo's pipeline. A json string is a TOML string, too; shards are a pattern, so the folder is escaped."""
     shards = f"{glob.escape(str(folder))}/source/*.tar"
     return _PIPELINE.format(shards=json.dumps(shards), folder=json.dumps(str(folder)), workers=workers)
 
@@ -140,8 +140,8 @@ def _next(folder: Path, pipeline: Pipeline, uid: str, sheet: Path) -> None:
 Try next:
   {command} sql "select lang, count(*) from samples where face_count > 0 group by 1" --pipeline {file}
   {command} show {uid} --pipeline {file}
-  tar tvf {shlex.quote(f"{folder}/shards/00000000.tar")} | head       # hybrid shards, beside {folder}/source
-Look at {sheet}: originals beside new images."""
+  tar tvf {shlex.quote(f"{folder}/shards/00000000.tar")} | head       # hybrid shards of {folder}/source
+Look at {sheet}: originals next to new images."""
     )
 
 

@@ -1,7 +1,7 @@
 """Makes two small shards in DataComp's layout from photos on this disk, so that the demo needs no network.
 
 Owns the photos, their captions and how they are varied. The photos are scikit-image's: two show one face each, the
-others none, which `truth.tsv` beside the shards says for every sample. Knows nothing of tables and stages.
+others none; `truth.tsv` next to the shards records this for every sample. Knows nothing of tables and stages.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ TRUTH_COLUMNS = ("key", "photo", "faces", "lang")
 #: Shortest and longest "longest side" of a stored image, pixels; none is enlarged.
 SIDE_PX = (256, 512)
 QUALITY = (85, 95)
-#: Most that is cut off one side, a part of the photo's width or height.
+#: Most that is cut off one side, as a share of the photo's width or height.
 CUT = 0.15
-#: One sample in so many shows a face, one in so many has a caption that is none.
+#: One in FACE_EVERY samples shows a face, one in ODD_EVERY has an unusable caption.
 FACE_EVERY = 4
 ODD_EVERY = 14
-#: mtime of the first member, seconds: 2024-07-01. The fraction is what makes a pax header, as with webdataset's writer.
+#: mtime of the first member, seconds: 2024-07-01. Its fraction makes a pax header, as webdataset's writer does.
 MTIME = 1719792000.25
 
 Box = tuple[float, float, float, float]
@@ -48,11 +48,11 @@ class Photo:
 
     file: str
     faces: int
-    #: x1, y1, x2, y2 that every crop contains, parts of width and height.
+    #: x1, y1, x2, y2 that every crop contains, as shares of width and height.
     keep: Box
-    #: One "language caption" a line.
+    #: One "language caption" per line.
     captions: str
-    #: What no crop goes beyond, and the longest side it may have, pixels: set where MTCNN finds a face that is none.
+    #: Limits of every crop, and its longest side, pixels: set where MTCNN would find a false face.
     view: Box = (0.0, 0.0, 1.0, 1.0)
     longest_px: int = SIDE_PX[1]
 
@@ -64,7 +64,7 @@ class Photo:
         return by_lang
 
 
-#: Photos in which MTCNN (score of 0.9 or more) finds as many faces as there are, in every crop: over 40 seeds of 200
+#: Photos in which MTCNN (score of 0.9 or more) finds the true number of faces, in every crop: over 40 seeds of 200
 #: samples the most certain false face scored 0.87, the least certain true one 0.995. Left out for false faces at 0.9
 #: and more: coins (rightly), grass, gravel, hubble_deep_field, motorcycle_left and _right.
 PHOTOS = (
@@ -254,7 +254,7 @@ PHOTOS = (
     ),
 )
 
-#: Captions as the web has them too. The language of such a caption is "" in the truth.
+#: Odd captions, as the web has them. Their language is "" in the truth.
 ODD_CAPTIONS = (
     "",
     "😀🚀✨",
@@ -290,7 +290,7 @@ def make_demo_shards(folder: Path, *, samples: int = 200, seed: int = 0) -> list
         StageError: scikit-image is not installed.
     """
     if samples < SHARDS:
-        raise ConfigError(f"the demo needs at least {SHARDS} samples, one a shard", fix="samples = 200")
+        raise ConfigError(f"the demo needs at least {SHARDS} samples, one per shard", fix="set samples = 200")
     photos = _photo_folder()
     dice = _Dice(seed)
     plans = _plans(dice, samples)
@@ -320,7 +320,9 @@ def faces_placed(folder: Path) -> int:
     """
     path = folder / TRUTH
     if not path.is_file():
-        raise ConfigError(f"no '{TRUTH}' beside the shards", where={"folder": folder}, fix="builder demo")
+        raise ConfigError(
+            f"no '{TRUTH}' next to the shards", where={"folder": folder}, fix="make the demo's shards: builder demo"
+        )
     rows = [line.split("\t") for line in path.read_text("utf-8").splitlines()[1:]]
     return sum(int(row[TRUTH_COLUMNS.index("faces")]) for row in rows)
 
@@ -365,7 +367,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Source:
-    """One decoded photo and what json says of the "download"."""
+    """One decoded photo, and the facts of its "download" for the json."""
 
     image: Image.Image
     sha256: str

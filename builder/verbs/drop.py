@@ -11,7 +11,7 @@ def drop_column(pipeline: Pipeline, name: str) -> None:
     """Takes one column out of the table.
 
     Raises:
-        ConfigError: there is no such column, or the table cannot do without it.
+        ConfigError: the table has no such column, or needs it.
     """
     layout = pipeline.layout
     layout.check_folders()

@@ -20,7 +20,7 @@ def collect_garbage(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> sweeps.
     sweep = sweeps.Sweep()
     pointers = pointers_of(root_schema.load_schema(layout)[1])
     alive: set[str] = set()
-    idle = [name for name in names(layout.runs) if _is_idle(RunFiles(layout, name))]  # these commit no more rows
+    idle = [name for name in names(layout.runs) if _is_idle(RunFiles(layout, name))]  # these will commit no rows
     shards = layout.shard_names()
     with talk.bar("gc", len(shards), "shards") as bar:
         for done, shard in enumerate(shards, 1):
@@ -38,9 +38,9 @@ def collect_garbage(pipeline: Pipeline, talk: Talk, *, dry_run: bool) -> sweeps.
 
 
 def _is_idle(run: RunFiles) -> bool:
-    """Whether a folder is a run that nobody works on any more."""
+    """Whether a folder is a run that nobody works on any longer."""
     try:
         return is_abandoned(run.folder, liveness_of(runs.read(run)))
     except (ConfigError, ValueError):
-        # A run has its whole description as long as it has its name: a folder without one is somebody else's.
+        # A run gets its name together with its whole description: a folder without one is not a run.
         return False

@@ -123,7 +123,7 @@ def deal(todo: Sequence[str], tasks: int) -> list[list[str]]:
 
 
 def finish_ingest_run(snapshot: Snapshot, planned: PlannedIngest, outcome: Outcome, talk: Talk) -> None:
-    """Reports what the source says of what was read, and answers that may be of other bytes than it has now."""
+    """Reports the source's remarks on what was read, and answers that may be of other bytes than it has now."""
     if outcome["rows"]:
         for notice in snapshot.pipeline.asked.notices(Seen(outcome.wanted, outcome.others)):
             talk.say(f"ingest: {notice}")
@@ -131,7 +131,7 @@ def finish_ingest_run(snapshot: Snapshot, planned: PlannedIngest, outcome: Outco
 
 
 def _say_sizes_only(snapshot: Snapshot, changed: Sequence[str], talk: Talk) -> None:
-    """Reports answers of which nobody can say whether their pictures are still the same bytes."""
+    """Reports answers whose pictures may no longer be the same bytes."""
     pipeline = snapshot.pipeline
     uses = [use for use in pipeline.stages.values() if outdated.source_members(use.stage)]
     if not changed or not uses:
@@ -152,7 +152,7 @@ def _say_missing(pipeline: Pipeline, plan: IngestPlan, talk: Talk) -> None:
     if plan.missing:
         first = [f"{path} ({pipeline.asked.why_missing(path)})" for path in plan.missing[:EXAMPLES]]
         names = few([*first, *plan.missing[EXAMPLES:]])
-        talk.say(f"{len(plan.missing)} of the shards that dataset.shards names are no files: {names}")
+        talk.say(f"{len(plan.missing)} of the shards that dataset.shards names are not files: {names}")
     if plan.vanished:
         talk.say(
             f"{len(plan.vanished)} shards of the table are gone from dataset.shards, their rows stay and are not "

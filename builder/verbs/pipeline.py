@@ -1,4 +1,4 @@
-"""A pipeline file as the verbs see it: its stages with their options, SQL and parameters, and where its root lies."""
+"""A pipeline file as the verbs see it: its stages with their options, SQL and parameters, and the place of its root."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def load_pipeline(path: Path, sets: Sequence[str] = (), named: Sequence[str] = (
 
 
 def _on_gpus(stage: Stage, run: Run, section: StageTable) -> Run:
-    """One worker a GPU where each holds a model of its own, unless the stage's own section says how many."""
+    """One worker per GPU for a stage that uses GPUs, unless the stage's own section sets `workers`."""
     if not stage.resources.gpus or "workers" in section.run or all(device == "cpu" for device in run.devices):
         return run
     return run.model_copy(update={"workers": len(run.devices)})

@@ -35,7 +35,7 @@ from builder.verbs.stage import python_of
 
 
 class _Run(BaseModel):
-    """What the description of a run says of how an image was made."""
+    """How an image was made, by the description of its run."""
 
     run: str
     stage: str
@@ -186,7 +186,7 @@ def _stage_of(kind: type[Stage], run: _Run, row: dict[str, Any]) -> tuple[Stage,
     except ValidationError as error:
         [first, *_] = error.errors()
         raise ConfigError(
-            f"stage '{run.stage}' does not take the options of the image's run any more: {first['msg']}",
+            f"stage '{run.stage}' no longer takes the options of the image's run: {first['msg']}",
             where={"run": run.run, "option": ".".join(map(str, first["loc"]))},
             fix=f"use the version that made it: builder {run.builder}",
         ) from error
@@ -194,9 +194,9 @@ def _stage_of(kind: type[Stage], run: _Run, row: dict[str, Any]) -> tuple[Stage,
 
 
 def _inputs(pipeline: Pipeline, run: _Run, stage: Stage, options: BaseModel, row: dict[str, Any]) -> pa.RecordBatch:
-    """The row's inputs: those that its answer has recorded as they were then, the others as the run's SQL gives them.
+    """The row's inputs: as its answer has recorded them, the others as the run's SQL gives them.
 
-    Where that no longer returns the row, as the table has them under the same name.
+    If the SQL no longer returns the row, they are taken from the table's columns of the same names.
 
     Raises:
         ConfigError: the SQL does not return the row, and the table has no such column.
@@ -218,12 +218,12 @@ def _inputs(pipeline: Pipeline, run: _Run, stage: Stage, options: BaseModel, row
     values = {field.name: row[recorded[field.name]] for field in stage.inputs if field.name in recorded}
     values |= {
         field.name: row.get(field.name) or formats.JPG for field in asked
-    }  # older answers are jpg and say nothing
+    }  # older answers are jpg and record no format
     if lacking := [field.name for field in stage.inputs if field.name not in {*values, *given}]:
         raise ConfigError(
-            "the work SQL of the image's run does not return its sample any more",
+            "the work SQL of the image's run no longer returns its sample",
             where={"shard": row["shard"], "row": row["row"], "sql": run.sql.origin, "needed": ", ".join(lacking)},
-            fix="what it asks for has changed in the table since: see builder show",
+            fix="the table has changed since: compare the columns that the SQL uses, with builder show",
         )
     keys = [pa.field("shard", pa.string()), pa.field("row", pa.int64()), pa.field("uid", pa.string())]
     fields = [*keys, *stage.inputs, *asked]
@@ -232,7 +232,7 @@ def _inputs(pipeline: Pipeline, run: _Run, stage: Stage, options: BaseModel, row
 
 
 def _reasons(run: _Run, stage: Stage, row: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """What has changed: the stage's version, packages, what the answer says of how it was made."""
+    """What has changed: the stage's version, packages, and facts that the answer has recorded."""
     found = []
     if run.version != stage.version:
         found.append(f"stage '{stage.name}': version {run.version}, now {stage.version}")

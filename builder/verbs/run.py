@@ -45,7 +45,7 @@ def _done_stages(snapshot: Snapshot) -> dict[str, Counts]:
 
 
 def check_first(snapshot: Snapshot) -> None:
-    """Finds what would end a run later, before any work is done for it, as far as that needs no samples.
+    """Finds what would end a run later, before any work is done, as far as this needs no samples.
 
     It checks the folders of the root, the SQL of every stage and of the writer with its parameters, the packages and
     models that stages need, and the room on the disk for the hybrid shards that do not exist yet.
@@ -122,7 +122,7 @@ def _size(path: Path) -> int:
 def run_all(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
     """Ingest, every stage in the pipeline's order, write; yields each with what it did.
 
-    If one of them could not be finished because of the machine, those after it are done all the same.
+    If the machine kept one of them from finishing, those after it still run.
 
     Raises:
         ConfigError: something that `check_first` finds; nothing was done then.
@@ -148,7 +148,7 @@ def run_all(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
 
 
 def _as_far_as_it_goes(verb: Callable[[], Outcome]) -> Outcome:
-    """What a verb did; or the fault of the machine because of which it could not be finished, as an outcome."""
+    """What a verb did; or, as an outcome, the fault of the machine that kept it from finishing."""
     try:
         return verb()
     except Exception as error:

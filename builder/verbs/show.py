@@ -20,7 +20,7 @@ from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline
 from builder.verbs.sql import all_samples
 
-#: SHARD:ROW, and digits of a row from which no shard has so many.
+#: SHARD:ROW, and a number of digits that no row number reaches.
 _PLACE = re.compile(r"(?P<shard>.+):(?P<row>[0-9]+)")
 _MOST_DIGITS = 19
 
@@ -29,7 +29,7 @@ def find_samples(pipeline: Pipeline, uid: str) -> list[dict[str, Any]]:
     """Every column of the samples of one uid, or of the one at `SHARD:ROW`.
 
     Raises:
-        ConfigError: there is no such sample.
+        ConfigError: the table has no such sample.
     """
     by_place = Sql("select * from samples where shard = $shard and row = $row", "show")
     by_uid = Sql("select * from samples where uid = $uid order by shard, row", "show")
@@ -45,7 +45,7 @@ def find_samples(pipeline: Pipeline, uid: str) -> list[dict[str, Any]]:
 
 
 def _no_sample(pipeline: Pipeline, uid: str, place: re.Match[str] | None) -> ConfigError:
-    """Why nothing is shown: no such uid, no such shard, or no such row of it."""
+    """Why nothing is shown: an unknown uid, shard or row."""
     root, shards = {"root": pipeline.layout.root}, pipeline.layout.partitions()
     if place is None:
         return ConfigError(

@@ -1,4 +1,4 @@
-"""What a command found of a pipeline's source and root: each thing is looked at once and handed down."""
+"""What a command found in a pipeline's source and root: each is read once and passed on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Snapshot:
         self._healed: set[str] = set()
 
     def renew(self) -> None:
-        """Forgets what was found of the root."""
+        """Forgets what was found in the root."""
         self._states.clear()
         self._healed.clear()
         for name in ("root_columns", "table_shards", "columns", "known_columns", "source"):
@@ -55,7 +55,7 @@ class Snapshot:
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
-        """The root's columns with those that the pipeline will add: until a stage runs, they are null."""
+        """The root's columns and those that the pipeline will add: until a stage runs, they are null."""
         return schema.merge(self.root_columns, self.pipeline.own_columns)
 
     @cached_property
@@ -67,7 +67,7 @@ class Snapshot:
         """Makes columns known to the root, if it lacks any of them.
 
         Raises:
-            SchemaError: they do not fit to the root's.
+            SchemaError: they do not fit the root's.
         """
         if schema.merge(self.root_columns, columns) != self.root_columns:
             root_schema.extend_schema(self.layout, columns)
@@ -87,11 +87,11 @@ class Snapshot:
 
     @property
     def hybrid_shards(self) -> list[str]:
-        """Those of `shards` of which hybrid shards are written: none where the source has no bytes."""
+        """The shards that get hybrid shards: none if the source has no bytes."""
         return self.shards if self.pipeline.asked.has_hybrid_shards else []
 
     def some_shards(self) -> list[str]:
-        """`shards`, of which there is at least one.
+        """`shards`, at least one.
 
         Raises:
             ConfigError: the table is empty.
@@ -102,7 +102,7 @@ class Snapshot:
         return self.shards
 
     def state(self, shard: str) -> State | None:
-        """What a shard's partition was folded from; None if there is none."""
+        """What a shard's partition was folded from; None if it has no partition."""
         if shard not in self._states:
             self._states[shard] = partitions.partition_state(self.layout, shard)
         return self._states[shard]

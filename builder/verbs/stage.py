@@ -99,7 +99,7 @@ def finish_stage_run(snapshot: Snapshot, planned: PlannedStage, outcome: Outcome
 
 
 def _say_notes(pipeline: Pipeline, work: Work, column: str, run: str, talk: Talk) -> None:
-    """Reports how many rows of a run have a note: something of them was not taken as it came."""
+    """Reports how many rows of a run have a note: part of their input was changed or ignored."""
     with Samples(pipeline.layout, work.columns, work.shards) as samples:
         of_run = f"{column} is not null and {work.stage.name}_run = '{run}'"
         [(rows, example)] = samples.fixed(f"select count(*), min({column}) from samples where {of_run}")
@@ -115,7 +115,7 @@ def nothing_to_do(name: str, counts: Counts, talk: Talk) -> Outcome:
 
 
 def _say_classes(layout: Layout, work: Work, talk: Talk) -> None:
-    """Reports the classes of a stage's failures in the table, where none of them is of the class to try again."""
+    """Reports the classes of a stage's failures in the table, if none of them is the class to try again."""
     with Samples(layout, work.columns, work.shards) as samples:
         classes = ", ".join(f"{kind} ({rows})" for kind, rows, _ in failure_classes(samples, work.stage.name))
     talk.say(f"{work.stage.name}: no row asked for has failed with '{work.choice.retry_class}'; there are: {classes}")

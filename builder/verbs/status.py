@@ -102,7 +102,7 @@ def _out_of_date(snapshot: Snapshot, suspects: Sequence[int]) -> dict[str, int]:
         if not count:
             found[name] = 0
             continue
-        with contextlib.suppress(ConfigError):  # its own command says what is wrong with the SQL
+        with contextlib.suppress(ConfigError):  # the stage's own command reports what is wrong with its SQL
             work = work_of(snapshot, name, Choice(), snapshot.table_shards)
             found[name] = count_rows(snapshot.layout, [work])[0].out_of_date
     return found

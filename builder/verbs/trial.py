@@ -70,7 +70,7 @@ def try_stage(pipeline: Pipeline, name: str, choice: Choice, count: int) -> Tria
         raise ConfigError(
             f"stage '{name}' has no row to try",
             where={"sql": use.sql.origin},
-            fix="with --redo rows that have an answer are tried, too",
+            fix="add --redo to try rows that have an answer too",
         )
     take_task_defaults()
     stage = use.stage

@@ -1,4 +1,4 @@
-"""What the stages of a pipeline are to do in a root."""
+"""The work that the stages of a pipeline have in a root."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def _say_kept(snapshot: Snapshot, plan: WritePlan, talk: Talk) -> None:
 
 
 def help_for(snapshot: Snapshot, reason: str) -> str:
-    """What helps where samples stay the source's for a reason out of `hybrid.edit.REASONS`."""
+    """What to do about samples that stay the source's, for a reason out of `hybrid.edit.REASONS`."""
     if reason == SEVERAL_PICTURES:
         return 'say what becomes of the others: [write] other_pictures = "keep" or "drop"'
     if reason == NO_TEXT:

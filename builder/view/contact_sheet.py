@@ -1,4 +1,4 @@
-"""Draws a sheet that shows originals beside what replaced them, with both captions.
+"""Draws a sheet that shows originals next to the images that replaced them, with both captions.
 
 Owns the layout of that one picture; takes bytes and texts, and knows nothing of shards and tables.
 """

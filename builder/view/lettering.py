@@ -15,7 +15,7 @@ from PIL import ImageFont
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-#: Characters beside ASCII that Pillow's copy of Aileron can draw.
+#: Characters other than ASCII that Pillow's copy of Aileron can draw.
 _DRAWABLE = frozenset("©«°±´·»‘’“”…‹›⁄™")
 #: Letters that do not fall apart into a base letter and an accent.
 _PLAIN = str.maketrans(
@@ -55,7 +55,7 @@ def readable(text: str) -> str:
 
 
 def _split_word(word: str) -> tuple[str, list[str]]:
-    """Returns what of a word can be drawn, and its letters that cannot."""
+    """Returns the drawable part of a word, and its letters that cannot be drawn."""
     if word.isascii():
         return "".join(c for c in word if " " < c < "\x7f"), []
     bare = [c for c in unicodedata.normalize("NFKD", word) if not unicodedata.combining(c)]
@@ -130,7 +130,7 @@ def line_px(size: int) -> int:
 
 
 def fit(text: str, width: int, height: int, sizes: tuple[int, int]) -> tuple[list[str], int]:
-    """Finds the largest letters with which a text fits a box; the smallest and an ellipsis where none do.
+    """Finds the largest letters with which a text fits a box; else the smallest ones and an ellipsis.
 
     Args:
         text: as `readable` returns it.
@@ -138,7 +138,7 @@ def fit(text: str, width: int, height: int, sizes: tuple[int, int]) -> tuple[lis
         sizes: smallest and largest letters, pixels.
 
     Returns:
-        The lines, none where the box has no room for one, and the size.
+        The lines (none if the box has no room for one), and the size.
     """
     smallest, largest = sizes
     size = largest
