@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,21 @@ from builder.verbs.sql import answer
 from support.here import builder_here
 
 take_task_defaults()  # before a library counts its threads
+#: A file system in memory, and the bytes that it must have free to hold the folders of tests.
+_MEMORY, _MEMORY_NEEDED = Path("/dev/shm"), 4 << 30
+
+
+def _folders_of_tests_in_memory() -> None:
+    """Puts `tmp_path` into memory, where there is enough: a third of the suite would wait for fsync otherwise.
+
+    No test needs a disk: durable writes are recorded, and faults of disks are made by `support.faults`. `make torture`
+    kills on the real one. `PYTEST_DEBUG_TEMPROOT=/tmp` keeps the folders on disk.
+    """
+    if _MEMORY.is_mount() and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _MEMORY_NEEDED:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
+
+
+_folders_of_tests_in_memory()
 STAGES = Path(__file__).parent / "support/stages.py"
 #: mtime of the test tars' members; the fraction makes tarfile write a pax header for each, as webdataset's writer does.
 PAX_MTIME, USTAR_MTIME = 1_700_000_000.5, 1_700_000_000
