@@ -244,5 +244,6 @@ def test_a_folder_without_truth_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         faces_placed(tmp_path)
     assert (
-        str(caught.value) == f"no 'truth.tsv' next to the shards\n  folder: {tmp_path}\n  fix: make them: builder demo"
+        str(caught.value)
+        == f"no 'truth.tsv' next to the shards\n  folder: {tmp_path}\n  fix: make the demo's shards: builder demo"
     )
