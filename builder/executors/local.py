@@ -67,7 +67,13 @@ class LocalExecutor:
             return task_command(run, number)
 
         return TaskPool(
-            command, tasks, run.log, workers=settings.workers, devices=settings.devices, in_hand=run.in_hand
+            command,
+            tasks,
+            run.log,
+            workers=settings.workers,
+            devices=settings.devices,
+            in_hand=run.in_hand,
+            executor=self.name,
         )
 
     def enter_task(self) -> None:
@@ -93,6 +99,7 @@ class TaskPool:
         devices: each worker gets one of these, in turn.
         in_hand: returns the file that changes whenever a task begins a batch. If a task's processes die again and again
             with the same content in it, the task makes no progress.
+        executor: the name of the executor that the tasks belong to.
     """
 
     def __init__(
@@ -104,8 +111,9 @@ class TaskPool:
         workers: int,
         devices: Sequence[str] = ("cpu",),
         in_hand: Callable[[int], Path] | None = None,
+        executor: str = "local",
     ) -> None:
-        self._command, self._log, self._workers = command, log, workers
+        self._command, self._log, self._workers, self._executor = command, log, workers, executor
         self._devices, self._in_hand = list(devices), in_hand
         self._waiting = list(range(tasks))
         self._events: queue.Queue[tuple[_Worker, bytes | None]] = queue.Queue()
@@ -147,7 +155,7 @@ class TaskPool:
         slot = next(i for i in range(self._workers) if i not in self._running)
         path = self._log(number)
         device = self._devices[slot % len(self._devices)]
-        environment = task_environment("local", device, self._died_of.get(number, ""))
+        environment = task_environment(self._executor, device, self._died_of.get(number, ""))
         with files.open_log(path) as log:
             process = subprocess.Popen(
                 list(self._command(number)),

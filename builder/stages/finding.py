@@ -22,7 +22,7 @@ from builder import machine
 from builder.errors import BuilderError, SchemaError, StageError
 from builder.stages.contract import MEMBERS, Preparing, Resources, Stage, columns_of, outputs_of
 from builder.table import schema
-from builder.table.outputs import Bytes, Value, output_columns
+from builder.table.outputs import Bytes, Output, output_columns
 
 ENTRY_POINTS = "builder.stages"
 #: Similarity by `difflib` from which a name counts as a misspelt member.
@@ -228,7 +228,7 @@ def _check_spelling(kind: type[Any], name: str) -> None:
 def _check_names(kind: Any, name: str) -> None:
     """Inputs and outputs: plain names, each once, of types that the table can hold."""
     for one in kind.outputs:
-        if not isinstance(one, Value | Bytes | pa.Field):
+        if not isinstance(one, Output | pa.Field):
             raise StageError(
                 f"stage '{name}' has an output that is {type(one).__name__}",
                 fix='write outputs = (builder.Value("name", pa.string(), "what it means"),)',

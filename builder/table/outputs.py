@@ -94,7 +94,7 @@ def output(name: str, kind: pa.DataType, meaning: str, *, extension: str = "bin"
 
 def typed(outputs: Iterable[Output | pa.Field]) -> tuple[Output, ...]:
     """Outputs as `Value` and `Bytes`, whether declared as such or as fields of an Arrow schema."""
-    return tuple(one if isinstance(one, Value | Bytes) else _of_field(one) for one in outputs)
+    return tuple(_of_field(one) if isinstance(one, pa.Field) else one for one in outputs)
 
 
 def _of_field(field: pa.Field) -> Output:

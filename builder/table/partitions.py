@@ -78,7 +78,7 @@ def folded(
     Raises:
         ShardError: a column file is damaged.
     """
-    generation, columns = load_schema(layout)
+    schema_generation, columns = load_schema(layout)
     found = listing(layout, shard, fresh=fresh)
     newest_of = {stage: generations[-1] for stage, generations in found.items()}
     source = _content_of(layout, shard, SOURCE, newest_of[SOURCE], known)
@@ -90,7 +90,7 @@ def folded(
             stages[stage] = aligned(layout, shard, stage, content, found, source).of_shard
     count, none = source.table.num_rows, pa.table({})
     table = pa.table({column.name: column_values(stages.get(column.stage, none), column, count) for column in columns})
-    return table, State(newest_of, generation, source.rows, source.source)
+    return table, State(newest_of, schema_generation, source.rows, source.source)
 
 
 def folded_metadata(
