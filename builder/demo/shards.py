@@ -415,9 +415,11 @@ Format = Literal["jpg", "png", "webp"]
 
 def _format(index: int, count: int) -> Format:
     """Returns how a sample is stored: one png and one webp in each shard that has three samples."""
-    if count < 3:
-        return "jpg"
-    return "png" if index == count // 3 else "webp" if index == 2 * count // 3 else "jpg"
+    if count >= 3 and index == count // 3:
+        return "png"
+    if count >= 3 and index == 2 * count // 3:
+        return "webp"
+    return "jpg"
 
 
 def _sample(

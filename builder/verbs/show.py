@@ -73,7 +73,7 @@ def save_images(pipeline: Pipeline, rows: Sequence[dict[str, Any]], folder: Path
     """Writes the source image and the generated one of samples; returns the files."""
     saved = []
     for row in rows:
-        wanted = ["image"] + ["edit"] * (row.get("image_path") is not None)
+        wanted = ["image"] if row.get("image_path") is None else ["image", "edit"]
         with MemberReader(pipeline.layout, row["shard"], wanted) as reader:
             for member in wanted:
                 data = reader.read(row["row"], member)
