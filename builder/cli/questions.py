@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,16 +16,16 @@ from builder.cli.output import CELL_WIDTH, VALUE_WIDTH, cut, hint, is_number, js
 from builder.errors import ConfigError
 from builder.progress import few, plain
 
+if TYPE_CHECKING:
+    from builder.verbs.pipeline import Pipeline
+    from builder.verbs.plan import Plan
+
 
 @click.command()
 @pipeline_options
 @choice_options
 @json_option
-def plan(
-    named: PipelineOptions,
-    choice: dict[str, Any],
-    as_json: bool,
-) -> None:
+def plan(named: PipelineOptions, choice: dict[str, Any], as_json: bool) -> None:
     """Show what there is to do; start nothing.
 
     Counts of the stages and of write are for the shards that are in the table already.
@@ -43,32 +43,62 @@ def plan(
     loaded = named.load()
     asked = Choice(**choice)
     found = make_plan(loaded, asked)
-    shards, write_plan = found.ingest, found.write
-    commands = [loaded.command(rule.command) for rule in found.older]
     if as_json:
-        value = {
-            "ingest": {
-                "shards": len(shards.found.paths),
-                "todo": len(shards.todo),
-                "missing": [str(path) for path in shards.missing],
-                "vanished": shards.vanished,
-            },
-            "stages": {name: vars(counts) for name, counts in found.stages.items()},
-            "write": {
-                "shards": write_plan.shards,
-                "todo": len(write_plan.todo),
-                "edited": write_plan.edited,
-                "dropped": write_plan.dropped,
-                "stale": write_plan.stale,
-                "refused": write_plan.refused,
-                "kept": dict(write_plan.kept),
-                "bytes_needed": write_plan.needed,
-                "bytes_free": write_plan.free,
-            },
-            "older": [{**vars(rule), "command": command} for rule, command in zip(found.older, commands, strict=True)],
-        }
-        click.echo(json.dumps(value))
+        click.echo(json.dumps(_plan_as_json(loaded, found)))
         return
+    _show_plan(found)
+    for reason in found.write.kept:
+        hint(f"{REASONS[reason]}: {help_for(Snapshot(loaded), reason)}")
+    for rule in found.older:
+        what = "shards were read" if rule.stage == "ingest" else "rows were answered"
+        click.echo(f"\n{rule.stage}: {rule.count:,} {what} by version {rule.version}, and stay so until you ask:")
+        for change in rule.changes:
+            click.echo(f"  now {change}")
+        click.echo(f"  {loaded.command(rule.command)}")
+    if found.write.needed > found.write.free:
+        click.echo(
+            "too little free disk for write: free some space, or name a folder on another disk with [write] folder",
+            err=True,
+        )
+    first = next((name for name, counts in found.stages.items() if counts.todo), None)
+    if first is not None and asked != Choice():
+        hint(f"next: {loaded.command(shlex.join(['stage', first, *choice_words(choice)]))}")
+    elif first is not None or found.ingest.todo or found.write.todo:
+        hint(f"next: {loaded.command('run')}")
+    else:
+        click.echo("nothing to do", err=True)
+
+
+def _plan_as_json(loaded: Pipeline, found: Plan) -> dict[str, Any]:
+    shards, write = found.ingest, found.write
+    return {
+        "ingest": {
+            "shards": len(shards.found.paths),
+            "todo": len(shards.todo),
+            "missing": [str(path) for path in shards.missing],
+            "vanished": shards.vanished,
+        },
+        "stages": {name: vars(counts) for name, counts in found.stages.items()},
+        "write": {
+            "shards": write.shards,
+            "todo": len(write.todo),
+            "edited": write.edited,
+            "dropped": write.dropped,
+            "stale": write.stale,
+            "refused": write.refused,
+            "kept": dict(write.kept),
+            "bytes_needed": write.needed,
+            "bytes_free": write.free,
+        },
+        "older": [{**vars(rule), "command": loaded.command(rule.command)} for rule in found.older],
+    }
+
+
+def _show_plan(found: Plan) -> None:
+    """Prints what there is to ingest, for each stage, and to write."""
+    from builder.hybrid.edit import REASONS
+
+    shards, write = found.ingest, found.write
     print_facts(
         "ingest",
         [("shards that the pipeline names", len(shards.found.paths)), ("new or changed, to read", len(shards.todo))],
@@ -86,39 +116,19 @@ def plan(
     print_facts(
         "write",
         [
-            ("hybrid shards", write_plan.shards),
-            ("not up to date, to write", len(write_plan.todo)),
-            ("samples edited", write_plan.edited),
-            ("samples dropped", write_plan.dropped),
-            ("bytes needed", write_plan.needed),
-            ("bytes free", write_plan.free),
+            ("hybrid shards", write.shards),
+            ("not up to date, to write", len(write.todo)),
+            ("samples edited", write.edited),
+            ("samples dropped", write.dropped),
+            ("bytes needed", write.needed),
+            ("bytes free", write.free),
         ],
         [
-            ("of these, image older than its prompt", write_plan.stale),
-            ("chosen but bad in the source, left as they are", write_plan.refused),
-            *((f"{REASONS[reason]}, left as they are", count) for reason, count in write_plan.kept.items()),
+            ("of these, image older than its prompt", write.stale),
+            ("chosen but bad in the source, left as they are", write.refused),
+            *((f"{REASONS[reason]}, left as they are", count) for reason, count in write.kept.items()),
         ],
     )
-    for reason in write_plan.kept:
-        hint(f"{REASONS[reason]}: {help_for(Snapshot(loaded), reason)}")
-    for rule, command in zip(found.older, commands, strict=True):
-        what = "shards were read" if rule.stage == "ingest" else "rows were answered"
-        click.echo(f"\n{rule.stage}: {rule.count:,} {what} by version {rule.version}, and stay so until you ask:")
-        for change in rule.changes:
-            click.echo(f"  now {change}")
-        click.echo(f"  {command}")
-    if write_plan.needed > write_plan.free:
-        click.echo(
-            "too little free disk for write: free some space, or name a folder on another disk with [write] folder",
-            err=True,
-        )
-    first = next((name for name, counts in found.stages.items() if counts.todo), None)
-    if first is not None and asked != Choice():
-        hint(f"next: {loaded.command(shlex.join(['stage', first, *choice_words(choice)]))}")
-    elif first is not None or shards.todo or write_plan.todo:
-        hint(f"next: {loaded.command('run')}")
-    else:
-        click.echo("nothing to do", err=True)
 
 
 @click.command()
