@@ -412,7 +412,7 @@ def test_text_of_a_root_s_schema_is_no_sql(given: Given, column: dict[str, str])
     try:
         _, columns = root_schema.load_schema(layout)
     except ShardError as error:
-        assert "schema is not one that builder has written" in error.what
+        assert "schema was not written by builder" in error.what
     else:
         for shards in ([], layout.partitions()):
             with Samples(layout, columns, shards) as asked:

