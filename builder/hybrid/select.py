@@ -5,8 +5,9 @@ The writer and all exports read their rows from here. It knows no tars, and noth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -71,6 +72,7 @@ def select(
     *,
     boxes: Collection[str] = (),
     refused: dict[str, BuilderError] | None = None,
+    state: Callable[[str], partitions.State | None] | None = None,
 ) -> Iterator[Selection]:
     """Evaluates write SQL once and yields one Selection for each of `shards` that is in the table, sorted by name, also
     where no row is selected.
@@ -79,10 +81,12 @@ def select(
         columns: of the table.
         boxes: json fields that hold boxes of a sample's picture; SQL that returns images sets none of them.
         refused: takes the shards of which there is no selection, with the reason; without it the first one ends all.
+        state: returns what the caller already knows of a partition, instead of reading it.
 
     Raises:
         ConfigError: the SQL is refused, returns a column that has no meaning here, or returns a row twice.
     """
+    state_of = state or partial(partitions.partition_state, layout)
     with Samples(layout, columns, shards, deciding=[sql]) as samples:
         relation = samples.select(sql, params)
         returned = [_known_name(name) for name in samples.names(sql, params)]
@@ -96,21 +100,21 @@ def select(
             by_shard = _by_shard(reader, sql)
             waiting = next(by_shard, None)
             for shard in sorted(shards):
-                state = partitions.partition_state(layout, shard)
-                if state is None:
+                known = state_of(shard)
+                if known is None:
                     continue
                 while waiting is not None and waiting[0] < shard:
                     waiting = next(by_shard, None)  # of a shard that the table does not have
                 rows: list[dict[str, Any]] = []
                 try:
                     if waiting is not None and waiting[0] == shard:
-                        rows, state = _with_table(layout, shard, waiting[1], more)
+                        rows, known = _with_table(layout, shard, waiting[1], more)
                         waiting = next(by_shard, None)
                     _check_once(shard, rows, sql)
                 except Exception as error:
                     note_refused(refused, shard, error)
                     continue
-                yield Selection(shard, state, rows, row_schema)
+                yield Selection(shard, known, rows, row_schema)
         except DuckError as error:
             raise guarded(sql, error) from error
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,18 +67,23 @@ def plans(
     params: dict[str, Any],
     rules: Rules,
     refused: dict[str, BuilderError] | None = None,
+    state: Callable[[str], partitions.State | None] | None = None,
 ) -> Iterator[ShardPlan]:
     """Evaluates the write SQL once and yields the plan of every shard, in order.
 
     Args:
         refused: takes the shards of which no plan can be made, with the reason; without it the first one ends all.
+        state: as of `select.select`.
 
     Raises:
         ConfigError: as `select.select`; an image has only a part of its columns, or its run is gone; json does not
             have a value.
     """
     stage = image_stage(columns)
-    for found in select.select(layout, columns, shards, sql, params, boxes=rules.box_fields, refused=refused):
+    selections = select.select(
+        layout, columns, shards, sql, params, boxes=rules.box_fields, refused=refused, state=state
+    )
+    for found in selections:
         try:
             plan = plan_shard(layout, found.shard, found.state, found.rows, stage, rules)
         except Exception as error:

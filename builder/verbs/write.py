@@ -97,7 +97,9 @@ def plans_of(
 ) -> Iterator[shard_plan.ShardPlan]:
     pipeline, write = snapshot.pipeline, snapshot.pipeline.config.write
     columns, sql = snapshot.known_columns, read_sql(write.select)
-    return shard_plan.plans(pipeline.layout, columns, shards, sql, write.params, pipeline.editing, refused)
+    return shard_plan.plans(
+        pipeline.layout, columns, shards, sql, write.params, pipeline.editing, refused, snapshot.state
+    )
 
 
 def run_write(pipeline: Pipeline, talk: Talk, *, snapshot: Snapshot | None = None) -> Outcome:
