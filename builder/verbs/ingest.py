@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from builder.engine import outdated, runs
-from builder.engine.runs import Outcome, PlannedRun, execute
+from builder.engine.runs import Outcome, PlannedRun
 from builder.hybrid import output_folder
 from builder.progress import EXAMPLES, Talk, few
 from builder.sources.base import Found, Seen
@@ -81,10 +81,7 @@ def run_ingest(pipeline: Pipeline, talk: Talk, *, redo: bool = False, snapshot: 
     planned = plan_ingest_run(snapshot, talk, redo=redo)
     if planned is None:
         return Outcome()
-    try:
-        outcome = execute(planned, talk)
-    finally:
-        snapshot.renew()
+    outcome = snapshot.execute(planned, talk)
     finish_ingest_run(snapshot, planned, outcome, talk)
     return outcome
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from builder.engine import workset
+from builder.engine import runs, workset
+from builder.engine.runs import Outcome, PlannedRun
 from builder.errors import ConfigError
+from builder.progress import Talk
 from builder.sources.base import Found, Source
 from builder.stages.finding import with_built_in
 from builder.table import partitions, root_schema, schema
@@ -33,6 +35,13 @@ class Snapshot:
         self._healed.clear()
         for name in ("root_columns", "table_shards", "columns", "known_columns", "source"):
             self.__dict__.pop(name, None)
+
+    def execute(self, planned: PlannedRun, talk: Talk) -> Outcome:
+        """Executes a planned run, as `runs.execute`; what was found of the root before it is forgotten."""
+        try:
+            return runs.execute(planned, talk)
+        finally:
+            self.renew()
 
     # --- the source ---
 

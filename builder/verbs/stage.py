@@ -9,7 +9,7 @@ from typing import Any
 
 from builder.engine import runs, workset
 from builder.engine.counting import count_rows
-from builder.engine.runs import Outcome, PlannedRun, execute
+from builder.engine.runs import Outcome, PlannedRun
 from builder.engine.work import Choice, Counts, Work
 from builder.errors import LASTING
 from builder.progress import Talk
@@ -45,10 +45,7 @@ def run_stage(
     planned = plan_stage_run(snapshot, name, choice, talk)
     if planned is None:
         return Outcome()
-    try:
-        outcome = execute(planned, talk)
-    finally:
-        snapshot.renew()
+    outcome = snapshot.execute(planned, talk)
     finish_stage_run(snapshot, planned, outcome, talk)
     return outcome
 

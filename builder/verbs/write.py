@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.engine import runs, workset
-from builder.engine.runs import Outcome, PlannedRun, execute
+from builder.engine.runs import Outcome, PlannedRun
 from builder.engine.workset import Slice
 from builder.errors import BuilderError, TransientError
 from builder.hybrid import image, output_folder, shard_plan
@@ -108,8 +108,9 @@ def run_write(pipeline: Pipeline, talk: Talk, *, snapshot: Snapshot | None = Non
     Raises:
         TransientError: too little free disk.
     """
-    planned = plan_write_run(snapshot or Snapshot(pipeline), talk)
-    outcome = Outcome() if planned is None else execute(planned, talk)
+    snapshot = snapshot or Snapshot(pipeline)
+    planned = plan_write_run(snapshot, talk)
+    outcome = Outcome() if planned is None else snapshot.execute(planned, talk)
     finish_write_run(pipeline, outcome, talk)
     return outcome
 
