@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -103,3 +106,22 @@ def test_what_was_committed_is_seen(done: Workspace) -> None:
     snapshot.renew()
     assert snapshot.state("00000000") != before
     assert json.loads(done.run("plan", "--json").stdout)["stages"]["lang"]["todo"] == 0
+
+
+def test_partitions_that_could_not_be_folded_are_healed_the_next_time(
+    done: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = done.load().layout
+    before = layout.partition("00000001").read_bytes()
+    done.run("stage", "lang", "--redo")
+    layout.partition("00000001").write_bytes(before)
+    snapshot = Snapshot(done.load())
+    assert snapshot.state("00000001") == partitions.partition_state(layout, "00000001")
+    with monkeypatch.context() as patched:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(layout.partition("00000001")))
+        patched.setattr(partitions, "fold", Mock(side_effect=full))
+        with pytest.raises(OSError, match="No space left on device"):
+            snapshot.heal()
+    snapshot.heal()
+    assert not partitions.is_behind(layout, "00000001")
+    assert snapshot.state("00000001") == partitions.partition_state(layout, "00000001")

@@ -16,12 +16,14 @@ import pytest
 from builder.config.problems import Problems
 from builder.config.sections import DatasetSection
 from builder.errors import ConfigError
+from builder.hybrid import select
 from builder.sources import kinds
 from builder.sources.base import Found, Read, Seen
 from builder.store.layout import Layout
 from builder.table import partitions, schema
 from builder.table.origin import Origin
 from builder.table.schema import SOURCE, Column
+from builder.table.sql_text import Sql
 from conftest import STAGES, Workspace
 
 
@@ -111,6 +113,13 @@ workers = 1
 [stages.note]
 python = "{stages}:Note"
 sql = "{folder}/note.sql"
+
+[stages.prompts]
+sql = "{folder}/prompts.sql"
+
+[stages.generate]
+width = 64
+height = 64
 """
 
 
@@ -122,6 +131,7 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     for name in ("a", "b"):
         (tmp_path / f"texts/{name}.txt").write_text("".join(f"A photo of {n} dogs in {name}\n" for n in range(3)))
     (tmp_path / "note.sql").write_text("select shard, row, uid, key, caption as text from samples")
+    (tmp_path / "prompts.sql").write_text("select shard, row, uid, caption as text from samples")
     file = tmp_path / "pipeline.toml"
     file.write_text(PIPELINE.format(folder=tmp_path, stages=STAGES))
     return Workspace(tmp_path, file)
@@ -144,7 +154,33 @@ def test_rows_without_bytes_go_the_whole_way(lines: Workspace) -> None:
     assert not (lines.root / "shards/a.tar").exists()
     proof = lines.run("verify")
     assert "sources of the kind 'lines' have no hybrid shards" in proof.stderr
+    assert "prompts: 6 rows, 6 ok" in lines.run("run").stderr
     assert "nothing to do" in lines.run("run").stderr
+
+
+@pytest.mark.parametrize("image", ["source", "jpg"])
+def test_rows_without_pictures_get_new_ones(lines: Workspace, image: str) -> None:
+    setting = ("--set", f"write.image={image}")
+    told = lines.run("run", *setting).stderr
+    assert "prompts: 6 rows, 6 ok" in told
+    assert "generate: 6 rows, 6 ok" in told
+    assert lines.rows("select distinct image_format, image_width, generate_error from samples") == [("jpg", 64, None)]
+    status = json.loads(lines.run("status", *setting, "--json").stdout)
+    assert (status["stages"]["generate"]["ok"], status["left_out"]) == (6, {})
+    assert "6 rows of 2 shards" in lines.run("status", *setting).stdout
+    plan = json.loads(lines.run("plan", *setting, "--json").stdout)
+    assert (plan["stages"]["generate"]["todo"], plan["write"]["shards"]) == (0, 0)
+    assert "write: " in lines.run("write", *setting).stderr
+    assert "have no hybrid shards" in lines.run("verify", *setting).stderr
+    [(uid,)] = lines.rows("select uid from samples where shard = 'b' and row = 1")
+    assert lines.run("regen", uid, *setting, "--check").stdout.endswith("the same image, bit for bit\n")
+
+
+def test_a_selected_sample_without_members_has_no_extensions(lines: Workspace) -> None:
+    lines.run("ingest")
+    layout, sql = lines.load().layout, Sql("select shard, row, uid from samples", "all")
+    [of_a, _] = select.select(layout, Lines("").columns, ["a", "b"], sql, {})
+    assert [select.extensions_of(row) for row in of_a.rows] == [(), (), ()]
 
 
 def test_a_line_that_changes_is_read_again_and_answered_again(lines: Workspace) -> None:

@@ -6,12 +6,16 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from builder.engine import runs
+from builder.stages.generate import Generate
 from builder.store.layout import RunFiles
+from builder.verbs.regen import regenerate
 from conftest import Workspace, make_workspace
 from support.planned import section
 
@@ -118,6 +122,22 @@ def test_an_image_that_comes_out_otherwise_is_told_with_the_reasons(drawn: Works
     assert lines[2].startswith("  pillow: 0.1, now ")
     assert lines[3].startswith("  image_seed: ")
     assert len(lines) == 4
+
+
+def test_packages_that_a_stage_declares_in_one_version_only(drawn: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that its run recorded is compared; one that is declared only now was not recorded."""
+    uid, shard, row = an_image(drawn)
+    [(run,)] = drawn.rows(f"select generate_run from samples where uid = '{uid}'")
+    description = RunFiles.at(drawn.load().layout.run(run)).description
+    data = json.loads(description.read_text())
+    data["packages"] |= runs.versions(["rich", "pytest"])
+    data["packages"] |= {"gone-since": "1.0", "pytest": "0.1"}
+    description.write_text(json.dumps(data))
+    monkeypatch.setattr(Generate, "packages", (*Generate.packages, "click"))
+    assert regenerate(drawn.load(), f"{shard}:{row}").reasons == [
+        f"click: not recorded, now {version('click')}", "gone-since: 1.0, now not installed",
+        f"pytest: 0.1, now {version('pytest')}",
+    ]  # fmt: skip
 
 
 def test_what_cannot_be_made_again_says_why(whole: Workspace) -> None:

@@ -98,7 +98,7 @@ def _format_of(work: Work) -> list[str]:
             f"when list_contains({have}, '{extension}') then '{kind}'"
             for extension, kind in formats.OF_EXTENSION.items()
         )
-        asked = f"case {' '.join(cases)} end"
+        asked = f"case {' '.join(cases)} else {asked} end"  # a sample without a picture has no format to keep
     return [f"{asked} as {work.stage.name}_format_asked"]
 
 

@@ -127,8 +127,9 @@ def note_refused(refused: dict[str, BuilderError] | None, shard: str, error: Exc
 
 
 def extensions_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """The extensions of a selected sample's members, in the order in which they lie in the source."""
-    return tuple(row["source_extensions"].split(_BETWEEN))
+    """The extensions of a selected sample's members, as they lie in the source; empty for one without members."""
+    joined = row["source_extensions"]
+    return tuple(joined.split(_BETWEEN)) if joined else ()
 
 
 def _check_once(shard: str, rows: list[dict[str, Any]], sql: Sql) -> None:

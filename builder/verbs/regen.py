@@ -236,11 +236,11 @@ def _reasons(run: _Run, stage: Stage, row: dict[str, Any], values: dict[str, Any
     found = []
     if run.version != stage.version:
         found.append(f"stage '{stage.name}': version {run.version}, now {stage.version}")
-    now = runs.versions(stage.packages)
+    now = runs.versions({*stage.packages, *run.packages})
     for name in sorted({*run.packages, *now}):
-        then = run.packages.get(name, "not installed")
-        if then != now.get(name, "not installed"):
-            found.append(f"{name}: {then}, now {now.get(name, 'not installed')}")
+        then = run.packages.get(name)
+        if then != now.get(name):
+            found.append(f"{name}: {_said(then)}, now {now.get(name, 'not installed')}")
     for name, value in values.items():
         if name != "image" and name in row and row[name] != value:
             found.append(f"{name}: {_said(row[name])}, now {_said(value)}")

@@ -121,6 +121,10 @@ class Snapshot:
         late = [shard for shard in self.shards if shard not in self._healed]
         if not late:
             return
+        is_same = False
+        try:
+            is_same = partitions.heal(self.layout, late, state=self.state) == 0
+        finally:
+            if not is_same:  # also after an error: some of them may have been folded before it
+                self._states.clear()
         self._healed.update(late)
-        if partitions.heal(self.layout, late, state=self.state):
-            self._states.clear()

@@ -70,7 +70,8 @@ def read_status(pipeline: Pipeline) -> dict[str, Any]:
                 "out_of_date": late.get(name),
                 "errors": [{"class": kind, "rows": count, "example": example} for kind, count, example in classes],
             }
-        result["left_out"] = dict(_left_out(samples, known, pipeline.editing)) if images else {}
+        is_writing = images and pipeline.asked.has_hybrid_shards
+        result["left_out"] = dict(_left_out(samples, known, pipeline.editing)) if is_writing else {}
     result["hybrid_shards"] = len(layout.hybrid_names())
     result["runs"] = len(names(layout.runs))
     return result
