@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -139,14 +139,22 @@ def write_tar(
     *,
     form: int = tarfile.PAX_FORMAT,
     mtime: float = PAX_MTIME,
+    records: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes a tar of members in this order, mode 0444, owner bigdata, as the field's writers do."""
+    """Writes a tar of members in this order, mode 0444, owner bigdata, as the field's writers do.
+
+    Args:
+        records: more pax records of the last sample's members.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    members = list(members)
     with tarfile.open(path, "w", format=form) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
             info.size, info.mode, info.uname, info.gname = len(data), 0o444, "bigdata", "bigdata"
             info.mtime = mtime  # type: ignore[assignment]
+            if records and name.partition(".")[0] == members[-1][0].partition(".")[0]:
+                info.pax_headers = dict(records)
             archive.addfile(info, io.BytesIO(data))
     return path
 

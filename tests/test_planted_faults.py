@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ import pytest
 from builder.hybrid import edit, image, manifest, output_folder, shard_plan, splice
 from builder.hybrid.verify import proof
 from builder.progress import Talk
-from builder.tar import blocks, record_heads
-from builder.tar.walk import pax_records
+from builder.tar import blocks, record_heads, walk
 from builder.verbs.snapshot import Snapshot
 from builder.verbs.verify import prove
 from builder.verbs.write import write_plans
@@ -43,8 +42,9 @@ from samples where image_path is not null and row > 0
 """
 CAPTIONS = "select shard, row, uid, 'new ü' as caption, 7 as set_rating from samples where row in (1, 2)"
 #: Of shard `a`, row by row: not selected, a plain sample, one with a long name, one without a json, one that was edited
-#: before, one that is dropped, the last one.
+#: before, one that is dropped, the last one, which has pax records of its own.
 LONG = "folder/" * 15 + f"{2:032x}-0"
+OWN_RECORDS = {"LIBARCHIVE.creationtime": "1700000000", "comment": "a=b\n12 c=d\n"}
 KEYS = [f"{0:032x}-0", f"{1:032x}-0", LONG, *(f"{i:032x}-0" for i in range(3, 7))]
 
 
@@ -61,7 +61,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         if number == 4:
             sample.fields |= {"original_caption": "the first", "provenance": {"model": "older"}}
         members += [one for one in sample.members() if number != 3 or not one[0].endswith("json")]
-    write_tar(made.folder / f"source/{SHARD}.tar", members)
+    write_tar(made.folder / f"source/{SHARD}.tar", members, records=OWN_RECORDS)
     made.run("run")
     made.run("stage", "prompts", "--redo", "--set", "stages.prompts.style=A painting of {caption}")
     (made.folder / "images.sql").write_text(IMAGES)
@@ -500,7 +500,7 @@ def of_pax(change: Callable[[dict[bytes, bytes]], object], row: int | None = Non
             if head[156:157] != b"x" or (row is not None and KEYS[row] not in name):
                 return head
             length = blocks.number_of(head[124:136])
-            records = pax_records(head[512 : 512 + length], 0)
+            records = walk.pax_records(head[512 : 512 + length], 0)
             change(records)
             body = b"".join(record_heads._pax_record(key, value) for key, value in records.items())
             first, last = bytearray(head[:512]), head[-512:]
@@ -657,22 +657,110 @@ def test_a_fault_of_the_statistics(problems: Callable[..., list[str]], monkeypat
     assert f"shard '{SHARD}': '{SHARD}_stats.json' says " in found[0]
 
 
+# --- faults in code that the writer has from elsewhere ---
+
+
+def test_a_pax_reader_that_loses_records(problems: Callable[..., list[str]], monkeypatch: Patch) -> None:
+    real = walk.pax_records
+
+    def faulty(body: bytes, at: int) -> dict[bytes, bytes]:
+        return {key: value for key, value in real(body, at).items() if not key.startswith(b"LIBARCHIVE.")}
+
+    replace_everywhere(monkeypatch, real, faulty)
+    assert problems() == [f"{label(6)}{HEADER}the pax records"]
+
+
+def test_an_end_of_the_archive_that_is_too_short(problems: Callable[..., list[str]], monkeypatch: Patch) -> None:
+    replace_everywhere(monkeypatch, blocks.end_of_archive, lambda length: bytes(2 * blocks.BLOCK))
+    [problem] = problems()
+    assert problem.startswith(f"shard '{SHARD}': it should end at byte "), problem
+
+
+def test_names_of_fields_that_are_not_compared_as_sql_does(
+    problems: Callable[..., list[str]], monkeypatch: Patch
+) -> None:
+    """The column `set_Rating` sets the field `rating`; the writer takes it for another one."""
+    monkeypatch.setattr(edit, "folded", lambda name: name)
+    [problem] = problems()
+    assert problem == f"{label(1)}its json field 'rating' is 1, and should be 2.5"
+
+
 # --- what the proof shares with the writer ---
 
 
+#: What the proof takes from the packages of tars and of hybrid shards, and why a fault there is not one of the proof's.
+OF_TAR_AND_HYBRID = {
+    "hybrid.edit.Rules": "the settings of the pipeline, no more than data",
+    "hybrid.manifest.read_description": "a manifest's digest and counts, which are compared with counted ones",
+    "hybrid.shard_plan.ShardPlan": "of it only the source, the digest and the rows of the write SQL are read",
+    "tar.blocks.BLOCK": "the block size of every tar",
+    "tar.blocks.MAX_OCTAL": "the largest size of a header's field; a header beyond it has another length",
+    "tar.blocks.REGULAR": "which members have content: the writer knows none of them by this",
+    "tar.blocks.number_of": "reads every size of the source, which could not be read with a wrong one",
+    "tar.blocks.padding": "leads from record to record of the source, which could not be read with a wrong one",
+    "tar.index.Index": "where members are, no more than data",
+    "tar.indexing.index": "reads the source, which other programs wrote, and refuses it where records do not follow",
+    "tar.member_names.belongs": "which members are of samples; the table's rows are compared with it",
+    "tar.member_names.split_name": "a sample's key in a member's name; every member of a row must have the row's key",
+}
+#: What the proof and the writer both take from elsewhere.
+OF_BOTH = {
+    "errors.BuilderError": "an error",
+    "errors.ShardError": "an error",
+    "formats.JPG": "the name of a format",
+    "formats.OF_EXTENSION": "a table of extensions, no more than data",
+    "machine.explained": "text of a message",
+    "machine.is_of_the_machine": "which errors are the machine's",
+    "sources.members.AGAIN": "text of a message",
+    "store.files.read_at": "bytes at a place of a file; the source's are compared with the hybrid shard's",
+    "store.layout.Layout": "paths",
+    "store.layout.RunFiles": "paths",
+    "table.edits.EditsReader": "bytes at a place of an edits tar; they are compared with the table's sha256",
+    "table.edits.again": "text of a message",
+    "table.partitions.partition_state": "the path of a source; its members are compared with the table's",
+    "table.partitions.read_partition": "reads the table, which is compared with its column files",
+}
+
+
+def taken(paths: Iterable[Path], modules: Collection[str]) -> set[str]:
+    """What files use of the package: `tar.blocks.BLOCK`, for modules of `modules` by attribute."""
+    found: set[str] = set()
+    for path in paths:
+        tree = ast.parse(path.read_text("utf-8"))
+        local: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "builder":
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}".removeprefix("builder.")
+                    if whole in modules:
+                        local[alias.asname or alias.name] = whole
+                    else:
+                        found.add(whole)
+            assert not (isinstance(node, ast.Import) and any(one.name[:7] == "builder" for one in node.names)), path
+        inside = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in local]
+        used = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        by_attribute = {id(node.value): node.attr for node in used}
+        found |= {f"{local[node.id]}.{by_attribute.get(id(node), '')}" for node in inside}
+    return found
+
+
 def test_the_proof_shares_no_decision_with_the_writer() -> None:
-    """Data alone: how a pipeline edits, source and digest of a plan, the rows of the selection, a manifest's footer."""
-    shared: set[str] = set()
-    attributes: set[str] = set()
-    for path in Path(proof.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                shared |= {f"{node.module}.{alias.name}" for alias in node.names}
-            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("plan", "self._plan", "manifest"):
-                attributes.add(node.attr)
-    of_writer = {name for name in shared if name.startswith("builder.hybrid") and ".verify" not in name}
-    assert of_writer == {
-        "builder.hybrid.edit.Rules", "builder.hybrid.shard_plan.ShardPlan", "builder.hybrid.manifest",
-    }  # fmt: skip
-    assert attributes == {"shard", "source", "digest", "selected", "read_description"}
-    assert not [name for name in shared if "record_heads" in name or name.startswith("builder.formats.picture")]
+    """Whatever decides what an edited sample holds or what its header says is the proof's own."""
+    folder = Path(proof.__file__).parent
+    package = folder.parents[1]
+    by_attribute = {str(path.relative_to(package).with_suffix("")).replace("/", ".") for path in package.rglob("*.py")}
+    of_proof = taken(folder.glob("*.py"), by_attribute)
+    of_proof = {name for name in of_proof if not name.startswith("hybrid.verify")}
+    assert {name for name in of_proof if name.split(".")[0] in ("tar", "hybrid")} == OF_TAR_AND_HYBRID.keys()
+    of_writer = taken([*folder.parent.glob("*.py"), package / "tar/record_heads.py"], by_attribute)
+    assert (of_proof & of_writer) - OF_TAR_AND_HYBRID.keys() == OF_BOTH.keys()
+    readers = {package / f"{name.replace('.', '/')}.py" for name in by_attribute if name.startswith("tar.")}
+    readers.remove(package / "tar/record_heads.py")  # makes headers
+    assert not [name for name in taken(readers, by_attribute) if name.startswith(("tar.record_heads", "hybrid"))]
+    attributes = {
+        node.attr
+        for path in folder.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("plan", "self._plan")
+    }
+    assert attributes == {"shard", "source", "digest", "selected"}

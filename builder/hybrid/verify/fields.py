@@ -16,7 +16,6 @@ from typing import Any
 
 from builder.hybrid.verify.change import Change
 from builder.hybrid.verify.problem import shown
-from builder.table.schema import folded
 
 Fields = dict[str, Any]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -86,8 +85,13 @@ def _name_in(source: Fields, name: str) -> str:
     """The field that a column of SQL sets: SQL does not distinguish case, and json does."""
     if name in source:
         return name
-    alike = [one for one in source if folded(one) == folded(name)]
+    alike = [one for one in source if _lower(one) == _lower(name)]
     return alike[0] if len(alike) == 1 else name
+
+
+def _lower(name: str) -> bytes:
+    """A name as SQL compares it: bytes know the case of ASCII letters alone."""
+    return name.encode("utf-8", "surrogatepass").lower()
 
 
 def provenance(change: Change, replaced: Fields) -> Fields:

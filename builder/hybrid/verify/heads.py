@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from builder.hybrid.verify.pax import records_of
 from builder.tar.blocks import BLOCK, MAX_OCTAL, number_of, padding
-from builder.tar.walk import pax_records
 
 #: Fields that are the old header's, with their first byte and the byte after the last. Source: POSIX.1-1988.
 _KEPT = (
@@ -44,16 +44,19 @@ def difference(head: bytes, old: bytes, name: str, size: int) -> str | None:
         return "linkname"
     if (fault := _form_fault(own)) is not None:
         return fault
-    wanted = [
-        (key, value)
-        for key, value in _records(old[:-BLOCK])
-        if key not in (b"path", b"size") and not key.startswith(b"GNU.")
-    ]
+    try:
+        records = _records(old[:-BLOCK])
+    except ValueError:
+        return "the pax records of the source cannot be read"
+    wanted = [(key, value) for key, value in records if key not in (b"path", b"size") and not key.startswith(b"GNU.")]
     if len(encoded) > 100 or b"\0" in encoded:
         wanted.append((b"path", encoded))
     if size > MAX_OCTAL:
         wanted.append((b"size", b"%d" % size))
-    return _prefix_fault(head[:-BLOCK], old[:-BLOCK], own, wanted)
+    try:
+        return _prefix_fault(head[:-BLOCK], old[:-BLOCK], own, wanted)
+    except ValueError:
+        return "the pax records"
 
 
 def _field_that_differs(own: bytes, was: bytes) -> str | None:
@@ -98,12 +101,16 @@ def _prefix_fault(prefix: bytes, old: bytes, own: bytes, wanted: list[tuple[byte
 
 @lru_cache(maxsize=256)
 def _records(prefix: bytes) -> tuple[tuple[bytes, bytes], ...]:
-    """The records of the pax headers in front of a header, without global ones; later ones of a name count."""
+    """The records of the pax headers in front of a header, without global ones; later ones of a name count.
+
+    Raises:
+        ValueError: one of the headers cannot be read.
+    """
     found: dict[bytes, bytes] = {}
     at = 0
     while at < len(prefix):
         size = number_of(prefix[at + 124 : at + 136])
         if prefix[at + 156] in b"xX":
-            found.update(pax_records(prefix[at + BLOCK : at + BLOCK + size], at))
+            found.update(records_of(prefix[at + BLOCK : at + BLOCK + size]))
         at += BLOCK + size + padding(size)
     return tuple(found.items())
