@@ -10,6 +10,7 @@ __all__ = [
     "Resources",
     "Stage",
     "Strict",
+    "UnderWay",
     "Value",
     "__version__",
     "open_dataset",
@@ -19,7 +20,7 @@ __all__ = [
 if TYPE_CHECKING:
     from builder.config.sections import Strict
     from builder.dataset import Dataset, open_dataset
-    from builder.stages.contract import Preparing, Resources, Stage
+    from builder.stages.contract import Preparing, Resources, Stage, UnderWay
     from builder.table.outputs import Bytes, Value, output
 
 _WHERE = {
@@ -32,6 +33,7 @@ _WHERE = {
     "Preparing": "stages.contract",
     "Resources": "stages.contract",
     "Stage": "stages.contract",
+    "UnderWay": "stages.contract",
 }
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
 
-from builder import Bytes, Preparing, Resources, Stage, Strict, Value, output
+from builder import Bytes, Preparing, Resources, Stage, Strict, UnderWay, Value, output
 from builder.engine import runs
+from builder.engine.batches import Left
+from builder.engine.reading import Batch
 from builder.errors import StageError
 from builder.stages import finding
 from builder.stages.contract import Resources as Contract
@@ -42,7 +45,7 @@ class Plain:
         output("picture", GENERATED, "bytes", extension="dat"),
         output("whose", pa.string(), "who", decides=False),
     ])
-    resources = Resources(cpus=2, memory_gb=0.5, batch_rows=3, ahead=2)
+    resources = Resources(cpus=2, batch_rows=3, ahead=2)
     notice = "a licence"
     params = {"unused": 1}
     tolerance = 0.0
@@ -148,7 +151,7 @@ class Fine(Stage):
 
 
 def test_the_least_that_a_stage_needs() -> None:
-    finding._check_class(Fine, "fine")
+    finding._checked(Fine, "fine")
     assert finding._adapted(Fine) is Fine
     stage = Fine(Strict())
     stage.setup("cpu")
@@ -175,7 +178,7 @@ def test_a_member_that_is_misspelt_is_refused(wrong: str, right: str, base: tupl
         members |= {"setup": Stage.setup, "close": Stage.close, "members": (), "resources": Resources()}
         members.pop(right, None)
     with pytest.raises(StageError) as refused:
-        finding._check_class(type("Wrong", base, members), "fine")
+        finding._checked(type("Wrong", base, members), "fine")
     assert str(refused.value) == (
         f"stage 'fine' has '{wrong}', which is not a member of a stage\n"
         f"  fix: did you mean '{right}'? Otherwise give it a name that starts with _"
@@ -189,7 +192,7 @@ def test_a_helper_next_to_the_member_itself_is_no_misspelling() -> None:
         _tolerence = 1
         words = ("look", "see")
 
-    finding._check_class(Helped, "fine")
+    finding._checked(Helped, "fine")
 
 
 def test_outputs_of_no_kind_are_refused() -> None:
@@ -197,7 +200,7 @@ def test_outputs_of_no_kind_are_refused() -> None:
         outputs = ("fine",)  # type: ignore[assignment]
 
     with pytest.raises(StageError, match="stage 'fine' has an output that is str"):
-        finding._check_class(Bare, "fine")
+        finding._checked(Bare, "fine")
 
 
 def test_an_arrow_field_and_a_typed_output_are_the_same() -> None:
@@ -209,8 +212,48 @@ def test_an_arrow_field_and_a_typed_output_are_the_same() -> None:
     assert outputs_of(Arrow) == (Value("a", pa.int32(), "px"), Bytes("b", "bytes", "jpg", decides=False))
 
 
-def test_memory_is_accepted_and_not_kept() -> None:
-    assert Resources(cpus=1, memory_gb=2, batch_rows=32) == Resources(batch_rows=32)
+def test_a_field_that_resources_do_not_have_is_named(tmp_path: Path) -> None:
+    """`memory_gb` was one, and nothing used it."""
+    with pytest.raises(StageError) as refused:
+        found(tmp_path, PLAIN.replace("cpus=2,", "cpus=2, memory_gb=0.5,"))
+    line = 1 + PLAIN[: PLAIN.index("resources =")].count("\n")
+    assert str(refused.value) == (
+        f"stage 'plain': '{tmp_path}/plain.py', line {line} raises TypeError: Resources.__init__() got an unexpected "
+        "keyword argument 'memory_gb'\n  fix: remove memory_gb from that line"
+    )
+
+
+def test_a_stage_may_set_every_member_itself(tmp_path: Path) -> None:
+    """An instance of a plain class keeps what it sets, and so does one of a derived class."""
+    members = [name for name in (*vars(Preparing), *vars(Stage), *Stage.__annotations__) if name[0] != "_"]
+    assert {"schema", "inputs", "totals"} < {*members}
+    lines = "".join(f"\n        self.{name} = 'own'" for name in members)
+    for source in (PLAIN, DERIVED):
+        kind = found(tmp_path, source.replace("        self.notes = []", lines.removeprefix("\n")))
+        stage = kind(kind.Options())
+        assert {name: getattr(stage, name) for name in members} == dict.fromkeys(members, "own")
+
+
+def test_work_that_is_prepared_can_be_cancelled() -> None:
+    class Derived(UnderWay):
+        def cancel(self) -> None: ...
+
+    class Misspelt(UnderWay):
+        def cancle(self) -> None: ...
+
+    class Other:
+        def cancel(self) -> None: ...
+
+    def under_way(prepared: Any) -> UnderWay | None:
+        done: Future[Any] = Future()
+        done.set_result(prepared)
+        return Batch([0], Left(StageError("x"), is_final=False), [0], done).under_way
+
+    with pytest.raises(TypeError, match="abstract method"):
+        Misspelt()  # type: ignore[abstract]
+    for prepared in (Derived(), Other()):
+        assert under_way(prepared) is prepared
+    assert under_way(["texts"]) is None
 
 
 def test_packages_of_the_built_in_stages_are_recorded() -> None:

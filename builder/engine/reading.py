@@ -14,7 +14,7 @@ from builder.errors import BuilderError, ConflictError
 from builder.machine import Sort, asked_again
 from builder.sources.members import EDIT, NOT_READ, digests_of
 from builder.sources.reader import MemberReader
-from builder.stages.contract import Preparing, Stage, formats_asked
+from builder.stages.contract import Preparing, Stage, UnderWay, formats_asked
 from builder.store.layout import Layout
 
 #: How many other rows of a shard are tried if no row of a batch can be read.
@@ -36,10 +36,10 @@ class Batch:
     prepared: Future[Any] | None = None
 
     @property
-    def under_way(self) -> Any | None:
+    def under_way(self) -> UnderWay | None:
         """The prepared object, if work on it goes on outside, so that it can be cancelled; else None."""
         prepared = None if self.prepared is None or self.prepared.exception() else self.prepared.result()
-        return prepared if hasattr(prepared, "cancel") else None
+        return prepared if isinstance(prepared, UnderWay) else None
 
 
 # --- reading rows ---

@@ -5,9 +5,11 @@ Owns the contract between the engine and a stage. Knows no stage of its own.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import pyarrow as pa
 from pydantic import BaseModel
@@ -31,7 +33,6 @@ class Resources:
     Attributes:
         cpus: cores.
         gpus: accelerators.
-        memory_gb: accepted, but not used.
         batch_rows: rows of one `process` call.
         ahead: batches that are read and prepared while the current one is answered.
         ahead_rows: at least this many rows are read ahead, even if batches are small.
@@ -39,7 +40,6 @@ class Resources:
 
     cpus: int = 1
     gpus: int = 0
-    memory_gb: InitVar[float] = 0.0
     batch_rows: int = 64
     ahead: int = 1
     ahead_rows: int = 0
@@ -147,7 +147,7 @@ class Stage:
     def __init__(self, options: Any) -> None:
         self.options = options
 
-    @property
+    @cached_property  # not a property: an instance may set its own
     def schema(self) -> pa.Schema:
         """The Arrow schema of an answer: `pa.RecordBatch.from_pydict({...}, schema=self.schema)`."""
         return schema_of(self.outputs)
@@ -218,6 +218,19 @@ class Stage:
         return dict(options)
 
 
+@runtime_checkable
+class UnderWay(Protocol):
+    """What `Preparing.prepare` returns where work on the batch goes on outside, such as requests to a server.
+
+    Derive from it: Python then refuses to make an object whose `cancel` is misspelt. Any object that has `cancel` is
+    cancelled, also one of a class that does not derive from it.
+    """
+
+    @abstractmethod
+    def cancel(self) -> object:
+        """Stops the work on the batch: it is not going to be processed. Called from the thread of `process`."""
+
+
 class Preparing(Stage):
     """A stage whose batches are prepared in another thread, while `process` works on the batch before."""
 
@@ -226,8 +239,8 @@ class Preparing(Stage):
 
         It must not touch anything that `process` changes, and should release the interpreter's lock during long work.
         What it raises counts as raised by `process`: the batch is halved, and its halves are prepared again. Its result
-        is in memory together with that of the batch before, so keep it bounded. If the result has a method `cancel`,
-        that is called if the batch is not going to be processed.
+        is in memory together with that of the batch before, so keep it bounded. If it is `UnderWay`, its `cancel` is
+        called when the batch is not going to be processed.
         """
         raise NotImplementedError
 

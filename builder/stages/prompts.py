@@ -23,7 +23,7 @@ from builder.models.llm.pool import Endpoint, Over, summary
 from builder.models.llm.template import DEFAULT_STYLE
 from builder.models.text import language
 from builder.models.text.language import LanguageModel
-from builder.stages.contract import Preparing, Resources, RowsFailed
+from builder.stages.contract import Preparing, Resources, RowsFailed, UnderWay
 from builder.table.outputs import Value
 
 #: Rows ahead per request in flight: a slow answer holds up its batch, and the other requests go on meanwhile.
@@ -327,7 +327,7 @@ class Prompts(Preparing):
             self._backend = None
 
 
-class _Asked:
+class _Asked(UnderWay):
     """A batch that a back end is asked about: per row its conversation, or why there is none."""
 
     def __init__(self, talks: list[Conversation | Rejected], outcomes: Future[list[AnswerOrError]]) -> None:
