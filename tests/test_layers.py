@@ -12,6 +12,9 @@ from collections.abc import Collection, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+import pytest
+
+from builder.stages import finding
 from conftest import Workspace, builder
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +179,44 @@ def test_ingest_questions_and_writer_do_not_import_torch(workspace: object, tmp_
     for command in (["ingest"], ["sql", "select count(*) from samples"], ["write"], ["verify"]):
         made.process(*command, env=environment)
         assert not mark.exists(), command
+
+
+def names_of_stages(source: str, stages: Collection[str]) -> list[str]:
+    """The texts of a source, docstrings too, that are the name of a stage, or name a stage or its section."""
+    either = "|".join(stages)
+    named = re.compile(rf"\bstages\.({either})\b|\bstages? [`'\"]?({either})[`'\"]|[`'\"]({either})[`'\"] stages?\b")
+    texts = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return [text for text in texts if isinstance(text, str) and (text in stages or named.search(text))]
+
+
+#: Texts in models that are also the name of a stage.
+SAME_WORDS = {
+    ("models/text/language", "lang"): "an extra, and a key of the answers of the package that finds languages",
+    ("models/faces/mtcnn_networks", "faces"): "an extra",
+}
+
+
+def test_models_name_no_stage() -> None:
+    found = {
+        (name, text)
+        for name, source in modules().items()
+        if name.startswith("models/")
+        for text in names_of_stages(source, finding.built_in())
+    }
+    assert found == SAME_WORDS.keys()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "write [[stages.prompts.endpoints]]", "Shared by the stages `faces` and `check`.", "the `check` stage",
+        "prompts", "of stage 'lang'",
+    ],
+)  # fmt: skip
+def test_a_text_that_names_a_stage_is_found(text: str) -> None:
+    assert names_of_stages(f"def f():\n    return {text!r}", finding.built_in()) == [text]
+    assert names_of_stages(f'"""{text}"""', finding.built_in()) == [text]
+    assert names_of_stages("x = 'two faces, [stages.mine] and a stage that checks'", finding.built_in()) == []
 
 
 # --- names ---

@@ -548,7 +548,7 @@ GROUP_FIX = 'give them, for example: groups = [["Black", "white", "Asian"], ["ma
         (
             {"backend": "openai"},
             "backend 'openai' has no endpoint\n"
-            '  fix: write [[stages.prompts.endpoints]] with base_url and model, or ports = [11434] and model = "..."',
+            '  fix: write an endpoints section with base_url and model, or ports = [11434] and model = "..."',
         ),
         (
             {"backend": "openai", "ports": [1]},

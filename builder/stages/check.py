@@ -14,11 +14,12 @@ from pydantic import Field
 from builder.errors import RowError
 from builder.models.decoding import Block
 from builder.models.faces.detectors import DETECTORS, FACE_PACKAGES, DetectorOptions, check_installed, check_options
-from builder.models.faces.finder import DIGITS, PICTURES_OF_2, FaceFinder
+from builder.models.faces.finder import DIGITS, FaceFinder
 from builder.models.images import safety
 from builder.models.images.safety import SafetyModel
 from builder.models.pictures import Pixels
 from builder.stages.contract import Preparing, Resources, answered
+from builder.stages.faces import PICTURES_OF_2
 from builder.table.outputs import Value
 
 #: Weights of red, green and blue in the grey image, in thousandths. Source: ITU-R BT.601, as Pillow's mode L.

@@ -11,13 +11,19 @@ from pydantic import Field
 from builder.errors import ConfigError
 from builder.models.decoding import Block
 from builder.models.faces.detectors import DETECTORS, FACE_PACKAGES, DetectorOptions, check_installed, check_options
-from builder.models.faces.finder import PICTURES_OF_2, FaceFinder, PictureSeen, is_large, nearness
+from builder.models.faces.finder import FaceFinder, PictureSeen, is_large, nearness
 from builder.stages.comparison import difference
 from builder.stages.contract import Preparing, Resources, answered
 from builder.table import boxes
 from builder.table.lookups import Lookup
 from builder.table.outputs import Value
 from builder.table.schema import BOXES
+
+#: What version 2 of the stages that detect faces changed in how pictures are looked at.
+PICTURES_OF_2 = (
+    "pictures are looked at as viewers show them (upright by their EXIF orientation, grey of 16 bits by its high 8, "
+    "transparent parts on white), small ones for smaller faces, and those above 8 megapixels shrunk"
+)
 
 
 class FacesOptions(DetectorOptions):

@@ -1,6 +1,6 @@
 """Faces in many pictures: decoded ahead, found by the configured detector, counted by score and size.
 
-Shared by the stages `faces` and `check`. Knows pictures as bytes and boxes; knows no columns and no table.
+Knows pictures as bytes and boxes; knows no stage, no columns and no table.
 """
 
 from __future__ import annotations
@@ -19,11 +19,6 @@ from builder.models.pictures import Pixels
 
 #: Decimal places of a coordinate in 0..1: finer than a pixel of any picture.
 DIGITS = 6
-#: What version 2 of the stages that detect faces changed in how pictures are looked at.
-PICTURES_OF_2 = (
-    "pictures are looked at as viewers show them (upright by their EXIF orientation, grey of 16 bits by its high 8, "
-    "transparent parts on white), small ones for smaller faces, and those above 8 megapixels shrunk"
-)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _endpoints(options: Any) -> list[Endpoint]:
     if not options.endpoints and not short:
         raise ConfigError(
             "backend 'openai' has no endpoint",
-            fix='write [[stages.prompts.endpoints]] with base_url and model, or ports = [11434] and model = "..."',
+            fix='write an endpoints section with base_url and model, or ports = [11434] and model = "..."',
         )
     return [*options.endpoints, *short]
 
