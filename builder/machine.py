@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from builder.errors import MachineError
+from builder.errors import MachineError, TransientError
 from builder.store.files import ReadError, file_system, strerror
 
 T = TypeVar("T")
@@ -163,13 +163,14 @@ def _sort_of_text(text: str) -> Sort | None:
     return Sort.SHORTAGE if any(os.strerror(number) in text for number in _SHORTAGE) else None
 
 
-def explained(error: BaseException) -> MachineError:
+def explained(error: BaseException) -> TransientError:
     """An error as a MachineError: what happened, where, and what to do about it.
 
-    Any OSError is accepted, not only those that `sort_of` recognizes.
+    Any OSError is accepted, not only those that `sort_of` recognizes. A TransientError that no error of the machine has
+    caused already says all of this, and is returned as it is.
     """
     cause = next((each for each in _chain(error) if _sort_of_one(each)), error)
-    if isinstance(cause, MachineError):
+    if isinstance(cause, TransientError):
         return cause
     number = _number_of(cause)
     text = strerror(cause) if isinstance(cause, OSError) else _said(cause)

@@ -576,3 +576,15 @@ def test_too_little_free_disk(workspace: Callable[..., Workspace], monkeypatch: 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
     run_write(made.load(), Talk())
     assert len(list((made.root / "shards").glob("*.tar"))) == 2
+    (made.folder / "write.sql").write_text("select shard, row, uid, 'new' as caption from samples")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1))
+    whole = ["run", "--pipeline", str(made.file), "--set", f"write.select={made.folder}/write.sql"]
+    ended = CliRunner().invoke(main, whole)  # the hybrid shards exist, so their room is counted by write alone
+    assert ended.exit_code == 1
+    assert re.search(
+        r"write: not finished: too little free disk for write: [\d,]+ bytes needed, 1 free\n"
+        rf"  folder: {made.root}/shards\n"
+        r"  shards to write: 2\n"
+        r"  fix: free some space, or name a folder on another disk: \[write\] folder in the pipeline\n",
+        ended.stderr,
+    )

@@ -25,6 +25,7 @@ from builder.errors import ConfigError
 from builder.hybrid import output_folder
 from builder.table import column_files
 from conftest import STAGES, Sample, Workspace, builder, make_shard, make_workspace, picture, samples, starts_in_ascii
+from support.here import builder_here
 from support.stages import cannot
 
 Make = Callable[..., Workspace]
@@ -948,6 +949,22 @@ def test_a_run_tells_every_problem_at_once(workspace: Make) -> None:
     assert all(f"file: {path}" in done.stderr for path in (one, other))
     assert "parameter 'x' is given" in done.stderr
     assert not made.root.exists()
+
+
+@pytest.mark.parametrize("name", ["/", ".", "..", "empty", "out/runs", "out/runs/..", "/tmp", "elsewhere/a-run"])
+def test_a_task_of_a_folder_that_is_no_run_directory(workspace: Make, name: str) -> None:
+    made = workspace({"a": samples(1)})
+    made.run("ingest")
+    for folder in ("empty", "elsewhere/a-run", "runs/a-run"):
+        (made.folder / folder).mkdir(parents=True)
+    (made.folder / "runs/a-run/run.json").write_text("{}")  # of the same name, and not the folder that was named
+    done = builder_here("task", name, "0", cwd=made.folder)
+    folder = (made.folder / name).absolute()
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: '{folder}' is not a run directory\n  looked for: {folder / 'run.json'}\n"
+        "  fix: name a directory in runs/ of a root\n",
+    )
 
 
 def test_a_run_finds_a_full_disk_first(workspace: Make, monkeypatch: pytest.MonkeyPatch) -> None:

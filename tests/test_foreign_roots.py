@@ -321,7 +321,6 @@ def test_the_write_task_of_a_run_without_a_folder_writes_below_the_root(given: G
     del data["folder"]
     (run / "run.json").write_text(json.dumps(data))
     (given.root / "shards/a.tar").unlink()
-    given.made.run("task", str(run), "0", check=False)
     from builder.engine.worker import run_task
 
     assert run_task(run, 0) == 0

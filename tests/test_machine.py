@@ -109,6 +109,13 @@ def test_what_an_error_was_handled_in_counts_unless_it_is_hidden() -> None:
     assert [sort_of(raised(hidden)) for hidden in (False, True)] == [Sort.SHORTAGE, None]
 
 
+def test_words_of_an_error_that_may_pass_are_kept_if_nothing_of_the_machine_caused_it() -> None:
+    own = TransientError("too little free disk", where={"folder": "out"}, fix="free some")
+    assert machine.explained(own) is own
+    own.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert machine.explained(own).what == "the disk is full"
+
+
 @pytest.mark.parametrize("name", list(SAID))
 def test_every_error_of_the_machine_has_words_and_a_fix(name: str) -> None:
     told = machine.explained(SAID[name]())

@@ -27,7 +27,7 @@ from builder.executors.by_name import executor_named
 from builder.progress import Talk
 from builder.stages import finding
 from builder.store import files
-from builder.store.layout import Layout, RunFiles
+from builder.store.layout import Layout, RunFiles, not_a_run
 
 #: Packages whose versions affect the table and the tars. Stages declare the others: `Stage.packages`.
 _CORE = ("duckdb", "numpy", "orjson", "pillow", "pyarrow")
@@ -156,11 +156,7 @@ def read(run: RunFiles) -> dict[str, Any]:
     try:
         return files.read_object(run.description)
     except (FileNotFoundError, NotADirectoryError):
-        raise errors.ConfigError(
-            f"'{run.folder}' is not a run directory",
-            where={"looked for": run.description},
-            fix="name a directory in runs/",
-        ) from None
+        raise not_a_run(run.folder) from None
     except ShardError as error:
         raise errors.ConfigError(error.what, where=error.where, fix="do the run's work again: --redo") from None
 

@@ -199,8 +199,16 @@ class RunFiles:
 
     @classmethod
     def at(cls, folder: Path) -> RunFiles:
-        """The paths of a run directory given by its path, as on a command line."""
-        return cls(Layout(folder.parents[len(_RUNS.parts)]), folder.name)
+        """The paths of a run directory given by its absolute path, as on a command line.
+
+        Raises:
+            ConfigError: a path that no run directory has.
+        """
+        above = folder.parents
+        depth = len(_RUNS.parts)
+        if len(above) <= depth or above[depth] / _RUNS / folder.name != folder or folder.name == "..":
+            raise not_a_run(folder)
+        return cls(Layout(above[depth]), folder.name)
 
     @cached_property
     def folder(self) -> Path:
@@ -243,6 +251,15 @@ class RunFiles:
     def notes(self, number: int) -> Path:
         """What a stage keeps next to its answers, such as rejected texts, one json per line."""
         return self.logs / f"{number:05d}.notes.jsonl"
+
+
+def not_a_run(folder: Path) -> ConfigError:
+    """The error for a folder that is not a run directory."""
+    return ConfigError(
+        f"'{folder}' is not a run directory",
+        where={"looked for": folder / "run.json"},
+        fix=f"name a directory in {_RUNS}/ of a root",
+    )
 
 
 def _plain(name: str) -> str:
