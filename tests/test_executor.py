@@ -118,7 +118,7 @@ def test_ingest_stage_and_write_have_the_same_three_steps(made: Workspace, elsew
             assert not (made.root / "shards/sizes.json").exists()
             finish_write_run(pipeline, outcome, QUIET)
             assert sorted(json.loads((made.root / "shards/sizes.json").read_text())) == ["00000000.tar", "00000001.tar"]
-        assert outcome.folder == planned.files.folder
+        assert outcome.run == planned.files
     assert [plan_of(made, verb) for verb in expected] == [None, None, None]
 
 

@@ -224,10 +224,10 @@ def test_generated_bytes_are_not_read_behind_a_link(given: Given, where: str) ->
         hidden.write_bytes(SECRET)
     place.symlink_to(target)
     layout = given.made.load().layout
-    with EditsReader(given.root) as reader, pytest.raises(ShardError, match="is a link") as caught:
+    with EditsReader(Layout(given.root)) as reader, pytest.raises(ShardError, match="is a link") as caught:
         reader.read(row["image_path"], 0, 20)
     assert (caught.value.where["root"], caught.value.where["leads to"]) == (given.root, target)
-    with EditsReader(given.root) as reader, pytest.raises(ShardError, match="is a link"):
+    with EditsReader(Layout(given.root)) as reader, pytest.raises(ShardError, match="is a link"):
         reader.located(row["image_path"])
     with MemberReader(layout, row["shard"], ["edit"]) as reader, pytest.raises(ShardError, match="is a link"):
         reader.read(row["row"], "edit")

@@ -891,7 +891,7 @@ def test_pointers_that_leave_the_edits_folder_are_refused(tmp_path: Path, path: 
     (root / "edits/a").mkdir(parents=True)
     for place in (tmp_path / "secret.tar", root / "secret.tar", root / "edits/secret.tar", root / "edits/a/x.jpg"):
         place.write_bytes(b"secret")
-    with EditsReader(root) as reader, pytest.raises(ShardError) as caught:
+    with EditsReader(Layout(root)) as reader, pytest.raises(ShardError) as caught:
         reader.read(path, 0, 6)
     assert str(caught.value) == (
         "an image pointer leads out of the edits folder of the root\n"
@@ -905,7 +905,7 @@ def test_pointers_beyond_their_tar_are_refused_without_memory(tmp_path: Path, of
     with EditsTar(Layout(tmp_path), "a", "20260101T000000-generate-0a1b-2c3d4e", 0) as made:
         pointer = made.add("0.jpg", JPG)
         made.close()
-    with EditsReader(tmp_path) as reader:
+    with EditsReader(Layout(tmp_path)) as reader:
         assert reader.read(pointer.path, pointer.offset, pointer.size) == JPG
         with pytest.raises(ShardError) as caught:
             reader.read(pointer.path, offset, size)
@@ -917,7 +917,7 @@ def test_pointers_beyond_their_tar_are_refused_without_memory(tmp_path: Path, of
 def test_a_fifo_as_an_edits_tar_does_not_hang(tmp_path: Path) -> None:
     (tmp_path / "edits/a").mkdir(parents=True)
     os.mkfifo(tmp_path / "edits/a/0.tar")
-    with EditsReader(tmp_path) as reader:
+    with EditsReader(Layout(tmp_path)) as reader:
         for look in (lambda: reader.read("edits/a/0.tar", 0, 5), lambda: reader.located("edits/a/0.tar")):
             with pytest.raises(ShardError, match="is not a plain file"):
                 look()

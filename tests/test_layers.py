@@ -219,6 +219,70 @@ def test_a_text_that_names_a_stage_is_found(text: str) -> None:
     assert names_of_stages("x = 'two faces, [stages.mine] and a stage that checks'", finding.built_in()) == []
 
 
+# --- paths under a root ---
+
+
+#: What names of files below a root end in, and the folders there.
+FILES = re.compile(
+    r"\.tar\b|\.parquet\b|_stats\.json|\bsizes\.json|\brun\.json|\.(?:result|batch)\.json|\.jsonl\b|\.log\b|\.?\bg0"
+)
+FOLDERS = ("samples", "columns", "edits", "schema", "runs", "shards", "manifest", "logs", "tasks")
+INSIDE = re.compile(rf"(?:^|/)(?:{'|'.join(FOLDERS)})/")
+#: Modules other than the layout that name such files, and whose they are.
+OF_OTHERS = {
+    "cli/console": "a word of a command line",
+    "demo/run": "the demo's own source folder",
+    "demo/shards": "the demo's own source folder",
+    "sources/tars/expected": "files next to the user's shards",
+    "sources/tars/finding": "the user's shards",
+    "sources/tars/shards": "a fix: the name of a sorted copy of the user's shard",
+    "table/lookups": "the user's parquet files",
+    "tar/refusals": "a fix: the name of the user's shard when it is unpacked",
+}
+
+
+def paths_by_hand(source: str) -> list[str]:
+    """The texts of a source that are part of a path below a root. A text with spaces is a message."""
+    tree = ast.parse(source)
+    joined = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+        for part in ast.walk(node.right)
+    }
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [
+        node.value
+        for node in texts
+        if not re.search(r"\s", node.value)
+        and (FILES.search(node.value) or INSIDE.search(node.value) or (id(node) in joined and node.value in FOLDERS))
+    ]
+
+
+def test_paths_below_a_root_are_the_layouts() -> None:
+    found = {name for name, source in modules().items() if paths_by_hand(source)}
+    assert found == {"store/layout", *OF_OTHERS}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'root / "edits" / name', 'folder.glob("*_stats.json")', 'name[: -len(".tar")]', 'f"{shard}.tar"',
+        'f"{folder}/logs/*.failures.jsonl"', '(run / "run.json").read_bytes()', 'name.removesuffix(".parquet")',
+        'f"{root}/samples/{shard}"', 'root / f"columns/{shard}"', 'f"{stage}.g000001"',
+    ],
+)  # fmt: skip
+def test_a_path_by_hand_is_found(code: str) -> None:
+    assert paths_by_hand(f"def f():\n    return {code}") != []
+
+
+@pytest.mark.parametrize(
+    "code", ['"write it as FOLDER/*.tar"', "layout.edits / name", 'columns = {"samples": 1}', 'folder / "contact.png"']
+)
+def test_other_texts_are_no_paths(code: str) -> None:
+    assert paths_by_hand(f"def f():\n    return {code}" if "=" not in code else code) == []
+
+
 # --- names ---
 
 

@@ -34,7 +34,7 @@ def export(pipeline: Pipeline, sql: Sql, folder: Path) -> None:
     layout = pipeline.layout
     for found in select.select(layout, Snapshot(pipeline).known_columns, layout.shard_names(), sql, {}):
         samples = []
-        with MemberReader(layout, found.shard, ["image", "json"]) as source, EditsReader(layout.root) as generated:
+        with MemberReader(layout, found.shard, ["image", "json"]) as source, EditsReader(layout) as generated:
             for row in found.rows:
                 picture, caption = source.read(row["row"], "image"), row.get("caption")
                 if row.get("image_path") is not None:

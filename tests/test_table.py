@@ -31,7 +31,7 @@ from builder.errors import ConflictError, SchemaError
 from builder.executors.by_name import liveness_of
 from builder.sources.tars.shards import TarShards
 from builder.store import files
-from builder.store.layout import Layout
+from builder.store.layout import Layout, attempt_of
 from builder.table import column_files, commits, outputs, partitions, root_schema, schema, sweeps
 from builder.table.commits import Swept
 from builder.table.edits import EditsTar
@@ -995,3 +995,18 @@ def test_processes_that_race_lose_nothing(tmp_path: Path) -> None:
             assert committed[6] == 0
             if trial >= 3 and time.monotonic() - started > 10:
                 break
+
+
+# --- edits tars ---
+
+
+def test_the_name_of_an_edits_tar_says_its_attempt_and_its_pointer_where_it_is(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    paths = [layout.edits_tar("a", f"20260101T000000-generate-0a1b-2c3d4{end}", 12) for end in "ef"]
+    assert [attempt_of(path) for path in paths] == [f"20260101T000000-generate-0a1b-2c3d4{end}" for end in "ef"]
+    assert [layout.located(layout.pointer(path)) for path in paths] == paths
+    assert layout.edits_tars("a") == []
+    for path in (*reversed(paths), layout.edits_folder("a") / "other.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    assert layout.edits_tars("a") == paths

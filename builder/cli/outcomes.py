@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -28,8 +27,8 @@ def tell_outcome(loaded: Pipeline, name: str, outcome: Outcome, talk: Talk) -> N
         words = _WORDS if name != "write" else {}
         counts = ", ".join(f"{outcome[key]} {words.get(key, key)}" for key in shown if outcome[key])
         talk.say(f"{name}: {counts or 'nothing'} in {outcome.seconds:.1f} s")
-    if outcome["kept"]:
-        talk.say(f"  why: cat {shlex.quote(str(outcome.folder))}/logs/*.failures.jsonl")
+    if outcome["kept"] and outcome.run is not None:
+        talk.say(f"  why: cat {outcome.run.all_failures}")
     for shard, reason in outcome.refused.items():
         talk.say(f"refused shard '{plain(shard)}': {reason}")
     if outcome["of_macos"]:
@@ -40,11 +39,8 @@ def tell_outcome(loaded: Pipeline, name: str, outcome: Outcome, talk: Talk) -> N
     remarks = [(shard, text) for shard in sorted(outcome.remarks) for text in outcome.remarks[shard]]
     for shard, text in remarks[:_REMARKS]:
         talk.say(f"shard '{plain(shard)}': {text}")
-    if len(remarks) > _REMARKS:
-        talk.say(
-            f"and {len(remarks) - _REMARKS} more of these lines: 'remarks' in "
-            f"{shlex.quote(str(outcome.folder))}/tasks/*.result.json"
-        )
+    if len(remarks) > _REMARKS and outcome.run is not None:
+        talk.say(f"and {len(remarks) - _REMARKS} more of these lines: 'remarks' in {outcome.run.all_results}")
     for shard, reason in outcome.left.items():
         talk.say(f"left shard '{plain(shard)}' as it is: {reason}")
     if outcome.unfinished is not None:

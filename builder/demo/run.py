@@ -134,13 +134,14 @@ def _show(counts: dict[str, Any], proof: Proof, seconds: dict[str, float]) -> No
 
 
 def _next(folder: Path, pipeline: Pipeline, uid: str, sheet: Path) -> None:
+    hybrid = pipeline.layout.hybrid(pipeline.layout.partitions()[0])
     file, command = (shlex.quote(text) for text in (pipeline.config.path, _command()))
     print(
         f"""
 Try next:
   {command} sql "select lang, count(*) from samples where face_count > 0 group by 1" --pipeline {file}
   {command} show {uid} --pipeline {file}
-  tar tvf {shlex.quote(f"{folder}/shards/00000000.tar")} | head       # hybrid shards of {folder}/source
+  tar tvf {shlex.quote(str(hybrid))} | head       # hybrid shards of {folder}/source
 Look at {sheet}: originals next to new images."""
     )
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from builder import __version__, errors, exit_codes
@@ -44,7 +43,7 @@ class Outcome:
         refused: shards that could not be used, with the reason.
         left: shards that could not be done because of the machine, with the reason: the same command does them later.
         unfinished: the error of the machine that ended the run early, if later steps can go on nevertheless.
-        folder: the run directory; None if there was nothing to do.
+        run: its paths; None if there was nothing to do.
         totals: the stage's own counts, for each task.
         remarks: problems of shards that were read, by shard.
         wanted, others: names of json fields, as in `sources.base.Seen`.
@@ -55,7 +54,7 @@ class Outcome:
     left: dict[str, str] = field(default_factory=dict)
     unfinished: BuilderError | None = None
     seconds: float = 0.0
-    folder: Path | None = None
+    run: RunFiles | None = None
     totals: list[dict[str, Any]] = field(default_factory=list)
     remarks: dict[str, list[str]] = field(default_factory=dict)
     wanted: set[str] = field(default_factory=set)
@@ -206,7 +205,7 @@ def execute(planned: PlannedRun, talk: Talk, executor: Executor | None = None) -
         outcome.add(result)
         if end.code not in (exit_codes.DONE, exit_codes.FAILED_ROWS) or not result:
             broken.append(_why(run, end, result))
-    outcome.seconds, outcome.folder = time.monotonic() - started, run.folder
+    outcome.seconds, outcome.run = time.monotonic() - started, run
     if broken:
         first = broken[0]
         if len(broken) > 1:

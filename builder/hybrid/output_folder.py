@@ -77,10 +77,10 @@ def write_sizes(layout: Layout) -> None:
         ShardError: the statistics of a hybrid shard do not say how many samples it holds.
     """
     sizes = {}
-    for path in sorted(layout.shards.glob("*_stats.json")):
-        hybrid = layout.hybrid(path.name[: -len("_stats.json")])
+    for shard in layout.stats_names():
+        hybrid = layout.hybrid(shard)
         if hybrid.exists():
-            sizes[hybrid.name] = _samples_said(path, hybrid)
+            sizes[hybrid.name] = _samples_said(layout.stats(shard), hybrid)
     text = json.dumps(sizes, indent=1).encode()
     if not layout.sizes().exists() or layout.sizes().read_bytes() != text:
         files.write_atomic(layout.sizes(), text)

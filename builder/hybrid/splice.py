@@ -62,7 +62,7 @@ def write_shard(layout: Layout, plan: ShardPlan) -> Written:
 
 def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Buffer, Path]:
     """Makes a hybrid shard under a temp name, durably; returns what it holds, its manifest and that name."""
-    with opened(layout, plan.shard, plan.source) as source, EditsReader(layout.root) as generated:
+    with opened(layout, plan.shard, plan.source) as source, EditsReader(layout) as generated:
         before = _identity(source)
         places, state = partitions.read_partition(layout, plan.shard, ["key", "source_members"])
         if state.source != plan.source:

@@ -52,7 +52,7 @@ class MemberReader:
         """
         self._stack.close()
         self.is_open = False
-        self._edits = self._stack.enter_context(EditsReader(self._layout.root))
+        self._edits = self._stack.enter_context(EditsReader(self._layout))
         if self._state is not None:
             opened = kind_of(self._state).opened(self._layout, self._shard, self._state)
             self._source = self._stack.enter_context(opened)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.store import files
-from builder.store.layout import Layout, names
+from builder.store.layout import Layout, attempt_of
 from builder.store.owners import AskLiveness
 from builder.table.column_files import (
     KEPT_GENERATIONS,
@@ -110,11 +110,6 @@ def delete(path: Path) -> None:
     shutil.rmtree(temp, ignore_errors=True)
 
 
-def attempt_of(edits_tar: Path) -> str:
-    """The attempt that wrote an edits tar: its name without the number of the checkpoint."""
-    return edits_tar.name[: -len(".tar")].rpartition("-")[0]
-
-
 def _unreferenced(layout: Layout, shard: str, kept: int) -> tuple[list[Path], set[str]]:
     """Edits tars of a shard to which none of the newest `kept` generations points, and the stages with pointers.
 
@@ -128,9 +123,7 @@ def _unreferenced(layout: Layout, shard: str, kept: int) -> tuple[list[Path], se
             for column in read_column_file(path, _pointers(pq.read_schema(path))).table.columns:
                 stages.add(stage)
                 named.update(column.unique().to_pylist())
-    folder = layout.edits_folder(shard)
-    tars = [folder / name for name in names(folder) if name.endswith(".tar")]
-    return [path for path in tars if layout.pointer(path) not in named], stages
+    return [path for path in layout.edits_tars(shard) if layout.pointer(path) not in named], stages
 
 
 def _pointers(columns: pa.Schema) -> list[str]:

@@ -128,12 +128,12 @@ def failure_classes(samples: Samples, name: str) -> list[tuple[Any, ...]]:
 
 def is_lasting(pipeline: Pipeline, name: str, outcome: Outcome) -> bool:
     """Whether every row that failed in a stage's run would fail again: see `errors.LASTING`."""
-    if outcome.folder is None:
+    if outcome.run is None:
         return False
     with Samples(pipeline.layout, Snapshot(pipeline).columns, pipeline.layout.partitions()) as samples:
         failed = samples.fixed(
             f"select distinct split_part({name}_error, ':', 1) from samples "
-            f"where {name}_status = 'failed' and {name}_run = '{outcome.folder.name}'"
+            f"where {name}_status = 'failed' and {name}_run = '{outcome.run.name}'"
         )
     return bool(failed) and all(kind in LASTING for (kind,) in failed)
 

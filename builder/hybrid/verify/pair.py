@@ -60,7 +60,7 @@ class Pair:
         with (
             opened_tar(self._source_path, source_index) as source,
             opened_tar(self._hybrid_path, hybrid_index) as hybrid,
-            EditsReader(self._layout.root) as generated,
+            EditsReader(self._layout) as generated,
         ):
             self._source, self._hybrid = source, hybrid
             self._samples = SampleProof(source, hybrid, generated, self._fix)

@@ -22,7 +22,7 @@ from builder.hybrid.verify.partition import check_partition, partition_of
 from builder.hybrid.verify.problem import WRITE, Wrong, reason, removing
 from builder.hybrid.verify.proof import Proof
 from builder.machine import asked_again
-from builder.store.layout import Layout, names
+from builder.store.layout import Layout
 from builder.table import partitions
 
 
@@ -107,7 +107,7 @@ class Prover:
         Args:
             table_shards: every shard of the table.
         """
-        loose = list(self._check_folder({f"{shard}.tar" for shard in table_shards}))
+        loose = list(self._check_folder(set(table_shards)))
         self.proof.proven -= len(self.wrong.keys() & self._samples.keys())
         self._unread = {shard: why for shard, why in self._unread.items() if shard not in self.wrong}
         assert self.looked_at == self.proof.shards
@@ -117,10 +117,10 @@ class Prover:
 
     def _check_folder(self, known: set[str]) -> Iterator[str]:
         """Problems of files that do not belong to one shard. A wrong entry in `sizes.json` makes its shard wrong."""
-        there = [name for name in names(self._layout.shards) if name.endswith(".tar")]
-        for name in there:
-            if name not in known:
-                path = self._layout.shards / name
+        there = self._layout.hybrid_names()
+        for shard in there:
+            if shard not in known:
+                path = self._layout.hybrid(shard)
                 yield f"'{path}': it is of no shard of the table; fix: rm {shlex.quote(str(path))}"
         path = self._layout.sizes()
         try:
@@ -134,11 +134,11 @@ class Prover:
         if not isinstance(sizes, dict):
             yield f"'{path}': it is not a json object; fix: {WRITE}"
             return
-        for name in sorted(sizes.keys() - set(there)):
-            if name.removesuffix(".tar") not in self.wrong:
+        for name in sorted(sizes.keys() - {self._layout.hybrid(shard).name for shard in there}):
+            if name not in {self._layout.hybrid(shard).name for shard in self.wrong}:
                 yield f"'{path}': it names '{name}', which is not there; fix: {WRITE}"
         for shard, count in self._samples.items():
-            found = sizes.get(f"{shard}.tar")
+            found = sizes.get(self._layout.hybrid(shard).name)
             if found != count:
                 said = "does not name it" if found is None else f"says {found!r} samples, and it has {count}"
                 self.wrong[shard] = str(Wrong(f"sizes.json {said}", WRITE))
