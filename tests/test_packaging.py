@@ -111,13 +111,20 @@ def test_extras_bring_what_they_say(wheel: zipfile.ZipFile) -> None:
     assert "torch" in wanted["images"] & wanted["serve"]
 
 
+#: Functions of `builder.errors` that are given the extra that has a package.
+NAMING_EXTRAS = ("missing_extra", "check_packages", "package_folder")
+
+
 def hints() -> Iterator[tuple[str, str]]:
-    """(file, extra) of every `missing_extra(..., "extra", ...)` and every text with `pip install '...[extra]'`."""
+    """(file, extra) of every call that names an extra, and every text with `pip install '...[extra]'`."""
     for path in (ROOT / "builder").rglob("*.py"):
         text = path.read_text("utf-8")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "missing_extra":
-                extra = node.args[1]
+            if path == ROOT / "builder/errors.py":
+                continue  # these functions themselves
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in NAMING_EXTRAS:
+                named = {keyword.arg: keyword.value for keyword in node.keywords}
+                extra = named["extra"] if "extra" in named else node.args[1]
                 assert isinstance(extra, ast.Constant), f"{path.name}:{node.lineno}"
                 yield path.name, str(extra.value)
         for extras in re.findall(r"pip install '[^\[']+\[([a-z0-9,]+)\]'", text):
@@ -126,8 +133,14 @@ def hints() -> Iterator[tuple[str, str]]:
 
 def test_every_pip_hint_names_an_extra() -> None:
     found = set(hints())
-    assert {extra for _, extra in found} >= {"faces", "lang"}
+    assert {extra for _, extra in found} >= {"faces", "lang", "llm", "images", "insightface", "vllm", "demo"}
     assert [hint for hint in sorted(found) if hint[1] not in EXTRAS] == []
+
+
+def test_packages_are_looked_for_in_one_place() -> None:
+    """The other one has a fallback: Pillow reads what simplejpeg would."""
+    paths = (ROOT / "builder").rglob("*.py")
+    assert {path.stem for path in paths if "find_spec" in path.read_text("utf-8")} == {"errors", "pictures"}
 
 
 def test_no_other_way_to_install_is_printed() -> None:

@@ -36,6 +36,7 @@ from builder.table import column_files, commits, outputs, partitions, root_schem
 from builder.table.commits import Swept
 from builder.table.edits import EditsTar
 from builder.table.origin import Origin
+from builder.table.pointers import pointers_in, pointers_of
 from builder.table.schema import SOURCE, Column
 from builder.table.sweeps import Sweep
 from conftest import replace_everywhere
@@ -630,6 +631,22 @@ def test_edits_tars_of_keys_that_are_gone_stay(root: Root) -> None:
     assert "edits/00000000/r1-a-0.tar" not in swept
     root.ingest(["a", "b", "c"])
     assert root.read("image_path") == ["edits/00000000/r1-a-0.tar", "edits/00000000/s2-a-0.tar", None]
+
+
+def test_what_looks_like_a_pointer_is_one_in_the_root_and_in_column_files() -> None:
+    """The columns that describe the bytes may have been dropped; a text without a place is no pointer."""
+
+    def named(kind: pa.DataType, *names: str) -> list[Column]:
+        return [Column(name, kind, names[0].partition("_")[0]) for name in names]
+
+    columns = [
+        *named(pa.string(), "whole_path", "whole_sha256"), *named(pa.int64(), "whole_offset", "whole_size"),
+        *named(pa.string(), "part_path"), *named(pa.int64(), "part_offset", "part_size"),
+        *named(pa.int64(), "number_path", "number_offset", "number_size"),
+        *named(pa.string(), "alone_path"), *named(pa.int64(), "alone_offset"),
+    ]  # fmt: skip
+    assert pointers_in(schema.arrow_schema(columns)) == ["whole_path", "part_path"]
+    assert pointers_of(columns) == {"whole": ["whole_path"], "part": ["part_path"]}
 
 
 def test_a_key_that_repeats_is_matched_in_order(root: Root) -> None:

@@ -7,7 +7,6 @@ others none; `truth.tsv` next to the shards records this for every sample. Knows
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -20,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
-from builder.errors import ConfigError, missing_extra
+from builder.errors import ConfigError, package_folder
 from builder.store.files import write_atomic
 
 T = TypeVar("T")
@@ -329,10 +328,7 @@ def faces_placed(folder: Path) -> int:
 
 def _photo_folder() -> Path:
     """The folder with scikit-image's photos, found without importing the package."""
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or not spec.submodule_search_locations:
-        raise missing_extra("scikit-image", "demo", "builder demo")
-    return Path(spec.submodule_search_locations[0]) / "data"
+    return package_folder("skimage", extra="demo", needed_by="builder demo") / "data"
 
 
 class _Dice:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.store import files
@@ -25,6 +24,7 @@ from builder.table.column_files import (
     read_column_file,
     read_rows,
 )
+from builder.table.pointers import pointers_in
 from builder.table.schema import SOURCE
 
 # --- sweep ---
@@ -120,24 +120,10 @@ def _unreferenced(layout: Layout, shard: str, kept: int) -> tuple[list[Path], se
     for stage, generations in listing(layout, shard, fresh=True).items():
         for generation in generations[-kept:]:
             path = layout.column_file(shard, stage, generation)
-            for column in read_column_file(path, _pointers(pq.read_schema(path))).table.columns:
+            for column in read_column_file(path, pointers_in(pq.read_schema(path))).table.columns:
                 stages.add(stage)
                 named.update(column.unique().to_pylist())
     return [path for path in layout.edits_tars(shard) if layout.pointer(path) not in named], stages
-
-
-def _pointers(columns: pa.Schema) -> list[str]:
-    """The columns that name edits tars: text, with columns for offset and size next to them."""
-    found = []
-    for column in columns:
-        base = column.name.removesuffix("_path")
-        if (
-            base != column.name
-            and column.type == pa.string()
-            and {f"{base}_offset", f"{base}_size"} <= {*columns.names}
-        ):
-            found.append(column.name)
-    return found
 
 
 def _fence(layout: Layout, shard: str, stage: str, attempts: list[str]) -> None:

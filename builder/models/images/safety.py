@@ -5,7 +5,6 @@ Knows pixels and labels; knows nothing of stages, columns and tables.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from builder import machine
-from builder.errors import StageError, missing_extra
+from builder.errors import StageError, check_packages
 from builder.models.pictures import Pixels
 
 #: Labels that mean unsafe, in lower case, if the options name none.
@@ -24,9 +23,7 @@ UNSAFE = ("nsfw", "unsafe", "porn", "sexy", "hentai", "explicit")
 
 def check_installed(folder: str) -> Path:
     """Raises StageError for packages and files that the classifier would miss; loads nothing. Returns its folder."""
-    for package in ("torch", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_extra(package, "images", "nsfw_model")
+    check_packages("torch", "transformers", extra="images", needed_by="nsfw_model")
     place = Path(folder).expanduser()
     if not (place / "config.json").is_file():
         raise StageError(

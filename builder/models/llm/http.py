@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import functools
-import importlib.util
 import json
 import re
 import time
@@ -20,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from builder.errors import missing_extra
+from builder.errors import check_packages
 
 #: Most bytes that are read of an answer (a chat's has some thousand), and of a list of models, which may be long.
 MAX_BYTES, MAX_BYTES_LISTED = 2**20, 8 * 2**20
@@ -102,8 +101,7 @@ class Over(AskFailed):
 
 def check_installed() -> None:
     """Raises StageError if aiohttp is not installed; loads nothing."""
-    if importlib.util.find_spec("aiohttp") is None:
-        raise missing_extra("aiohttp", "llm", "asking an LLM server")
+    check_packages("aiohttp", extra="llm", needed_by="asking an LLM server")
 
 
 class Http:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from builder import machine
-from builder.errors import ConfigError, StageError, missing_extra
+from builder.errors import ConfigError, StageError, check_packages
 from builder.models.llm.backend import AnswerOrError, ChatEntry, PromptBackend, Workload
 from builder.models.llm.contract import Rejected
 from builder.models.llm.conversation import Answer, Conversation, Messages
@@ -30,8 +29,7 @@ _SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 def check_installed() -> None:
     """Raises StageError if vllm is not installed; loads nothing."""
-    if importlib.util.find_spec("vllm") is None:
-        raise missing_extra("vllm", "vllm", "backend 'vllm'")
+    check_packages("vllm", extra="vllm", needed_by="backend 'vllm'")
 
 
 class VllmChat(PromptBackend):

