@@ -504,10 +504,10 @@ def test_output_where_the_source_lies(workspace: Callable[..., Workspace]) -> No
         done = made.run(verb, "--set", f"dataset.shards={made.folder}/out/shards/*.tar", check=False)
         assert done.returncode == 2
         assert done.stderr == (
-            "error: hybrid shards would be written where the source lies\n"
+            "error: hybrid shards would be written into the folder of the source\n"
             f"  source: {made.folder}/out/shards/a.tar\n"
             f"  output: {made.folder}/out/shards\n"
-            "  fix: set dataset.root to another folder: hybrid shards go to its shards/, or where [write] folder says\n"
+            "  fix: set dataset.root to another folder; hybrid shards go to its shards/, or to [write] folder\n"
         )
     assert (made.root / "shards/a.tar").read_bytes() == content
 

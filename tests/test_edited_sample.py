@@ -288,7 +288,7 @@ def test_a_picture_of_another_format_than_its_row_says_is_not_written(prompted: 
     wrong = made.folder / "wrong.sql"
     wrong.write_text(f"select * replace ('png' as image_format) from ({WRITE_FORMAT})")
     done = made.run("write", "--set", f"write.select={wrong}", check=False)
-    assert "a new image is jpg, and its row says png" in done.stderr
+    assert "the image is jpg, but its row says png" in done.stderr
     assert done.returncode != 0
 
 

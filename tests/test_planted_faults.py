@@ -158,47 +158,47 @@ JSON: list[tuple[str, Callable[[Patch], None], str]] = [
     (
         "original_caption dropped",
         in_json(lambda new, old: new.pop("original_caption")),
-        "'original_caption' is nothing, and should be 'a man",
+        "'original_caption' is nothing, but should be 'a man",
     ),
     (
         "original_caption is the new one",
         in_json(lambda new, old: new.update(original_caption=new["caption"])),
         "'original_caption' is 'A photo",
     ),
-    ("a field dropped", in_json(lambda new, old: new.pop("status")), "'status' is nothing, and should be 'success'"),
+    ("a field dropped", in_json(lambda new, old: new.pop("status")), "'status' is nothing, but should be 'success'"),
     (
         "a null field dropped",
         in_json(lambda new, old: new.pop("error_message")),
-        "'error_message' is nothing, and should be null",
+        "'error_message' is nothing, but should be null",
     ),
-    ("a field changed", in_json(lambda new, old: new.update(status="x")), "'status' is 'x', and should be 'success'"),
-    ("a number as a float", in_json(lambda new, old: new.update(n=1e30)), "'n' is 1e+30, and should be 1000"),
-    ("a number as text", in_json(lambda new, old: new.update(f="2.5")), "'f' is '2.5', and should be 2.5"),
-    ("a field added", in_json(lambda new, old: new.update(more=1)), "'more' is 1, and should be nothing"),
-    ("a null field added", in_json(lambda new, old: new.update(more=None)), "'more' is null, and should be nothing"),
+    ("a field changed", in_json(lambda new, old: new.update(status="x")), "'status' is 'x', but should be 'success'"),
+    ("a number as a float", in_json(lambda new, old: new.update(n=1e30)), "'n' is 1e+30, but should be 1000"),
+    ("a number as text", in_json(lambda new, old: new.update(f="2.5")), "'f' is '2.5', but should be 2.5"),
+    ("a field added", in_json(lambda new, old: new.update(more=1)), "'more' is 1, but should be nothing"),
+    ("a null field added", in_json(lambda new, old: new.update(more=None)), "'more' is null, but should be nothing"),
     ("sha256 left", left("sha256"), "'sha256' is '000"),
     ("width left", left("width"), "'width' is 48"),
     ("height left", left("height"), "'height' is 32"),
-    ("original_width left", left("original_width"), "'original_width' is 480, and should be 64"),
-    ("original_height left", left("original_height"), "'original_height' is 320, and should be 64"),
-    ("url left", left("url"), "'url' is 'https://example.org/a.jpg', and should be ''"),
-    ("exif left", left("exif"), "'exif' is '{\"a\": 1}', and should be ''"),
+    ("original_width left", left("original_width"), "'original_width' is 480, but should be 64"),
+    ("original_height left", left("original_height"), "'original_height' is 320, but should be 64"),
+    ("url left", left("url"), "'url' is 'https://example.org/a.jpg', but should be ''"),
+    ("exif left", left("exif"), "'exif' is '{\"a\": 1}', but should be ''"),
     ("boxes left", left("face_bboxes"), "its json still has the old image's face_bboxes"),
     (
         "another caption",
         in_json(lambda new, old: new.update(caption=old["caption"])),
         "its json does not hold the new caption",
     ),
-    ("a set field forgotten", left("rating"), "'rating' is 1, and should be 2.5"),
+    ("a set field forgotten", left("rating"), "'rating' is 1, but should be 2.5"),
     (
         "a set list changed",
         in_json(lambda new, old: new.update(list=[1, 0])),
-        "'list' is [1, 0], and should be [1, None]",
+        "'list' is [1, 0], but should be [1, None]",
     ),
     (
         "no provenance",
         in_json(lambda new, old: new.pop("provenance")),
-        "'provenance' is nothing, and should be {'replaced'",
+        "'provenance' is nothing, but should be {'replaced'",
     ),
     (
         "provenance without a replaced field",
@@ -222,7 +222,7 @@ JSON: list[tuple[str, Callable[[Patch], None], str]] = [
     (
         "another layout",
         in_json(lambda new, old: None, indent=2),
-        "its json has the right fields in another text than the writer's",
+        "its json has the right fields, but not in the writer's layout",
     ),
 ]
 
@@ -255,7 +255,7 @@ def test_the_first_caption_is_lost(problems: Callable[..., list[str]], monkeypat
 def test_a_caption_alone(problems: Callable[..., list[str]], monkeypatch: Patch) -> None:
     """Of a sample that keeps its picture the fields that describe it stay."""
     in_json(lambda new, old: new.update(sha256=""))(monkeypatch)
-    assert problems("captions") == [f"{label(1)}its json field 'sha256' is '', and should be '{'0' * 64}'"]
+    assert problems("captions") == [f"{label(1)}its json field 'sha256' is '', but should be '{'0' * 64}'"]
 
 
 # --- what the writer takes for an edit ---
@@ -327,7 +327,7 @@ EDITS: list[tuple[str, Callable[[Patch], None], str]] = [
     (
         "a sample dropped",
         of_edits(lambda found: replace(found, dropped=True)),
-        f"{label(1)[:-2]} should be edited and is not at byte",
+        f"{label(1)[:-2]} should be edited, but is not at byte",
     ),
     ("a row that the SQL does not return", one_more, f"shard '{SHARD}': row 0: member '{KEYS[0]}.jpg' is not edited"),
     ("the prompt of now", with_caption_of_now, f"{label(1)}its txt is not the new caption"),
@@ -418,28 +418,28 @@ MEMBERS: list[tuple[str, Callable[[Patch], None], str]] = [
     (
         "another order",
         of_members(lambda all: all[::-1]),
-        "its members are txt, json, jpg, and should be jpg, json, txt",
+        "its members are txt, json, jpg, but should be jpg, json, txt",
     ),
     (
         "the json missing",
         of_members(lambda all: tuple(m for m in all if m.holds != "json")),
-        "its members are jpg, txt, and should be jpg, json, txt",
+        "its members are jpg, txt, but should be jpg, json, txt",
     ),
     (
         "the txt missing",
         of_members(lambda all: tuple(m for m in all if m.holds != "txt" or len(all) == 2)),
-        "its members are jpg, json, and should be",
+        "its members are jpg, json, but should be",
     ),
-    ("the picture missing", of_members(lambda all: all[1:]), "its members are json, txt, and should be"),
+    ("the picture missing", of_members(lambda all: all[1:]), "its members are json, txt, but should be"),
     (
         "one more",
         of_members(lambda all: (*all, edit.Member("cls", 0, "json", True))),
-        "its members are jpg, json, txt, cls, and should be",
+        "its members are jpg, json, txt, cls, but should be",
     ),
     (
         "another name",
         of_members(lambda all: (replace(all[0], extension="jpeg"), *all[1:])),
-        "its members are jpeg, json, txt, and",
+        "its members are jpeg, json, txt, but",
     ),
     ("the picture of another sample", picture_of_another, "its image is not the one that the table describes"),
     (
@@ -552,7 +552,7 @@ def test_a_fault_of_a_name_or_a_size(problems: Callable[..., list[str]], monkeyp
     with monkeypatch.context() as patch:
         of_header(0, b"x")(patch)
         [problem] = problems()
-        assert problem.startswith(f"{label(1)[:-2]} should be edited and is not at byte")
+        assert problem.startswith(f"{label(1)[:-2]} should be edited, but is not at byte")
     with monkeypatch.context() as patch:
         of_header(124, b"00000001000\0")(patch)
         [problem] = problems()
@@ -560,7 +560,7 @@ def test_a_fault_of_a_name_or_a_size(problems: Callable[..., list[str]], monkeyp
     with monkeypatch.context() as patch:
         of_pax(lambda records: records.update({b"path": b"x"}), row=2)(patch)
         [problem] = problems()
-        assert problem.startswith(f"{label(2)[:-2]} should be edited and is not at byte")
+        assert problem.startswith(f"{label(2)[:-2]} should be edited, but is not at byte")
 
 
 # --- the manifest and the statistics ---
@@ -601,7 +601,7 @@ def test_a_fault_of_a_row_of_the_manifest(
     of_manifest(name, value, row)(monkeypatch)
     [problem] = problems()
     assert problem.startswith(f"shard '{SHARD}': its manifest's row {row}, of member '")
-    assert f"' says {name} = {value!r}, and should say " in problem.replace("', says", "' says")
+    assert f"' says {name} = {value!r}, but should say " in problem.replace("', says", "' says")
 
 
 def without_seed(patch: Patch) -> None:

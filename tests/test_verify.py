@@ -484,22 +484,22 @@ def foreign_shard(made: Made) -> None:
 
 ONE = f"shard '{SHARD}': "
 ROW = f"{ONE}row 1 (key '{EDITED}')"
-THIRD = f"{ONE}row 3: member '{key(3)}.jpg' of the source should be at byte {{at}}, and there is member "
+THIRD = f"{ONE}row 3: member '{key(3)}.jpg' of the source should be at byte {{at}}, but member "
 REWRITE = f"; fix: rm FOLDER/out/shards/{SHARD}.tar, then builder write"
 REMAKE = f"; fix: rm FOLDER/out/shards/manifest/{SHARD}.parquet, then builder write"
 WRITE_AGAIN = "; fix: builder write"
 INGEST = "; fix: put it back, or ingest it as it is now: builder ingest, then builder write"
 DRAW = "; fix: generate its rows again: builder stage generate --redo"
 FOLD = f"; fix: rm FOLDER/out/samples/{SHARD}.parquet, then builder fold"
-RUN = "builder run: the generation before it counts, or its work is done again"
+RUN = "builder run: it uses the generation before, or does the work again"
 COLUMNS = f"FOLDER/out/columns/{SHARD}"
 SIZES = "'FOLDER/out/shards/sizes.json': "
-END = f"{ONE}it should end at byte {{size}}, zeros from byte {{end}} on, and ends at byte {{found}}{REWRITE}"
+END = f"{ONE}it should end at byte {{size}}, with zeros from byte {{end}} on, but ends at byte {{found}}{REWRITE}"
 
 PLANTED: list[tuple[Callable[[Made], At | None], str]] = [
-    (flip_unedited, f"{ONE}row 0: member '{PLAIN}.jpg' is not edited, and byte {{at}} differs from byte {{at}} of the "
+    (flip_unedited, f"{ONE}row 0: member '{PLAIN}.jpg' is not edited, but byte {{at}} differs from byte {{at}} of the "
      f"source{REWRITE}"),
-    (flip_source, f"{ONE}row 0: member '{PLAIN}.jpg' is not edited, and byte {{at}} differs from byte {{at}} of the "
+    (flip_source, f"{ONE}row 0: member '{PLAIN}.jpg' is not edited, but byte {{at}} differs from byte {{at}} of the "
      f"source{REWRITE}"),
     (flip_edited_image, f"{ROW}: its image is not the one that the table describes{REWRITE}"),
     (flip_edited_txt, f"{ROW}: its txt is not the new caption{REWRITE}"),
@@ -511,21 +511,21 @@ PLANTED: list[tuple[Callable[[Made], At | None], str]] = [
     (swap_images, f"{ROW}: its image is not the one that the table describes{REWRITE}"),
     (old_image, f"{ROW}: its image is still the source's{REWRITE}"),
     (old_sample, f"{ROW}: its txt is not the new caption{REWRITE}"),
-    (old_size, f"{ROW}: its json field 'width' is 48, and the new image's is 64{REWRITE}"),
+    (old_size, f"{ROW}: its json field 'width' is 48, but the new image's is 64{REWRITE}"),
     (old_boxes, f"{ROW}: its json still has the old image's face_bboxes{REWRITE}"),
-    (other_uid, f"{ROW}: its json field 'uid' is '{9:032x}', and should be '{1:032x}'{REWRITE}"),
-    (other_text_of_json, f"{ROW}: its json has the right fields in another text than the writer's{REWRITE}"),
+    (other_uid, f"{ROW}: its json field 'uid' is '{9:032x}', but should be '{1:032x}'{REWRITE}"),
+    (other_text_of_json, f"{ROW}: its json has the right fields, but not in the writer's layout{REWRITE}"),
     (other_mode, f"{ROW}: its member 'txt' has another header than the record that it replaces: mode{REWRITE}"),
-    (extra_member, f"{ROW}: its members are jpg, json, exe, txt, and should be jpg, json, txt{REWRITE}"),
-    (missing_sample, f"{THIRD}'{key(4)}.jpg'{REWRITE}"),
-    (missing_edited_sample, f"{ROW} should be edited and is not at byte {{at}}, where member '{OTHER}.jpg' is"
+    (extra_member, f"{ROW}: its members are jpg, json, exe, txt, but should be jpg, json, txt{REWRITE}"),
+    (missing_sample, f"{THIRD}'{key(4)}.jpg' is there{REWRITE}"),
+    (missing_edited_sample, f"{ROW} should be edited, but is not at byte {{at}}: member '{OTHER}.jpg' is there"
      f"{REWRITE}"),
-    (missing_last_sample, f"{ONE}row 7 (key '{key(7)}') should be edited and is not at byte {{at}}, where the "
-     f"archive's end is{REWRITE}"),
-    (extra_sample, f"{THIRD}'extra.jpg'{REWRITE}"),
-    (extra_last_sample, f"{ONE}member 'zzz.jpg' is at byte {{at}}, behind the source's last{REWRITE}"),
-    (other_order, f"{THIRD}'{key(4)}.jpg'{REWRITE}"),
-    (dropped_sample, f"{ONE}row 5 (key '{DROPPED}') should be dropped and is still at byte {{at}}{REWRITE}"),
+    (missing_last_sample, f"{ONE}row 7 (key '{key(7)}') should be edited, but is not at byte {{at}}: the "
+     f"archive's end is there{REWRITE}"),
+    (extra_sample, f"{THIRD}'extra.jpg' is there{REWRITE}"),
+    (extra_last_sample, f"{ONE}member 'zzz.jpg' is at byte {{at}}, after the source's last member{REWRITE}"),
+    (other_order, f"{THIRD}'{key(4)}.jpg' is there{REWRITE}"),
+    (dropped_sample, f"{ONE}row 5 (key '{DROPPED}') should be dropped, but is still at byte {{at}}{REWRITE}"),
     (no_end_mark, END),
     (short_end_mark, END),
     (trailing_zeros, END),
@@ -533,7 +533,7 @@ PLANTED: list[tuple[Callable[[Made], At | None], str]] = [
      f"{{size}}: most readers skip it{REWRITE}"),
     (cut_shard, f"{ONE}the hybrid shard: the shard is truncated: member '{OTHER}.jpg' ends at byte {{end}}, the "
      f"file at {{cut}}{REWRITE}"),
-    (only_zeros, f"{ONE}row 0: member '{PLAIN}.jpg' of the source should be at byte 0, and there is the archive's end"
+    (only_zeros, f"{ONE}row 0: member '{PLAIN}.jpg' of the source should be at byte 0, but the archive's end is there"
      f"{REWRITE}"),
     (lose_shard, f"{ONE}it has not been written{WRITE_AGAIN}"),
     (cut_edits, f"{ROW}: edits tar 'EDITS': the shard is truncated: member '00000001.jpg' ends at byte {{end}}, the "
@@ -542,7 +542,7 @@ PLANTED: list[tuple[Callable[[Made], At | None], str]] = [
     (flip_edits, f"{ROW}: edits tar 'EDITS' does not hold its image at byte 512{DRAW}"),
     (flip_header_of_edits, f"{ROW}: edits tar 'EDITS': no tar header at byte 0: its checksum is wrong{DRAW}"),
     (lose_edits, f"{ROW}: edits tar 'EDITS': No such file or directory{DRAW}"),
-    (cut_source, f"{ONE}its source 'FOLDER/source/{SHARD}.tar' has 10240 bytes, and had {{size}} when it was ingested"
+    (cut_source, f"{ONE}its source 'FOLDER/source/{SHARD}.tar' has 10240 bytes, but had {{size}} when it was ingested"
      f"{INGEST}"),
     (other_source, f"{ONE}row 0: member '{PLAIN}.jpg' is not at byte 0 of the source{INGEST}"),
     (lose_source, f"{ONE}its source 'FOLDER/source/{SHARD}.tar' is gone; fix: put it back"),
@@ -550,8 +550,8 @@ PLANTED: list[tuple[Callable[[Made], At | None], str]] = [
     (lose_partition, f"{ONE}its partition is gone; fix: builder fold"),
     (flip_partition, f"{ONE}its partition is damaged (REASON){FOLD}"),
     (partition_of_another_tool, f"{ONE}its partition is behind its column files; fix: builder fold"),
-    (permute_partition, f"{ONE}row 0: column 'uid' of its partition is not what its column files say{FOLD}"),
-    (other_value, f"{ONE}row 3: column 'face_count' of its partition is not what its column files say{FOLD}"),
+    (permute_partition, f"{ONE}row 0: column 'uid' of its partition differs from its column files{FOLD}"),
+    (other_value, f"{ONE}row 3: column 'face_count' of its partition differs from its column files{FOLD}"),
     (junk_column_file, f"{ONE}a column file is damaged: '{COLUMNS}/lang.g000001.parquet'; fix: rm "
      f"{COLUMNS}/lang.g000001.parquet, then {RUN}"),
     (flip_column_file, f"{ONE}a column file is damaged: '{COLUMNS}/source.g000001.parquet'; fix: rm "
@@ -559,19 +559,19 @@ PLANTED: list[tuple[Callable[[Made], At | None], str]] = [
     (lose_manifest, f"{ONE}its manifest is gone{WRITE_AGAIN}"),
     (junk_manifest, f"{ONE}its manifest is damaged (REASON){WRITE_AGAIN}"),
     (manifest_of_another, f"{ONE}it was written from another state of the table{WRITE_AGAIN}"),
-    (manifest_row_less, f"{ONE}its manifest has 20 rows, and it has 21 members{REMAKE}"),
+    (manifest_row_less, f"{ONE}the manifest has 20 rows, but the shard has 21 members{REMAKE}"),
     (manifest_with_another_hash, f"{ONE}its manifest's row 4, of member '{EDITED}.json', says sha256 = '{'0' * 64}', "
-     f"and should say '{{sha256}}'{REMAKE}"),
-    (manifest_with_another_name, f"{ONE}its manifest's row 0, of member '{PLAIN}.jpg', says member = 'other.jpg', and "
+     f"but should say '{{sha256}}'{REMAKE}"),
+    (manifest_with_another_name, f"{ONE}its manifest's row 0, of member '{PLAIN}.jpg', says member = 'other.jpg', but "
      f"should say '{PLAIN}.jpg'{REMAKE}"),
-    (other_statistics, f"{ONE}'{SHARD}_stats.json' says {{say}}, and it should say {{should}}{REWRITE}"),
+    (other_statistics, f"{ONE}'{SHARD}_stats.json' says {{say}}, but should say {{should}}{REWRITE}"),
     (lose_statistics, f"{ONE}'{SHARD}_stats.json' is gone{REWRITE}"),
-    (other_count_in_sizes, f"{ONE}sizes.json says 9 samples, and it has 7{WRITE_AGAIN}"),
+    (other_count_in_sizes, f"{ONE}sizes.json says 9 samples, but it has 7{WRITE_AGAIN}"),
     (no_count_in_sizes, f"{ONE}sizes.json does not name it{WRITE_AGAIN}"),
-    (foreign_name_in_sizes, f"{SIZES}it names 'nobody.tar', which is not there{WRITE_AGAIN}"),
+    (foreign_name_in_sizes, f"{SIZES}it names 'nobody.tar', which does not exist{WRITE_AGAIN}"),
     (lose_sizes, f"{SIZES}it is gone{WRITE_AGAIN}"),
     (junk_sizes, f"{SIZES}it is not a json object{WRITE_AGAIN}"),
-    (foreign_shard, "'FOLDER/out/shards/foreign.tar': it is of no shard of the table; fix: rm "
+    (foreign_shard, "'FOLDER/out/shards/foreign.tar': it belongs to no shard of the table; fix: rm "
      "FOLDER/out/shards/foreign.tar"),
 ]  # fmt: skip
 
@@ -683,15 +683,15 @@ def test_a_problem_of_one_shard_hides_those_of_no_other(made: Made) -> None:
         "shard '00000000': its partition is gone",
         f"shard '00000001': row 0 (key '{key(8)}'): its image is not the one that the table describes",
         "shard '00000002': '00000002_stats.json' does not parse",
-        "'FOLDER/out/shards/foreign.tar': it is of no shard of the table",
-        "'FOLDER/out/shards/sizes.json': it names 'nobody.tar', which is not there",
+        "'FOLDER/out/shards/foreign.tar': it belongs to no shard of the table",
+        "'FOLDER/out/shards/sizes.json': it names 'nobody.tar', which does not exist",
     ]
 
 
 def test_a_run_that_is_gone_is_a_problem_of_its_shards(made: Made) -> None:
     [(run,)] = made.rows("select distinct generate_run from samples where image_path is not null")
     (made.root / "runs" / run / "run.json").unlink()
-    gone = "run 'RUN' is gone, which says how images were made; fix: make them again: builder stage generate --redo"
+    gone = "run 'RUN' is gone; it records how images were made; fix: make them again: builder stage generate --redo"
     assert made.problems() == [f"shard '0000000{i}': {gone}" for i in (0, 1)]
 
 
@@ -722,5 +722,5 @@ def test_verify_prints_the_proof_and_what_is_wrong(made: Made) -> None:
     assert "shards proven              2 of 3" in result.stdout
     assert [line for line in result.stderr.splitlines() if line.startswith("wrong: ")] == [
         "wrong: shard '00000000': it has not been written; fix: builder write",
-        f"wrong: '{foreign}': it is of no shard of the table; fix: rm {foreign}",
+        f"wrong: '{foreign}': it belongs to no shard of the table; fix: rm {foreign}",
     ]

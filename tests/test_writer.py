@@ -186,7 +186,7 @@ def test_write_sql_with_an_unknown_column(dataset: Workspace) -> None:
         "write SQL returned a column 'rating', which the writer does not know\n"
         "  file: FOLDER/w.sql\n"
         "  returned: shard, row, uid, rating\n"
-        "  fix: to set a json field write: rating as set_rating"
+        "  fix: to set a json field, write: rating as set_rating"
     )
 
 
@@ -195,7 +195,7 @@ def test_write_sql_with_an_image_without_its_prompt(dataset: Workspace) -> None:
         "write SQL returned 'image_path' without 'image_prompt'\n"
         "  file: FOLDER/w.sql\n"
         "  returned: shard, row, uid, image_path, image_offset, image_size\n"
-        "  fix: image and caption belong together; select all of: image_path, image_offset, image_size, image_prompt, "
+        "  fix: select all of: image_path, image_offset, image_size, image_prompt, "
         "prompt, image_width, image_height, image_sha256"
     )
 
@@ -205,7 +205,7 @@ def test_write_sql_with_a_row_twice(dataset: Workspace) -> None:
     assert plan_error(dataset, sql) == (
         "write SQL returns row 3 of shard '00000000' more than once\n"
         "  file: FOLDER/w.sql\n"
-        "  fix: each sample once: select distinct on (shard, row), or aggregate the join that repeats it"
+        "  fix: return each sample once: select distinct on (shard, row), or aggregate the join that repeats it"
     )
 
 
@@ -217,7 +217,7 @@ def test_a_run_that_is_gone_is_named(workspace: Callable[..., Workspace]) -> Non
     with pytest.raises(ConfigError) as caught:
         run_write(made.load(), Talk(quiet=True))
     assert str(caught.value) == (
-        f"run '{run}' is gone, which says how images were made\n"
+        f"run '{run}' is gone; it records how images were made\n"
         f"  file: {made.root}/runs/{run}/run.json\n"
         "  fix: make them again: builder stage generate --redo"
     )
@@ -233,10 +233,10 @@ def test_output_where_the_source_lies(workspace: Callable[..., Workspace]) -> No
         with pytest.raises(ConfigError) as caught:
             verb(made.load(*sets), Talk(quiet=True))
         assert str(caught.value) == (
-            "hybrid shards would be written where the source lies\n"
+            "hybrid shards would be written into the folder of the source\n"
             f"  source: {source}/00000000.tar\n"
             f"  output: {source}\n"
-            "  fix: set dataset.root to another folder: hybrid shards go to its shards/, or where [write] folder says"
+            "  fix: set dataset.root to another folder; hybrid shards go to its shards/, or to [write] folder"
         )
     assert {path: path.read_bytes() for path in source.iterdir()} == before
 
@@ -286,7 +286,7 @@ def test_a_source_cut_while_it_is_copied_is_refused(
         "the source shard changed while it was copied\n"
         "  shard: 00000000\n"
         f"  file: {source}\n"
-        "  fix: run the same command again; if it stays so, ingest it as it is now: builder ingest"
+        "  fix: run the same command again; if that does not help: builder ingest"
     )
     assert (made.root / "shards/00000000.tar").read_bytes() == before
     assert [path.name for path in (made.root / "shards").iterdir() if path.name.startswith(".")] == []
@@ -342,7 +342,7 @@ def test_json_that_is_not_what_was_ingested_is_refused_with_its_row(workspace: C
     with pytest.raises(ShardError) as caught:
         splice.write_shard(made.load().layout, first)
     assert str(caught.value) == (
-        "the json of an edited sample is not what was ingested: Expecting value: line 1 column 1 (char 0)\n"
+        "the json of an edited sample differs from what was ingested: Expecting value: line 1 column 1 (char 0)\n"
         "  shard: 00000000\n"
         "  row: 3\n"
         "  fix: put it back, or ingest it as it is now: builder ingest"

@@ -88,7 +88,7 @@ def inputs_now(rows: pa.Table, stage: Stage, signature: str) -> pa.UInt64Array:
     """The value of `<stage>_inputs` for rows that are to be answered.
 
     Args:
-        signature: `stage.options_hash`.
+        signature: `stages.signature.options_hash`.
     """
     values = _values(rows, stage, ["uid", *_named(stage, ["edit"])])
     return inputs_hashes(signature, values, _format_asked(rows, stage))
@@ -177,7 +177,7 @@ def _was_other(rows: pa.Table, stage: Stage) -> Mask:
 
 
 def signature_of(layout: Layout, run: str | None) -> str | None:
-    """The hash of a run's version and options, `stage.options_hash`; None if the run is gone or does not record it."""
+    """A run's `stages.signature.options_hash`; None if the run is gone or does not record it."""
     return None if run is None else _signature_in(RunFiles(layout, run).description)
 
 

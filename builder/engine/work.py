@@ -94,7 +94,7 @@ class Work:
 
     Attributes:
         columns: the root's columns and the stage's own.
-        signature: `stage.options_hash`, a part of every row's inputs hash.
+        signature: `stages.signature.options_hash`, a part of every row's inputs hash.
         image: the format of pictures asked for: that of the sample's own picture, or always `jpg`.
     """
 

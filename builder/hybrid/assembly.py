@@ -1,6 +1,6 @@
 """A file made of ranges of another file and of new bytes, written in the background.
 
-Many small parts reach the disk with few calls, while more parts are made. Knows nothing of tars.
+Many small parts are written with few calls, while more parts are made. This module does not know about tars.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TypeVar
 from builder.store import files
 
 T = TypeVar("T")
-#: Bytes and parts that are written with one call, at most. IOV_MAX of Linux is 1024.
+#: Most bytes and parts that are written with one call. IOV_MAX of Linux is 1024.
 _BATCH = 16 << 20
 _MAX_PARTS = 1024
-#: Bytes after which a sync of what is written starts in the background.
+#: Bytes written after which a sync starts in the background.
 _SYNCED = 64 << 20
 
 #: New bytes, or the range [start, end) of the source.
@@ -27,18 +27,19 @@ Part = bytes | tuple[int, int]
 
 
 def length(part: Part) -> int:
-    """Bytes of a part."""
+    """The size of a part in bytes."""
     return len(part) if isinstance(part, bytes) else part[1] - part[0]
 
 
 class Assembly:
-    """A file that is being made. When the `with` block ends everything is written, but not synced.
+    """A file that is being written. When the `with` block ends, everything is written but not synced.
 
     A thread writes each batch of parts with one call, which releases Python's lock, while the next batch is made. The
-    ranges of a batch are written out of a mapping of the source, whose pages are loaded first: that is a third faster
-    than loading them during the write. A single large range is left to the kernel, which may share its blocks.
+    ranges of a batch are written from a mapping of the source, whose pages are loaded first: that is a third faster
+    than loading them during the write. The kernel copies a single large range, and may share its blocks.
 
-    A mapping shows zeros where a file is cut, so the caller checks afterwards that the source has not changed.
+    A mapping shows zeros after the end of a file that was cut, so the caller checks afterwards that the source has not
+    changed.
 
     Args:
         source: descriptor of the file that ranges are copied from.
@@ -49,7 +50,7 @@ class Assembly:
     """
 
     def __init__(self, source: int, target: int) -> None:
-        # Own descriptors: a thread may go on after an interrupted wait, when the numbers belong to other files.
+        # Duplicates: after an interrupted wait a thread may continue when the numbers already belong to other files.
         self._source = os.dup(source)
         try:
             self._target = os.dup(target)
@@ -57,10 +58,10 @@ class Assembly:
             os.close(self._source)
             raise
         self._parts: list[Part] = []
-        self._waiting = 0  # bytes of these
+        self._waiting = 0  # their bytes
         self._first: int | None = None  # where the first range among them begins
         self._end = 0  # where the last one ends
-        self._submitted = self._synced = 0  # bytes handed to the thread; of these, bytes that a sync was asked for
+        self._submitted = self._synced = 0  # bytes handed to the thread; how many of them a sync covers
         self._pool = ThreadPoolExecutor(2, "assembly")
         self._writing: Future[None] | None = None
         self._syncing: Future[None] | None = None
@@ -70,7 +71,7 @@ class Assembly:
         """Appends new bytes, and ranges of the source.
 
         Raises:
-            OSError: parts that were added before could not be written. All methods raise these.
+            OSError: parts that were added before could not be written. All methods can raise these two.
             ShardError: the source ends before the end of a range that was added before.
         """
         for part in parts:
@@ -80,7 +81,7 @@ class Assembly:
                 self.copy(*part)
 
     def copy(self, start: int, end: int) -> None:
-        """Appends the bytes [start, end) of the source; fastest in the source's order."""
+        """Appends the bytes [start, end) of the source; fastest if called in the source's order."""
         if end <= start:
             return
         is_far = self._first is not None and (start < self._end or end - self._first > 2 * _BATCH)
@@ -98,7 +99,7 @@ class Assembly:
             self.flush()
 
     def flush(self) -> None:
-        """Hands the parts to the thread, once it has written those before; at most two batches are in memory."""
+        """Hands the parts to the thread after it has written the previous ones; at most two batches are in memory."""
         if self._writing is not None:
             self._writing.result()
         if self._submitted - self._synced >= _SYNCED and (self._syncing is None or self._syncing.done()):
@@ -123,11 +124,14 @@ class Assembly:
             left = max(left - size, 0)
 
     def _written_at_once(self, parts: list[Part]) -> int:
-        """Bytes that one call wrote. Fewer than all if ranges are far apart, the disk is full or the source is lost."""
+        """Writes with one call; returns how many bytes.
+
+        Not all are written if ranges are far apart, the disk is full or the source is lost.
+        """
         try:
             window = _Window(self._source, [part for part in parts if isinstance(part, tuple)])
-        except (OSError, ValueError):  # of mmap: the file ends before
-            return 0  # copying part by part reports what it is
+        except (OSError, ValueError):  # the source is shorter, or cannot be mapped
+            return 0  # copying part by part reports the cause
         with window:
             begin = os.lseek(self._target, 0, os.SEEK_CUR)
             try:
@@ -165,12 +169,12 @@ class Assembly:
 
 
 class _Window:
-    """A mapping of the pages that hold ascending ranges of a file. They are read before, without Python's lock.
+    """A mapping of the pages that hold ascending ranges of a file. The pages are loaded first, without Python's lock.
 
     Raises:
-        OSError: the file ends before, the disk does not give its bytes, the file system has no mappings, or most of
-            the mapping would lie between the ranges.
-        ValueError: the file ends before.
+        OSError: the file is shorter, its bytes cannot be read, the file system has no mappings, or most of the mapping
+            would lie between the ranges.
+        ValueError: the file is shorter.
     """
 
     def __init__(self, descriptor: int, ranges: list[tuple[int, int]]) -> None:
@@ -189,11 +193,11 @@ class _Window:
         self._view = memoryview(mmap.mmap(descriptor, end - self._start, flags, mmap.PROT_READ, offset=self._start))
 
     def part(self, start: int, end: int) -> memoryview:
-        """One range. Only the kernel may read it: a page that the disk does not give kills the process."""
+        """One range. Only the kernel may read it: a page that cannot be read would kill the process."""
         return self._view[start - self._start : end - self._start]
 
     def __enter__(self) -> _Window:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._view.release()  # the mapping goes with its last part
+        self._view.release()  # the mapping is freed with its last part

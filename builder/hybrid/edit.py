@@ -1,6 +1,6 @@
-"""An edited sample: which members it has, what its json says, and where it says how it was made.
+"""An edited sample: its members, its json, and the record of how it was made.
 
-An edited sample has the members of its source. Knows no tars and no table.
+An edited sample has the members of its source. This module reads no tars and no table.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import orjson
 from builder import formats
 from builder.table.schema import folded
 
-#: What a member of an edited sample holds: what the source has there, or what is new.
+#: What a member of an edited sample holds: the source's content, or a new image, json or txt.
 Holds = Literal["source", "image", "json", "txt"]
-#: json fields that describe the replaced image: emptied, since the new one has no origin. Source: img2dataset's fields.
+#: json fields that describe the replaced image: emptied, since the new one has none. Source: img2dataset's fields.
 _EMPTIED = ("url", "exif")
-#: The json field that holds boxes of faces in DataComp's shards; a pipeline may name another one.
+#: The json field that holds boxes of faces in DataComp's shards; a pipeline can name another one.
 BOXES = "face_bboxes"
-#: Why a sample that the write SQL returns stays the source's.
+#: Why a sample that the write SQL returns stays as in the source.
 OTHER_FORMAT, SEVERAL_PICTURES, NO_TEXT = "other format", "several pictures", "no json or txt"
-#: Of each reason what it says of samples.
+#: The text shown for each reason.
 REASONS = {
     OTHER_FORMAT: "samples whose new picture has another format than the one it would replace",
     SEVERAL_PICTURES: "samples with several pictures, of which a new one would replace the first",
@@ -40,9 +40,9 @@ class Rules:
     Attributes:
         image: `source`: a new picture replaces one of its own format only; `jpg`: a jpg replaces a picture of any
             format.
-        other_pictures: what happens to the other pictures of a sample that has several: `keep` or `drop`. With None
-            such a sample is not edited.
-        json: whether an edited sample without a json gets one.
+        other_pictures: the other pictures of a sample that has several: `keep` or `drop`. None: such samples are not
+            edited.
+        json: whether a json is added to an edited sample that has none.
         boxes: the json field that holds boxes of faces.
     """
 
@@ -53,7 +53,7 @@ class Rules:
 
     @property
     def box_fields(self) -> tuple[str, ...]:
-        """json fields that hold boxes of the picture: the one that is named, and DataComp's."""
+        """json fields that hold boxes of the picture: the one that the pipeline names, and DataComp's."""
         return (BOXES,) if self.boxes == BOXES else (BOXES, self.boxes)
 
 
@@ -62,14 +62,14 @@ class Edit:
     """One row of the write SQL that changes a sample.
 
     Attributes:
-        dropped: the sample is left out; then nothing else counts.
-        image: path, offset and size of the new image, or None for a sample that keeps its own.
-        kind: format of the new image; None where the table does not say it, and then it is jpg.
-        caption: the new caption, or None for a sample that keeps its own.
+        dropped: whether the sample is left out; then all else is ignored.
+        image: path, offset and size of the new image; None if the sample keeps its image.
+        kind: format of the new image; None if the table does not record it: jpg.
+        caption: the new caption; None if the sample keeps its caption.
         fields: json fields to set.
         made: how the image was made, for the json.
-        members: what the edited sample consists of; empty for one that is dropped.
-        boxes: json fields that hold boxes of the picture; they are removed together with it.
+        members: of the edited sample; empty if it is dropped.
+        boxes: json fields that hold boxes of the picture; they are removed with it.
     """
 
     row: int
@@ -91,7 +91,7 @@ class Member:
     """One member of an edited sample.
 
     Attributes:
-        place: position, among the source's members, of the one whose header it takes.
+        place: index in the source's members of the one whose header it takes.
         is_added: whether the source has no such member.
     """
 
@@ -105,12 +105,12 @@ class Member:
 def members_of(
     extensions: tuple[str, ...], image: str | None, has_caption: bool, has_fields: bool, rules: Rules
 ) -> tuple[Member, ...] | str:
-    """The members of an edited sample in order, which are those of its source; or the reason why it is not edited.
+    """The members of an edited sample, in order; or the reason why it is not edited.
 
     Args:
-        extensions: of the source's members, as the archive writes them; a picture is among them.
-        image: format of the new picture; None for a sample that keeps its own.
-        has_caption: whether there is a new caption; always so with a new picture.
+        extensions: of the source's members, as in the archive; one of them is a picture.
+        image: format of the new picture; None if the sample keeps its picture.
+        has_caption: whether there is a new caption; always true with a new picture.
         has_fields: whether json fields are set.
     """
     lower = [extension.lower() for extension in extensions]
@@ -150,10 +150,10 @@ def members_of(
 
 @lru_cache(maxsize=4096)
 def was_so(extensions: tuple[str, ...], has_image: bool, has_caption: bool, members: tuple[Member, ...]) -> bool:
-    """Whether an edited sample had these members by the rules of the writer's version 3, before there were `Rules`.
+    """Whether version 3 of the writer, which had no `Rules`, gave an edited sample the same members.
 
-    They were: a json and a txt always, the picture as jpg, and no second jpg, jpeg, png or webp. A json that was added
-    did not keep what the txt had said.
+    It always added a json and a txt, wrote the picture as jpg, and left out every other jpg, jpeg, png or webp. A json
+    that it added did not keep the caption of the txt.
     """
     lower = [extension.lower() for extension in extensions]
     if "txt" in lower and any(member.is_added for member in members):
@@ -173,19 +173,19 @@ def was_so(extensions: tuple[str, ...], has_image: bool, has_caption: bool, memb
     return before == [(member.extension, member.place) for member in members]
 
 
-# --- what it says ---
+# --- its json ---
 
 
 def edited_json(raw: bytes | None, edit: Edit, txt: bytes | None = None) -> bytes:
-    """A sample's json with its new caption and the description of its new image, laid out as img2dataset does it.
+    """A sample's json with its new caption and the description of its new image, in img2dataset's layout.
 
     `original_caption` keeps the first caption; `provenance` keeps every replaced field. ASCII, indent 4.
 
     Args:
-        raw: the json before; None for a sample that has none.
-        txt: the txt before, whose caption is the sample's where there was no json; None for a sample that has none.
+        raw: the json in the source; None if there is none.
+        txt: the txt in the source, which gives the caption if there is no json; None if there is none.
     """
-    old: dict[str, Any] = _parsed(raw) if raw is not None else _said_by(txt)
+    old: dict[str, Any] = _parsed(raw) if raw is not None else _known_from(txt)
     new = dict(old)
     changes: dict[str, Any] = {}
     if edit.caption is not None:
@@ -211,7 +211,7 @@ def edited_json(raw: bytes | None, edit: Edit, txt: bytes | None = None) -> byte
 
 
 def _provenance(edit: Edit, replaced: dict[str, Any]) -> dict[str, Any]:
-    """What was replaced, and how the image was made."""
+    """The replaced values, and how the image was made."""
     provenance: dict[str, Any] = {"replaced": replaced}
     if edit.image:
         names = {"image_model": "model", "image_seed": "seed", "image_prompt": "prompt"}
@@ -221,16 +221,16 @@ def _provenance(edit: Edit, replaced: dict[str, Any]) -> dict[str, Any]:
 
 
 def manifest_provenance(txt: bytes, edit: Edit) -> str:
-    """The provenance of an edited sample that has no json, as the manifest carries it: json on one line.
+    """The provenance of an edited sample without a json, for the manifest: json on one line.
 
     Args:
-        txt: what its txt held before.
+        txt: its txt in the source.
     """
-    return json.dumps(_provenance(edit, _said_by(txt)))
+    return json.dumps(_provenance(edit, _known_from(txt)))
 
 
-def _said_by(txt: bytes | None) -> dict[str, Any]:
-    """What a sample without a json says of itself."""
+def _known_from(txt: bytes | None) -> dict[str, Any]:
+    """The fields known for a sample without a json."""
     return {} if txt is None else {"caption": txt.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")}
 
 
@@ -243,7 +243,7 @@ def _field_in(fields: dict[str, Any], name: str) -> str:
 
 
 def _pretty(value: dict[str, Any]) -> bytes:
-    """An object as ASCII json with indent 4, by orjson, whose indent is 2: twice as fast as the standard library."""
+    """An object as ASCII json with indent 4. orjson indents by 2, so spaces are doubled: twice as fast as `json`."""
     try:
         text = orjson.dumps(value, option=orjson.OPT_INDENT_2)
     except TypeError:  # an integer of more than 64 bits
@@ -253,14 +253,14 @@ def _pretty(value: dict[str, Any]) -> bytes:
     if not text.isascii():
         text = text.decode().encode("ascii", _ESCAPED)
     depth = 1
-    while (line := b"\n" + b" " * (4 * depth - 2)) in text:  # never inside a string, where line ends are escaped
+    while (line := b"\n" + b" " * (4 * depth - 2)) in text:  # never in a string, where line ends are escaped
         text = text.replace(line, line + b"  ")
         depth += 1
     return text
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """Characters that ASCII does not have, as json escapes them."""
+    """Escapes characters that are not ASCII as json does."""
     assert isinstance(error, UnicodeEncodeError)
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
@@ -270,7 +270,7 @@ codecs.register_error(_ESCAPED, _escaped)
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
-    """A json object with all digits of its integers; NaN and infinities, which json does not have, become null."""
+    """A json object with all digits of its integers; NaN and infinities, which json does not allow, become null."""
     return dict(_DECODER.decode(raw.removeprefix(b"\xef\xbb\xbf").decode()))
 
 

@@ -1,4 +1,4 @@
-"""The generated image: the stage that owns it, its columns in the table, its bytes, and how its run made it.
+"""The generated image: its stage, its columns in the table, its bytes, and how its run made it.
 
 One stage of a root owns the columns `image_path`, `image_offset` and `image_size`, which point into edits tars.
 """
@@ -21,32 +21,32 @@ from builder.table.edits import EditsReader
 from builder.table.pointers import pointers_of
 from builder.table.schema import Column
 
-#: The columns that point to an image: edits tar relative to the root, first byte, bytes.
+#: The columns that locate an image: the edits tar, relative to the root, the first byte, the number of bytes.
 POINTER = ("image_path", "image_offset", "image_size")
-#: The columns that describe it and how it was made; it belongs together with its prompt, which becomes the caption.
+#: The columns that describe it and how it was made; its prompt becomes the caption.
 _MADE = ("image_width", "image_height", "image_sha256", "image_seed", "image_model", "image_prompt")
-#: All columns of an image with their types in SQL; `prompt` is the prompt as it is now, `image_prompt` that of then.
+#: All columns of an image with their types in SQL; the image was made from `image_prompt`, `prompt` is the present one.
 SQL_TYPES = {
     "image_path": "varchar", "image_offset": "bigint", "image_size": "bigint", "image_width": "integer",
     "image_height": "integer", "image_sha256": "varchar", "image_seed": "bigint", "image_model": "varchar",
     "image_prompt": "varchar", "prompt": "varchar", "image_format": "varchar",
 }  # fmt: skip
-#: Columns without which an image is not taken.
+#: Columns that write SQL must return for an image.
 NEEDED = (*POINTER, "image_prompt", "prompt", "image_width", "image_height", "image_sha256")
 
 
 def image_stage(columns: Sequence[Column]) -> str | None:
-    """The stage that owns the image, None for a root without one."""
+    """The stage that owns the image; None if the root has none."""
     return next((stage for stage, names in pointers_of(columns).items() if "image_path" in names), None)
 
 
 def says_format(columns: Sequence[Column]) -> bool:
-    """Whether the table says in which format images are; a stage's own output of that name may be something else."""
+    """Whether the table records the format of images; a stage may have another output of that name."""
     return any(column.name == "image_format" and column.type == pa.string() for column in columns)
 
 
 def table_columns(columns: Sequence[Column]) -> dict[str, str]:
-    """What is read of the table for a selected image, by the name that it gets: its run, and its format if there is."""
+    """Table columns read for a selected image, by their name in the selection."""
     stage = image_stage(columns)
     if stage is None:
         return {}
@@ -61,10 +61,10 @@ class GeneratedImage:
     """The image of one selected row.
 
     Attributes:
-        place: as `POINTER`.
+        place: the values of `POINTER`.
         prompt: the text that it was made from.
-        made: what describes it and how it was made, by column; `stage`, `version` and `options` of its run, if known.
-        kind: its format, None where the table does not say it.
+        made: by column, what describes it and how it was made; `stage`, `version` and `options` of its run, if known.
+        kind: its format; None if the table does not record it.
     """
 
     place: tuple[str, int, int]
@@ -74,10 +74,10 @@ class GeneratedImage:
 
 
 def image_in(row: dict[str, Any], provenance: Provenance) -> GeneratedImage | None:
-    """The image of a row of the write selection; None if it has none.
+    """The image of a selected row; None if it has none.
 
     Raises:
-        ConfigError: the row has only a part of an image's columns, or the run that made it is gone.
+        ConfigError: the row has only some of an image's columns, or the run that made it is gone.
     """
     if row.get("image_path") is None:
         return None
@@ -94,32 +94,32 @@ def image_in(row: dict[str, Any], provenance: Provenance) -> GeneratedImage | No
             fix="return all of a row's image columns, or none of them",
         )
     made = {name: row.get(name) for name in _MADE} | provenance.of(row.get("image_run"))
-    said = row.get("image_format")
-    kind = formats.named(said) if said else None
+    recorded = row.get("image_format")
+    kind = formats.named(recorded) if recorded else None
     return GeneratedImage((row["image_path"], row["image_offset"], row["image_size"]), row["image_prompt"], made, kind)
 
 
 def read_image(
     generated: EditsReader, place: tuple[str, int, int], sha256: str, kind: str | None, row: int
 ) -> tuple[bytes, str]:
-    """The bytes of an image and their sha256, which is the table's.
+    """An image's bytes and sha256, checked against the table.
 
     Raises:
         ShardError: the edits tar is gone or holds something else.
-        OSError: the machine does not give the bytes.
+        OSError: the bytes cannot be read.
     """
     picture = generated.read(*place)
     digest = hashlib.sha256(picture).hexdigest()
     if digest != sha256:
         raise ShardError(
-            "generated bytes are not those that the table describes",
+            "the generated bytes differ from the sha256 in the table",
             where={"row": row, "edits tar": place[0]},
             fix=edits.again(place[0]),
         )
     found = formats.of_bytes(picture)
     if found is not None and kind is not None and found != kind:
         raise ShardError(
-            f"a new image is {found}, and its row says {kind}",
+            f"the image is {found}, but its row says {kind}",
             where={"row": row, "edits tar": place[0]},
             fix="return image_format of the stage that made the image, next to image_path",
         )
@@ -127,10 +127,10 @@ def read_image(
 
 
 class Provenance:
-    """Stage, version and options hash of images, out of their runs; each run is read once.
+    """Stage, version and options hash of images, read from their runs; each run is read once.
 
     Args:
-        stage: the stage that owns the image, as `image_stage`.
+        stage: the stage that owns the image (`image_stage`).
     """
 
     def __init__(self, layout: Layout, stage: str | None) -> None:
@@ -138,7 +138,7 @@ class Provenance:
         self._known: dict[str, dict[str, Any]] = {}
 
     def of(self, run: str | None) -> dict[str, Any]:
-        """What a run says, empty where the table names none.
+        """What a run records; empty if the table names no run.
 
         Raises:
             ConfigError: the run is gone or damaged.
@@ -157,7 +157,7 @@ class Provenance:
         except (FileNotFoundError, ShardError, KeyError) as error:
             state = "gone" if isinstance(error, FileNotFoundError) else "damaged"
             raise ConfigError(
-                f"run '{run}' is {state}, which says how images were made",
+                f"run '{run}' is {state}; it records how images were made",
                 where={"file": path},
                 fix=f"make them again: builder stage {self._stage} --redo",
             ) from None

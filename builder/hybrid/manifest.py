@@ -1,4 +1,4 @@
-"""The manifest of a hybrid shard: its columns, and what its footer says."""
+"""The manifest of a hybrid shard: its columns, and the contents of its footer."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import pyarrow as pa
 
 from builder.table import column_files, partitions
 
-#: Part of the digest in every manifest: where it is raised, every shard is written again. A rule that changes the bytes
-#: of only some samples is part of their digest instead (`shard_plan`).
+#: Part of the digest in every manifest: raising it rewrites every shard. A rule that changes the bytes of only some
+#: samples is part of their digest instead (`shard_plan`).
 VERSION = "3"
-#: In the footer: the digest of the plan, and what the shard holds with size and time of its source.
+#: Keys in the footer: the digest of the plan; what the shard holds, with size and time of its source.
 _DIGEST = b"builder.digest"
 _INFO = b"builder.output"
 
 
 @dataclass(frozen=True)
 class SourceMembers:
-    """The members of a hybrid shard that are the source's, as columns.
+    """The unchanged members of a hybrid shard, as columns.
 
     Attributes:
-        rows: int64, of each member.
-        names: of each member, text.
+        rows: int64, one per member.
+        names: text, one per member.
     """
 
     shard: str
@@ -40,7 +40,7 @@ class EditedMember:
     """One member of an edited sample.
 
     Attributes:
-        provenance: how its sample was made, as json on one line: of the first member of a sample without a json.
+        provenance: how its sample was made, as json on one line; only for the first member of a sample without a json.
     """
 
     shard: str
@@ -93,8 +93,8 @@ def encoded(manifest: pa.Table, digest: str, written: Written, source: tuple[int
     """A manifest as a parquet file.
 
     Args:
-        digest: of the plan.
-        source: size and time of modification, ns, of the source.
+        digest: the plan's.
+        source: size and time of modification (ns) of the source.
     """
     info = json.dumps({**vars(written), "source": source}).encode()
     sink = pa.BufferOutputStream()
@@ -108,10 +108,10 @@ class Written:
 
     Attributes:
         rows: samples of the source shard.
-        edited: samples that differ, dropped ones not counted.
+        edited: samples that differ, without dropped ones.
         size: bytes of the tar.
-        copied: of these, bytes copied from the source.
-        source_end_mark: whether zeros close the source; a hybrid shard has them always.
+        copied: how many of them were copied from the source.
+        source_end_mark: whether zeros close the source; they always close a hybrid shard.
     """
 
     rows: int = 0
@@ -123,7 +123,7 @@ class Written:
 
     @property
     def statistics(self) -> dict[str, int | bool]:
-        """What `_stats.json` says of it."""
+        """The contents of `_stats.json`."""
         counts: dict[str, int | bool] = {
             "count": self.rows, "successes": self.rows - self.dropped, "edited": self.edited
         }  # fmt: skip
@@ -131,7 +131,7 @@ class Written:
 
 
 def read_description(manifest: Path) -> tuple[str, dict[str, Any]]:
-    """The digest that a hybrid shard was made of, and what it holds, as its manifest says.
+    """The digest of the plan of a hybrid shard, and what the shard holds, from its manifest.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -145,4 +145,4 @@ def read_description(manifest: Path) -> tuple[str, dict[str, Any]]:
             raise ValueError
         return (metadata or {})[_DIGEST].decode(), info
     except (KeyError, ValueError, AttributeError) as error:
-        raise pa.ArrowInvalid("it says nothing of a hybrid shard") from error
+        raise pa.ArrowInvalid("it does not describe a hybrid shard") from error

@@ -1,6 +1,6 @@
-"""Write selection: the rows that write SQL returns, shard by shard, with what the table says of their samples.
+"""Write selection: the rows that write SQL returns, shard by shard, with columns of the table.
 
-The writer and all exports read their rows from here. It knows no tars, and nothing of what becomes of a sample.
+The writer and all exports read their rows from here. It reads no tars and decides nothing about the edits.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from builder.table.query import Samples
 from builder.table.schema import Column, folded
 from builder.table.sql_text import DuckError, Sql, batches, guarded
 
-#: Columns that write SQL returns always.
+#: Columns that write SQL must return.
 _KEYS = ("shard", "row", "uid")
-#: Columns that it may return, with their types in SQL. All others begin with `SET`.
+#: Columns that it can return, with their types in SQL. All others begin with `SET`.
 _TYPES = {
     "shard": "varchar", "row": "bigint", "uid": "varchar", "dropped": "boolean", "caption": "varchar", **image.SQL_TYPES
 }  # fmt: skip
 #: A column `set_<name>` sets the json field `<name>`.
 SET = "set_"
-#: json fields that no column may set: always, and where the SQL returns images that they describe.
+#: json fields that no column can set: always, and if the SQL returns images, which they describe.
 _OWNED = frozenset({"caption", "original_caption", "provenance"})
 _DESCRIBING = frozenset({"width", "height", "original_width", "original_height", "sha256"})
-#: Words for types of SQL that json does not have, or that Arrow does not hold: it takes the largest UHUGEINT for -1.
+#: Types of SQL that json cannot hold, and UHUGEINT, whose largest value becomes -1 in Arrow.
 _NOT_IN_JSON = ("INTERVAL", "MAP(", "UNION(", "UHUGEINT")
-#: Between the extensions of a sample's members, none of which holds it.
+#: Separates the extensions of a sample's members; no extension contains it.
 _BETWEEN = "/"
-#: Rows of an answer that are read at a time.
+#: Rows that are read at a time.
 _BATCH = 10_000
 
 
@@ -48,12 +48,13 @@ class Selection:
 
     Attributes:
         state: the shard's source, and the identity of its rows.
-        rows: one dict per sample, ascending by `row`, each row once; empty where the SQL returns none. It has
-            `shard` (str), `row` (int, position in the shard from 0), `uid` (str), and of these what the SQL returns:
+        rows: one dict per sample, ascending by `row`, each row once; empty if the SQL returns none. Each has
+            `shard` (str), `row` (int, position in the shard from 0), `uid` (str), and those of these that the SQL
+            returns:
             `dropped` (bool), `caption` (str), the columns of an image (`image.SQL_TYPES`; offset and size in bytes,
-            width and height in pixels), `set_<json field>` (any value that json has). From the table come
+            width and height in pixels), `set_<json field>` (any value that json can hold). From the table come
             `source_status` (`ok`, or `failed` for a sample with a bad source), `source_extensions` (see
-            `extensions_of`) and, with images, `image_run` (the run that made it) and `image_format`. None is null.
+            `extensions_of`) and, with images, `image_run` (the run that made it) and `image_format`. Null is None.
         row_schema: the Arrow schema of the rows, the same for all shards.
     """
 
@@ -74,17 +75,18 @@ def select(
     refused: dict[str, BuilderError] | None = None,
     state: Callable[[str], partitions.State | None] | None = None,
 ) -> Iterator[Selection]:
-    """Evaluates write SQL once and yields one Selection for each of `shards` that is in the table, sorted by name, also
-    where no row is selected.
+    """Evaluates write SQL once and yields one Selection per shard that is in the table, sorted by name.
+
+    A shard without selected rows is yielded too.
 
     Args:
         columns: of the table.
-        boxes: json fields that hold boxes of a sample's picture; SQL that returns images sets none of them.
-        refused: takes the shards of which there is no selection, with the reason; without it the first one ends all.
-        state: returns what the caller already knows of a partition, instead of reading it.
+        boxes: json fields that hold boxes of a sample's picture; SQL that returns images cannot set them.
+        refused: collects shards without a selection, and why; if None, the first such error is raised.
+        state: returns the state of a partition that the caller already knows, so that it is not read again.
 
     Raises:
-        ConfigError: the SQL is refused, returns a column that has no meaning here, or returns a row twice.
+        ConfigError: the SQL is refused, returns an unknown column, or returns a row twice.
     """
     state_of = state or partial(partitions.partition_state, layout)
     with Samples(layout, columns, shards, deciding=[sql]) as samples:
@@ -104,7 +106,7 @@ def select(
                 if known is None:
                     continue
                 while waiting is not None and waiting[0] < shard:
-                    waiting = next(by_shard, None)  # of a shard that the table does not have
+                    waiting = next(by_shard, None)  # of a shard that is not in the table
                 rows: list[dict[str, Any]] = []
                 try:
                     if waiting is not None and waiting[0] == shard:
@@ -120,14 +122,14 @@ def select(
 
 
 def note_refused(refused: dict[str, BuilderError] | None, shard: str, error: Exception) -> None:
-    """Takes note of a shard that is refused; raises the error where nothing takes it or it is not of the shard."""
+    """Records a refused shard; raises if there is nowhere to record it, or the error is not about the shard."""
     if refused is None or not (isinstance(error, BuilderError) or machine.is_of_the_machine(error)):
         raise error
     refused[shard] = error if isinstance(error, BuilderError) else machine.explained(error)
 
 
 def extensions_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """The extensions of a selected sample's members, as they lie in the source; empty for one without members."""
+    """The extensions of a selected sample's members, in their order in the source; empty if it has none."""
     joined = row["source_extensions"]
     return tuple(joined.split(_BETWEEN)) if joined else ()
 
@@ -138,7 +140,7 @@ def _check_once(shard: str, rows: list[dict[str, Any]], sql: Sql) -> None:
             raise ConfigError(
                 f"write SQL returns row {row['row']} of shard '{shard}' more than once",
                 where={"file": sql.origin},
-                fix="each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
+                fix="return each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
             )
 
 
@@ -146,7 +148,7 @@ def _in_python(batch: pa.RecordBatch, sql: Sql) -> list[dict[str, Any]]:
     """The rows of a batch.
 
     Raises:
-        ConfigError: a date or time that Python does not have, and json neither: infinity, years beyond 1 to 9999.
+        ConfigError: a date or time that neither Python nor json can hold: infinity, or a year outside 1 to 9999.
     """
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
@@ -159,7 +161,7 @@ def _in_python(batch: pa.RecordBatch, sql: Sql) -> list[dict[str, Any]]:
                 except (OverflowError, ValueError) as error:
                     place = {key: batch.column(key)[i].as_py() for key in ("shard", "row")}
                     raise ConfigError(
-                        f"write SQL returned '{name}' of type {value.type} outside the years 1 to 9999 (as infinity), "
+                        f"write SQL returned '{name}' of type {value.type} outside the years 1 to 9999 (or infinity), "
                         "which json does not have",
                         where={"file": sql.origin, **place},
                         fix=f"return null or text: cast({name} as varchar)",
@@ -168,7 +170,7 @@ def _in_python(batch: pa.RecordBatch, sql: Sql) -> list[dict[str, Any]]:
 
 
 def _known_name(name: str) -> str:
-    """A column of the SQL by its name here: SQL does not distinguish case, json fields do."""
+    """The name of a column of the SQL here: SQL ignores case, json fields do not."""
     lower = folded(name)
     if lower.startswith(SET):
         return SET + name[len(SET) :]
@@ -192,7 +194,7 @@ def _check_columns(returned: Sequence[str], types: Sequence[str], sql: Sql, boxe
             raise ConfigError(
                 f"write SQL returned a column '{name}', which the writer does not know",
                 where=place,
-                fix=f"to set a json field write: {name} as {SET}{name}",
+                fix=f"to set a json field, write: {name} as {SET}{name}",
             )
     owned = {*_OWNED, *_DESCRIBING, *boxes} if "image_path" in returned else _OWNED
     for name, kind in zip(returned, types, strict=True):
@@ -227,12 +229,12 @@ def _check_image_columns(returned: Sequence[str], place: dict[str, str]) -> None
             raise ConfigError(
                 f"write SQL returned 'image_path' without '{name}'",
                 where=place,
-                fix=f"image and caption belong together; select all of: {', '.join(image.NEEDED)}",
+                fix=f"select all of: {', '.join(image.NEEDED)}",
             )
 
 
 def _columns_of_table(columns: Sequence[Column], returned: Sequence[str]) -> dict[str, str]:
-    """What a selection has from the table, by the name that it gets: the column that says it."""
+    """Table columns that a selection has, by their name in the selection."""
     found = {"source_status": "source_status", "source_extensions": "source_members.list.element.ext"}
     if "image_path" in returned:
         found |= image.table_columns(columns)
@@ -242,7 +244,7 @@ def _columns_of_table(columns: Sequence[Column], returned: Sequence[str]) -> dic
 def _with_table(
     layout: Layout, shard: str, rows: list[dict[str, Any]], columns: dict[str, str]
 ) -> tuple[list[dict[str, Any]], partitions.State]:
-    """The rows of the SQL that the table has, with what `columns` say of them."""
+    """Those rows of the SQL that are in the table, with `columns` of the table."""
     have, state = partitions.read_partition(layout, shard, list(columns.values()))
     known = [row for row in rows if row["row"] is not None and 0 <= row["row"] < have.num_rows]
     at = pa.array([row["row"] for row in known], pa.int64())
@@ -252,7 +254,7 @@ def _with_table(
 
 
 def _texts(column: pa.ChunkedArray) -> list[str | None]:
-    """The values of a column of text; of the column of members, the extensions of each sample."""
+    """The values of a column of text; for the column of members, the extensions of each sample."""
     if not pa.types.is_list(column.type):
         return list(column.to_pylist())
     members = column.combine_chunks()
@@ -261,6 +263,7 @@ def _texts(column: pa.ChunkedArray) -> list[str | None]:
 
 
 def _by_shard(reader: pa.RecordBatchReader, sql: Sql) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """One list of rows per shard."""
     shard: str | None = None
     rows: list[dict[str, Any]] = []
     for batch in batches(reader):

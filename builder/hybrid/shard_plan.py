@@ -1,4 +1,4 @@
-"""What one hybrid shard is to become: which samples differ and how, and a digest of all that decides it."""
+"""The plan of one hybrid shard: which samples change and how, and a digest of that."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from builder.table.origin import Origin
 from builder.table.schema import Column
 from builder.table.sql_text import Sql
 
-#: Digits of a number, at most: Arrow's decimals have no more, and a HUGEINT has one more.
+#: Most digits of a number: Arrow's limit; HUGEINT can have one more.
 _DIGITS = 38
 
 
 @dataclass
 class ShardPlan:
-    """What the table says of one hybrid shard.
+    """Which samples of one hybrid shard change, and how.
 
     Attributes:
-        on_disk: size and time of modification, ns, of the source when this plan was made; as ingested if it is gone.
-        digest: of all that decides which samples differ, and how.
-        stale: edited samples whose image is older than their prompt; they keep the caption of their image.
+        on_disk: size and time of modification (ns) of the source when this plan was made; as ingested if it is gone.
+        digest: of everything that decides which samples change, and how.
+        stale: edited samples whose image is older than their prompt; their caption is the image's prompt.
         refused: selected samples that are not edited because their source is bad.
-        kept: selected samples that stay as in the source, by the reason (`edit.REASONS`).
-        rows: identity of the shard's rows (`table.rows_hash`) that the edits follow.
+        kept: selected samples that stay as in the source, by reason (`edit.REASONS`).
+        rows: identity of the shard's rows that the plan was made from (`column_files.rows_hash`).
         selected, row_schema: the selection that it was made from (`select.Selection`).
     """
 
@@ -72,12 +72,12 @@ def plans(
     """Evaluates the write SQL once and yields the plan of every shard, in order.
 
     Args:
-        refused: takes the shards of which no plan can be made, with the reason; without it the first one ends all.
-        state: as of `select.select`.
+        refused: collects shards without a plan, and why; if None, the first such error is raised.
+        state: as in `select.select`.
 
     Raises:
-        ConfigError: as `select.select`; an image has only a part of its columns, or its run is gone; json does not
-            have a value.
+        ConfigError: as `select.select`; an image has only some of its columns, or its run is gone; a value cannot be
+            written as json.
     """
     stage = image_stage(columns)
     selections = select.select(
@@ -101,10 +101,10 @@ def plan_shard(
     stage: str | None,
     rules: Rules,
 ) -> ShardPlan:
-    """The plan of one shard out of its selected rows.
+    """The plan of one shard, from its selected rows.
 
     Args:
-        stage: the stage that made the images, whose runs say how.
+        stage: the stage that made the images.
     """
     plan = ShardPlan(shard, state.source, _on_disk(state.source), {}, "", state.rows, selected=rows)
     made_of = [VERSION, state.rows, state.source.size]
@@ -137,9 +137,9 @@ def _on_disk(source: Origin) -> tuple[int, int]:
 
 
 def _decisive(edit: Edit, extensions: tuple[str, ...]) -> bytes:
-    """What decides an edited sample's bytes: the image by its content, not by where it lies.
+    """What decides an edited sample's bytes (the image's content, not its location).
 
-    Rules count only where they make another sample than the first rules did, so that other shards stay up to date.
+    Rules count only if they change the sample that version 3 of the writer made, so that other shards stay up to date.
     """
     image = [edit.made.get("image_sha256"), edit.image[2]] if edit.image else None
     values: list[Any] = [edit.row, edit.dropped, image, edit.caption, edit.fields, edit.made]
@@ -155,7 +155,7 @@ def _decisive(edit: Edit, extensions: tuple[str, ...]) -> bytes:
 
 
 def _edit(row: dict[str, Any], provenance: Provenance, rules: Rules) -> Edit | str | None:
-    """What becomes of a selected sample: an edit, or None for one that stays, or a text that says why it stays."""
+    """The edit of a selected sample; None if the row changes nothing; a reason (`edit.REASONS`) if it is not edited."""
     fields = {
         name.removeprefix(select.SET): _json_value(value, name, row)
         for name, value in row.items()
@@ -178,10 +178,10 @@ def _edit(row: dict[str, Any], provenance: Provenance, rules: Rules) -> Edit | s
 
 
 def _json_value(value: Any, name: str, row: dict[str, Any]) -> Any:
-    """A value of SQL as json has it: decimals as numbers, dates and times as ISO text.
+    """A value of SQL for json: decimals as numbers, dates and times as ISO text.
 
     Raises:
-        ConfigError: json has no such value.
+        ConfigError: it cannot be written as json.
     """
     if isinstance(value, str | bool | int | None):
         return value

@@ -1,4 +1,4 @@
-"""One hybrid shard: copies what is unchanged in the source, and splices the edited samples in."""
+"""One hybrid shard: copies what is unchanged from the source, and splices the edited samples in."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ from builder.tar.index import Index
 
 #: Bytes that are read at a time around an edited sample's headers: its json and txt lie next to each other.
 _NEAR = 8192
-#: Members of edited samples with more bytes are copied from the source and not read whole.
+#: Members of edited samples with more bytes than this are copied from the source in parts.
 _LARGE = 1 << 20
-#: Times that a shard is written whose source's time of change, and nothing else, changes meanwhile.
+#: How often a shard is written if its source's time of change, and nothing else, changes meanwhile.
 _TRIES = 3
 
 
 def write_shard(layout: Layout, plan: ShardPlan) -> Written:
-    """Writes one hybrid shard: a temp name, complete, renamed; stats after it, the manifest last.
+    """Writes one hybrid shard under a temporary name and renames it; then its statistics, and its manifest last.
 
-    The old manifest goes first: a kill in between leaves a shard without a manifest, which is written again, and never
-    a shard with the manifest of another one. Of two live copies, the one that finds the other's tar starts again.
+    The old manifest is deleted first: a kill in between leaves a shard without a manifest, which is written again, and
+    never a shard with the manifest of another one. If two processes write the same shard, the one that finds the
+    other's tar starts again.
 
     Raises:
         ShardError: the source or an edits tar cannot be read; the old output stays.
@@ -61,7 +62,7 @@ def write_shard(layout: Layout, plan: ShardPlan) -> Written:
 
 
 def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Buffer, Path]:
-    """Makes a hybrid shard under a temp name, durably; returns what it holds, its manifest and that name."""
+    """Writes a hybrid shard durably under a temporary name; returns what it holds, its manifest and that name."""
     with opened(layout, plan.shard, plan.source) as source, EditsReader(layout) as generated:
         before = _identity(source)
         places, state = partitions.read_partition(layout, plan.shard, ["key", "source_members"])
@@ -80,11 +81,11 @@ def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Buffer, Path]
                     return
                 if now[:2] != was[:2]:
                     break
-                was = now  # a link or a mode may be all that changed
+                was = now  # perhaps only a link or the mode has changed
             raise ShardError(
                 "the source shard changed while it was copied",
                 where={"file": plan.source.path},
-                fix="run the same command again; if it stays so, ingest it as it is now: builder ingest",
+                fix="run the same command again; if that does not help: builder ingest",
             )
 
         temp = files.write_temp(layout.hybrid(plan.shard), write)
@@ -92,7 +93,7 @@ def _spliced(layout: Layout, plan: ShardPlan) -> tuple[Written, pa.Buffer, Path]
 
 
 def _identity(descriptor: int) -> tuple[int, int, int]:
-    """Size and times of a file. Its time of change cannot be set back, unlike its time of modification."""
+    """Size and times of a file. Its time of change, unlike its time of modification, cannot be set."""
     stat = os.fstat(descriptor)
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -101,8 +102,8 @@ class _Members:
     """Where the members of one shard's rows lie in the source, as columns.
 
     Attributes:
-        keys: of each row.
-        first: where in the other columns each row begins, and the end of the last.
+        keys: one per row.
+        first: index of each row's first member in the other columns; last, the end of the last row.
     """
 
     def __init__(self, places: pa.Table) -> None:
@@ -117,7 +118,7 @@ class _Members:
         self.header, self.data, self.size = (flat.field(name).to_pylist() for name in ("header", "data", "size"))
 
     def of(self, row: int) -> list[dict[str, Any]]:
-        """The members of one row, as `source_members` has them."""
+        """The members of one row, in the form of `source_members`."""
         return [
             {
                 "ext": self.extension[i],
@@ -129,7 +130,7 @@ class _Members:
         ]
 
     def end(self, row: int) -> int:
-        """First byte after the last record of one row."""
+        """The first byte after the last record of one row."""
         own = slice(self.first[row], self.first[row + 1])
         return max(
             data + size + blocks.padding(size) for data, size in zip(self.data[own], self.size[own], strict=True)
@@ -142,7 +143,7 @@ class _Prepared:
 
     Attributes:
         parts: header, content and padding of its members, in order.
-        ranges: bytes of the source that it replaces, ascending.
+        ranges: the bytes of the source that it replaces, ascending.
         members: the new members, for the manifest.
     """
 
@@ -153,10 +154,10 @@ class _Prepared:
 
 
 class _Splicer:
-    """One hybrid shard in the making.
+    """Writes one hybrid shard.
 
     Attributes:
-        manifest: every member, as a parquet file, once it is written.
+        manifest: every member, as a parquet file; set by `write`.
     """
 
     def __init__(self, source: int, generated: EditsReader, plan: ShardPlan, places: pa.Table) -> None:
@@ -177,7 +178,7 @@ class _Splicer:
                 made.add(prepared.parts)
                 at = prepared.ranges[0][1]
                 for start, stop in prepared.ranges[1:]:
-                    self._copy(made, at, start)  # members between that belong to no sample
+                    self._copy(made, at, start)  # members in between that belong to no sample
                     at = stop
                 if prepared.edit.dropped:
                     self.written.dropped += 1
@@ -202,14 +203,14 @@ class _Splicer:
                 head = record_heads.remake_record_head(old[member.place][0], name, size)
                 parts += (head, body, bytes(blocks.padding(size)))
                 made.append(EditedMember(self._plan.shard, edit.row, name, digest or self._sha256(body), provenance))
-                provenance = None  # the first member of the sample carries it
+                provenance = None  # only the first member of a sample has it
         ranges = sorted(
             (place["header"], place["data"] + place["size"] + blocks.padding(place["size"])) for place in members
         )
         return _Prepared(edit, parts, ranges, made)
 
     def _provenance_without_json(self, edit: Edit, old: dict[int, tuple[bytes, Part]]) -> str | None:
-        """How a sample was made that has no json to say so, as the manifest carries it."""
+        """The provenance of a sample without a json, for the manifest; None if the sample has a json."""
         if any(member.holds == "json" for member in edit.members):
             return None
         txt = old[next(member.place for member in edit.members if member.holds == "txt")][1]
@@ -217,29 +218,29 @@ class _Splicer:
         return manifest_provenance(txt, edit)
 
     def _ending(self) -> tuple[int, Index]:
-        """First byte after the last member that is not dropped, and the source's members behind the last such row.
+        """The first byte after the last member that is not dropped, and the source's members after the last such row.
 
         What follows that byte is left out: dropped samples, and global pax headers, which Python's tarfile cannot read
-        where no member follows them.
+        if no member follows them.
         """
         edits = self._plan.edits
         dropped = {row for row, edit in edits.items() if edit.dropped}
         last = next((row for row in reversed(range(len(self._members.keys))) if row not in dropped), -1)
         start = 0 if last < 0 else self._members.end(last)
-        # Mostly only a few members or zeros are left to walk.
+        # Usually only a few members or zeros are left to walk.
         tail = indexing.index_from(self._source, start, self._plan.source.size)
         gone = {place["header"] for row in dropped if row > last for place in self._members.of(row)}
         members = zip(tail.header.tolist(), tail.stop.tolist(), strict=True)
         return max([start, *(stop for header, stop in members if header not in gone)]), tail
 
     def _copy(self, made: Assembly, start: int, end: int) -> None:
-        """Copies what belongs to no edited sample, up to the last member that stays."""
+        """Copies a range without edited samples, up to the last member that stays."""
         end = min(end, self._stays)
         made.copy(start, end)
         self.written.copied += max(end - start, 0)
 
     def _finish(self, made: Assembly, at: int) -> None:
-        """What follows the last edited sample: nothing edited copies the source's end, else the end is made anew."""
+        """Writes the rest: copies the source's end if nothing was edited, else writes a new one."""
         tail = self._tail
         if not self._plan.edits and tail.has_end_mark and tail.end == self._stays:
             self._stays = self._plan.source.size
@@ -250,8 +251,10 @@ class _Splicer:
         made.flush()
 
     def _read(self, edit: Edit, members: list[dict[str, Any]]) -> dict[int, tuple[bytes, Part]]:
-        """Header and content of the members of an edited sample, by position. A large member is given as its range,
-        and one that is replaced or left out as nothing."""
+        """Header and content of the members of an edited sample, by position.
+
+        The content of a large member is its range; that of a member that is replaced or left out is empty.
+        """
         holds = {member.place: member.holds for member in edit.members if not member.is_added}
         old: dict[int, tuple[bytes, Part]] = {}
         for i, place in sorted(enumerate(members), key=lambda pair: int(pair[1]["header"])):
@@ -273,7 +276,7 @@ class _Splicer:
         return digest.hexdigest()
 
     def _bodies(self, edit: Edit, old: dict[int, tuple[bytes, Part]]) -> Iterator[tuple[Member, Part, str]]:
-        """Each member of an edited sample with its content, and its sha256 where it is known."""
+        """Each member of an edited sample with its content, and its sha256; empty if not yet known."""
         for member in edit.members:
             digest = ""
             content = old[member.place][1]
@@ -293,19 +296,21 @@ class _Splicer:
             return edited_json(raw, edit, txt)
         except (TypeError, ValueError) as error:  # it is not an object, or not json
             raise ShardError(
-                f"the json of an edited sample is not what was ingested: {error}", where={"row": edit.row}, fix=AGAIN
+                f"the json of an edited sample differs from what was ingested: {error}",
+                where={"row": edit.row},
+                fix=AGAIN,
             ) from error
 
     def _whole(self, content: Part) -> bytes:
         return content if isinstance(content, bytes) else files.read_at(self._source, content[0], length(content))
 
     def _picture(self, edit: Edit) -> tuple[bytes, str]:
-        """The new image and its sha256, which is the table's."""
+        """The new image and its sha256, checked against the table."""
         assert edit.image is not None
         return read_image(self._generated, edit.image, edit.made["image_sha256"], edit.kind, edit.row)
 
     def _near(self, start: int, size: int) -> bytes:
-        """Bytes of the source, out of those that were read last where they hold them."""
+        """Bytes of the source, from those that were read last if they contain them."""
         at = start - self._window[0]
         if at < 0 or at + size > len(self._window[1]):
             length = max(size, min(_NEAR, self._plan.source.size - start))

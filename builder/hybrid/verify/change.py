@@ -1,6 +1,6 @@
-"""What a row of the write selection asks of its sample, by the proof's own reading.
+"""What a selected row changes in its sample, as the proof reads it.
 
-Shares nothing with the writer that decides what an edited sample holds, so that a fault there is found here.
+Shares no code with the part of the writer that decides this, so that a fault there is found here.
 The rules are those of docs/decisions/0006-an-edited-sample-has-the-members-of-its-source.md.
 """
 
@@ -17,9 +17,9 @@ from builder.formats import IMAGE_EXTENSIONS, JPG, OF_EXTENSION, OTHER_EXTENSION
 from builder.hybrid.edit import Rules
 from builder.store.layout import Layout, RunFiles
 
-#: Columns of the write selection that set json fields begin so.
+#: The beginning of columns of the write selection that set json fields.
 _SET = "set_"
-#: The json field of DataComp's shards that holds boxes of faces; a pipeline may name one more.
+#: The json field that holds boxes of faces in DataComp's shards; a pipeline can name another one.
 _BOXES = "face_bboxes"
 
 
@@ -31,7 +31,7 @@ class NewImage:
         place: edits tar relative to the root, first byte, bytes.
         width, height: pixels.
         kind: its format.
-        provenance: how it was made, as json and manifest say it.
+        provenance: how it was made, for json and manifest.
     """
 
     place: tuple[str, int, int]
@@ -44,14 +44,14 @@ class NewImage:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one sample.
+    """The change of one sample.
 
     Attributes:
-        is_dropped: the sample is gone; then nothing else counts.
-        image: the new image, None for a sample that keeps its own.
-        caption: the new caption, None for a sample that keeps its own.
-        fields: json fields that the SQL sets, as json has their values.
-        boxes: json fields that go with the old image.
+        is_dropped: whether the sample is left out; then all else is ignored.
+        image: the new image; None if the sample keeps its image.
+        caption: the new caption; None if the sample keeps its caption.
+        fields: json fields that the SQL sets, with values for json.
+        boxes: json fields that are removed with the old image.
         members: extension of each member in order, and the position of the source's member that it replaces.
     """
 
@@ -65,14 +65,14 @@ class Change:
 
 
 class Changes:
-    """Reads the rows of one shard's write selection; a run that made images is read once."""
+    """Reads the selected rows of one shard. A run that made images is read once."""
 
     def __init__(self, layout: Layout, rules: Rules) -> None:
         self._layout, self._rules = layout, rules
         self._runs: dict[str, dict[str, Any]] = {}
 
     def of(self, row: dict[str, Any], extensions: Sequence[str]) -> Change | None:
-        """What a row asks of its sample; None for a sample that stays the source's.
+        """What a row changes in its sample; None if the sample stays as in the source.
 
         Args:
             extensions: of the source's members, in order.
@@ -123,11 +123,11 @@ class Changes:
     def _members(
         self, extensions: Sequence[str], image: NewImage | None, has_caption: bool, has_fields: bool
     ) -> tuple[tuple[str, int], ...] | None:
-        """The members of an edited sample: those of its source. None where the sample cannot be edited."""
+        """The members of an edited sample; None if it cannot be edited."""
         lower = [extension.lower() for extension in extensions]
         own = own_picture(extensions)
         has_json = "json" in lower or self._rules.json
-        is_recorded = has_json or ("txt" in lower and has_caption)  # something in the sample can hold what is new
+        is_recorded = has_json or ("txt" in lower and has_caption)  # a member can hold what is new
         if not is_recorded or (has_fields and not has_json):
             return None
         others = [place for place, extension in enumerate(extensions) if place != own and is_picture(extension)]
@@ -155,13 +155,13 @@ def own_picture(extensions: Sequence[str]) -> int:
 
 
 def is_picture(extension: str) -> bool:
-    """Whether a member is a picture of any format, a mask too: the last part of its extension says so."""
+    """Whether a member is a picture of any format, or a mask, by the last part of its extension."""
     last = extension.lower().rpartition(".")[2]
     return last in OF_EXTENSION or last in OTHER_EXTENSIONS
 
 
 def _as_json(value: Any) -> Any:
-    """A value of SQL as json has it: decimals as numbers, dates and times as ISO text."""
+    """A value of SQL for json: decimals as numbers, dates and times as ISO text."""
     if isinstance(value, decimal.Decimal):
         whole = int(value)
         return whole if whole == value else float(value)

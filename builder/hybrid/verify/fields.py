@@ -1,10 +1,9 @@
 """The proof of an edited sample's json: which fields are the source's, which are new, which are gone.
 
-With a new caption: `caption` is it, and `original_caption` is the first one that the sample had. With a new image:
-`width`, `height`, `original_width`, `original_height` and `sha256` are the image's, `url` and `exif` are empty where
-they were, and boxes are gone. Fields that the SQL sets hold its values. `provenance` holds each value that was
-replaced, how the image was made, and under `before` the provenance that the source had. Every other field is the
-source's.
+With a new caption, `caption` holds it and `original_caption` the first one that the sample had. With a new image,
+`width`, `height`, `original_width`, `original_height` and `sha256` are the image's, `url` and `exif` are empty if the
+source has them, and boxes are gone. Fields that the SQL sets hold its values. `provenance` holds each replaced value,
+how the image was made, and under `before` the source's provenance. Every other field is the source's.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?')
 
 
 def fields_of_source(raw: bytes | None, txt: bytes | None) -> Fields:
-    """What a source's sample says of itself: its json, else the caption of its txt, else nothing.
+    """The fields of a sample in the source: those of its json, else the caption of its txt, else none.
 
-    NaN, infinities and numbers beyond a float's range, which json does not have, are null.
+    NaN, infinities and numbers beyond a float's range, which json does not have, become null.
 
     Raises:
         ValueError, RecursionError: the json does not parse.
@@ -62,7 +61,7 @@ def _refused(name: str) -> None:
 
 
 def new_fields(change: Change, source: Fields) -> Fields:
-    """The fields whose values the change decides, in the order in which new ones follow the source's."""
+    """The fields whose values the change decides, in the order in which new ones are added after the source's."""
     new: Fields = {}
     if change.caption is not None:
         new["caption"] = change.caption
@@ -82,7 +81,7 @@ def new_fields(change: Change, source: Fields) -> Fields:
 
 
 def _name_in(source: Fields, name: str) -> str:
-    """The field that a column of SQL sets: SQL does not distinguish case, and json does."""
+    """The field that a column of SQL sets: SQL ignores case, json does not."""
     if name in source:
         return name
     alike = [one for one in source if _lower(one) == _lower(name)]
@@ -95,13 +94,13 @@ def _lower(name: str) -> bytes:
 
 
 def provenance(change: Change, replaced: Fields) -> Fields:
-    """How a sample was made: what was replaced, and how the image came about."""
+    """How a sample was made: the replaced values, and how the image was made."""
     made = change.image.provenance if change.image is not None else {}
     return {"replaced": replaced, **made}
 
 
 def difference(found: Fields, source: Fields, change: Change) -> str | None:
-    """The first field that is not what it should be, in words; None where all are."""
+    """The first field that is not what it should be, in words; None if all are."""
     new = new_fields(change, source)
     wanted = {name: new.get(name, value) for name, value in source.items() if name not in change.boxes}
     wanted |= new
@@ -110,7 +109,7 @@ def difference(found: Fields, source: Fields, change: Change) -> str | None:
     for name in [*wanted, *found]:
         have, should = found.get(name, _NONE), wanted.get(name, _NONE)
         if repr(have) != repr(should):
-            return f"its json field '{name}' is {_shown(have)}, and should be {_shown(should)}"
+            return f"its json field '{name}' is {_shown(have)}, but should be {_shown(should)}"
     return "its json has the right fields in another order than the source"
 
 
@@ -121,9 +120,9 @@ def _shown(value: Any) -> str:
 
 
 def is_laid_out(raw: bytes, found: Fields) -> bool:
-    """Whether the text is as img2dataset writes it: ASCII, each level indented by four spaces.
+    """Whether the text has img2dataset's layout: ASCII, each level indented by four spaces.
 
-    Numbers may be spelled in another way: 1e16 as 1e+16.
+    Numbers may be written in another way: 1e16 as 1e+16.
     """
     wanted = json.dumps(found, indent=4).encode()
     return raw == wanted or _TOKEN.sub(_number, raw) == _TOKEN.sub(_number, wanted)

@@ -1,4 +1,4 @@
-"""A source shard next to its hybrid shard: every byte of the hybrid one is the source's, or of an edited sample."""
+"""A source shard and its hybrid shard: every byte of the hybrid one is the source's, or of an edited sample."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Pair:
     """A source shard and its hybrid shard.
 
     Args:
-        plan: of the shard; of what it says only the source, the digest and the rows of the write selection count.
-        proof: takes what is found.
+        plan: of the shard; only its source, its digest and its selected rows are used.
+        proof: the result, to which this shard is added.
     """
 
     def __init__(self, layout: Layout, plan: ShardPlan, rules: Rules, proof: Proof) -> None:
@@ -42,10 +42,10 @@ class Pair:
         self._edited_count = self._dropped_count = self._same_count = 0
 
     def prove(self) -> int:
-        """Proves all of it; returns the samples that the hybrid shard holds.
+        """Proves the whole shard; returns how many samples the hybrid shard holds.
 
         Raises:
-            Wrong: the first thing that is not as it should be.
+            Wrong: the first problem.
         """
         self._check_source()
         described = side_files.described(self._layout.manifest(self._plan.shard))
@@ -75,10 +75,10 @@ class Pair:
         except OSError as error:
             raise Wrong(f"its source '{path}' cannot be read: {error.strerror}", INGEST) from error
         if found != size:
-            raise Wrong(f"its source '{path}' has {found} bytes, and had {size} when it was ingested", INGEST)
+            raise Wrong(f"its source '{path}' has {found} bytes, but had {size} when it was ingested", INGEST)
 
     def _read_rows(self, index: Index) -> None:
-        """Finds every member of every row of the table in the source; the rows reconcile with what was committed."""
+        """Finds every member of every row of the table in the source, and every member of the source in a row."""
         places, _ = partitions.read_partition(self._layout, self._plan.shard, ["key", "source_members"])
         self._keys: list[str] = places["key"].to_pylist()
         self._places: list[list[dict[str, Any]]] = places["source_members"].to_pylist()
@@ -99,7 +99,7 @@ class Pair:
         self._proof.rows += len(self._keys)
 
     def _read_changes(self) -> None:
-        """What becomes of the samples that the write SQL returns, by row."""
+        """Reads what changes in the samples that the write SQL returns, by row."""
         changes = Changes(self._layout, self._rules)
         self._changes: dict[int, Change] = {}
         for row in self._plan.selected:
@@ -135,13 +135,13 @@ class Pair:
         self._check_end(0 if is_copied else _closing(self._at))
 
     def _check_end(self, closing: int) -> None:
-        """Checks that nothing but `closing` zeros follows."""
+        """Checks that exactly `closing` zeros follow."""
         found = self._hybrid.index
         if found.end > self._at:
-            raise Wrong(f"{self._found_at(self._at)} is at byte {self._at}, behind the source's last", self._fix)
+            raise Wrong(f"{self._found_at(self._at)} is at byte {self._at}, after the source's last member", self._fix)
         if found.file_size != self._at + closing:
             raise Wrong(
-                f"it should end at byte {self._at + closing}, zeros from byte {found.end} on, and ends at byte "
+                f"it should end at byte {self._at + closing}, with zeros from byte {found.end} on, but ends at byte "
                 f"{found.file_size}",
                 self._fix,
             )
@@ -168,23 +168,23 @@ class Pair:
             self._same_count += step
 
     def _difference(self, start: int, step: int) -> str:
-        """Where two stretches of `step` bytes differ that should be alike, in words."""
+        """The first difference in the next `step` bytes, in words."""
         one, two = self._source.read(start, start + step), self._hybrid.read(self._at, self._at + step)
         first = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
         index, byte, at = self._source.index, start + first, self._at + first
         if byte >= index.end:
-            return f"byte {at} should be a zero behind the archive's end, and is not"
+            return f"byte {at}, after the archive's end, should be zero but is not"
         member = _member_at(index, byte)
         name, row = f"member '{index.names[member]}'", self._row_of[member]
         label = f"row {row}: {name}" if row >= 0 else f"{name}, of no sample,"
         begins = self._at + int(index.header[member]) - start
         found = self._found_at(at)
         if found != name:
-            return f"{label} of the source should be at byte {begins}, and there is {found}"
-        return f"{label} is not edited, and byte {at} differs from byte {byte} of the source"
+            return f"{label} of the source should be at byte {begins}, but {found} is there"
+        return f"{label} is not edited, but byte {at} differs from byte {byte} of the source"
 
     def _found_at(self, at: int) -> str:
-        """The hybrid's member whose record has byte `at`."""
+        """The hybrid's member whose record contains byte `at`."""
         index = self._hybrid.index
         return "the archive's end" if at >= index.end else f"member '{index.names[_member_at(index, at)]}'"
 
@@ -204,22 +204,22 @@ class Pair:
             i += 1
         if change.is_dropped:
             if found:
-                raise Wrong(f"{label} should be dropped and is still at byte {start}", self._fix)
+                raise Wrong(f"{label} should be dropped, but is still at byte {start}", self._fix)
             self._edited[change.row] = ProvenSample([])
             self._dropped_count += 1
             self._proof.dropped += 1
             return
         if not found:
             there = self._found_at(start)
-            raise Wrong(f"{label} should be edited and is not at byte {start}, where {there} is", self._fix)
+            raise Wrong(f"{label} should be edited, but is not at byte {start}: {there} is there", self._fix)
         self._edited[change.row] = self._samples.prove(change, key, found, source)
         self._edited_count += 1
         self._proof.edited += 1
 
-    # --- what lies next to the shard ---
+    # --- files next to the shard ---
 
     def _check_side_files(self, described: tuple[str, dict[str, Any]] | None, hybrid: Index) -> int:
-        """Checks manifest and statistics; returns the samples that the hybrid shard holds."""
+        """Checks manifest and statistics; returns how many samples the hybrid shard holds."""
         if described is None:
             raise Wrong("its manifest is gone", WRITE)
         rows, has_end_mark = len(self._keys), self._source.index.has_end_mark

@@ -1,4 +1,4 @@
-"""The proof of a partition: it holds what the column files hold that it was folded from."""
+"""The proof of a partition: it equals the column files that it was folded from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from builder.table import partitions
 
 
 def partition_of(layout: Layout, shard: str) -> pa.Table:
-    """All of a shard's partition.
+    """The whole partition of a shard.
 
     Raises:
         Wrong: it is gone or damaged.
@@ -41,7 +41,7 @@ def check_partition(layout: Layout, shard: str, partition: pa.Table) -> None:
         wanted, _ = files.retry_listing(partial(partitions.folded, layout, shard))
     except ShardError as error:
         file = Path(error.where["file"])
-        again = "builder run: the generation before it counts, or its work is done again"
+        again = "builder run: it uses the generation before, or does the work again"
         raise Wrong(f"{error.what}: '{file}'", removing(file, again)) from error
     if partitions.is_behind(layout, shard):
         raise Wrong("its partition is behind its column files", FOLD)
@@ -53,7 +53,7 @@ def check_partition(layout: Layout, shard: str, partition: pa.Table) -> None:
             continue
         row = _first_difference(partition[name], wanted[name])
         if row is not None:
-            raise Wrong(f"row {row}: column '{name}' of its partition is not what its column files say", fix)
+            raise Wrong(f"row {row}: column '{name}' of its partition differs from its column files", fix)
 
 
 def _first_difference(one: pa.ChunkedArray, other: pa.ChunkedArray) -> int | None:

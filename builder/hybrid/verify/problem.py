@@ -1,4 +1,4 @@
-"""What is wrong with a shard, in words, and what fixes it."""
+"""A problem of a shard, in words, with its fix."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SHOWN = 70
 
 
 class Wrong(Exception):
-    """The first thing that is wrong with a shard.
+    """The first problem that was found in a shard.
 
     Args:
-        what: half a sentence.
-        fix: what to do about it.
+        what: the problem, as half a sentence.
+        fix: what the user can do.
     """
 
     def __init__(self, what: str, fix: str) -> None:
@@ -33,7 +33,7 @@ def removing(path: Path, then: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What an error says, on one line, with the row and without the fix."""
+    """An error's message on one line, with the row and without the fix."""
     if isinstance(error, BuilderError):
         row = f"row {error.where['row']}: " if "row" in error.where else ""
         return row + error.what

@@ -1,4 +1,4 @@
-"""What the proof of a root's hybrid shards comes to."""
+"""The result of verifying a root."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Proof:
-    """What was found.
+    """The result of verifying hybrid shards.
 
     Attributes:
-        proven: shards in which nothing is wrong.
+        proven: shards without a problem.
         same: bytes of hybrid shards that equal the source's.
-        no_end_mark: shards whose source was cut: it has no end mark.
-        problems: what is wrong, one sentence each, beginning with the shard or the file and ending with the fix.
-        unread: shards that could not be checked because the machine did not give their bytes, with the reason.
+        no_end_mark: shards whose source has no end mark, because it was cut.
+        problems: one sentence each; it begins with the shard or the file and ends with the fix.
+        unread: shards that could not be checked because their bytes could not be read, with the reason.
     """
 
     shards: int = 0
@@ -30,13 +30,13 @@ class Proof:
     unread: list[str] = field(default_factory=list)
 
     def add(self, other: Proof) -> None:
-        """Adds what was found in one shard."""
+        """Adds the result of one shard."""
         for name in ("proven", "rows", "edited", "dropped", "same", "size", "no_end_mark"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 def summary(proof: Proof) -> Sequence[tuple[str, str]]:
-    """The proof as names and values, for people."""
+    """The result as names and values, for people."""
     return (
         ("shards proven", f"{proof.proven} of {proof.shards}"),
         ("samples", f"{proof.rows}"),

@@ -1,7 +1,7 @@
-"""The proof: exactly the selected samples of a hybrid shard differ, and every other byte is the source's.
+"""The proof: in a hybrid shard exactly the selected samples differ, and every other byte equals the source.
 
-Reads both tars anew, header by header; believes neither the table's offsets nor the writer. Changes nothing on disk:
-each problem is reported with what fixes it.
+Reads both tars again, header by header, and relies neither on the table's offsets nor on the writer. Changes nothing on
+disk: each problem is reported with its fix.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from builder.table import partitions
 
 
 class Prover:
-    """Proves the hybrid shards of a root one by one; a problem of one hides those of no other.
+    """Proves the hybrid shards of a root one by one; after a problem in one it continues with the others.
 
     Args:
-        shards: those to prove.
+        shards: the shards to prove.
         rules: how samples are edited.
     """
 
@@ -47,7 +47,7 @@ class Prover:
         return self.proof.proven + len(self.wrong) + len(self._unread)
 
     def check_gone(self, shards: Sequence[str]) -> None:
-        """Takes note of hybrid shards whose sources are gone: nothing can be proven of them."""
+        """Records hybrid shards whose sources are gone, so that nothing can be proven."""
         for shard in shards:
             state = partitions.partition_state(self._layout, shard)
             if state is not None and self._layout.hybrid(shard).exists() and not Path(state.source.path).exists():
@@ -55,7 +55,7 @@ class Prover:
                 self.wrong[shard] = str(Wrong(f"its source '{state.source.path}' is gone", "put it back"))
 
     def readable(self) -> list[str]:
-        """The shards whose partitions can be read. Whatever is wrong with a partition becomes a problem."""
+        """The shards whose partitions can be read. Any fault of a partition is recorded as a problem."""
         readable = []
         for shard in self._shards:
             with self._noting(shard):
@@ -81,7 +81,7 @@ class Prover:
 
     @contextmanager
     def _noting(self, shard: str) -> Iterator[None]:
-        """Takes note of what is wrong with a shard; bytes that the machine did not give are not a difference."""
+        """Records what is wrong with a shard; bytes that could not be read are recorded apart."""
         try:
             yield
         except Exception as error:
@@ -95,7 +95,7 @@ class Prover:
                 raise
 
     def refuse(self, shard: str, error: BuilderError) -> None:
-        """Takes note of a shard that has no plan."""
+        """Records a shard that has no plan."""
         if machine.is_of_the_machine(error):
             self._unread.setdefault(shard, str(error))
         else:
@@ -116,12 +116,12 @@ class Prover:
         return self.proof
 
     def _check_folder(self, known: set[str]) -> Iterator[str]:
-        """Problems of files that do not belong to one shard. A wrong entry in `sizes.json` makes its shard wrong."""
+        """Problems of files that belong to no single shard. A wrong entry in `sizes.json` is a problem of its shard."""
         there = self._layout.hybrid_names()
         for shard in there:
             if shard not in known:
                 path = self._layout.hybrid(shard)
-                yield f"'{path}': it is of no shard of the table; fix: rm {shlex.quote(str(path))}"
+                yield f"'{path}': it belongs to no shard of the table; fix: rm {shlex.quote(str(path))}"
         path = self._layout.sizes()
         try:
             sizes = json.loads(path.read_text("utf-8"))
@@ -136,9 +136,9 @@ class Prover:
             return
         for name in sorted(sizes.keys() - {self._layout.hybrid(shard).name for shard in there}):
             if name not in {self._layout.hybrid(shard).name for shard in self.wrong}:
-                yield f"'{path}': it names '{name}', which is not there; fix: {WRITE}"
+                yield f"'{path}': it names '{name}', which does not exist; fix: {WRITE}"
         for shard, count in self._samples.items():
             found = sizes.get(self._layout.hybrid(shard).name)
             if found != count:
-                said = "does not name it" if found is None else f"says {found!r} samples, and it has {count}"
+                said = "does not name it" if found is None else f"says {found!r} samples, but it has {count}"
                 self.wrong[shard] = str(Wrong(f"sizes.json {said}", WRITE))

@@ -18,11 +18,11 @@ from builder.table.edits import EditsReader
 
 @dataclass(frozen=True)
 class ProvenSample:
-    """What the manifest should say of an edited sample.
+    """What the manifest should record of an edited sample.
 
     Attributes:
         members: name and sha256 of each member, in order.
-        provenance: how it was made, as json on one line, of a sample without a json.
+        provenance: how it was made, as json on one line; only for a sample without a json.
     """
 
     members: list[tuple[str, str]]
@@ -33,28 +33,28 @@ class SampleProof:
     """Proves the edited samples of one shard.
 
     Args:
-        fix: what to do about a sample that is not as it should be.
+        fix: what the user can do about a wrong sample.
     """
 
     def __init__(self, source: IndexedTar, hybrid: IndexedTar, generated: EditsReader, fix: str) -> None:
         self._source, self._hybrid, self._generated, self._fix = source, hybrid, generated, fix
-        self._edits_members: dict[str, dict[int, int]] = {}  # by edits tar: size of each member by its first byte
+        self._edits_members: dict[str, dict[int, int]] = {}  # by edits tar: each member's size, by its first byte
 
     def prove(self, change: Change, key: str, found: Sequence[tuple[str, int]], source: Sequence[int]) -> ProvenSample:
         """Proves one sample.
 
         Args:
-            found: extension and position in the hybrid shard of each member that is there.
+            found: extension and position of each member in the hybrid shard.
             source: positions of the sample's members in the source.
 
         Raises:
-            Wrong: it is not what the table's row asks for.
+            Wrong: it is not what the selected row asks for.
         """
         label = f"row {change.row} (key '{key}')"
         wanted = [extension for extension, _ in change.members]
         have = [extension for extension, _ in found]
         if have != wanted:
-            raise Wrong(f"{label}: its members are {', '.join(have)}, and should be {', '.join(wanted)}", self._fix)
+            raise Wrong(f"{label}: its members are {', '.join(have)}, but should be {', '.join(wanted)}", self._fix)
         new = [(extension, self._hybrid.content(i)) for extension, i in found]
         old = [self._source.names[i][len(key) + 1 :] for i in source]
         provenance = self._check_contents(change, label, new, old, source)
@@ -91,7 +91,7 @@ class SampleProof:
             return json.dumps(fields.provenance(change, replaced))
         fault = fields.difference(found, said, change)
         if fault is None and not fields.is_laid_out(raw, found):
-            fault = "its json has the right fields in another text than the writer's"
+            fault = "its json has the right fields, but not in the writer's layout"
         if fault is not None:
             raise Wrong(f"{label}: {fault}", self._fix)
         return None
@@ -118,12 +118,12 @@ class SampleProof:
         self._check_edits(label, image.place, picture)
 
     def _check_description(self, change: Change, label: str, found: fields.Fields) -> None:
-        """Checks what the json says of the new image; the rest of the json comes later."""
+        """Checks the json's fields about the new image; the other fields are checked later."""
         assert change.image is not None
         image = change.image
         for name, value in {"width": image.width, "height": image.height, "sha256": image.sha256}.items():
             if found.get(name) != value:
-                said = f"is {shown(found.get(name))}, and the new image's is {shown(value)}"
+                said = f"is {shown(found.get(name))}, but the new image's is {shown(value)}"
                 raise Wrong(f"{label}: its json field '{name}' {said}", self._fix)
         for name in change.boxes:
             if name in found:
@@ -132,7 +132,7 @@ class SampleProof:
     def _check_the_rest(
         self, change: Change, label: str, new: Sequence[tuple[str, bytes]], old: Sequence[str], source: Sequence[int]
     ) -> None:
-        """Checks that members that nothing changes are the source's."""
+        """Checks that all other members are the source's."""
         own = own_picture(old)
         for (extension, content), (_, place) in zip(new, change.members, strict=True):
             is_new = extension.lower() == "json" or (extension.lower() == "txt" and change.caption is not None)
@@ -142,7 +142,7 @@ class SampleProof:
                 raise Wrong(f"{label}: its member '{extension}' is not the source's", self._fix)
 
     def _check_edits(self, label: str, place: tuple[str, int, int], picture: bytes) -> None:
-        """Checks that the edits tar is whole and holds the image where the table says."""
+        """Checks that the edits tar is whole and holds the image at the place that the table names."""
         path, offset, size = place
         fix = edits.again(path)
         if path not in self._edits_members:
@@ -159,7 +159,7 @@ class SampleProof:
             raise Wrong(f"{label}: edits tar '{path}' does not hold its image at byte {offset}", fix)
 
     def _check_record(self, label: str, i: int, place: int) -> None:
-        """Checks what surrounds a member's content: the header in front, and zeros behind."""
+        """Checks what surrounds a member's content: the header before it, and zeros after it."""
         fault = heads.difference(
             self._hybrid.head(i), self._source.head(place), self._hybrid.names[i], int(self._hybrid.index.size[i])
         )

@@ -1,4 +1,4 @@
-"""A tar with its index, whose bytes are read and never mapped."""
+"""A tar with its index; its bytes are read, never mapped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def indexed(path: Path, whose: str, fix: str) -> Index:
     """The index of a tar.
 
     Args:
-        whose: what the message calls the tar.
+        whose: the name of the tar in the message.
 
     Raises:
         Wrong: it cannot be indexed.
@@ -32,7 +32,7 @@ def indexed(path: Path, whose: str, fix: str) -> Index:
 class IndexedTar:
     """The bytes of one tar, by range and by member.
 
-    A mapping would kill the process with the first page that the disk does not give, so bytes are read.
+    They are read and not mapped: a page of a mapping that cannot be read would kill the process.
     """
 
     def __init__(self, index: Index, descriptor: int) -> None:
@@ -41,7 +41,7 @@ class IndexedTar:
         self._size = os.fstat(descriptor).st_size
 
     def read(self, start: int, stop: int) -> bytes:
-        """The bytes [start, stop), fewer where the file ends before."""
+        """The bytes [start, stop), fewer if the file is shorter."""
         stop = min(stop, self._size)
         return files.read_at(self._descriptor, start, max(stop - start, 0))
 
@@ -55,7 +55,7 @@ class IndexedTar:
         return self.read(start, start + int(self.index.size[i]))
 
     def behind(self, i: int) -> bytes:
-        """What follows the content of a member up to the next record."""
+        """The bytes from the end of a member's content to the next record."""
         start = int(self.index.data[i]) + int(self.index.size[i])
         return self.read(start, start + -start % 512)
 

@@ -1,4 +1,4 @@
-"""The proof of what lies next to a hybrid shard: its manifest and its statistics."""
+"""The proof of the files next to a hybrid shard: its manifest and its statistics."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from builder.hybrid import manifest
 from builder.hybrid.verify.problem import WRITE, Wrong, reason, removing, shown
 from builder.hybrid.verify.sample import ProvenSample
 
-#: Columns that the proof reads of a manifest. One that an older manifest lacks reads as null.
+#: Columns of a manifest that are checked. One that an older manifest lacks reads as null.
 _COLUMNS = ("shard", "row", "member", "sha256", "origin", "provenance")
 
 
 def described(path: Path) -> tuple[str, dict[str, Any]] | None:
-    """What a manifest says that it describes: the digest of the plan, and what the shard holds. None if it is gone.
+    """The contents of a manifest's footer: the digest of the plan, and what the shard holds. None if it is gone.
 
     Raises:
         Wrong: it is damaged.
@@ -43,19 +43,19 @@ def check_manifest(
     """Checks that a manifest names every member with its origin, and each edited one with its sha256.
 
     Args:
-        said: what the manifest's footer says that the shard holds.
-        found: what it holds.
-        samples: of each row its key and the extensions of the source's members.
-        edited: by row, what was proven of edited samples; of a dropped one that it has no members.
+        said: what the shard holds according to the manifest's footer.
+        found: what it really holds.
+        samples: key and source extensions of each row.
+        edited: by row, the edited samples that were proven; a dropped one has no members.
 
     Raises:
-        Wrong: it says something else, or is damaged.
+        Wrong: it differs, or is damaged.
     """
     fix = removing(path, WRITE)
     for name, value in found.items():
-        before = name == "source_end_mark"  # a manifest of older versions does not say it
+        before = name == "source_end_mark"  # manifests of older versions do not record it
         if said.get(name, before) != value:
-            raise Wrong(f"its manifest says {name} = {said.get(name)}, and it has {value}", fix)
+            raise Wrong(f"its manifest says {name} = {said.get(name)}, but it has {value}", fix)
     try:
         with pq.ParquetFile(path) as file:
             have = set(file.schema_arrow.names)
@@ -64,11 +64,11 @@ def check_manifest(
         raise Wrong(f"its manifest is damaged ({reason(error)})", fix) from error
     wanted = list(_rows(shard, samples, edited))
     if len(rows) != len(wanted):
-        raise Wrong(f"its manifest has {len(rows)} rows, and it has {len(wanted)} members", fix)
+        raise Wrong(f"the manifest has {len(rows)} rows, but the shard has {len(wanted)} members", fix)
     for number, (row, should) in enumerate(zip(rows, wanted, strict=True)):
         for name, value in should.items():
             if row.get(name) != value:
-                what = f"{name} = {shown(row.get(name))}, and should say {shown(value)}"
+                what = f"{name} = {shown(row.get(name))}, but should say {shown(value)}"
                 raise Wrong(f"its manifest's row {number}, of member '{should['member']}', says {what}", fix)
 
 
@@ -84,7 +84,7 @@ def _rows(
         provenance = proven.provenance
         for name, digest in proven.members:
             yield _row(shard, row, name, digest, "edited", provenance)
-            provenance = None  # the first of a sample's members says it
+            provenance = None  # only the first member of a sample has it
 
 
 def _row(shard: str, row: int, member: str, sha256: str | None, origin: str, provenance: str | None) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def check_statistics(path: Path, counts: dict[str, int], fix: str) -> None:
     """Checks that `_stats.json` says these counts.
 
     Raises:
-        Wrong: it says others, is gone, or does not parse.
+        Wrong: it says otherwise, is gone, or does not parse.
     """
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -105,4 +105,4 @@ def check_statistics(path: Path, counts: dict[str, int], fix: str) -> None:
         raise Wrong(f"'{path.name}' does not parse", fix) from None
     if found != counts:
         have, should = (json.dumps(some) for some in (found, counts))
-        raise Wrong(f"'{path.name}' says {have}, and it should say {should}", fix)
+        raise Wrong(f"'{path.name}' says {have}, but should say {should}", fix)
