@@ -403,7 +403,7 @@ def test_all_shards_bad(workspace: Callable[..., Workspace]) -> None:
         "  fix: download or make it again",
         "error: no shard could be read",
         "  refused: 1",
-        "  fix: see the reasons above",
+        "  fix: for each shard that is refused above: take it out of dataset.shards, or download or make it again",
     ]
 
 

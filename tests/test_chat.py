@@ -75,7 +75,7 @@ def test_numbers_that_are_none_and_that_json_has_not_throw_no_answer_away() -> N
         data = data.replace(b'"prompt_tokens": 7', b'"prompt_tokens": 7, "quota": ' + b"9" * 30)
         assert read(data).tokens_in == 7
     for wrong in (b'{"a": NaN, "b": "\\ud800"}', b"[" * 100_000 + b"NaN", b"\xff"):
-        with pytest.raises(AskFailed, match="the answer is no json"):
+        with pytest.raises(AskFailed, match="the answer is not json"):
             read(wrong)
 
 
@@ -138,9 +138,9 @@ def test_a_request_is_sent_once_more_only_where_its_connection_had_been_used() -
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "the answer is no json: empty"),
-        (b"<html>\n Bad  gateway</html>", "the answer is no json: <html> Bad gateway</html>"),
-        (body()[:-20], f"the answer is no json: {body()[:-20].decode()}"),
+        (b"", "the answer is not json: empty"),
+        (b"<html>\n Bad  gateway</html>", "the answer is not json: <html> Bad gateway</html>"),
+        (body()[:-20], f"the answer is not json: {body()[:-20].decode()}"),
         (b"[1]", "the answer is an error: [1]"),
         (b'{"error": {"message": "out of memory", "code": 500}}', "the answer is an error: out of memory"),
         (b'{"error": "busy"}', "the answer is an error: busy"),

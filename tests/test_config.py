@@ -366,7 +366,9 @@ def test_an_own_stage_without_file_or_class(file: Path) -> None:
     hint = 'write it as python = "my_stage.py:MyStage", the path from the working directory'
     assert _own(file, MINE, "none.py:Mine") == f"stage 'mine': no file 'none.py'{place}{hint}"
     assert _own(file, MINE, "mine.py") == f"stage 'mine': no file 'mine.py'{place}{hint}"
-    assert _own(file, MINE, "mine.py:Mein") == f"stage 'mine': 'mine.py' has no 'Mein'{place}its classes: Mine"
+    assert (
+        _own(file, MINE, "mine.py:Mein") == f"stage 'mine': 'mine.py' has no 'Mein'{place}name one of its classes: Mine"
+    )
 
 
 def test_an_own_stage_whose_file_raises(file: Path) -> None:

@@ -154,7 +154,7 @@ FAULTS = [
     (
         truncated_json(),
         "bad_reply",
-        'the answer is no json: {"id": "1", "choices": [{"message": {"role": "assistant", "content": "a red',
+        'the answer is not json: {"id": "1", "choices": [{"message": {"role": "assistant", "content": "a red',
     ),
     (no_choices(), "bad_reply", "the answer has no choice with a message"),
     (text(" "), "bad_reply", "the answer is empty"),
@@ -1235,24 +1235,24 @@ def test_an_endpoint_is_checked() -> None:
     where = "in [stages.prompts.endpoints[0]]"
     assert problems(base_url="127.0.0.1:8000") == [
         f"'base_url' {where} is '127.0.0.1:8000': it is refused: not an address such as \"http://127.0.0.1:8000/v1\"\n"
-        "change its value"
+        f"correct 'base_url' {where}"
     ]
     for url in ("http://[::1/v1", "http://host:port/v1", "http://host:99999/v1", "http://a..b/v1", "http://my host/v1"):
         assert problems(base_url=url) == [
             f"'base_url' {where} is '{url}': it is refused: not an address such as \"http://127.0.0.1:8000/v1\"\n"
-            "change its value"
+            f"correct 'base_url' {where}"
         ]
     assert problems(base_url="http://[::1]:8000/v1") == []
     assert problems(base_url="http://me:secret@host/v1") == [
         f"'base_url' {where} is 'http://me:secret@host/v1': it is refused: it has more than an address; "
-        "a key belongs in the variable that api_key_env names\nchange its value"
+        f"a key belongs in the variable that api_key_env names\ncorrect 'base_url' {where}"
     ]
     assert problems(base_url="http://host/v1/chat/completions/") == [
         f"'base_url' {where} is 'http://host/v1/chat/completions/': it is refused: "
-        'leave out "/chat/completions"\nchange its value'
+        f"leave out \"/chat/completions\"\ncorrect 'base_url' {where}"
     ]
     assert problems(budget=1.0, price_in=1.0) == [
-        f"'budget' {where} is 1.0: it is refused: a budget needs price_in and price_out\nchange its value"
+        f"'budget' {where} is 1.0: it is refused: a budget needs price_in and price_out\ncorrect 'budget' {where}"
     ]
     assert problems(teir="paid") == [f"unknown key 'teir' {where}\ndid you mean 'tier'?"]
     with pytest.raises(ValidationError):

@@ -121,7 +121,7 @@ def test_every_error_of_the_machine_has_words_and_a_fix(name: str) -> None:
     told = machine.explained(SAID[name]())
     assert isinstance(told, TransientError)
     assert told.fix.endswith("; then run the same command again: what is committed is kept")
-    assert not told.fix.startswith("remove the cause")
+    assert not told.fix.startswith("look for the cause")
 
 
 # --- out of a stage ---

@@ -357,7 +357,7 @@ def test_a_stop_does_not_wait_for_a_server_that_is_silent_at_the_start(dataset: 
         layout = dataset.load().layout
         with pytest.raises(StageError) as caught:
             do(layout, plan(layout, stage, sql=SQL), stage, stopping=lambda: True)
-    assert str(caught.value) == "the run was stopped before an endpoint answered"
+    assert caught.value.what == "the run was stopped before an endpoint answered"
     assert "asking" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -370,7 +370,8 @@ def test_endpoints_that_are_all_gone_end_the_stage_and_mark_no_row(dataset: Work
             do(dataset.load().layout, plan(dataset.load().layout, stage, sql=SQL), stage)
     assert str(caught.value) == (
         f"no endpoint is open; {server.base_url}: the connection was closed before an answer\n"
-        "  fix: get an endpoint to answer again; the same command goes on with the rows that are left"
+        "  fix: start a server at one of them, or name others in [[stages.prompts.endpoints]]; "
+        "then run the same command again for the rows that are left"
     )
     assert statuses(dataset) == {"ok": 5, None: 11}
 
@@ -384,7 +385,7 @@ def test_a_budget_that_is_spent_ends_the_stage_and_marks_no_row(dataset: Workspa
             do(dataset.load().layout, plan(dataset.load().layout, stage, sql=SQL), stage)
     assert str(caught.value) == (
         f"no endpoint is left; {server.base_url}: its budget of 30 allows no further request\n"
-        "  fix: raise its 'budget', or name other endpoints; the same command goes on with the rows that are left"
+        "  fix: raise its 'budget', or name other endpoints; then run the same command again for the rows that are left"
     )
     assert statuses(dataset) == {"ok": 3, None: 13}
 

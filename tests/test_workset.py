@@ -116,7 +116,7 @@ def test_a_row_that_comes_twice_is_refused(layout: Layout) -> None:
     assert str(refused.value) == (
         "work SQL returns row 3 of shard '00000000' more than once\n"
         "  file: work.sql\n"
-        "  fix: each sample once: select distinct on (shard, row), or aggregate the join that repeats it"
+        "  fix: return each sample once: select distinct on (shard, row), or aggregate the join that repeats it"
     )
 
 

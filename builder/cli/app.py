@@ -89,7 +89,7 @@ class _Group(click.Group):
 def main() -> None:
     """Image-text tar shards in, hybrid shards out.
 
-    One table, one row a sample. `ingest` reads shards into it, every `stage` adds columns, SQL picks the rows, and
+    One table, one row per sample. `ingest` reads shards into it, every `stage` adds columns, SQL picks the rows, and
     `write` streams the shards again with the chosen samples swapped.
 
     \b

@@ -162,7 +162,8 @@ def _problem(model: type[BaseModel], keys: Keys, location: Keys, items: list[Any
         return f"'{name}'{place}: {what}\n{fix}"
     wanted = list(dict.fromkeys(_told(item["msg"]) for item in items))
     text = " or ".join(wanted).replace(" or should be ", " or ")
-    return f"{shown}: it {text}\n{_example(model, location, kind, value)}"
+    fix = _example(model, location, kind, value) or f"correct '{name}'{place}"
+    return f"{shown}: it {text}\n{fix}"
 
 
 def _told(message: str) -> str:
@@ -188,13 +189,14 @@ def shown_key(keys: Keys) -> tuple[str, str]:
 
 
 def _example(model: type[BaseModel], location: Keys, kind: str, value: Any) -> str:
+    """A valid line for a key; empty if there is no example."""
     if kind == "string_type" and isinstance(value, int | float):
         return f'write it in quotes: "{value}"'
     info = keys_of(model).get(str(location[0])) if len(location) == 1 else None
     default = None if info is None or info.is_required() else info.get_default(call_default_factory=True)
     if isinstance(default, bool | int | float | str | list):
         return f"for example: {location[0]} = {json.dumps(default)}"
-    return "change its value"
+    return ""
 
 
 def _valid_keys(model: type[BaseModel], keys: Keys, location: Keys) -> list[str]:

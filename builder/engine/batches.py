@@ -134,7 +134,7 @@ class _Asking:
         if outside:
             raise StageError(
                 f"stage '{self._stage.name}' says that row {outside[0]} of a batch of {batch.num_rows} failed",
-                fix="RowsFailed takes positions in the batch, from 0",
+                fix="raise RowsFailed with positions in the batch, from 0",
             ) from None
         now = self._tally.answered
         alone: dict[int, Failure | Left] = {row: self._of_one(error, None) for row, error in partial.errors.items()}

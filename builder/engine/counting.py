@@ -1,4 +1,4 @@
-"""Counts the rows that a stage's SQL covers, by state; starts nothing."""
+"""Counts the rows that a stage's SQL covers, by state. Starts no run."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from builder.table.sql_text import Sql
 
 
 def count_rows(layout: Layout, works: Sequence[Work], by_run: dict[str, Counter[str]] | None = None) -> list[Counts]:
-    """Counts the rows of several stages' works, over the same shards and with one choice; starts nothing.
+    """Counts the rows of several stages' works, over the same shards and with the same choice. Starts no run.
 
-    In one pass that reads no inputs; a second one reads those of shards that hold samples that changed.
+    One pass reads no inputs; a second one reads the inputs of shards with samples that changed.
 
     Args:
-        by_run: takes of each stage how many of its answers each run gave, `''` for none, among the rows that the
-            choice's condition leaves and whose source is fine.
+        by_run: is filled for each stage: how many of its answers each run gave (`''`: no run), among the rows with a
+            good source to which the choice's condition applies.
     """
     if not works:
         return []
@@ -68,7 +68,7 @@ def _counted_by_shard(
     columns: Sequence[Column],
     by_run: dict[str, Counter[str]] | None,
 ) -> tuple[list[Counts], list[list[str]]]:
-    """What `_counted` says; of works whose SQL looks at every row on its own in one pass for all of them."""
+    """The result of `_counted`. Works whose SQL looks at every row on its own are counted in one common pass."""
     names = {column.name for column in columns}
     pieces: dict[int, Rowwise] = {}
     for place, work in enumerate(works):
@@ -78,7 +78,7 @@ def _counted_by_shard(
     try:
         found = _counted_at_once(samples, works, pieces, by_run) if pieces else {}
     except ConfigError:
-        found = {}  # a stage's own SQL says what is wrong with it
+        found = {}  # counting each work on its own reports which SQL is wrong
     others = [place for place in range(len(works)) if place not in found]
     if others:
         counts, put_off = in_order(partial(_counted, layout, samples, [works[place] for place in others], by_run))
@@ -93,7 +93,7 @@ def _counted_at_once(
     pieces: Mapping[int, Rowwise],
     by_run: dict[str, Counter[str]] | None,
 ) -> dict[int, tuple[Counts, list[str]]]:
-    """The counts of these works by position, and for each the shards that have to be counted later.
+    """The counts of these works by position, and for each the shards to count later.
 
     Args:
         pieces: by position in `works`, the SQL of those that look at each row on its own.
@@ -111,7 +111,7 @@ def _counted_at_once(
             if suspects:
                 put_off.append(shard)
             else:
-                new = Counts(rows_covered, todo, ok, failed, outside, bool(todo), late)
+                new = Counts(rows_covered, todo, ok, failed, outside, 1 if todo else 0, late)
                 found[place] = _sum(counts, new), put_off
     if by_run is not None:
         by_run.update((works[place].stage.name, tally) for place, tally in tallies.items())
@@ -172,7 +172,7 @@ def _counted(
     by_run: dict[str, Counter[str]] | None,
     sort: set[str],
 ) -> tuple[list[Counts], list[list[str]]]:
-    """The counts of every work, and for each the shards to count later, since answers there have to be compared."""
+    """The counts of every work, and for each the shards to count later, because their answers must be compared."""
     found = [Counts() for _ in works]
     put_off: list[list[str]] = [[] for _ in works]
     with_inputs, with_runs = works[0].choice.stale, by_run is not None
@@ -224,21 +224,22 @@ def _added(
     name = work.stage.name
     states = state[f"{name}_state"].to_numpy()
     at, _ = places_in_both(state, wanted)
-    of = states[at]
-    ok = int(np.count_nonzero(of == OK))
+    covered_states = states[at]
+    ok = int(np.count_nonzero(covered_states == OK))
     if with_inputs:
         covered = covered_rows(state, wanted)
         late = outdated.are_out_of_date(covered, work.stage, work.signature, layout)
         todo = int(np.count_nonzero(is_tried(work, covered, late)))
     else:
         late = state[f"{name}_suspect"].to_numpy()[at] == outdated.OTHER_BYTES
-        todo = len(of) if work.choice.redo else int(np.count_nonzero(is_open(of, late, work.choice)))
+        is_todo = is_open(covered_states, late, work.choice)
+        todo = len(covered_states) if work.choice.redo else int(np.count_nonzero(is_todo))
     return Counts(
-        covered=counts.covered + len(of),
+        covered=counts.covered + len(covered_states),
         todo=counts.todo + todo,
         ok=counts.ok + ok,
-        failed=counts.failed + int(np.count_nonzero(of >= FAILED)),
+        failed=counts.failed + int(np.count_nonzero(covered_states >= FAILED)),
         outside=counts.outside + int(np.count_nonzero(states == OK)) - ok,
-        shards=counts.shards + bool(todo),
+        shards=counts.shards + (1 if todo else 0),
         out_of_date=counts.out_of_date + int(np.count_nonzero(late)),
     )

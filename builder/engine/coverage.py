@@ -180,7 +180,7 @@ def _answer(
             raise ConfigError(
                 f"work SQL returns row {row} of shard '{table['shard'][0].as_py()}' more than once",
                 where={"file": work.sql.origin},
-                fix="each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
+                fix="return each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
             )
         yield number, table
 

@@ -157,7 +157,11 @@ def read(run: RunFiles) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise not_a_run(run.folder) from None
     except ShardError as error:
-        raise errors.ConfigError(error.what, where=error.where, fix="do the run's work again: --redo") from None
+        raise errors.ConfigError(
+            error.what,
+            where=error.where,
+            fix="make its answers again, with the name of its stage: builder stage NAME --redo",
+        ) from None
 
 
 def versions(more: Collection[str] = ()) -> dict[str, str]:
@@ -234,7 +238,7 @@ def _why(run: RunFiles, end: Ended, result: dict[str, Any]) -> BuilderError:
     how = signal.Signals(-end.code).name if end.code < 0 else f"exit code {end.code}"
     times = f" {end.deaths} times" if end.deaths > 1 else ""
     kind: type[BuilderError] = StageError
-    help_ = "fix the cause"
+    help_ = "see the log, fix the cause"
     if how == KILLED:
         kind = MachineError
         help_ = "see dmesg for lack of memory; end other programs or set fewer workers"

@@ -291,7 +291,8 @@ class ShardWork:
             return
         self.collect()
         edits, self._edits = self._edits, None
-        self._checkpoints += edits is not None
+        if edits is not None:
+            self._checkpoints += 1
         self._in_flight = _InFlight(len(pending.rows), self._committer.submit(self._commit, pending, edits))
 
     def _commit(self, pending: _Pending, edits: EditsTar | None) -> tuple[pa.Table, list[int]]:

@@ -195,7 +195,7 @@ def _write_task(task: RunTask) -> dict[str, Any]:
         part = slices[done]
         state = partitions.partition_state(layout, part.shard)
         if state is None or state.rows != part.rows:
-            raise ShardError("the shard was ingested again", where={"shard": part.shard}, fix="run write again")
+            raise ShardError("the shard was ingested again", where={"shard": part.shard}, fix="builder write")
         rows = workset.read_slice(run, part).to_pylist() if part.count else []
         editing = Rules(**data["editing"])
         plan = shard_plan.plan_shard(layout, part.shard, state, rows, data["image_stage"], editing)
@@ -204,7 +204,7 @@ def _write_task(task: RunTask) -> dict[str, Any]:
         for name, value in vars(written).items():
             if not isinstance(value, bool):
                 result[name] = result.get(name, 0) + value
-        result["no_end_mark"] = result.get("no_end_mark", 0) + (not written.source_end_mark)
+        result["no_end_mark"] = result.get("no_end_mark", 0) + (0 if written.source_end_mark else 1)
 
     undone = _shard_by_shard(task, [part.shard for part in slices], write)
     return {**result, **undone}

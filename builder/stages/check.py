@@ -111,7 +111,7 @@ class Check(Preparing):
 def grey_std(image: Pixels) -> float:
     """The standard deviation over all pixels of 0.299 R + 0.587 G + 0.114 B, each 0..255.
 
-    0 where all pixels are of one grey, at most 127.5. Sums are of whole thousandths, so that it is exact whatever their
+    0 if all pixels have the same grey, at most 127.5. Sums are of whole thousandths, so that it is exact whatever their
     order, and rounded to six digits.
     """
     total = squares = 0

@@ -109,9 +109,8 @@ def _from_file(name: str, python: str) -> Any:
         classes = [
             key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == spec.name
         ]
-        raise StageError(
-            f"stage '{name}': '{path}' has no '{attribute}'", fix=f"its classes: {', '.join(classes) or 'none'}"
-        )
+        fix = f"name one of its classes: {', '.join(classes)}" if classes else f"write class {attribute}(builder.Stage)"
+        raise StageError(f"stage '{name}': '{path}' has no '{attribute}'", fix=fix)
     return getattr(module, attribute)
 
 

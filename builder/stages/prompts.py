@@ -1,4 +1,4 @@
-"""A text-to-image prompt for every chosen caption."""
+"""A text-to-image prompt for every selected caption."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from builder.models.text.language import LanguageModel
 from builder.stages.contract import Preparing, Resources, RowsFailed, UnderWay
 from builder.table.outputs import Value
 
-#: Rows ahead per request in flight: a slow answer holds up its batch, and the other requests go on meanwhile.
+#: Rows ahead per request in flight: while one batch waits for a slow answer, requests of later batches go on.
 AHEAD = 4
 #: Every value of the option `backend`.
 BACKENDS: dict[str, ChatEntry | RewriteEntry] = {
@@ -114,7 +114,7 @@ class PromptsOptions(Strict):
 
     @field_validator("body")
     @classmethod
-    def _leaves_the_talk_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _leaves_the_conversation_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
         if own := [name for name in ("messages", "model", "n", "stream") if name in value]:
             raise ValueError(f"'{own[0]}' is set by the stage itself")
         return value
@@ -216,7 +216,7 @@ class Prompts(Preparing):
         )
 
     def check_setup(self) -> None:
-        """Raises StageError for packages that the backend would miss; asks no server."""
+        """Raises StageError if a package that the back end needs is missing; asks no server."""
         if self._rewriter is None:
             language.check_installed("stage 'prompts'")
             self._chat.check(self.options)
@@ -234,35 +234,35 @@ class Prompts(Preparing):
             raise
 
     def prepare(self, batch: pa.RecordBatch) -> _Asked | None:
-        """Begins to ask about a batch, where the back end takes batches ahead; does not wait for answers."""
+        """Begins to ask about a batch, if the back end takes batches ahead; does not wait for answers."""
         if self._backend is None or not self._is_ahead:
             return None
         return self._ask(self._backend, batch)
 
     def _ask(self, backend: PromptBackend, batch: pa.RecordBatch) -> _Asked:
-        talks = self._talks(batch)
-        return _Asked(talks, backend.submit([talk for talk in talks if isinstance(talk, Conversation)]))
+        conversations = self._conversations(batch)
+        return _Asked(conversations, backend.submit([one for one in conversations if isinstance(one, Conversation)]))
 
     def process(self, batch: pa.RecordBatch, prepared: _Asked | None = None) -> pa.RecordBatch:
         if self._rewriter is not None:
             return self._rewritten(self._rewriter, batch)
         assert self._backend is not None
         asked = prepared or self._ask(self._backend, batch)
-        talks, outcomes = asked.talks, asked.outcomes.result()
-        self._take_note(batch, talks)
-        answered = iter(outcomes)
-        return self._result(batch, [next(answered) if isinstance(talk, Conversation) else talk for talk in talks])
+        outcomes = iter(asked.outcomes.result())
+        self._take_note(batch, asked.conversations)
+        by_row = [next(outcomes) if isinstance(one, Conversation) else one for one in asked.conversations]
+        return self._result(batch, by_row)
 
-    def _talks(self, batch: pa.RecordBatch) -> list[Conversation | Rejected]:
-        """Per row the conversation to hold, or why there is none."""
-        talks: list[Conversation | Rejected] = []
+    def _conversations(self, batch: pa.RecordBatch) -> list[Conversation | Rejected]:
+        """A conversation per row, or why there is none."""
+        conversations: list[Conversation | Rejected] = []
         for row in batch.to_pylist():
             if not (row["text"] or "").strip():
-                talks.append(Rejected("no_text", "the sample has no text to rewrite"))
+                conversations.append(Rejected("no_text", "the sample has no text to rewrite"))
                 continue
             messages, request = self._rewrites.begin(row, self._group_of(row))
-            talks.append(Conversation(self._contract, messages, request, retries=self.options.retries))
-        return talks
+            conversations.append(Conversation(self._contract, messages, request, retries=self.options.retries))
+        return conversations
 
     def _group_of(self, row: dict[str, Any]) -> tuple[str, ...]:
         return () if self._groups is None else self._groups.of(row["uid"], row["key"])
@@ -295,16 +295,17 @@ class Prompts(Preparing):
         arrays = [pa.array(columns.get(field.name, [None] * rows), field.type) for field in self.schema]
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
 
-    def _take_note(self, batch: pa.RecordBatch, talks: Sequence[Conversation | Rejected]) -> None:
-        for row, talk in zip(batch.select(["uid", "shard", "row"]).to_pylist(), talks, strict=True):
-            if isinstance(talk, Conversation):
-                turned = ({"kind": t.kind, "text": t.text, "endpoint": t.endpoint} for t in talk.turned)
+    def _take_note(self, batch: pa.RecordBatch, conversations: Sequence[Conversation | Rejected]) -> None:
+        rows = batch.select(["uid", "shard", "row"]).to_pylist()
+        for row, one in zip(rows, conversations, strict=True):
+            if isinstance(one, Conversation):
+                turned = ({"kind": t.kind, "text": t.text, "endpoint": t.endpoint} for t in one.turned)
                 self._notes += [{**row, **note} for note in turned]
 
     def take_notes(self) -> list[dict[str, Any]]:
-        """Answers that were refused since this was last called, each with its row and why.
+        """Answers that were refused since the last call, each with its row and the reason.
 
-        What the back end has to say of its endpoints is of kind `notice` and has no row.
+        The back end's notices about its endpoints have kind `notice` and no row.
         """
         notes, self._notes = self._notes, []
         notices = [] if self._backend is None else self._backend.notices()
@@ -328,10 +329,10 @@ class Prompts(Preparing):
 
 
 class _Asked(UnderWay):
-    """A batch that a back end is asked about: per row its conversation, or why there is none."""
+    """A batch that a back end is asked about: a conversation per row, or why there is none."""
 
-    def __init__(self, talks: list[Conversation | Rejected], outcomes: Future[list[AnswerOrError]]) -> None:
-        self.talks, self.outcomes = talks, outcomes
+    def __init__(self, conversations: list[Conversation | Rejected], outcomes: Future[list[AnswerOrError]]) -> None:
+        self.conversations, self.outcomes = conversations, outcomes
 
     def cancel(self) -> None:
         """Stops asking about it."""
@@ -339,7 +340,7 @@ class _Asked(UnderWay):
 
 
 def _deciding(options: PromptsOptions, entry: ChatEntry | RewriteEntry) -> PromptsOptions:
-    """The options that the back end uses, each in one form: the attributes of groups become a list in their order."""
+    """The options that the back end uses, each in one form: the attributes of groups become a list, in order."""
     if isinstance(entry, RewriteEntry):
         used = {name: getattr(options, name) for name in entry.reads}
         return PromptsOptions().model_copy(update={"backend": options.backend, **used})
@@ -349,13 +350,13 @@ def _deciding(options: PromptsOptions, entry: ChatEntry | RewriteEntry) -> Promp
 
 
 def _why(overs: Iterable[Over]) -> StageError | None:
-    """Why no endpoint answers any longer; None if the run was stopped."""
+    """Why no endpoint answers any more; None if the run was stopped."""
     for over in overs:
         if over.kind != "stopped":
             fix = (
                 "raise its 'budget', or name other endpoints"
                 if over.kind == "no_budget"
-                else "get an endpoint to answer again"
+                else "start a server at one of them, or name others in [[stages.prompts.endpoints]]"
             )
-            return StageError(str(over), fix=f"{fix}; the same command goes on with the rows that are left")
+            return StageError(str(over), fix=f"{fix}; then run the same command again for the rows that are left")
     return None

@@ -313,7 +313,7 @@ def _plain(name: str) -> str:
     if "/" in name or "\0" in name or name in ("", ".", ".."):
         raise ShardError(
             f"the table contains a name that cannot be a file name: {name!r}",
-            fix="no command of builder writes such a name: restore the file that another program changed",
+            fix="another program changed the root: put it back from a copy, or set dataset.root to a new folder",
         )
     return name
 

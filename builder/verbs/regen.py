@@ -116,7 +116,7 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
         raise StageError(
             f"the image cannot be made again: {found.error if isinstance(found, Failure) else 'it was stopped'}",
             where={"shard": row["shard"], "row": row["row"]},
-            fix="see builder show",
+            fix=f"make a new one: builder stage {stage_name} --redo --where \"uid = '{row['uid']}'\"",
         )
     values = found.to_pylist()[0]
     again = Again(row["shard"], row["row"], row["uid"], _stored(pipeline, row), values["image"])
@@ -223,7 +223,7 @@ def _inputs(pipeline: Pipeline, run: _Run, stage: Stage, options: BaseModel, row
         raise ConfigError(
             "the work SQL of the image's run no longer returns its sample",
             where={"shard": row["shard"], "row": row["row"], "sql": run.sql.origin, "needed": ", ".join(lacking)},
-            fix="the table has changed since: compare the columns that the SQL uses, with builder show",
+            fix=f"make a new image: builder stage {stage.name} --redo --where \"uid = '{row['uid']}'\"",
         )
     keys = [pa.field("shard", pa.string()), pa.field("row", pa.int64()), pa.field("uid", pa.string())]
     fields = [*keys, *stage.inputs, *asked]

@@ -136,7 +136,11 @@ def run_all(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
         if outcome.unfinished is not None:
             raise outcome.unfinished
         undone = {"refused": len(outcome.refused), **({"left": len(outcome.left)} if outcome.left else {})}
-        raise StageError("no shard could be read", where=undone, fix="see the reasons above")
+        raise StageError(
+            "no shard could be read",
+            where=undone,
+            fix="for each shard that is refused above: take it out of dataset.shards, or download or make it again",
+        )
     done = _done_stages(snapshot)
     for name, use in pipeline.stages.items():
         if name in done:

@@ -91,7 +91,7 @@ def try_stage(pipeline: Pipeline, name: str, choice: Choice, count: int) -> Tria
 
 
 def _try(trial: Trial, layout: Layout, shard: str, stage: Stage, rows: pa.Table) -> None:
-    """Asks a stage about rows of one shard and adds what it answers to a trial."""
+    """Asks a stage about rows of one shard and adds its answers to a trial."""
     began = time.perf_counter()
     batches = read_once(layout, shard, stage, rows)
     trial.read_s += time.perf_counter() - began
@@ -105,9 +105,12 @@ def _try(trial: Trial, layout: Layout, shard: str, stage: Stage, rows: pa.Table)
             trial.difference = check_alone(stage, batch.given, answers)
         for first, found in answers:
             if isinstance(found, Left):
-                raise found.why or StageError(f"stage '{stage.name}' was stopped")
-            trial.failed += isinstance(found, Failure)
-            shown = [{"error": found.error}] if isinstance(found, Failure) else found.to_pylist()
+                raise found.why or StageError(f"stage '{stage.name}' was stopped", fix="run the same command again")
+            if isinstance(found, Failure):
+                trial.failed += 1
+                shown = [{"error": found.error}]
+            else:
+                shown = found.to_pylist()
             for row, values in zip(batch.rows[first:], shown, strict=False):
                 trial.rows.append({"shard": shard, "row": row, "uid": uids[row], **values})
     trial.notes += stage.take_notes()

@@ -1,6 +1,6 @@
-"""The proof of a record's header: mode, owner and times of the record that it replaces, the new name and size.
+"""The proof of a record's header: mode, owner and times are those of the replaced record, name and size are new.
 
-The form is ustar, with one pax header in front where the old one had records, or where the name or the size needs it.
+The format is ustar, with one pax header before it if the old record had one, or if the name or the size needs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHECKSUM = re.compile(rb"[0-7]{6}\0 ")
 
 
 def difference(head: bytes, old: bytes, name: str, size: int) -> str | None:
-    """What is not as it should be in the header of an edited member; None where all is.
+    """What is wrong in the header of an edited member; None if nothing is.
 
     Args:
         head: from the record's first byte to its content.
@@ -76,7 +76,7 @@ def _form_fault(block: bytes) -> str | None:
 
 
 def _prefix_fault(prefix: bytes, old: bytes, own: bytes, wanted: list[tuple[bytes, bytes]]) -> str | None:
-    """What is wrong with the headers in front: at most one, of pax, with the `wanted` records."""
+    """What is wrong with the headers before the record's own: at most one, of pax, with the `wanted` records."""
     if not wanted:
         return "a header in front" if prefix else None
     if prefix[156:157] != b"x":
@@ -101,7 +101,7 @@ def _prefix_fault(prefix: bytes, old: bytes, own: bytes, wanted: list[tuple[byte
 
 @lru_cache(maxsize=256)
 def _records(prefix: bytes) -> tuple[tuple[bytes, bytes], ...]:
-    """The records of the pax headers in front of a header, without global ones; later ones of a name count.
+    """The records of the pax headers before a header, without global ones; of the same name, the last one.
 
     Raises:
         ValueError: one of the headers cannot be read.

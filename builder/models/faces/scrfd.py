@@ -264,7 +264,7 @@ def _providers(device: str) -> list[tuple[str, dict[str, Any]]]:
         return [("CPUExecutionProvider", {})]
     if kind != "cuda" or not (number or "0").isdigit():
         raise StageError(
-            f"detector 'scrfd' does not know the device '{device}'", fix="devices: cpu, cuda, cuda:0, cuda:1 ..."
+            f"detector 'scrfd' does not know the device '{device}'", fix="set devices to cpu, cuda, cuda:0, cuda:1 ..."
         )
     have = onnxruntime.get_available_providers()
     if "CUDAExecutionProvider" not in have:

@@ -59,7 +59,8 @@ def _label(image: Image.Image, text: str, mark: str) -> None:
     if inner < 80 or most < 36 or not text:
         return
     largest = max(TEXT_PX[0] + 1, min(TEXT_PX[1], min(width, height) // 17))
-    lines, size = fit(text, inner, most - 2 * pad, (TEXT_PX[0] + (largest > 14), largest))
+    smallest = TEXT_PX[0] + 1 if largest > 14 else TEXT_PX[0]
+    lines, size = fit(text, inner, most - 2 * pad, (smallest, largest))
     step = line_px(size)
     top = height - 3 * pad - step * len(lines)
     _panel(image, (pad, top, width - pad, height - pad), radius=pad + 2)

@@ -1,7 +1,7 @@
-"""One chat request over HTTP: sends it, waits for it, and checks its answer against the protocol.
+"""One chat request over HTTP: sends it, waits for the answer, and checks it against the protocol.
 
-Owns what counts as an answer of an OpenAI-compatible server, and the classes of failure. Knows no limits and no choice
-between endpoints: see `builder.models.llm.pool`.
+Decides what counts as an answer of an OpenAI-compatible server, and defines the classes of failure. Limits and the
+choice between endpoints are in `builder.models.llm.pool`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import orjson
 
 from builder.errors import check_packages
 
-#: Most bytes that are read of an answer (a chat's has some thousand), and of a list of models, which may be long.
+#: Most bytes read of an answer (a chat's has a few thousand), and of a list of models, which can be long.
 MAX_BYTES, MAX_BYTES_LISTED = 2**20, 8 * 2**20
 #: Seconds that an idle connection is kept: less than the 5 s after which uvicorn, and so vLLM, closes it.
 _KEEP_ALIVE_S = 4.0
-#: Seconds in which a live server accepts a connection; packets to a dead machine are lost without notice.
+#: Seconds in which a live server accepts a connection; packets to a dead machine are lost without an error.
 _CONNECT_S = 10.0
-#: Longest pause that a server's `Retry-After` is read as, seconds.
+#: Longest pause that is taken from a server's `Retry-After`, seconds.
 _MOST_SECONDS = 1e9
-#: Bytes of a server's error text that are looked at.
+#: Bytes of a server's error text that are read.
 _WORDS = 4000
-#: Characters that are kept of a model's name, and of a message, from a server.
+#: Characters that are kept of a server's model name and of its message.
 MAX_NAME, MAX_SAID = 200, 240
-#: Tokens that a server may count in addition to the bytes of a request: the frame of its chat template.
+#: Tokens that a server can count beyond the bytes of a request: those of its chat template.
 _FRAME_TOKENS = 4096
-#: Types of the parts of a message's content that are text; others are thoughts, pictures and the like.
+#: Types of the parts of a message's content that are text; others are thoughts, pictures and so on.
 _TEXT_PARTS = ("text", "output_text")
 
 
@@ -44,11 +44,11 @@ class Reply:
     """An answer.
 
     Attributes:
-        text: the message's content as it came, not empty.
-        model: the name that the server gives, printable and of at most MAX_NAME characters; the one asked for if it
+        text: the message's content, unchanged and not empty.
+        model: the name that the server gives, printable and of at most MAX_NAME characters; the requested one if it
             gives none.
         endpoint: name of the endpoint that answered: its base_url.
-        tokens_in, tokens_out: as the server counted them; None if it did not, or counted more than there can be.
+        tokens_in, tokens_out: as the server counted them; None if it did not, or counted more than possible.
         ms: from sending to the last byte, of the answered attempt only.
     """
 
@@ -68,7 +68,7 @@ class AskFailed(Exception):
             answer; `unreachable`: no connection; `rejected`: another 4xx; `no_budget`: the budget is spent.
         status: the HTTP status; None if there was none or it was 200.
         retry_after: seconds that the server asks to wait.
-        is_final: the same request would fail again, on any endpoint.
+        is_final: whether the same request would fail again, on any endpoint.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class AskFailed(Exception):
 
 
 class Over(AskFailed):
-    """The request has no answer, and no other one will have: the request is not to blame.
+    """The request has no answer, and no other request would get one: the request is not the cause.
 
     Attributes:
         kind: that of the last failure; `stopped` if the caller asked for it.
@@ -100,15 +100,15 @@ class Over(AskFailed):
 
 
 def check_installed() -> None:
-    """Raises StageError if aiohttp is not installed; loads nothing."""
+    """Raises StageError if aiohttp is not installed; imports nothing."""
     check_packages("aiohttp", extra="llm", needed_by="asking an LLM server")
 
 
 class Http:
-    """A session to any number of servers, for the event loop in which it is made.
+    """A session with any number of servers, for the event loop in which it is made.
 
     Args:
-        timeout_s: seconds from sending, connecting included, to the last byte.
+        timeout_s: seconds from sending to the last byte, including the connection.
         connect_s: seconds for connecting alone.
 
     Raises:
@@ -134,13 +134,13 @@ class Http:
     async def request(
         self, method: str, url: Any, headers: Mapping[str, str], body: bytes | None = None, most: int = MAX_BYTES
     ) -> tuple[int, Mapping[str, str], bytes]:
-        """The status, headers and body of an answer, whatever it says.
+        """The status, headers and body of any answer.
 
-        The server may close a kept connection at any time, with or without notice: a request that meets a closed one is
-        sent once more, on a new connection.
+        The server can close a kept connection at any time: a request that meets a closed one is sent once more, on a
+        new connection.
 
         Args:
-            most: bytes of a body that are read at most.
+            most: most bytes of a body that are read.
 
         Raises:
             AskFailed: `timeout`, `unreachable`, or `bad_reply` if the body is longer, or does not end as announced.
@@ -175,14 +175,14 @@ class Http:
         raise AskFailed("unreachable", "the connection was closed before an answer")
 
 
-#: Whether the task's last connection had been used before.
+#: Whether the last connection of this task had been used before.
 _IS_REUSED: ContextVar[bool] = ContextVar("is_reused", default=False)
 
 
 def _connector() -> Any:
     """Keeps connections for a while, and records for each request whether it got a kept one.
 
-    aiohttp's tracing reports this too, at the cost of a quarter of a request.
+    aiohttp's tracing reports this too, but takes a quarter of the time of a request.
     """
     import aiohttp
 
@@ -215,7 +215,7 @@ def read_status(status: int, headers: Mapping[str, str], body: bytes) -> None:
 def read_retry_after(value: str | None) -> float | None:
     """Seconds of a `Retry-After` header, which gives seconds or a date (RFC 9110, 10.2.3); None if it is neither.
 
-    There may be too many to wait for: the caller bounds them.
+    It can be very long: the caller limits it.
     """
     if value is None:
         return None
@@ -228,7 +228,7 @@ def read_retry_after(value: str | None) -> float | None:
 
 
 def said(body: bytes) -> str:
-    """The server's text of an error, on one line; the message in its json, if it has one."""
+    """The server's error text on one line; the message in its json, if it has one."""
     text = body[:_WORDS].decode("utf-8", "replace")
     data = _read_json(body)
     if isinstance(data, dict):
@@ -263,14 +263,14 @@ def _read_json(body: bytes) -> Any:
         return orjson.loads(body)
     try:
         value = json.loads(body)
-        json.dumps(value, ensure_ascii=False).encode()  # refuses half characters, which no column and no file can hold
+        json.dumps(value, ensure_ascii=False).encode()  # refuses half characters, which no column or file can hold
     except (ValueError, RecursionError):
         return None
     return value
 
 
 def model_in(body: bytes) -> str | None:
-    """The model that an answer names; None if it names none."""
+    """The model that an answer names, or None."""
     data = _read_json(body)
     return _name(data.get("model")) if isinstance(data, dict) else None
 
@@ -280,20 +280,20 @@ def read_reply(
 ) -> Reply:
     """The answer in the body of a 200.
 
-    Another attempt would not help where an answer is cut (`finish_reason` "length") or held back by a filter of the
-    server; every other failure may be a passing fault of the server.
+    Another attempt does not help if an answer is cut (`finish_reason` "length") or held back by a filter of the server;
+    every other failure may be temporary.
 
     Args:
-        asked: the model that was asked for.
-        is_exact: whether an answer of another model is refused; `Reply.model` says which one it is.
-        most: bytes of the request, and tokens that the answer may have: a server that counts more counts wrongly.
+        asked: the requested model.
+        is_exact: whether an answer of another model is refused; `Reply.model` names it.
+        most: bytes of the request, and most tokens of the answer: larger counts of the server are wrong.
 
     Raises:
-        AskFailed: `bad_reply`: no json, an error in it, no choice, no text, a cut text, another model.
+        AskFailed: `bad_reply`: not json, an error in it, no choice, no text, a cut text, another model.
     """
     data = _read_json(body)
     if data is None:
-        raise AskFailed("bad_reply", f"the answer is no json: {said(body) or 'empty'}")
+        raise AskFailed("bad_reply", f"the answer is not json: {said(body) or 'empty'}")
     if not isinstance(data, dict) or data.get("error"):
         raise AskFailed("bad_reply", f"the answer is an error: {said(body)}")
     choices = data.get("choices")
@@ -316,7 +316,7 @@ def read_reply(
 
 
 def read_usage(body: bytes, most: tuple[int, int]) -> tuple[int | None, int | None]:
-    """Tokens of request and answer, as `read_reply` takes them."""
+    """Tokens of request and answer, as in `read_reply`."""
     data = _read_json(body)
     return _tokens(data.get("usage") if isinstance(data, dict) else None, len(body), most)
 
@@ -326,7 +326,7 @@ def _name(value: Any) -> str | None:
 
 
 def _text(content: Any) -> str:
-    """The text of a message: a string, or a list of parts, some of them text; empty if there is no text."""
+    """The text of a message, which is a string, or a list of parts of which some are text; empty if there is none."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -335,9 +335,9 @@ def _text(content: Any) -> str:
 
 
 def _tokens(usage: Any, size: int, most: tuple[int, int] | None) -> tuple[int | None, int | None]:
-    """Tokens of request and answer as a server counts them; None if it does not, or counts more than possible.
+    """Tokens of request and answer as the server counts them; None if it does not, or counts more than possible.
 
-    A token of text has at least one byte; hidden tokens are at most as many as the request allowed.
+    A token of text has at least one byte; there are at most as many hidden tokens as the request allowed.
     """
     bytes_in, most_out = most or (2**31, 2**31)
     counts = usage if isinstance(usage, dict) else {}
@@ -354,9 +354,9 @@ def _count(value: Any, most: int) -> int | None:
 def is_same_model(asked: str, said: str) -> bool:
     """Whether a server that says `said` serves the model `asked`.
 
-    It does if the names are equal; if one is the end of the other's path (`org/name`, `/models/name`, `./name`); and if
-    the server adds what it has chosen to the name: a date or number of a version (`gpt-4o-2024-08-06` for `gpt-4o`),
-    also in place of `latest`, Ollama's `:latest`, or a revision (`llama@main`, by transformers). Case does not count.
+    It does if the names are equal; if one is the end of the other's path (`org/name`, `/models/name`, `./name`); or if
+    the server adds a version to the name: a date or number (`gpt-4o-2024-08-06` for `gpt-4o`), also in place of
+    `latest`, Ollama's `:latest`, or a revision (transformers' `llama@main`). Case is ignored.
     """
     ours, theirs = _parts(asked), _parts(said)
     shared = min(len(ours), len(theirs))

@@ -1,6 +1,6 @@
-"""A pool of OpenAI-compatible chat endpoints: each request goes where there is room, and comes back answered or failed.
+"""A pool of OpenAI-compatible chat endpoints: sends each request to one with room, until it is answered or has failed.
 
-Owns which endpoint is asked, when, and how often. Knows nothing of prompts: its caller judges the answers.
+Decides which endpoint is asked, when, and how often. Does not know about prompts: its caller judges the answers.
 Everything happens in one event loop, so nothing here is locked.
 """
 
@@ -22,15 +22,15 @@ from builder.models.llm.served import BACK_OFF_S, LONGEST_BACK_OFF_S, Cost, Requ
 __all__ = ["AskFailed", "Endpoint", "Over", "Pool", "Reply"]
 
 TIERS = ("free", "local", "paid")
-#: A request that waits for room, and what it gets: an endpoint, and the tokens taken for it there.
+#: A request that waits for room, and what it will get: an endpoint, and the tokens reserved for it there.
 _Place: TypeAlias = tuple[Request, "asyncio.Future[tuple[Served, float]]"]
-#: Most tokens of an answer, where the request does not say.
+#: Most tokens of an answer, if the request does not say.
 _TOKENS_OUT = 1024
-#: Notices that are kept while nobody takes them.
+#: Notices that are kept until somebody takes them.
 _NOTICES = 1000
-#: Seconds of a pause after which an endpoint is probed, once per pause.
+#: Seconds into a pause after which an endpoint is probed, once per pause.
 PROBE_AFTER_S = 1.0
-#: How often an endpoint must be seen to take other requests, but not this one, before this one has failed.
+#: How often an endpoint must be seen to answer other requests, but not this one, before this one fails.
 _DOUBTS = 2
 #: Seconds between two such observations: as long as the endpoint asks for, within these bounds. By then a limit of
 #: tokens per minute has room again.
@@ -38,28 +38,28 @@ DOUBT_S = (1.0, 5.0)
 
 
 class Pool:
-    """Endpoints that are asked as one. All but `__init__`, `totals` and `capacity` runs in one event loop.
+    """Endpoints that are used as one. All methods but `__init__`, `totals` and `capacity` run in one event loop.
 
     A failed request is sent to another endpoint if one is open, else again after a pause. 401 and 404 close an
     endpoint; 403 closes it only after `rest_after` times in a row, since some servers send it when a filter holds back
     one request.
 
     A request that is pushed back (429, or 503 with `Retry-After`) goes behind all others and uses up no attempt. It
-    fails when it was pushed back `attempts` times, and its endpoint took others at two of them: an answer to a later
-    request, or to a probe, shows that. This does not count while the endpoint limits its load: when it has recently
+    fails after it was pushed back `attempts` times, if at two of them its endpoint took others, which an answer to a
+    later request or to a probe shows. This does not count while the endpoint limits its load: when it has recently
     pushed back a probe, or a request that it then answered. Such answers also end a pause.
 
     Args:
-        timeout_s: seconds from sending a request to the last byte of its answer; waiting for room does not count.
+        timeout_s: seconds from sending a request to the last byte of its answer, without the wait for room.
         attempts: how many of its requests may fail before `ask` fails.
         rest_after: failures in a row after which an endpoint rests.
         rest_s: seconds of a rest.
-        patience_s: seconds that the pool waits while no endpoint is open, or takes a request or a probe; then the
-            waiting requests fail. By default ten rests.
+        patience_s: seconds that the pool waits while no endpoint is open, or none takes a request or a probe; then the
+            waiting requests fail. Default: ten rests.
         model_names: `exact`: an answer of another model than was asked for is a failure.
 
     Attributes:
-        notices: what a person should know about endpoints, oldest first; whoever shows them removes them.
+        notices: messages about endpoints for people, oldest first; whoever shows them removes them.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Pool:
         self._wakening: dict[Served, asyncio.Task[None]] = {}
         #: Tasks that probe paused endpoints.
         self._probing: dict[Served, asyncio.Task[None]] = {}
-        #: Its kind and message.
+        #: Kind and message of the last failure.
         self._last_failure = ("unreachable", "none has failed")
 
     # --- start and end ---
@@ -142,18 +142,18 @@ class Pool:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.close()
 
-    # --- what is reported ---
+    # --- reports ---
 
     @property
     def capacity(self) -> int:
-        """Requests that may be in flight now, over all endpoints that answer; at least 1."""
+        """Requests that can be in flight now, at all endpoints that answer; at least 1."""
         return max(1, sum(one.concurrency.limit for one in self._served if not one.closed and not one.is_resting))
 
     def totals(self) -> dict[str, dict[str, Any]]:
         """By endpoint: counts, failures by kind, milliseconds of all answers, the present limit, the state."""
         return {one.name: one.totals() for one in self._served}
 
-    def _tell(self, notice: str | None) -> None:
+    def _notify(self, notice: str | None) -> None:
         if notice is not None:
             self.notices.append(notice)
 
@@ -167,8 +167,8 @@ class Pool:
             body: further fields: temperature, max_tokens, seed, response_format.
 
         Raises:
-            Over: no endpoint is left, or for too long none was open or gave an answer.
-            AskFailed: it was rejected, or it failed as often as allowed; the last of several failures.
+            Over: no endpoint is left, or none was open or answered for too long.
+            AskFailed: it was rejected, or it failed as often as allowed; this is the last of its failures.
         """
         most_out = body.get("max_completion_tokens") or body.get("max_tokens") or _TOKENS_OUT
         request = Request(messages, body, Cost(len(orjson.dumps(messages)), most_out), is_next)
@@ -180,12 +180,12 @@ class Pool:
                 self._dark_since = None
                 self._answered_at = self._loop.time()
                 one.answered(request, reply, taken, sent, self._answered_at)
-                self._tell(one.heard(reply.model))
+                self._notify(one.heard(reply.model))
                 return reply
             except AskFailed as error:
                 failure, now = error, self._loop.time()
                 error.message = one.told(error.message)
-                self._tell(one.failed(request, error, sent, now, rest_after=self._rest_after, rest_s=self._rest_s))
+                self._notify(one.failed(request, error, sent, now, rest_after=self._rest_after, rest_s=self._rest_s))
                 error.message = f"{one.name}: {error.message}"
                 self._last_failure = (error.kind, error.message)
                 if one.is_resting:
@@ -208,7 +208,7 @@ class Pool:
         )
 
     async def _again(self, request: Request, one: Served, error: AskFailed, sent: float, now: float) -> None:
-        """Returns when a failed request may look for room again; raises its error if it may not."""
+        """Returns when a failed request can look for room again; raises its error if it has failed for good."""
         if error.is_final:
             raise error
         request.tried.append(one)
@@ -230,7 +230,7 @@ class Pool:
     # --- pauses ---
 
     async def _behind_others(self, request: Request, one: Served, error: AskFailed, sent: float, now: float) -> None:
-        """Returns when a request that was pushed back may look for room again; raises if it is to blame itself."""
+        """Returns when a request that was pushed back can look for room again; raises if the request is the cause."""
         request.pushes += 1
         request.pushers.append(one)
         request.pushed_back = request.pushed_back or now
@@ -246,7 +246,7 @@ class Pool:
             await asyncio.sleep(min(max(error.retry_after or 0.0, DOUBT_S[0]), DOUBT_S[1]))
 
     async def _takes_others(self, one: Served, sent: float) -> bool:
-        """Whether an endpoint that pushed back a request sent at `sent` answers others; if in doubt, it is probed."""
+        """Whether an endpoint that pushed back a request sent at `sent` answers others; a probe decides if in doubt."""
         async with one.probing:
             is_limiting = one.is_limiting(self._loop.time())
             if not is_limiting and not one.has_answered_since(sent):
@@ -268,13 +268,13 @@ class Pool:
             self._answered_at = now
             self._dark_since = None
         else:
-            self._tell(one.failed(probe(), failure, sent, now, rest_after=self._rest_after, rest_s=self._rest_s))
+            self._notify(one.failed(probe(), failure, sent, now, rest_after=self._rest_after, rest_s=self._rest_s))
             if one.is_resting:
                 self._waken(one)
         self._dispatch()
 
     def _probe_later(self, one: Served) -> None:
-        """Starts a probe of an endpoint within its pause, if the pause is long."""
+        """Starts a probe of an endpoint during its pause, if the pause is long."""
         now = self._loop.time()
         if one not in self._probing and not one.is_probed and one.is_paused(now + PROBE_AFTER_S):
             self._probing[one] = self._loop.create_task(self._probe_in_pause(one))
@@ -289,20 +289,20 @@ class Pool:
             del self._probing[one]
 
     def _close(self, one: Served, error: StageError) -> None:
-        """Stops using an endpoint: it refused a probe for good."""
+        """Stops using an endpoint that refused a probe for good."""
         why = str(error.where.get("it says", error.what))
-        self._tell(one.close("rejected", why))
+        self._notify(one.close("rejected", why))
         self._last_failure = ("rejected", f"{one.name}: {why}")
         self._dispatch()
 
     # --- rests ---
 
     def _rest(self, kind: str, one: Served, why: str) -> None:
-        self._tell(one.rest(why, self._loop.time(), self._rest_s))
+        self._notify(one.rest(why, self._loop.time(), self._rest_s))
         self._last_failure = (kind, f"{one.name}: {why}")
 
     def _waken(self, one: Served) -> None:
-        """Starts asking a resting endpoint until it answers again. It is asked with probes, so no row is risked."""
+        """Starts to ask a resting endpoint until it answers again. It is asked with probes, so that no row can fail."""
         if one not in self._wakening:
             self._wakening[one] = self._loop.create_task(self._say_hello(one))
 
@@ -315,7 +315,7 @@ class Pool:
                 self._close(one, error)
                 break
             if failure is None or failure.kind == "rate_limited":
-                self._tell(one.wake())
+                self._notify(one.wake())
             else:
                 self._rest(failure.kind, one, one.told(str(failure)))
         del self._wakening[one]
@@ -324,7 +324,7 @@ class Pool:
     # --- room ---
 
     async def _room(self, request: Request) -> tuple[Served, float]:
-        """The endpoint that a request is to be sent to, its place there taken, and the tokens taken for it."""
+        """The endpoint for a request, with its place there reserved, and the tokens reserved for it."""
         if not self._waiting:
             one, _ = self._choose(request, self._loop.time())
             if one is not None:
@@ -344,9 +344,9 @@ class Pool:
             raise
 
     def _choose(self, request: Request, now: float) -> tuple[Served | None, float]:
-        """The least loaded endpoint with room, of the highest tier that has one; else seconds until there may be room.
+        """The least loaded endpoint with room, of the first tier that has one; else seconds until there may be room.
 
-        An endpoint that has failed the request comes last: not while another one is open.
+        An endpoint that has failed the request is chosen only if no other one is open.
         """
         avoided = request.tried if request.tried and self._others(request, now) else ()
         soonest = float("inf")
@@ -365,9 +365,9 @@ class Pool:
         return None, soonest
 
     def _dispatch(self) -> None:
-        """Gives room to those who wait, first come, first served.
+        """Gives room to the requests that wait, first come, first served.
 
-        Requests that are asked again come first, those that were pushed back last.
+        Requests that are sent again come first, those that were pushed back last.
         """
         if not self._waiting:
             return
@@ -383,7 +383,7 @@ class Pool:
                 else:
                     soonest = min(soonest, wait)
                     if not request.tried:
-                        break  # those behind it can go nowhere else
+                        break  # the ones behind it have no other endpoint either
                     passed.append((request, future))
             self._waiting.popleft()
         self._waiting.extendleft(reversed(passed))
@@ -391,7 +391,7 @@ class Pool:
             self._wait(now, soonest)
 
     def _wait(self, now: float, soonest: float) -> None:
-        """Sees to it that those who wait are looked at again, or fails them where nothing is to be hoped for."""
+        """Schedules another look at waiting requests, or fails them if no endpoint can open again."""
         self._close_spent()
         if all(one.closed for one in self._served):
             kind = "no_budget" if any(one.closed == "no_budget" for one in self._served) else "rejected"
@@ -407,7 +407,7 @@ class Pool:
         return None
 
     def _end_of_patience(self, now: float) -> float:
-        """Until when it is waited for an endpoint to open; infinite while one is open."""
+        """Until when requests wait for an endpoint to open; infinite while one is open."""
         if any(one.is_open(now) for one in self._served):
             self._dark_since = None
             return float("inf")
@@ -419,12 +419,12 @@ class Pool:
         self._dispatch()
 
     def _close_spent(self) -> None:
-        """Closes endpoints whose budget has no room for the first request that waits."""
+        """Closes endpoints whose budget is too small for the first request that waits."""
         cost = self._waiting[0][0].cost
         for one in self._served:
             if one.closed is None and one.is_spent(cost):
                 why = f"its budget of {one.endpoint.budget:g} allows no further request"
-                self._tell(one.close("no_budget", why))
+                self._notify(one.close("no_budget", why))
                 self._last_failure = ("no_budget", f"{one.name}: {why}")
 
     def _fail_waiting(self, kind: str, what: str) -> None:
@@ -455,6 +455,6 @@ def summary(totals: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[str]:
 
 
 def _names(endpoints: Sequence[Endpoint]) -> list[str]:
-    """The base_url of each; if several have the same one, with their position among all."""
+    """The base_url of each; if several have the same one, with their position."""
     urls = [one.base_url for one in endpoints]
     return [f"{url} #{i + 1}" if urls.count(url) > 1 else url for i, url in enumerate(urls)]

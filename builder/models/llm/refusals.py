@@ -1,7 +1,7 @@
-"""What of an answer declines, or talks about the request, instead of doing what was asked.
+"""Finds the words with which an answer declines the request or comments on it, instead of doing it.
 
-Owns the patterns. They are looked for at the start of an answer, and each names what a model is asked for, so that a
-caption about what somebody cannot do ("I can't help falling in love") is not taken for one.
+The patterns of a refusal are searched at the start of an answer. Each names something that a model is asked for, so
+that a caption about what somebody cannot do ("I can't help falling in love") does not match.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REWRITE = (
     r"|respond|answer|chang|mak|writ|describ|discuss|portray|depict|adjust|do|carry out|go along|proceed)\w*"
 )
 _END = r"\W*(?:$|as\b|because\b|since\b|for you\b|due to\b|[.,;!])"
-#: What stands behind "I cannot": an activity that only somebody who is asked can decline.
+#: What follows "I cannot": an activity that only somebody who is asked for it can decline.
 _ASKED = (
     rf"(?:assist\w*|comply|accommodate)\b|help(?: you\b| with\b|{_END})"
     rf"|{_REWRITE} (?:[\w'-]+ ){{0,4}}?{_THING}"
@@ -62,7 +62,7 @@ _PATTERNS = (
 _REFUSAL = re.compile(r"\W*(?:" + "|".join(f"(?:{pattern})" for pattern in _PATTERNS) + ")", re.I)
 
 
-#: What a rewritten caption has only where the caption has it: words that talk to the one who asks, or about the task.
+#: Words that speak to the user or about the task: a rewritten caption can have them only if the caption has them.
 _REMARKS = (
     r"\b(?:sentences?|captions?|prompts?|requests?|requested|instructions?|guidelines|policy|policies|stereotyp\w+)\b",
     r"\b(?:rewrit\w+|rewrote|rephras\w+|reword\w+)\b",
@@ -78,27 +78,24 @@ _REMARKS = (
     r"^\W*(?:h+m+\b|(?:alright|all right|wait|well|first(?:ly)?|so|now|ok(?:ay)?,? so)\s*[,.!…])",
     r"\b(?:thinking aloud|step by step|final answer|task is to)\b",
 )
-#: Pronouns of the one who asks and of the one who is asked, in English; "I" is an article elsewhere.
+#: Pronouns for the user and the model, in English; in other languages "I" can be an article.
 _PRONOUNS = r"(?-i:\bI\b)|\b(?:my|we|our|you|your)\b"
 _REMARK = [re.compile(pattern, re.I) for pattern in _REMARKS]
 _PRONOUN = re.compile(_PRONOUNS, re.I)
 
 
 def refusal_in(answer: str) -> str:
-    """With what an answer of one line declines at its start, or remarks on the request; empty where it does not."""
+    """The words with which a one-line answer declines or comments on the request; empty if it does neither."""
     found = _REFUSAL.match(_straight(answer))
     return found[0].strip() if found else ""
 
 
 def remark_in(answer: str, given: str, *, in_english: bool) -> str:
-    """With what an answer talks about the task, or to the one who asks, where the text that it is made of does not.
+    """The first words of an answer that speak about the task or to the user, but are not in `given`; empty if none.
 
     Args:
-        given: the text that is rewritten, and whatever else the request says of the sample.
-        in_english: whether the answer shall be in English.
-
-    Returns:
-        The first of such words; empty if there are none.
+        given: the text that is rewritten, and whatever else the request says about the sample.
+        in_english: whether the answer must be in English.
     """
     patterns = [*_REMARK, _PRONOUN] if in_english else _REMARK
     said, given = _straight(answer), _straight(given)

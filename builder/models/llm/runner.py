@@ -1,6 +1,6 @@
 """Holds conversations with a pool of endpoints, in an event loop that runs in its own thread.
 
-Owns the thread. A caller that is not a coroutine submits conversations and waits for the answers later.
+A caller that is not a coroutine submits conversations and waits for the answers later.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Asking(PromptBackend):
         self._thread.start()
 
     def start(self) -> None:
-        """Before anything else.
+        """Must be called first.
 
         Raises:
             StageError: as `Pool.start`; or `give_up` was called.
@@ -44,7 +44,9 @@ class Asking(PromptBackend):
             self._wait(self._start)
         except CancelledError:
             self._end_loop()
-            raise StageError("the run was stopped before an endpoint answered") from None
+            raise StageError(
+                "the run was stopped before an endpoint answered", fix="run the same command again to continue"
+            ) from None
         except BaseException:
             self._end_loop()
             raise
@@ -56,14 +58,14 @@ class Asking(PromptBackend):
         await self._pool.start()
         self._working.discard(task)
 
-    def submit(self, talks: Sequence[Conversation]) -> Future[list[AnswerOrError]]:
-        """Begins all of these conversations and returns at once; the result has their outcomes in order."""
-        return asyncio.run_coroutine_threadsafe(self._all(talks), self._loop)
+    def submit(self, conversations: Sequence[Conversation]) -> Future[list[AnswerOrError]]:
+        """Begins these conversations and returns at once; the result has their outcomes, in order."""
+        return asyncio.run_coroutine_threadsafe(self._all(conversations), self._loop)
 
-    async def _all(self, talks: Sequence[Conversation]) -> list[AnswerOrError]:
+    async def _all(self, conversations: Sequence[Conversation]) -> list[AnswerOrError]:
         if self._is_over:
-            return [_stopped() for _ in talks]
-        tasks = [asyncio.ensure_future(self._one(talk)) for talk in talks]
+            return [_stopped() for _ in conversations]
+        tasks = [asyncio.ensure_future(self._one(conversation)) for conversation in conversations]
         self._working.update(tasks)
         try:
             found = await asyncio.gather(*tasks, return_exceptions=True)
@@ -71,11 +73,11 @@ class Asking(PromptBackend):
             self._working.difference_update(tasks)
         return [one if isinstance(one, Answer | Exception) else _stopped() for one in found]
 
-    async def _one(self, talk: Conversation) -> AnswerOrError:
+    async def _one(self, conversation: Conversation) -> AnswerOrError:
         try:
             while True:
-                reply = await self._pool.ask(talk.messages, bool(talk.turned), **self._body)
-                if accepted := talk.hear(reply.text, reply.endpoint):
+                reply = await self._pool.ask(conversation.messages, bool(conversation.turned), **self._body)
+                if accepted := conversation.hear(reply.text, reply.endpoint):
                     return Answer(
                         accepted.prompt,
                         accepted.lang,
@@ -89,17 +91,17 @@ class Asking(PromptBackend):
             return error
 
     def give_up(self) -> None:
-        """Ends every conversation without an outcome at once, and those that begin later: their outcome is `Over`."""
+        """Ends at once every conversation without an outcome, and those that begin later: their outcome is `Over`."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._end_talks)
+            self._loop.call_soon_threadsafe(self._end_conversations)
 
-    def _end_talks(self) -> None:
+    def _end_conversations(self) -> None:
         self._is_over = True
         for task in self._working:
             task.cancel()
 
     def notices(self) -> list[str]:
-        """The pool's notices about its endpoints, since this was last called."""
+        """The pool's notices about its endpoints since the last call."""
         taken = []
         while self._pool.notices:
             taken.append(self._pool.notices.popleft())
@@ -110,7 +112,7 @@ class Asking(PromptBackend):
         return self._pool.totals()
 
     def close(self) -> None:
-        """Ends what has no answer yet, and closes the connections."""
+        """Ends conversations without an answer, and closes the connections."""
         try:
             self._wait(self._give_up)
         finally:

@@ -174,8 +174,10 @@ class Served:
 
     def begin(self, request: Request) -> float:
         """Counts a request as sent; returns the tokens that were taken for it."""
-        self.asked += not request.is_probe
-        self._probes += request.is_probe
+        if request.is_probe:
+            self._probes += 1
+        else:
+            self.asked += 1
         self.concurrency.in_flight += 1
         self._pending += self._most(request.cost)
         taken = request.cost.tokens(self._mean_out)
