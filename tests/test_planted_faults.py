@@ -682,7 +682,7 @@ def test_names_of_fields_that_are_not_compared_as_sql_does(
     """The column `set_Rating` sets the field `rating`; the writer takes it for another one."""
     monkeypatch.setattr(edit, "folded", lambda name: name)
     [problem] = problems()
-    assert problem == f"{label(1)}its json field 'rating' is 1, and should be 2.5"
+    assert problem == f"{label(1)}its json field 'rating' is 1, but should be 2.5"
 
 
 # --- what the proof shares with the writer ---
