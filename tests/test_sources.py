@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable
@@ -9,16 +10,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
 
 from builder.config.problems import Problems
 from builder.config.sections import DatasetSection
+from builder.engine.in_hand import InHand, Verdict
 from builder.errors import ConfigError
 from builder.hybrid import select
 from builder.sources import kinds
-from builder.sources.base import Found, Read, Seen
+from builder.sources.base import Found, Read, Source
 from builder.store.layout import Layout
 from builder.table import partitions, schema
 from builder.table.origin import Origin
@@ -35,17 +38,17 @@ class LinesSection(DatasetSection):
 
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(Source):
     """Every `*.txt` of a folder is a shard, every line of it a sample; there are no pictures."""
 
     kind: ClassVar[str] = "lines"
+    setting: ClassVar[str] = "dataset.folder"
     version: ClassVar[str] = "1"
     changes: ClassVar[dict[str, str]] = {}
     has_hybrid_shards: ClassVar[bool] = False
     Options: ClassVar[type[DatasetSection]] = LinesSection
 
     folder: str
-    boxes: str = ""
 
     @classmethod
     def from_options(cls, options: LinesSection, problems: Problems) -> Lines:
@@ -84,13 +87,13 @@ class Lines:
             "source_members": [[]] * count,            "source_status": ["ok"] * count, "source_run": [run] * count,
         }  # fmt: skip
         arrays = {c.name: pa.array(known.get(c.name, [None] * count), c.type) for c in self.columns}
-        return Read(pa.table(arrays))
+        return Read(pa.table(arrays), counts={"blank": sum(not line.strip() for line in lines)})
+
+    def summary(self, counts: dict[str, int]) -> list[str]:
+        return [f"{counts['blank']} lines are blank"] if counts.get("blank") else []
 
     def digests(self, path: Path, rows: pa.Table) -> None:
         return None
-
-    def notices(self, seen: Seen) -> list[str]:
-        return []
 
     @classmethod
     def opened(cls, layout: Layout, shard: str, origin: Origin) -> AbstractContextManager[None]:
@@ -150,8 +153,9 @@ def test_rows_without_bytes_go_the_whole_way(lines: Workspace) -> None:
     plan = json.loads(lines.run("plan", "--json").stdout)
     assert (plan["ingest"]["todo"], plan["stages"]["note"]["todo"], plan["write"]["shards"]) == (0, 0, 0)
     assert json.loads(lines.run("status", "--json").stdout)["rows"] == 6
-    assert "write: nothing to do" in lines.run("write").stderr
-    assert not (lines.root / "shards/a.tar").exists()
+    nothing = "write: nothing to do (sources of the kind 'lines' have no hybrid shards)\n"
+    assert lines.run("write").stderr == nothing
+    assert not (lines.root / "shards").exists()
     proof = lines.run("verify")
     assert "sources of the kind 'lines' have no hybrid shards" in proof.stderr
     assert "prompts: 6 rows, 6 ok" in lines.run("run").stderr
@@ -192,6 +196,35 @@ def test_a_line_that_changes_is_read_again_and_answered_again(lines: Workspace) 
     assert lines.rows("select note from samples where shard = 'a' order by row") == [
         ("seen: A cat",), ("seen: A photo of 1 dogs in a",),
     ]  # fmt: skip
+
+
+def test_messages_name_the_setting_of_the_kind(lines: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines.run("ingest")
+    (lines.folder / "texts/a.txt").write_text("A cat\n\n")
+    found = Found({"a": lines.folder / "texts/a.txt"}, [Path("gone.txt")])
+    monkeypatch.setattr(Lines, "find", lambda self: found)
+    monkeypatch.setattr(Lines, "read", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+    told = lines.run("ingest", check=False).stderr
+    assert "1 of the shards that dataset.folder names are not files: gone.txt (does not exist)\n" in told
+    assert "1 shards of the table are gone from dataset.folder, their rows stay and are not written: b\n" in told
+    assert "fix: put it back or take it out of dataset.folder, then run the same command again\n" in told
+
+
+def test_counts_of_a_kind_are_reported_in_its_own_words(lines: Workspace) -> None:
+    (lines.folder / "texts/a.txt").write_text("A cat\n\n")
+    (lines.folder / "texts/b.txt").write_text("\n")
+    assert "ingest: 2 shards, 3 rows in" in (told := lines.run("ingest").stderr)
+    assert told.endswith("\n2 lines are blank\n")
+
+
+def test_a_shard_in_which_the_process_died_names_no_setting_of_another_kind(
+    lines: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InHand, "verdict", Mock(return_value=Verdict.FAILED))
+    told = lines.run("ingest", check=False).stderr
+    assert "the process died twice in this shard" in told
+    assert "or take the shard out of the pipeline\n" in told
+    assert "dataset.shards" not in told
 
 
 def test_an_unknown_kind_is_reported(lines: Workspace) -> None:

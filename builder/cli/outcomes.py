@@ -31,11 +31,9 @@ def tell_outcome(loaded: Pipeline, name: str, outcome: Outcome, talk: Talk) -> N
         talk.say(f"  why: cat {outcome.run.all_failures}")
     for shard, reason in outcome.refused.items():
         talk.say(f"refused shard '{plain(shard)}': {reason}")
-    if outcome["of_macos"]:
-        talk.say(
-            f"{outcome['of_macos']} members that macOS adds next to files (._NAME, .DS_Store, __MACOSX/) belong to no "
-            "sample; write copies them as they are"
-        )
+    if name == "ingest":
+        for text in loaded.asked.summary(outcome.counts):
+            talk.say(text)
     remarks = [(shard, text) for shard in sorted(outcome.remarks) for text in outcome.remarks[shard]]
     for shard, text in remarks[:_REMARKS]:
         talk.say(f"shard '{plain(shard)}': {text}")

@@ -31,10 +31,9 @@ from builder.hybrid import shard_plan, splice
 from builder.hybrid.edit import Rules
 from builder.machine import asked_again
 from builder.progress import plain_lines
-from builder.sources.base import Seen
+from builder.sources.base import MAX_NAMES, Seen
 from builder.sources.ingest import ingest_shard
 from builder.sources.kinds import KINDS
-from builder.sources.tars.samples import MAX_NAMES
 from builder.stages.finding import find, own_code
 from builder.store import files
 from builder.store.layout import RunFiles
@@ -163,7 +162,7 @@ def _ingest_task(task: RunTask) -> dict[str, Any]:
         except OSError as error:
             if machine.is_of_the_machine(error) or error.filename not in (None, str(path)):
                 raise
-            fix = "put it back or take it out of dataset.shards, then run the same command again"
+            fix = f"put it back or take it out of {source.setting}, then run the same command again"
             raise ShardError(f"the shard cannot be read: {error.strerror}", where={"file": path}, fix=fix) from error
         read = ingested.read
         result["shards"] += 1
@@ -277,5 +276,5 @@ def _check_in_hand(in_hand: InHand, shard: str, log: Path) -> None:
         raise ShardError(
             "the process died twice in this shard",
             where={"log": log},
-            fix="see the log; fix the cause and run the same command again, or take the shard out of dataset.shards",
+            fix="see the log; fix the cause and run the same command again, or take the shard out of the pipeline",
         )

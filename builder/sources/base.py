@@ -1,6 +1,6 @@
 """The protocol of a kind of source: how shards are found, read into the table, and opened for their bytes.
 
-A new kind is one module with a class like this, and one line in `builder.sources.kinds`.
+A new kind is one module with a subclass of `Source`, and one line in `builder.sources.kinds`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from builder.config.sections import DatasetSection
 from builder.store.layout import Layout
 from builder.table.origin import Origin
 from builder.table.schema import Column
+
+#: Most names of json fields that an ingest keeps, to suggest one for a misspelt name.
+MAX_NAMES = 200
+#: The beginning of a note about the shard as a whole, at its last sample.
+OF_SHARD = "the shard: "
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Seen:
 
     Attributes:
         wanted: fields that ingest was asked to put into the table.
-        others: some of the other fields.
+        others: some of the other fields: `MAX_NAMES` are enough.
     """
 
     wanted: set[str] = field(default_factory=set)
@@ -59,7 +64,7 @@ class Read:
         table: its rows in order, as if the shard had never been read before; the columns are `Source.columns`.
             `source_members` of a sample without bytes is an empty list.
         end_mark: whether the shard is complete: zeros close a tar.
-        counts: other counts by name, to be added up over shards.
+        counts: other counts by name, to be added up over shards; `Source.summary` puts them into words.
         remarks: problems of the shard as a whole, one sentence each.
         seen: which json fields the samples have.
     """
@@ -89,25 +94,28 @@ class OpenShard(Protocol):
 
 
 class Source(Protocol):
-    """One kind of source, with the settings of a pipeline.
+    """One kind of source, with the settings of a pipeline. Subclass it: what has a body here is the default.
 
     Attributes:
         kind: the value of `[dataset] kind`, also stored in origins.
+        setting: the setting that names the shards, as messages call it: `dataset.shards`.
         version: raised when a column made by ingest changes its meaning.
         changes: what each raised version changed, the oldest first.
-        boxes: the json field of face boxes, in samples whose picture is replaced.
         has_hybrid_shards: true for tars: hybrid shards are written only from such sources.
         Options: the section `[dataset]` of a pipeline of this kind.
     """
 
     kind: ClassVar[str]
+    setting: ClassVar[str]
     version: ClassVar[str]
     changes: ClassVar[dict[str, str]]
     has_hybrid_shards: ClassVar[bool]
     Options: ClassVar[type[DatasetSection]]
 
     @property
-    def boxes(self) -> str: ...
+    def boxes(self) -> str | None:
+        """The json field of face boxes in samples whose picture is replaced; None if the pipeline names none."""
+        return None
 
     @classmethod
     def from_options(cls, options: Any, problems: Problems) -> Self:
@@ -164,7 +172,11 @@ class Source(Protocol):
 
     def notices(self, seen: Seen) -> list[str]:
         """Messages after an ingest, for example about json fields that the pipeline names but no sample has."""
-        ...
+        return []
+
+    def summary(self, counts: dict[str, int]) -> list[str]:
+        """Sentences about the counts of an ingest, those of `Read.counts` added up."""
+        return []
 
     @classmethod
     def opened(cls, layout: Layout, shard: str, origin: Origin) -> AbstractContextManager[OpenShard | None]:

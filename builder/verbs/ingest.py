@@ -146,12 +146,13 @@ def _say_sizes_only(snapshot: Snapshot, changed: Sequence[str], talk: Talk) -> N
 
 
 def _say_missing(pipeline: Pipeline, plan: IngestPlan, talk: Talk) -> None:
+    setting = pipeline.asked.setting
     if plan.missing:
         first = [f"{path} ({pipeline.asked.why_missing(path)})" for path in plan.missing[:EXAMPLES]]
         names = few([*first, *plan.missing[EXAMPLES:]])
-        talk.say(f"{len(plan.missing)} of the shards that dataset.shards names are not files: {names}")
+        talk.say(f"{len(plan.missing)} of the shards that {setting} names are not files: {names}")
     if plan.vanished:
         talk.say(
-            f"{len(plan.vanished)} shards of the table are gone from dataset.shards, their rows stay and are not "
-            f"written: {few(plan.vanished)}"
+            f"{len(plan.vanished)} shards of the table are gone from {setting}, their rows stay and are not written: "
+            f"{few(plan.vanished)}"
         )

@@ -16,7 +16,7 @@ from builder.config.loading import Config, load_config, run_of
 from builder.config.problems import check
 from builder.config.sections import Run, StageTable
 from builder.errors import BuilderError, ConfigError, SchemaError, StageError
-from builder.hybrid.edit import Rules
+from builder.hybrid.edit import BOXES, Rules
 from builder.sources import kinds
 from builder.sources.base import Source
 from builder.stages.contract import Stage, columns_of
@@ -75,7 +75,7 @@ class Pipeline:
     def editing(self) -> Rules:
         """How samples are edited."""
         write = self.config.write
-        return Rules(write.image, write.other_pictures, write.gives_json, self.asked.boxes)
+        return Rules(write.image, write.other_pictures, write.gives_json, self.asked.boxes or BOXES)
 
     @property
     def own_columns(self) -> tuple[Column, ...]:

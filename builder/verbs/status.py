@@ -14,7 +14,7 @@ from builder.engine.work import Choice
 from builder.errors import ConfigError
 from builder.hybrid import image
 from builder.hybrid.edit import Rules, members_of
-from builder.sources.tars.shards import OF_SHARD
+from builder.sources.base import OF_SHARD
 from builder.store.layout import names
 from builder.table import partitions
 from builder.table.query import Samples

@@ -116,12 +116,15 @@ def run_write(pipeline: Pipeline, talk: Talk, *, snapshot: Snapshot | None = Non
 
 
 def plan_write_run(snapshot: Snapshot, talk: Talk) -> PlannedRun | None:
-    """Freezes the rows of the write SQL and writes a run and its tasks; returns None if every shard is up to date.
+    """Freezes the rows of the write SQL and writes a run and its tasks; returns None if there is nothing to write.
 
     Raises:
         TransientError: too little free disk.
     """
     pipeline, layout, config = snapshot.pipeline, snapshot.layout, snapshot.pipeline.config
+    if not pipeline.asked.has_hybrid_shards:
+        talk.say(f"write: nothing to do (sources of the kind '{pipeline.asked.kind}' have no hybrid shards)")
+        return None
     layout.check_folders()
     output_folder.check_apart(layout, list(snapshot.found.paths.values()))
     snapshot.some_shards()
@@ -158,6 +161,8 @@ def plan_write_run(snapshot: Snapshot, talk: Talk) -> PlannedRun | None:
 
 def finish_write_run(pipeline: Pipeline, outcome: Outcome, talk: Talk) -> None:
     """Writes `sizes.json`, and reports sources that were cut."""
+    if not pipeline.asked.has_hybrid_shards:
+        return
     output_folder.write_sizes(pipeline.layout)
     if cut := outcome["no_end_mark"]:
         talk.say(

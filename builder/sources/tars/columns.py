@@ -14,6 +14,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from builder.sources.base import MAX_NAMES
 from builder.sources.tars.json_values import (
     MAX_DEPTH,
     TYPE_NAMES,
@@ -25,7 +26,7 @@ from builder.sources.tars.json_values import (
     is_exact,
     transposed,
 )
-from builder.sources.tars.samples import MAX_NAMES, ShardSamples, shown_value
+from builder.sources.tars.samples import ShardSamples, shown_value
 from builder.table import boxes, schema
 from builder.tar.index import Index
 

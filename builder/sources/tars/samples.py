@@ -15,8 +15,6 @@ from builder.sources.tars.json_values import TYPE_NAMES, dumped
 from builder.tar import blocks, member_names
 from builder.tar.index import Index
 
-#: Names of json fields that are kept, to suggest one for a misspelt name.
-MAX_NAMES = 200
 #: Characters of a sample's error: a name may have a million, and a sample may have a million members.
 MAX_ERROR = 1000
 _SORT = "sort the shard: tar --sort=name"

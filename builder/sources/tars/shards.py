@@ -20,7 +20,7 @@ from builder.config.problems import Problems
 from builder.config.sections import DatasetSection
 from builder.errors import SchemaError
 from builder.progress import few
-from builder.sources.base import Found, Read, Seen
+from builder.sources.base import OF_SHARD, Found, Read, Seen, Source
 from builder.sources.changes import digests
 from builder.sources.tars.collection import no_collection
 from builder.sources.tars.columns import columns_of
@@ -40,12 +40,10 @@ from builder.tar.index import Index
 
 #: The json field of face boxes unless a pipeline names another.
 BOXES = "face_bboxes"
-#: The beginning of a note about the shard as a whole, at its last sample.
-OF_SHARD = "the shard: "
 
 
 @dataclass(frozen=True)
-class TarShards:
+class TarShards(Source):
     """Tar shards, and what ingest puts into the table from them.
 
     Attributes:
@@ -56,6 +54,7 @@ class TarShards:
     """
 
     kind: ClassVar[str] = TARS
+    setting: ClassVar[str] = "dataset.shards"
     version: ClassVar[str] = "2"
     changes: ClassVar[dict[str, str]] = {
         "2": "the last sample of a shard without end mark has failed (NoEndMark): the shard was cut there; members "
@@ -152,6 +151,14 @@ class TarShards:
             hint = f"did you mean '{near[0]}'?" if near else f"fields that there are: {few(others)}"
             texts.append(f"no sample that was read has the json field '{name}', which the pipeline names: {hint}")
         return texts
+
+    def summary(self, counts: dict[str, int]) -> list[str]:
+        count = counts.get("of_macos", 0)
+        text = (
+            f"{count} members that macOS adds next to files (._NAME, .DS_Store, __MACOSX/) belong to no sample; write "
+            "copies them as they are"
+        )
+        return [text] if count else []
 
     @classmethod
     @contextlib.contextmanager
