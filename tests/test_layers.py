@@ -120,6 +120,18 @@ def test_an_import_upward_is_told() -> None:
     assert (upward(round_, order), circle(round_)) == ([], ["stages/faces", "stages/lang"])
 
 
+def test_tars_are_known_only_to_the_table_of_kinds_and_the_writer() -> None:
+    """All other code works with any kind of source."""
+    sources = modules()
+    known = {
+        (name, target)
+        for name, source in sources.items()
+        for target in imports(source, sources)
+        if f"{target}/".startswith("sources/tars/") and not name.startswith("sources/tars/")
+    }
+    assert known == {("sources/kinds", "sources/tars/shards"), ("hybrid/splice", "sources/tars/opening")}
+
+
 def test_the_table_of_layers_is_of_this_package() -> None:
     order = layers()
     assert [layer for layer, _ in order] == sorted(layer for layer, _ in order)
