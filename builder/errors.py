@@ -47,8 +47,7 @@ class BuilderError(Exception):
 
     def to_json(self) -> dict[str, Any]:
         """The error as `--json` prints it and as a task passes it to its run: class, what, where, fix."""
-        place = {name: str(value) for name, value in self.where.items()}
-        return {"class": type(self).__name__, "what": self.what, "where": place, "fix": self.fix}
+        return described(type(self).__name__, self.what, self.where, self.fix)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> BuilderError:
@@ -60,6 +59,15 @@ class BuilderError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.what, self.where, self.fix)
+
+
+def described(kind: str, what: str, where: dict[str, Any], fix: str) -> dict[str, Any]:
+    """An error as json, or what ended a command without being one; see `BuilderError.to_json`.
+
+    Args:
+        kind: the name of its class.
+    """
+    return {"class": kind, "what": what, "where": {name: str(value) for name, value in where.items()}, "fix": fix}
 
 
 def _shown(value: Any) -> str:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 DONE = 0
-#: It did not finish.
 UNFINISHED = 1
-#: Wrong usage, or a bad pipeline file.
 USAGE = 2
-#: Done, but its own work left failed rows or refused shards.
 FAILED_ROWS = 3
-#: Stopped when asked; everything committed is kept.
 INTERRUPTED = 130
+
+#: What each of them says. Everything committed is kept, whichever it is.
+MEANINGS = {
+    DONE: "done",
+    UNFINISHED: "it did not finish",
+    USAGE: "usage or a bad pipeline file",
+    FAILED_ROWS: "done, but this command's own work left failed rows or refused shards",
+    INTERRUPTED: "interrupted",
+}

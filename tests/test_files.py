@@ -16,6 +16,7 @@ from builder.errors import ConfigError, ShardError, TransientError
 from builder.executors.by_name import liveness_of
 from builder.store import files
 from builder.store.owners import Liveness, process_liveness
+from builder.table.column_files import renew_listing
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -114,6 +115,27 @@ def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch
         "  fix: set dataset.root to a folder on a local disk, NFS, Lustre or GPFS"
     )
     assert everything(tmp_path) == {}
+
+
+def test_errors_name_what_a_user_can_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a temp file, nor a file in a temp folder."""
+    temp = files.temp_path(tmp_path / "run")
+    for named in (None, str(temp), str(temp / "run.json"), os.fsencode(temp)):
+        with pytest.raises(OSError) as caught, files.naming(tmp_path):
+            raise OSError(errno.ENOSPC, "full", named)
+        assert (caught.value.filename, caught.value.filename2) == (str(tmp_path), None)
+    with pytest.raises(OSError) as caught, files.naming(tmp_path):
+        raise OSError(errno.ENOSPC, "full", "mine.tmp/a.tar")
+    assert caught.value.filename == "mine.tmp/a.tar"
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "full", str(path))
+
+    monkeypatch.setattr(Path, "touch", full)
+    for probe in (files.check_links, renew_listing):
+        with pytest.raises(OSError) as caught:
+            probe(tmp_path)
+        assert caught.value.filename == str(tmp_path)
 
 
 def test_file_system_names_type_and_mount_point() -> None:

@@ -18,13 +18,13 @@ from braceexpand import braceexpand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builder.engine.runs import deal
 from builder.errors import ConfigError
 from builder.sources.base import Found
 from builder.sources.tars import columns, json_values, shards
 from builder.sources.tars.finding import expand_braces, find_shards
 from builder.sources.tars.shards import TarShards
 from builder.table import schema
-from builder.verbs.ingest import deal
 from conftest import Sample, Workspace, builder, make_shard, picture, samples, write_tar
 
 JPG = picture()

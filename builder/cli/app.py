@@ -5,7 +5,6 @@ Heavy modules are imported inside the commands, so that `--help` starts at once.
 from __future__ import annotations
 
 import io
-import json
 import signal
 import sys
 import traceback
@@ -18,7 +17,7 @@ from builder import __version__, exit_codes
 from builder.cli import console
 from builder.cli.care import drop, fold, gc
 from builder.cli.checks import regen, verify
-from builder.cli.failures import EXIT_CODES, fail, name_pipeline
+from builder.cli.failures import EXIT_CODES, fail, name_pipeline, stop
 from builder.cli.output import hint
 from builder.cli.questions import plan, show, sql, status
 from builder.cli.work import demo, ingest, init, run, stage, task, write
@@ -62,12 +61,7 @@ class _Group(click.Group):
             name_pipeline(shown, arguments)
             fail(shown, as_json)
         except (click.Abort, KeyboardInterrupt):
-            fix = "everything committed is kept; run the same command again to continue"
-            if as_json:
-                click.echo(json.dumps({"error": {"class": "Interrupted", "what": "stopped", "where": {}, "fix": fix}}))
-            else:
-                click.echo(f"\nstopped: {fix}", err=True)
-            sys.exit(exit_codes.INTERRUPTED)
+            stop(as_json)
         except Exception as error:
             from builder import machine
 

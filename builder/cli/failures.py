@@ -7,23 +7,20 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from builder import exit_codes
 from builder.cli.options import TAKING_A_PIPELINE
 from builder.cli.output import hint
-from builder.errors import BuilderError, ConfigError, SchemaError
+from builder.errors import BuilderError, ConfigError, SchemaError, described
 
 if TYPE_CHECKING:
     from builder.verbs.pipeline import Pipeline
 
 #: The text about `builder.exit_codes` in `--help`.
-EXIT_CODES = (
-    "Exit codes: 0 done; 1 it did not finish; 2 usage or a bad pipeline file; 3 done, but this command's own work left "
-    "failed rows or refused shards; 130 interrupted."
-)
+EXIT_CODES = f"Exit codes: {'; '.join(f'{code} {meaning}' for code, meaning in exit_codes.MEANINGS.items())}."
 
 
 def names_a_command(text: str) -> bool:
@@ -60,7 +57,21 @@ def _pipeline_words(arguments: Sequence[str]) -> list[str]:
 def fail(error: BuilderError, as_json: bool) -> NoReturn:
     """Ends the command: the error as a message on stderr, or as one JSON value on stdout."""
     if as_json:
-        click.echo(json.dumps({"error": error.to_json()}))
+        _print_json(error.to_json())
     else:
         hint(f"error: {error}")
     sys.exit(exit_codes.USAGE if isinstance(error, ConfigError | SchemaError) else exit_codes.UNFINISHED)
+
+
+def stop(as_json: bool) -> NoReturn:
+    """Ends a command that was asked to stop, as `fail` does."""
+    fix = "everything committed is kept; run the same command again to continue"
+    if as_json:
+        _print_json(described("Interrupted", "stopped", {}, fix))
+    else:
+        click.echo(f"\nstopped: {fix}", err=True)
+    sys.exit(exit_codes.INTERRUPTED)
+
+
+def _print_json(error: dict[str, Any]) -> None:
+    click.echo(json.dumps({"error": error}))

@@ -20,7 +20,7 @@ from builder.table.lookups import Lookup
 from builder.table.partitions import partition_state
 from builder.table.query import Samples
 from builder.table.rowwise import Rowwise, rowwise
-from builder.table.sql_text import Sql
+from builder.table.sql_text import Sql, repeats_a_row
 
 T = TypeVar("T")
 
@@ -177,11 +177,7 @@ def _answer(
         again = np.flatnonzero(np.diff(table["row"].to_numpy()) == 0)
         if len(again):
             row = table["row"][int(again[0])].as_py()
-            raise ConfigError(
-                f"work SQL returns row {row} of shard '{table['shard'][0].as_py()}' more than once",
-                where={"file": work.sql.origin},
-                fix="return each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
-            )
+            raise repeats_a_row("work SQL", work.sql, table["shard"][0].as_py(), row)
         yield number, table
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from builder import __version__, errors, exit_codes
 from builder.config.sections import Run
@@ -30,6 +30,7 @@ from builder.store.layout import Layout, RunFiles, not_a_run
 
 #: Packages whose versions affect the table and the tars. Stages declare the others: `Stage.packages`.
 _CORE = ("duckdb", "numpy", "orjson", "pillow", "pyarrow")
+T = TypeVar("T")
 #: Lines of a log shown in a message.
 _LOG_TAIL = 8
 
@@ -134,10 +135,16 @@ def describe_new(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     temp = RunFiles(layout, files.temp_path(run.folder).name)
-    files.write_atomic(temp.description, json.dumps(data, indent=1, default=str).encode())
-    temp.folder.rename(files.check_no_link(run.folder))
-    files.sync_folder(run.folder.parent)
+    with files.naming(layout.runs):
+        files.write_atomic(temp.description, json.dumps(data, indent=1, default=str).encode())
+        temp.folder.rename(files.check_no_link(run.folder))
+        files.sync_folder(run.folder.parent)
     return run
+
+
+def deal(shards: Sequence[T], tasks: int) -> list[list[T]]:
+    """Deals shards to at most `tasks` tasks in turn, so that neighbours are read at about the same time."""
+    return [list(shards[start::tasks]) for start in range(min(tasks, len(shards)))]
 
 
 def write_tasks(run: RunFiles, tasks: Sequence[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ one run will try."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -46,6 +47,20 @@ class Slice:
     count: int
     rows: str
     again: int = 0
+
+
+@contextlib.contextmanager
+def unnamed(layout: Layout) -> Iterator[Path]:
+    """Where rows are frozen while their run has no name yet: a temp file, which is deleted at the end.
+
+    Move it into its run before that: `files.write_atomic(run.workset, path.replace)`.
+    """
+    files.make_folder(layout.runs)
+    path = files.temp_path(layout.unnamed_workset)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def freeze(layout: Layout, path: Path, work: Work) -> list[Slice]:

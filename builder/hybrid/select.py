@@ -21,7 +21,7 @@ from builder.store.layout import Layout
 from builder.table import partitions, schema
 from builder.table.query import Samples
 from builder.table.schema import Column, folded
-from builder.table.sql_text import DuckError, Sql, batches, guarded
+from builder.table.sql_text import DuckError, Sql, batches, guarded, repeats_a_row
 
 #: Columns that write SQL must return.
 _KEYS = ("shard", "row", "uid")
@@ -137,11 +137,7 @@ def extensions_of(row: dict[str, Any]) -> tuple[str, ...]:
 def _check_once(shard: str, rows: list[dict[str, Any]], sql: Sql) -> None:
     for before, row in pairwise(rows):
         if before["row"] == row["row"]:
-            raise ConfigError(
-                f"write SQL returns row {row['row']} of shard '{shard}' more than once",
-                where={"file": sql.origin},
-                fix="return each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
-            )
+            raise repeats_a_row("write SQL", sql, shard, row["row"])
 
 
 def _in_python(batch: pa.RecordBatch, sql: Sql) -> list[dict[str, Any]]:

@@ -44,11 +44,16 @@ def strerror(error: OSError) -> str:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the name of the file being made into an OSError that names no file or a temp file."""
+    """Puts a path into an OSError that names no file, or a temp file or one in a temp folder, which are soon gone.
+
+    Args:
+        path: what a user can find: the file being made, or its folder if it has no name yet.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None or os.fsdecode(error.filename).endswith(TEMP_SUFFIX):
+        parts = () if error.filename is None else Path(os.fsdecode(error.filename)).parts
+        if not parts or any(map(_TEMP.fullmatch, parts)):
             error.filename, error.filename2 = str(path), None
         raise
 
@@ -254,9 +259,10 @@ def check_links(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     probe = temp_path(folder / "link-probe")
     linked = temp_path(folder / "link-probe")
-    probe.touch()
     try:
-        os.link(probe, linked)
+        with naming(folder):
+            probe.touch()
+            os.link(probe, linked)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise

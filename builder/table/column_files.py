@@ -86,8 +86,9 @@ def renew_listing(folder: Path) -> None:
     """Creates and removes a file in a folder, so that NFS renews its cached listing of it."""
     if folder.is_dir():
         probe = files.check_no_link(files.temp_path(folder / "listing"))
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        with files.naming(folder):
+            probe.touch()
+            probe.unlink(missing_ok=True)
 
 
 def newest(layout: Layout, shard: str, *, fresh: bool = False) -> dict[str, int]:

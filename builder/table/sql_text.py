@@ -166,6 +166,19 @@ def refused(sql: Sql, error: duckdb.Error, shift: int = 0) -> BuilderError:
     return ConfigError(what, where={"file": sql.origin}, fix="edit that SQL")
 
 
+def repeats_a_row(what: str, sql: Sql, shard: str, row: int) -> ConfigError:
+    """The error for SQL that returns a sample more than once.
+
+    Args:
+        what: which SQL it is: `work SQL`.
+    """
+    return ConfigError(
+        f"{what} returns row {row} of shard '{shard}' more than once",
+        where={"file": sql.origin},
+        fix="return each sample once: select distinct on (shard, row), or aggregate the join that repeats it",
+    )
+
+
 def unread_table(error: duckdb.Error) -> BuilderError | None:
     """The error for a table that DuckDB cannot read; None for any other error of DuckDB."""
     if _NO_PARQUET in str(error):

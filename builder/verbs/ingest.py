@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -106,17 +105,12 @@ def plan_ingest_run(snapshot: Snapshot, talk: Talk, *, redo: bool = False) -> Pl
         pipeline=config.path,
         set=config.sets,
     )
-    dealt = deal(plan.todo, config.run.workers)
+    dealt = runs.deal(plan.todo, config.run.workers)
     paths = {shard: str(path.absolute()) for shard, path in plan.found.paths.items()}
     runs.write_tasks(run, [{"paths": {shard: paths[shard] for shard in task}} for task in dealt])
     return PlannedIngest(
         run, config.run, tasks=len(dealt), label="ingest", total=len(plan.todo), unit="shards", changed=plan.changed
     )
-
-
-def deal(todo: Sequence[str], tasks: int) -> list[list[str]]:
-    """Deals shards to tasks in turn, so that neighbours are read at about the same time."""
-    return [list(itertools.islice(todo, start, None, tasks)) for start in range(min(tasks, len(todo)))]
 
 
 def finish_ingest_run(snapshot: Snapshot, planned: PlannedIngest, outcome: Outcome, talk: Talk) -> None:

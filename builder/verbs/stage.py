@@ -61,10 +61,8 @@ def plan_stage_run(snapshot: Snapshot, name: str, choice: Choice, talk: Talk) ->
     work = work_of(snapshot, name, choice, snapshot.some_shards())
     snapshot.add_columns(columns_of(use.stage))
     snapshot.heal()
-    unnamed = layout.unnamed_workset
-    frozen = files.temp_path(unnamed)
-    try:
-        with files.naming(unnamed):
+    with workset.unnamed(layout) as frozen:
+        with files.naming(layout.runs):
             slices = workset.freeze(layout, frozen, work)
         if not slices:
             [counts] = count_rows(layout, [work])
@@ -78,8 +76,6 @@ def plan_stage_run(snapshot: Snapshot, name: str, choice: Choice, talk: Talk) ->
             talk.say(f"{name}: {again} rows are answered again: their inputs have changed since")
         run = _describe(pipeline, use, work)
         files.write_atomic(run.workset, frozen.replace)
-    finally:
-        frozen.unlink(missing_ok=True)
     dealt = workset.cut(slices, use.run.workers)
     runs.write_tasks(run, [workset.task_of(task) for task in dealt])
     rows = sum(part.count for part in slices)

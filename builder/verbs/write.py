@@ -128,10 +128,8 @@ def plan_write_run(snapshot: Snapshot, talk: Talk) -> PlannedRun | None:
     layout.check_folders()
     output_folder.check_apart(layout, list(snapshot.found.paths.values()))
     snapshot.some_shards()
-    files.make_folder(layout.runs)
-    frozen = files.temp_path(layout.unnamed_workset)
-    try:
-        with files.naming(frozen):
+    with workset.unnamed(layout) as frozen:
+        with files.naming(layout.runs):
             plan = plan_write(snapshot, freeze=frozen)
         _say_kept(snapshot, plan, talk)
         if not plan.todo:
@@ -151,10 +149,8 @@ def plan_write_run(snapshot: Snapshot, talk: Talk) -> PlannedRun | None:
             set=config.sets,
         )
         if frozen.exists():
-            frozen.replace(run.workset)
-    finally:
-        frozen.unlink(missing_ok=True)
-    dealt = _deal(plan.todo, config.run.workers)
+            files.write_atomic(run.workset, frozen.replace)
+    dealt = runs.deal(plan.todo, config.run.workers)
     runs.write_tasks(run, [workset.task_of(task) for task in dealt])
     return PlannedRun(run, config.run, tasks=len(dealt), label="write", total=len(plan.todo), unit="shards")
 
@@ -205,8 +201,3 @@ def check_disk(plan: WritePlan, layout: Layout) -> None:
             where={"folder": layout.shards, "shards to write": len(plan.todo)},
             fix="free some space, or name a folder on another disk: [write] folder in the pipeline",
         )
-
-
-def _deal(todo: Sequence[Slice], tasks: int) -> list[list[Slice]]:
-    count = min(tasks, len(todo))
-    return [list(todo[start::count]) for start in range(count)]
