@@ -40,7 +40,7 @@ class BuilderError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        lines = [self.what, *(f"  {name}: {_shown(value)}" for name, value in self.where.items())]
+        lines = [self.what, *(f"  {name}: {_on_one_line(value)}" for name, value in self.where.items())]
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
@@ -70,7 +70,7 @@ def described(kind: str, what: str, where: dict[str, Any], fix: str) -> dict[str
     return {"class": kind, "what": what, "where": {name: str(value) for name, value in where.items()}, "fix": fix}
 
 
-def _shown(value: Any) -> str:
+def _on_one_line(value: Any) -> str:
     """A value of a message; newlines in a path are escaped, so that a file name cannot imitate another line."""
     return str(value).replace("\n", "\\n") if isinstance(value, PurePath) else str(value)
 

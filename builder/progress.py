@@ -116,6 +116,11 @@ def plain_lines(text: str) -> str:
     return "\n".join(plain(line) for line in text.split("\n"))
 
 
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters: a longer one ends in `...`."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def few(things: Sequence[object]) -> str:
     """The first things of a list, and the number of the others."""
     more = f" and {len(things) - EXAMPLES} more" if len(things) > EXAMPLES else ""

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from builder.errors import ConfigError
-from builder.models.llm import contract as answers
-from builder.models.llm.contract import Accepted, Contract, Question, Rejected
+from builder.models.llm import answers
+from builder.models.llm.answers import Accepted, Contract, Question, Rejected
 from builder.models.llm.conversation import Rewrites
-from builder.models.llm.refusals import refusal_in
+from builder.models.llm.declining import refusal_in
 from builder.models.text.language import LanguageModel
 from builder.models.text.legible import legible
 

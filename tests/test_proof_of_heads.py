@@ -98,7 +98,7 @@ OLD = (
 @pytest.mark.parametrize("name", ["a.jpg", "folder/" * 30 + "a.jpg"])
 @pytest.mark.parametrize("size", [10, 9 * 2**30])
 def test_a_header_that_the_writer_makes_is_right(name: str, size: int) -> None:
-    assert heads.difference(record_heads.remake_record_head(OLD, name, size), OLD, name, size) is None
+    assert heads.fault_of_head(record_heads.remake_record_head(OLD, name, size), OLD, name, size) is None
 
 
 def test_a_reader_that_loses_records_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,13 +110,13 @@ def test_a_reader_that_loses_records_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     replace_everywhere(monkeypatch, real, faulty)
     head = record_heads.remake_record_head(OLD, "a.jpg", 10)
     assert b"LIBARCHIVE" not in head
-    assert heads.difference(head, OLD, "a.jpg", 10) == "the pax records"
+    assert heads.fault_of_head(head, OLD, "a.jpg", 10) == "the pax records"
 
 
 def test_damaged_records_are_a_difference() -> None:
     head = record_heads.remake_record_head(OLD, "a.jpg", 10)
     damaged = head.replace(b"comment=", b"comment:")
-    assert heads.difference(damaged, OLD, "a.jpg", 10) == "the pax records"
-    assert heads.difference(head, OLD.replace(b"comment=", b"comment:"), "a.jpg", 10) == (
+    assert heads.fault_of_head(damaged, OLD, "a.jpg", 10) == "the pax records"
+    assert heads.fault_of_head(head, OLD.replace(b"comment=", b"comment:"), "a.jpg", 10) == (
         "the pax records of the source cannot be read"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from builder.progress import plain, plain_lines
+from builder.progress import plain, plain_lines, shortened
 
 #: Most characters of a cell of a printed table, and of a value of a shown sample.
 CELL_WIDTH, VALUE_WIDTH = 100, 1000
@@ -28,7 +28,7 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     values = [list(row) for row in rows]
     filled = [[row[i] for row in values if row[i] is not None] for i in range(len(names))]
     numbers = [bool(cells) and all(map(is_number, cells)) for cells in filled]
-    lines = [[plain(cut(text_of(cell), CELL_WIDTH)) for cell in row] for row in [list(names), *values]]
+    lines = [[plain(shortened(text_of(cell), CELL_WIDTH)) for cell in row] for row in [list(names), *values]]
     widths = [max(cell_len(line[i]) for line in lines) for i in range(len(names))]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
@@ -65,10 +65,6 @@ def text_of(value: Any) -> str:
     if isinstance(value, list | dict):
         return json.dumps(json_of(value), ensure_ascii=False)
     return str(value)
-
-
-def cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def json_of(value: Any) -> Any:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from builder.cli.options import LocalPath, PipelineOptions, choice_options, choice_words, json_option, pipeline_options
-from builder.cli.output import CELL_WIDTH, VALUE_WIDTH, cut, hint, is_number, json_of, print_facts, print_table, text_of
+from builder.cli.output import CELL_WIDTH, VALUE_WIDTH, hint, is_number, json_of, print_facts, print_table, text_of
 from builder.errors import ConfigError
-from builder.progress import few, plain
+from builder.progress import few, plain, shortened
 
 if TYPE_CHECKING:
     from builder.verbs.pipeline import Pipeline
@@ -168,7 +168,8 @@ def status(named: PipelineOptions, as_json: bool) -> None:
         print_table(("stage", "failed with", "rows", "for example"), errors)
     if notes := value["notes"]["rows"]:
         question = "select shard, row, source_notes from samples where source_notes is not null"
-        click.echo(f"\n{notes:,} rows have notes, for example: {plain(cut(value['notes']['example'], CELL_WIDTH))}")
+        example = plain(shortened(value["notes"]["example"], CELL_WIDTH))
+        click.echo(f"\n{notes:,} rows have notes, for example: {example}")
         hint(f"all of them: {loaded.command(f'sql {shlex.quote(question)}')}")
     if empty := value["no_sample"]:
         hint(f"{len(empty)} shards hold no sample: {few(empty)}")
@@ -284,4 +285,4 @@ def _show_sample(row: dict[str, Any], columns: dict[str, list[str]]) -> None:
         click.echo(f"\n{stage}: {row[f'{stage}_status'] or 'not tried'}")
         for name in names:
             if row[name] is not None and name != f"{stage}_status":
-                click.echo(f"  {plain(name):<20} {plain(cut(text_of(row[name]), VALUE_WIDTH))}".rstrip())
+                click.echo(f"  {plain(name):<20} {plain(shortened(text_of(row[name]), VALUE_WIDTH))}".rstrip())

@@ -19,6 +19,7 @@ import pyarrow as pa
 from builder import machine
 from builder.errors import BuilderError, StageError, TransientError
 from builder.machine import Sort
+from builder.progress import shortened
 from builder.stages.contract import Preparing, RowsFailed, Stage, check_result
 from builder.stages.finding import place_in
 from builder.store.files import ReadError
@@ -252,14 +253,14 @@ def check_alone(stage: Stage, batch: pa.RecordBatch, answers: Sequence[tuple[int
             continue  # nothing to compare
         distance = math.inf if isinstance(alone, Failure) else stage.difference(alone, within)
         if not distance <= tolerance:
-            alone_text = alone.error if isinstance(alone, Failure) else _shown(alone)
+            alone_text = alone.error if isinstance(alone, Failure) else _answer_text(alone)
             own = stage.batch_option
             alone_by = f"{own} = 1 in [stages.{stage.name}]" if own else f"batch_rows = 1 in [stages.{stage.name}.run]"
             place = {"shard": batch.column("shard")[row].as_py(), "row": batch.column("row")[row].as_py()}
             raise StageError(
                 f"stage '{stage.name}' gives a row another answer alone than in a batch of {batch.num_rows}",
                 where={
-                    **place, "alone": alone_text, "in the batch": _shown(within), "difference": f"{distance:g}",
+                    **place, "alone": alone_text, "in the batch": _answer_text(within), "difference": f"{distance:g}",
                     "tolerance": f"{tolerance:g}",
                 },
                 fix=f"its model lets rows of one batch change each other: use another model, or {alone_by}",
@@ -272,6 +273,6 @@ def _good(answers: Sequence[tuple[int, Found]]) -> Iterator[tuple[int, pa.Record
     return ((first, answer) for first, answer in answers if isinstance(answer, pa.RecordBatch))
 
 
-def _shown(answer: pa.RecordBatch) -> str:
+def _answer_text(answer: pa.RecordBatch) -> str:
     text = str({name: f"{len(v)} bytes" if isinstance(v, bytes) else v for name, v in answer.to_pylist()[0].items()})
-    return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
+    return shortened(text, MAX_ERROR)

@@ -218,7 +218,7 @@ def _jpeg(data: bytes, image: Image.Image, factor: int) -> Pixels | None:
     return pixels if pixels.shape == (height, width, 3) else None
 
 
-def difference(one: Pixels, other: Pixels) -> tuple[float, int] | None:
+def pixel_difference(one: Pixels, other: Pixels) -> tuple[float, int] | None:
     """The mean and the largest absolute difference of two pictures' values, 0..255; None if they differ in size."""
     if one.shape != other.shape:
         return None

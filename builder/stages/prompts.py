@@ -14,8 +14,8 @@ from pydantic.config import JsonDict
 from builder.config.sections import Strict
 from builder.errors import StageError
 from builder.models.llm import servers, template, vllm_engine
+from builder.models.llm.answers import Contract, Detect, Rejected
 from builder.models.llm.backend import AnswerOrError, ChatEntry, PromptBackend, RewriteEntry
-from builder.models.llm.contract import Contract, Detect, Rejected
 from builder.models.llm.conversation import Answer, Conversation, Rewrites
 from builder.models.llm.endpoint import is_address
 from builder.models.llm.groups import Groups, text_of

@@ -46,20 +46,20 @@ def _inside(folder: str, name: str, recursive: bool) -> Iterator[str]:
         yield from _below(folder)
     elif glob.has_magic(name):
         names = _names(folder)
-        yield from fnmatch.filter(names if name[0] == "." else _shown(names), name)
+        yield from fnmatch.filter(names if name[0] == "." else _not_hidden(names), name)
     elif os.path.lexists(os.path.join(folder, name)) if name else os.path.isdir(folder):  # noqa: PTH112, PTH118
         yield name
 
 
 def _below(folder: str) -> Iterator[str]:
-    for name in _shown(_names(folder)):
+    for name in _not_hidden(_names(folder)):
         yield name
         inside = os.path.join(folder, name)  # noqa: PTH118
         if os.path.isdir(inside):  # noqa: PTH112
             yield from (os.path.join(name, path) for path in _below(inside))  # noqa: PTH118
 
 
-def _shown(names: list[str]) -> list[str]:
+def _not_hidden(names: list[str]) -> list[str]:
     return [name for name in names if not name.startswith(".")]
 
 

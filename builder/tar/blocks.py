@@ -145,7 +145,7 @@ def text_of(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
-def shown(name: bytes) -> str:
+def shown_name(name: bytes) -> str:
     """A name for a message: on one line, and cut if it is long."""
     text = plain(text_of(name))
     return text if len(text) <= _NAME_SHOWN else text[:_NAME_SHOWN] + "..."

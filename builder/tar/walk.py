@@ -17,7 +17,7 @@ from builder.tar.blocks import (
     is_utf8,
     number_of,
     padding,
-    shown,
+    shown_name,
     text_of,
     ustar_name,
 )
@@ -32,7 +32,7 @@ _SPARSE = b"GNU.sparse."
 
 
 @dataclass
-class _Pending:
+class _Prefixes:
     """What the prefixes in front of a header say about it."""
 
     start: int | None = None
@@ -62,13 +62,13 @@ def walk(view: mmap.mmap, at: int = 0) -> Index:
     rows: list[tuple[int, int, int, int]] = []
     bad: set[int] = set()
     common: dict[bytes, bytes] = {}
-    pending = _Pending()
+    prefixes = _Prefixes()
     while at + BLOCK <= len(view):
         block = view[at : at + BLOCK]
         if block.count(0) == BLOCK:
             break
         size, kind = _checked(block, at)
-        start = at if pending.start is None else pending.start
+        start = at if prefixes.start is None else prefixes.start
         at += BLOCK
         if kind in b"xXgLK":
             body = _prefix_body(view, at, size)
@@ -77,15 +77,15 @@ def walk(view: mmap.mmap, at: int = 0) -> Index:
                 _refuse_common(common, at - BLOCK)
                 at += size + padding(size)
                 continue
-            pending.start = start
+            prefixes.start = start
             if kind == ord("L"):
-                pending.add({}, body.split(b"\0")[0])
+                prefixes.add({}, body.split(b"\0")[0])
             elif kind != ord("K"):
-                pending.add(_needed(body, at - BLOCK))
+                prefixes.add(_needed(body, at - BLOCK))
             at += size + padding(size)
             continue
-        pax = {**common, **pending.pax}
-        name = _name(pax, pending.name, block)
+        pax = {**common, **prefixes.pax}
+        name = _name(pax, prefixes.name, block)
         if b"size" in pax:
             size = _pax_size(pax[b"size"], start)
         if kind in NO_CONTENT:
@@ -98,7 +98,8 @@ def walk(view: mmap.mmap, at: int = 0) -> Index:
             kind = ord("5")
         if at + size > len(view):
             raise ShardError(
-                f"the shard is truncated: member '{shown(name)}' ends at byte {at + size}, the file at {len(view)}",
+                f"the shard is truncated: member '{shown_name(name)}' ends at byte {at + size}, "
+                f"the file at {len(view)}",
                 where={"offset": start},
                 fix="download or make it again",
             )
@@ -107,8 +108,8 @@ def walk(view: mmap.mmap, at: int = 0) -> Index:
         names.append(text_of(name))
         rows.append((start, at, size, kind))
         at += size + padding(size)
-        pending = _Pending()
-    _check_end(view, at, pending)
+        prefixes = _Prefixes()
+    _check_end(view, at, prefixes)
     table = np.array(rows, np.int64).reshape(-1, 4)
     return Index(
         names=names,
@@ -122,11 +123,11 @@ def walk(view: mmap.mmap, at: int = 0) -> Index:
     )
 
 
-def _check_end(view: mmap.mmap, at: int, pending: _Pending) -> None:
-    if pending.start is not None:
+def _check_end(view: mmap.mmap, at: int, prefixes: _Prefixes) -> None:
+    if prefixes.start is not None:
         raise ShardError(
             "the shard is truncated: it ends after a header that only describes the next one",
-            where={"offset": pending.start},
+            where={"offset": prefixes.start},
             fix="download or make it again",
         )
     inside = at < len(view) < at + BLOCK and (at == 0 or first_data(view, at) is not None)
@@ -231,7 +232,7 @@ def _refuse_common(common: dict[bytes, bytes], at: int) -> None:
 def _pax_size(value: bytes, at: int) -> int:
     if not value.isdigit() or len(value) > 18:
         raise ShardError(
-            f"a pax header declares the size '{shown(value)}'", where={"offset": at}, fix="make the shard again"
+            f"a pax header declares the size '{shown_name(value)}'", where={"offset": at}, fix="make the shard again"
         )
     return int(value)
 

@@ -253,7 +253,7 @@ def _said(value: Any) -> Any:
 
 def _compare(again: Again) -> None:
     """Measures how different the pixels are."""
-    from builder.models.pictures import decode, difference
+    from builder.models.pictures import decode, pixel_difference
 
     assert again.stored is not None
     try:
@@ -261,5 +261,5 @@ def _compare(again: Again) -> None:
     except ValueError as error:
         again.reasons.insert(0, f"the stored bytes are not a picture: {error}")
         return
-    if found := difference(stored, made):
+    if found := pixel_difference(stored, made):
         again.mean, again.most = found

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from builder.models.llm.contract import Contract, Question
+from builder.models.llm.answers import Contract, Question
 from builder.models.llm.conversation import Conversation
 
 #: The groups of the talks that `group_talks` has; the refused one is never portrayed.

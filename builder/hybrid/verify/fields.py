@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 from builder.hybrid.verify.change import Change
-from builder.hybrid.verify.problem import shown
+from builder.hybrid.verify.problem import quoted_value
 
 Fields = dict[str, Any]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -99,7 +99,7 @@ def provenance(change: Change, replaced: Fields) -> Fields:
     return {"replaced": replaced, **made}
 
 
-def difference(found: Fields, source: Fields, change: Change) -> str | None:
+def fault_of_fields(found: Fields, source: Fields, change: Change) -> str | None:
     """The first field that is not what it should be, in words; None if all are."""
     new = new_fields(change, source)
     wanted = {name: new.get(name, value) for name, value in source.items() if name not in change.boxes}
@@ -109,14 +109,14 @@ def difference(found: Fields, source: Fields, change: Change) -> str | None:
     for name in [*wanted, *found]:
         have, should = found.get(name, _NONE), wanted.get(name, _NONE)
         if repr(have) != repr(should):
-            return f"its json field '{name}' is {_shown(have)}, but should be {_shown(should)}"
+            return f"its json field '{name}' is {_in_words(have)}, but should be {_in_words(should)}"
     return "its json has the right fields in another order than the source"
 
 
-def _shown(value: Any) -> str:
+def _in_words(value: Any) -> str:
     if value is _NONE:
         return "nothing"
-    return "null" if value is None else shown(value)
+    return "null" if value is None else quoted_value(value)
 
 
 def is_laid_out(raw: bytes, found: Fields) -> bool:

@@ -22,7 +22,7 @@ _NO_END = bytes(BLOCK - 345)
 _CHECKSUM = re.compile(rb"[0-7]{6}\0 ")
 
 
-def difference(head: bytes, old: bytes, name: str, size: int) -> str | None:
+def fault_of_head(head: bytes, old: bytes, name: str, size: int) -> str | None:
     """What is wrong in the header of an edited member; None if nothing is.
 
     Args:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import BuilderError
+from builder.progress import shortened
 from builder.sources import members
 
 FOLD, WRITE = "builder fold", "builder write"
@@ -42,7 +43,6 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def shown(value: Any) -> str:
+def quoted_value(value: Any) -> str:
     """A value for a message: short, and `nothing` for None."""
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return shortened("nothing" if value is None else repr(value), _SHOWN)

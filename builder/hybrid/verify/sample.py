@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from builder.errors import BuilderError
 from builder.hybrid.verify import fields, heads
 from builder.hybrid.verify.change import Change, NewImage, own_picture
-from builder.hybrid.verify.problem import INGEST, Wrong, reason, shown
+from builder.hybrid.verify.problem import INGEST, Wrong, quoted_value, reason
 from builder.hybrid.verify.shard_bytes import IndexedTar, indexed
 from builder.table import edits
 from builder.table.edits import EditsReader
@@ -89,7 +89,7 @@ class SampleProof:
         if raw is None or found is None:
             replaced = {name: said[name] for name in fields.new_fields(change, said) if name in said}
             return json.dumps(fields.provenance(change, replaced))
-        fault = fields.difference(found, said, change)
+        fault = fields.fault_of_fields(found, said, change)
         if fault is None and not fields.is_laid_out(raw, found):
             fault = "its json has the right fields, but not in the writer's layout"
         if fault is not None:
@@ -123,7 +123,7 @@ class SampleProof:
         image = change.image
         for name, value in {"width": image.width, "height": image.height, "sha256": image.sha256}.items():
             if found.get(name) != value:
-                said = f"is {shown(found.get(name))}, but the new image's is {shown(value)}"
+                said = f"is {quoted_value(found.get(name))}, but the new image's is {quoted_value(value)}"
                 raise Wrong(f"{label}: its json field '{name}' {said}", self._fix)
         for name in change.boxes:
             if name in found:
@@ -160,7 +160,7 @@ class SampleProof:
 
     def _check_record(self, label: str, i: int, place: int) -> None:
         """Checks what surrounds a member's content: the header before it, and zeros after it."""
-        fault = heads.difference(
+        fault = heads.fault_of_head(
             self._hybrid.head(i), self._source.head(place), self._hybrid.names[i], int(self._hybrid.index.size[i])
         )
         if fault is not None:

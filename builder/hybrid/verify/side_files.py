@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from builder.hybrid import manifest
-from builder.hybrid.verify.problem import WRITE, Wrong, reason, removing, shown
+from builder.hybrid.verify.problem import WRITE, Wrong, quoted_value, reason, removing
 from builder.hybrid.verify.sample import ProvenSample
 
 #: Columns of a manifest that are checked. One that an older manifest lacks reads as null.
@@ -68,7 +68,7 @@ def check_manifest(
     for number, (row, should) in enumerate(zip(rows, wanted, strict=True)):
         for name, value in should.items():
             if row.get(name) != value:
-                what = f"{name} = {shown(row.get(name))}, but should say {shown(value)}"
+                what = f"{name} = {quoted_value(row.get(name))}, but should say {quoted_value(value)}"
                 raise Wrong(f"its manifest's row {number}, of member '{should['member']}', says {what}", fix)
 
 

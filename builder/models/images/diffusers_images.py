@@ -12,7 +12,7 @@ from builder.models.images.backend import ImageBackendEntry
 from builder.models.images.diffusion import Diffusion, Unsafe
 from builder.models.images.loading import DiffusionOptions, check_installed
 from builder.models.images.queue import ImageQueue, Job, Made
-from builder.models.pictures import decode, difference
+from builder.models.pictures import decode, pixel_difference
 
 #: Mean absolute difference of pixels, 0..255, up to which two images are the same. The shape of a batch does not depend
 #: on how many of its images are real, so only a library's own noise makes a difference.
@@ -123,7 +123,7 @@ def pixels_apart(one: bytes, other: bytes) -> float:
     """The mean absolute difference of two encoded pictures, 0..255; 255 if they differ in size."""
     if one == other:
         return 0.0
-    found = difference(decode(one), decode(other))
+    found = pixel_difference(decode(one), decode(other))
     return 255.0 if found is None else found[0]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from builder.errors import ConfigError
-from builder.models.llm.contract import Accepted, Contract, Question, Rejected
+from builder.models.llm.answers import Accepted, Contract, Question, Rejected
 from builder.models.llm.groups import text_of
 from builder.models.text.legible import legible
 

@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 
 from builder.errors import check_packages
+from builder.progress import shortened
 
 #: Most bytes read of an answer (a chat's has a few thousand), and of a list of models, which can be long.
 MAX_BYTES, MAX_BYTES_LISTED = 2**20, 8 * 2**20
@@ -235,7 +236,7 @@ def said(body: bytes) -> str:
         error = data.get("error", data)
         found = [error.get(key) for key in ("message", "detail", "code")] if isinstance(error, dict) else [error]
         text = next((value if isinstance(value, str) else json.dumps(value) for value in found if value), text)
-    return shown(text, _WORDS)
+    return shown_text(text, _WORDS)
 
 
 def _is_out_of_quota(body: bytes) -> bool:
@@ -245,13 +246,12 @@ def _is_out_of_quota(body: bytes) -> bool:
     return isinstance(error, dict) and "insufficient_quota" in (error.get("code"), error.get("type"))
 
 
-def shown(text: str, most: int) -> str:
+def shown_text(text: str, most: int) -> str:
     """A server's text for people: printable, on one line, of at most `most` characters."""
     clean = text[: 4 * most]
     if not clean.isprintable():
         clean = "".join(char if char.isprintable() else " " for char in clean)
-    clean = " ".join(clean.split())
-    return clean if len(clean) <= most else clean[: most - 3] + "..."
+    return shortened(" ".join(clean.split()), most)
 
 
 def _read_json(body: bytes) -> Any:
@@ -322,7 +322,7 @@ def read_usage(body: bytes, most: tuple[int, int]) -> tuple[int | None, int | No
 
 
 def _name(value: Any) -> str | None:
-    return shown(value, MAX_NAME) or None if isinstance(value, str) else None
+    return shown_text(value, MAX_NAME) or None if isinstance(value, str) else None
 
 
 def _text(content: Any) -> str:

@@ -20,7 +20,7 @@ import orjson
 
 from builder.errors import StageError
 from builder.models.llm.endpoint import Endpoint
-from builder.models.llm.http import MAX_SAID, AskFailed, Reply, is_same_model, shown
+from builder.models.llm.http import MAX_SAID, AskFailed, Reply, is_same_model, shown_text
 from builder.models.llm.limits import Bucket, Concurrency
 
 #: Seconds of the first pause where a server does not say how long, doubled for each further one; and of the longest
@@ -330,7 +330,7 @@ class Served:
 
     def told(self, text: str) -> str:
         """A text for people: short, and without the key."""
-        return shown(text if self.key is None else text.replace(self.key, "***"), MAX_SAID)
+        return shown_text(text if self.key is None else text.replace(self.key, "***"), MAX_SAID)
 
     def _state(self) -> str:
         if self.closed:

@@ -14,8 +14,8 @@ from typing import Any
 
 from builder import machine
 from builder.errors import ConfigError, StageError, check_packages
+from builder.models.llm.answers import Rejected
 from builder.models.llm.backend import AnswerOrError, ChatEntry, PromptBackend, Workload
-from builder.models.llm.contract import Rejected
 from builder.models.llm.conversation import Answer, Conversation, Messages
 from builder.models.llm.http import AskFailed
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from builder.formats import IMAGE_EXTENSIONS
+from builder.progress import shortened
 from builder.sources.base import Seen
 from builder.sources.tars.json_values import TYPE_NAMES, dumped
 from builder.tar import blocks, member_names
@@ -210,5 +211,4 @@ def _remark_missing(first: np.ndarray, extensions: Sequence[str], remarks: Remar
 
 
 def shown_value(value: Any) -> str:
-    text = dumped(value) or TYPE_NAMES[type(value)]
-    return text if len(text) <= 40 else text[:37] + "..."
+    return shortened(dumped(value) or TYPE_NAMES[type(value)], 40)

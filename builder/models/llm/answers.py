@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from builder.errors import ConfigError, missing_extra
-from builder.models.llm.refusals import refusal_in, remark_in
+from builder.models.llm.declining import refusal_in, remark_in
 from builder.models.text.language import SURE, UNDETERMINED
 from builder.models.text.legible import address_in, hidden_in, visible
+from builder.progress import shortened
 
 #: Score from which an answer counts as being in another language: here 0.4 % of sentences are classified wrongly, and
 #: short prompts with names in them are kept. Source: bench/languages.py.
@@ -302,7 +303,7 @@ _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "�
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return shortened(text, _SHOWN)
 
 
 def _remark(found: str) -> Rejected:
