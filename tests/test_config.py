@@ -9,7 +9,7 @@ import pytest
 
 from builder.config.loading import find_pipeline
 from builder.config.problems import line_of
-from builder.errors import ConfigError
+from builder.errors import ConfigError, TransientError
 from builder.store import layout
 from builder.verbs.pipeline import load_pipeline
 
@@ -380,6 +380,15 @@ def test_an_own_stage_whose_file_raises(file: Path) -> None:
         "stage 'mine': 'mine.py', line 2 raises SyntaxError: invalid syntax (mine.py, line 2)\n"
         "  file: p.toml:13\n  fix: correct that line"
     )
+
+
+def test_errors_of_an_own_stage_that_say_what_to_do_keep_their_words(file: Path) -> None:
+    raising = "from builder.errors import {0}\nraise {0}('no weights', fix='fetch them')\n"
+    assert _own(file, raising.format("StageError")) == "no weights\n  file: p.toml:13\n  fix: fetch them"
+    later = MINE.replace("(self, options): ...", "(self, options): raise TransientError('busy')")
+    Path("mine.py").write_text("from builder.errors import TransientError\n" + later)
+    with pytest.raises(TransientError, match=r"^busy$"):  # no problem of the pipeline
+        load_pipeline(file)
 
 
 @pytest.mark.parametrize(

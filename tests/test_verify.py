@@ -16,7 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from builder.errors import TransientError
+from builder.hybrid import shard_plan
+from builder.hybrid.verify import prover
 from builder.progress import Talk
+from builder.store.layout import Layout
 from builder.tar import blocks, indexing, record_heads
 from builder.verbs.verify import prove
 from builder.verbs.write import run_write
@@ -686,6 +690,25 @@ def test_a_problem_of_one_shard_hides_those_of_no_other(made: Made) -> None:
         "'FOLDER/out/shards/foreign.tar': it belongs to no shard of the table",
         "'FOLDER/out/shards/sizes.json': it names 'nobody.tar', which does not exist",
     ]
+
+
+def test_a_shard_that_may_be_read_later_has_no_problem(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where it is read, nor where its plan is made."""
+    busy = TransientError("a file was gone 20 times", fix="run the same command again")
+
+    def fails(of: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(layout: Layout, shard: str, *others: Any) -> Any:
+            if shard == of:
+                raise busy
+            return real(layout, shard, *others)
+
+        return call
+
+    for place, name, shard in ((prover, "partition_of", "00000000"), (shard_plan, "plan_shard", "00000001")):
+        monkeypatch.setattr(place, name, fails(shard, getattr(place, name)))
+    proof = prove(made.load(), Talk(quiet=True))
+    assert proof.problems == []
+    assert proof.unread == [f"shard '0000000{i}': {busy}" for i in (0, 1)]
 
 
 def test_a_run_that_is_gone_is_a_problem_of_its_shards(made: Made) -> None:

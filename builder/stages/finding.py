@@ -42,6 +42,7 @@ def find(name: str, python: str | None = None) -> type[Stage]:
 
     Raises:
         StageError: there is no such stage, file or class, it cannot be loaded, or it breaks the contract.
+        BuilderError: the stage's file raised it.
     """
     if python is not None:
         kind = _from_file(name, python)
@@ -92,6 +93,8 @@ def _from_file(name: str, python: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except BuilderError:
+        raise
     except (Exception, SystemExit) as error:
         if machine.is_of_the_machine(error):
             raise machine.explained(error) from error

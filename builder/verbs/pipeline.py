@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from builder.config.loading import Config, load_config, run_of
 from builder.config.problems import check
 from builder.config.sections import Run, StageTable
-from builder.errors import BuilderError, ConfigError, SchemaError, StageError
+from builder.errors import BuilderError, ConfigError, SchemaError, StageError, TransientError
 from builder.hybrid.edit import BOXES, Rules
 from builder.sources import kinds
 from builder.sources.base import Source
@@ -74,8 +74,10 @@ class Pipeline:
     @property
     def editing(self) -> Rules:
         """How samples are edited."""
-        write = self.config.write
-        return Rules(write.image, write.other_pictures, write.gives_json, self.asked.boxes or BOXES)
+        write, boxes = self.config.write, self.asked.boxes
+        if boxes is None:
+            boxes = BOXES
+        return Rules(write.image, write.other_pictures, write.gives_json, boxes)
 
     @property
     def own_columns(self) -> tuple[Column, ...]:
@@ -108,6 +110,8 @@ def load_pipeline(path: Path, sets: Sequence[str] = (), named: Sequence[str] = (
                 with own_code(kind, name):
                     stage = kind(options)
                 stages[name] = StageUse(stage, options, _on_gpus(stage, run, section), section)
+            except TransientError:
+                raise
             except BuilderError as error:
                 config.problems.add(("stages", name), "\n".join([error.what, error.fix]))
     source = kinds.KINDS.get(config.dataset.kind)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from builder import machine
-from builder.errors import BuilderError
+from builder.errors import BuilderError, TransientError
 from builder.hybrid.edit import Rules
 from builder.hybrid.shard_plan import ShardPlan
 from builder.hybrid.verify.pair import Pair
@@ -85,7 +85,7 @@ class Prover:
         try:
             yield
         except Exception as error:
-            if machine.is_of_the_machine(error):
+            if _may_pass(error):
                 self._unread[shard] = str(machine.explained(error))
             elif isinstance(error, Wrong):
                 self.wrong[shard] = str(error)
@@ -96,7 +96,7 @@ class Prover:
 
     def refuse(self, shard: str, error: BuilderError) -> None:
         """Records a shard that has no plan."""
-        if machine.is_of_the_machine(error):
+        if _may_pass(error):
             self._unread.setdefault(shard, str(error))
         else:
             self.wrong.setdefault(shard, str(Wrong(reason(error), error.fix)))
@@ -142,3 +142,8 @@ class Prover:
             if found != count:
                 said = "does not name it" if found is None else f"says {found!r} samples, but it has {count}"
                 self.wrong[shard] = str(Wrong(f"sizes.json {said}", WRITE))
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error says nothing about the shard: the same command may read it later."""
+    return isinstance(error, TransientError) or machine.is_of_the_machine(error)
