@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of its own; nothing is installed outside this folder.
+# Everything runs in its own virtual environment; nothing is installed outside this folder.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP   = $(VENV)/.installed
 
 .PHONY: demo test torture check format bench docs clean
 
-demo: $(STAMP)-demo            ## the whole way on 200 real photos, into ./demo
+demo: $(STAMP)-demo            ## everything on 200 real photos, into ./demo
 	$(BIN)/builder demo --out demo
 
 test: $(STAMP)-test            ## all tests
@@ -26,10 +26,10 @@ format: $(STAMP)-dev           ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)-test           ## every path beside its peers, into bench/results.json
+bench: $(STAMP)-test           ## every path next to its peers, into bench/results.json
 	$(BIN)/python -m bench
 
-docs: $(STAMP)-dev             ## write docs/cli.md and docs/columns.md anew
+docs: $(STAMP)-dev             ## write docs/cli.md and docs/columns.md again
 	$(BIN)/python docs/generate.py
 
 $(STAMP)-%: pyproject.toml | $(BIN)/python

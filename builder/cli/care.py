@@ -15,10 +15,10 @@ from builder.progress import Talk, plain
 @pipeline_options
 @click.option("--dry-run", is_flag=True, help="Only report what would be deleted.")
 def gc(named: PipelineOptions, dry_run: bool) -> None:
-    """Delete what nothing needs any longer.
+    """Delete files that are no longer needed.
 
-    Old generations of column files, temp files of dead processes, edits tars and runs that no row points to. Nothing
-    else ever deletes.
+    Old generations of column files, temp files of dead processes, edits tars and runs that no row points to. No
+    other command deletes such files.
 
     \b
     Example:
@@ -56,7 +56,7 @@ def fold(named: PipelineOptions) -> None:
 @click.argument("column")
 @pipeline_options
 def drop(named: PipelineOptions, column: str) -> None:
-    """Take a stage's column out of the table.
+    """Remove a stage's column from the table.
 
     COLUMN is an output of a stage. Its column files keep it: a pipeline that still has the stage brings it back with
     its next run.

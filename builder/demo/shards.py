@@ -1,7 +1,7 @@
 """Makes two small shards in DataComp's layout from photos on this disk, so that the demo needs no network.
 
 Owns the photos, their captions and how they are varied. The photos are scikit-image's: two show one face each, the
-others none; `truth.tsv` next to the shards records this for every sample. Knows nothing of tables and stages.
+others none; `truth.tsv` next to the shards records this for every sample. Knows nothing about tables and stages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Asks a stage about a batch: returns answers in order, finds bad rows by halving, compares answers alone and in batch.
 
-Owns what a failed row is. Knows nothing of the table.
+Owns what a failed row is. Knows nothing about the table.
 """
 
 from __future__ import annotations

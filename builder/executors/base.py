@@ -1,6 +1,6 @@
 """The protocol of an executor: it does the tasks of a run somewhere, and reports their progress and how they ended.
 
-Owns the protocol, the environment of a task, and what a task writes to its standard output. Knows nothing of data.
+Owns the protocol, the environment of a task, and what a task writes to its standard output. Knows nothing about data.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads the bytes of samples at the offsets in the table: members of the source, and generated images.
 
-Owns how `(shard, row, member)` becomes bytes. Knows nothing of stages and runs.
+Owns how `(shard, row, member)` becomes bytes. Knows nothing about stages and runs.
 """
 
 from __future__ import annotations

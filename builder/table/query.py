@@ -1,6 +1,6 @@
 """DuckDB over the table: a view `samples`, and restricted SQL that can only read it.
 
-Owns every DuckDB connection of the package. Knows nothing of stages and runs."""
+Owns every DuckDB connection of the package. Knows nothing about stages and runs."""
 
 from __future__ import annotations
 

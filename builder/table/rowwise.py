@@ -1,7 +1,7 @@
 """Splits SQL that looks at each row on its own into pieces, so that several queries can share one pass.
 
 A pass over a table of many partitions takes about as long for one query as for ten: most of it is reading footers.
-Knows nothing of stages and of the table.
+Knows nothing about stages and the table.
 """
 
 from __future__ import annotations

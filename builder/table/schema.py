@@ -1,6 +1,6 @@
 """Columns: name, type, stage, meaning, unit; types as text, for Arrow and for DuckDB.
 
-Owns what a column is and which ones ingest makes. Knows nothing of files.
+Owns what a column is and which ones ingest makes. Knows nothing about files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Draws a sheet that shows originals next to the images that replaced them, with both captions.
 
-Owns the layout of that one picture; takes bytes and texts, and knows nothing of shards and tables.
+Owns the layout of that one picture; takes bytes and texts, and knows nothing about shards and tables.
 """
 
 from __future__ import annotations

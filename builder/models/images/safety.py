@@ -1,6 +1,6 @@
 """Whether a picture is unsafe, by an image classifier of transformers in a local folder.
 
-Knows pixels and labels; knows nothing of stages, columns and tables.
+Knows pixels and labels; knows nothing about stages, columns and tables.
 """
 
 from __future__ import annotations

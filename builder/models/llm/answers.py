@@ -1,7 +1,7 @@
 """What a language model's answer must be to become a prompt.
 
 Owns the contract: which answers are accepted, and the words in which the others are asked for again. Knows strings;
-knows nothing of servers, stages or columns. An answer is not repaired: only its edges and invisible characters are
+knows nothing about servers, stages or columns. An answer is not repaired: only its edges and invisible characters are
 removed, and an answer that does not fit is rejected.
 """
 

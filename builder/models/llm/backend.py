@@ -23,7 +23,7 @@ class PromptBackend:
             StageError: it cannot be asked.
         """
 
-    def submit(self, talks: Sequence[Conversation]) -> Future[list[AnswerOrError]]:
+    def submit(self, conversations: Sequence[Conversation]) -> Future[list[AnswerOrError]]:
         """Holds these conversations; the result has their outcomes in order. It need not wait for them."""
         raise NotImplementedError
 

@@ -31,12 +31,12 @@ async def check(one: Served, http: Http, clock: Callable[[], float]) -> str:
         if error.status is not None:
             raise _refused(one, error) from None
         if error.kind in ("unreachable", "timeout"):
-            return one.told(str(error))
+            return one.redacted(str(error))
     is_listed = models is not None and any(is_same_model(one.endpoint.model, name) for name in models)
     if is_listed and one.key is None:
         return ""
     failure = await say_hello(one, http, clock, models if not is_listed else None)
-    return "" if failure is None or is_listed or failure.kind == "rate_limited" else one.told(str(failure))
+    return "" if failure is None or is_listed or failure.kind == "rate_limited" else one.redacted(str(failure))
 
 
 async def say_hello(
@@ -62,7 +62,7 @@ async def say_hello(
     except AskFailed as error:
         is_named = error.kind == "rejected" and one.endpoint.model.casefold() in str(error).casefold()
         if models is not None and (error.status == 404 or (error.is_final and is_named)):
-            listed = one.told(", ".join(models[:20]) or "none")
+            listed = one.redacted(", ".join(models[:20]) or "none")
             raise _unknown_model(one, {"its models": listed}, "set 'model' to one that it has") from None
         if error.status in (401, 402, 403, 404):
             raise _refused(one, error) from None
@@ -75,12 +75,12 @@ async def say_hello(
     name = model_in(body) or one.endpoint.model
     if one.is_exact and not is_same_model(one.endpoint.model, name):
         fix = "set 'model' to that name, or take any: model_names = \"any\""
-        raise _unknown_model(one, {"it answers as": one.told(name)}, fix)
+        raise _unknown_model(one, {"it answers as": one.redacted(name)}, fix)
     return None
 
 
 def _refused(one: Served, error: AskFailed) -> StageError:
-    where = {"it says": one.told(str(error))}
+    where = {"it says": one.redacted(str(error))}
     name = one.endpoint.api_key_env
     if error.status == 404:
         return _unknown_model(one, where, "correct 'model', or 'base_url', which usually ends in /v1")

@@ -184,7 +184,7 @@ class Pool:
                 return reply
             except AskFailed as error:
                 failure, now = error, self._loop.time()
-                error.message = one.told(error.message)
+                error.message = one.redacted(error.message)
                 self._notify(one.failed(request, error, sent, now, rest_after=self._rest_after, rest_s=self._rest_s))
                 error.message = f"{one.name}: {error.message}"
                 self._last_failure = (error.kind, error.message)
@@ -317,7 +317,7 @@ class Pool:
             if failure is None or failure.kind == "rate_limited":
                 self._notify(one.wake())
             else:
-                self._rest(failure.kind, one, one.told(str(failure)))
+                self._rest(failure.kind, one, one.redacted(str(failure)))
         del self._wakening[one]
         self._dispatch()
 

