@@ -284,7 +284,7 @@ class Served:
     def _pushed_back(self, request: Request, error: AskFailed, sent: float, now: float) -> str | None:
         """Records that a request was pushed back; returns a notice, if there is one.
 
-        A single one may be caused by the request itself and changes nothing; after two in a row fewer are sent at a time.
+        One alone may be caused by the request itself and changes nothing; after two in a row fewer are sent at a time.
         A probe, or a request that was pushed back before, does not show how many at a time are too many.
         """
         if request.is_probe:
