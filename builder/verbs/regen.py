@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,9 +94,11 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
             fix="builder sql 'select uid from samples where image_path is not null limit 5'",
         )
     if len(rows) > 1:
-        places = ", ".join(f"{row['shard']}:{row['row']}" for row in rows)
+        places = [f"{row['shard']}:{row['row']}" for row in rows]
         raise ConfigError(
-            f"{len(rows)} samples have the uid '{uid}'", where={"places": places}, fix="name one of these"
+            f"{len(rows)} samples have the uid '{uid}'",
+            where={"places": ", ".join(places)},
+            fix=f"name one of these, for example: builder regen {shlex.quote(places[0])}",
         )
     [row] = rows
     run = _run_of(pipeline, stage_name, row[f"{stage_name}_run"])

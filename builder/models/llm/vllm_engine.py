@@ -132,12 +132,12 @@ class VllmChat(PromptBackend):
         message = f"the request has {len(tokens)} tokens, and the model takes {longest} with the answer's"
         return AskFailed("rejected", message, is_final=True)
 
-    def _heard(self, talk: Conversation, reply: Any) -> Answer | AskFailed | Rejected | None:
+    def _heard(self, conversation: Conversation, reply: Any) -> Answer | AskFailed | Rejected | None:
         output = reply.outputs[0]
         if output.finish_reason == "length":
             return AskFailed("bad_reply", "the answer is cut: 'max_tokens' is too small", is_final=True)
         try:
-            accepted = talk.hear(output.text)
+            accepted = conversation.hear(output.text)
         except Rejected as rejected:
             return rejected
         if accepted is None:
