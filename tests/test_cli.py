@@ -20,9 +20,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from builder.cli import app, console, failures, output
+from builder.cli import app, console, failures, outcomes, output
+from builder.engine import runs
 from builder.errors import ConfigError
 from builder.hybrid import output_folder
+from builder.progress import Talk
+from builder.store.layout import Layout, RunFiles
 from builder.table import column_files
 from conftest import STAGES, Sample, Workspace, builder, make_shard, make_workspace, picture, samples, starts_in_ascii
 from support.here import builder_here
@@ -1019,3 +1022,28 @@ def test_a_library_that_finds_no_room_is_the_machine_s() -> None:
         assert machine.is_out_of_memory(ImportError(words))
         assert told.fix
     assert not machine.is_of_the_machine(ImportError("No module named 'x'"))
+
+
+# --- what a finished command points to ---
+
+
+def test_what_is_printed_about_a_run_can_be_given_to_a_shell(
+    workspace: Callable[..., Workspace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a root whose name has a space, the patterns find what the tasks of the run have left."""
+    loaded = workspace({"a": samples(1)}).load()
+    run = RunFiles(Layout(tmp_path / "a root"), "20260101T000000-mine-0a1b")
+    for number in (0, 1):
+        for path in (run.failures(number), run.result(number), run.log(number), run.task(number)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{path.name}\n")
+    remarks = {"a": [f"remark {number}" for number in range(12)]}
+    outcome = runs.Outcome(counts={"kept": 2}, run=run, remarks=remarks)
+    outcomes.tell_outcome(loaded, "mine", outcome, Talk())
+    said = capsys.readouterr().err
+    [why] = re.findall(r"^  why: (cat .*)$", said, re.M)
+    [rest] = re.findall(r"^and 2 more of these lines: 'remarks' in (.*)$", said, re.M)
+    printed = [subprocess.check_output(command, shell=True, text=True) for command in (why, f"cat {rest}")]
+    assert [text.split() for text in printed] == [
+        ["00000.failures.jsonl", "00001.failures.jsonl"], ["00000.result.json", "00001.result.json"],
+    ]  # fmt: skip

@@ -30,6 +30,8 @@ from hypothesis import given, settings
 from builder.errors import ConflictError, SchemaError
 from builder.executors.by_name import liveness_of
 from builder.sources.tars.shards import TarShards
+from builder.stages import finding
+from builder.stages.contract import columns_of
 from builder.store import files
 from builder.store.layout import Layout, attempt_of
 from builder.table import column_files, commits, outputs, partitions, root_schema, schema, sweeps
@@ -1012,6 +1014,20 @@ def test_processes_that_race_lose_nothing(tmp_path: Path) -> None:
             assert committed[6] == 0
             if trial >= 3 and time.monotonic() - started > 10:
                 break
+
+
+# --- names of columns ---
+
+
+def test_every_ending_that_means_a_dictionary_is_one_of_a_column() -> None:
+    """A column that is renamed where it is made would lose its dictionary, and its files would grow."""
+    kinds = finding.built_in().values()
+    stages = [column for kind in kinds for column in columns_of(kind)]
+    fields = schema.field_columns(schema.FIELD_TYPES)
+    names = [column.name for column in (*schema.IDENTITY, *schema.status_columns(SOURCE), *fields, *stages)]
+    assert [ending for ending in schema._REPEATING if not any(name.endswith(ending) for name in names)] == []
+    common = {column.name for stage in ("a", SOURCE) for column in schema.status_columns(stage)[:3]}
+    assert schema.dictionary_columns([*common, "image_path", "image_offset"]) == [*common, "image_path"]
 
 
 # --- edits tars ---
