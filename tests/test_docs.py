@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import click
 import pytest
@@ -305,25 +310,38 @@ def test_examples_are_four_and_short() -> None:
         assert len(path.read_text("utf-8").splitlines()) < 60, path.name
 
 
+def example(name: str, *arguments: Path) -> str:
+    """Runs an example in this process, its commands too; returns what they print."""
+    out = io.StringIO()
+
+    def run(words: Sequence[str | Path], *, check: bool) -> None:
+        assert [*words[:3], check] == [sys.executable, "-m", "builder", True]
+        done = builder_here(*map(str, words[3:]))
+        assert done.returncode == 0, done.stderr
+        out.write(done.stdout)
+
+    words = [name, *map(str, arguments)]
+    with mock.patch.object(subprocess, "run", run), mock.patch.object(sys, "argv", words), redirect_stdout(out):
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    return out.getvalue()
+
+
 def test_example_ingest_and_ask(tmp_path: Path) -> None:
-    done = python(ROOT / "examples/ingest_and_ask.py", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "│ 00000000 ┆ 20      ┆ 20       │" in done.stdout
-    assert re.search(r"^longest caption: \w", done.stdout, re.M)
-    assert re.search(r"^its image: \d{4,} bytes$", done.stdout, re.M)
+    printed = example("ingest_and_ask.py", tmp_path)
+    assert "│ 00000000 ┆ 20      ┆ 20       │" in printed
+    assert re.search(r"^longest caption: \w", printed, re.M)
+    assert re.search(r"^its image: \d{4,} bytes$", printed, re.M)
 
 
 def test_example_edit_captions(tmp_path: Path) -> None:
-    done = python(ROOT / "examples/edit_captions.py", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"shards proven +2 of 2|samples swapped +[1-9]\d*", done.stdout)[1:]
+    printed = example("edit_captions.py", tmp_path)
+    assert re.findall(r"shards proven +2 of 2|samples swapped +[1-9]\d*", printed)[1:]
 
 
 def test_example_small_pipeline(tmp_path: Path) -> None:
-    done = python(ROOT / "examples/small_pipeline.py", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "shards proven              2 of 2" in done.stdout
-    assert done.stdout.count("An oil painting of") >= 5
+    printed = example("small_pipeline.py", tmp_path)
+    assert "shards proven              2 of 2" in printed
+    assert printed.count("An oil painting of") >= 5
 
 
 def test_example_write_a_stage(tmp_path: Path) -> None:
@@ -332,7 +350,6 @@ def test_example_write_a_stage(tmp_path: Path) -> None:
     pipeline = (*pipeline, "--set", f"dataset.root={tmp_path}/out")
     assert python("-m", "builder", "run", *pipeline, cwd=ROOT).returncode == 0
     sql = "select count(*) as n, min(brightness) > 0.05 as low, max(brightness) < 0.95 as high from samples"
-    done = python("-m", "builder", "sql", sql, *pipeline, "--csv", cwd=ROOT)
-    assert done.stdout == "n,low,high\n12,true,true\n"
+    assert builder_here("sql", sql, *pipeline, "--csv", cwd=ROOT).stdout == "n,low,high\n12,true,true\n"
     source = sorted((tmp_path / "source").glob("*.tar"))
     assert [(tmp_path / "out/shards" / path.name).read_bytes() == path.read_bytes() for path in source] == [True, True]

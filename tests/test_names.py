@@ -271,5 +271,5 @@ def test_two_names_in_work_sql(dataset: Workspace) -> None:
         Samples(pipeline.layout, Snapshot(pipeline).columns, ["00000000"]) as found,
         pytest.raises(ConfigError) as caught,
     ):
-        found.names(pipeline.stages["lang"].sql)
+        found.columns(pipeline.stages["lang"].sql)
     assert "'text' and 'TEXT'" in caught.value.what

@@ -998,7 +998,9 @@ def test_processes_that_race_lose_nothing(tmp_path: Path) -> None:
     """
     started = time.monotonic()
     jobs = [("copy", stage) for stage in STAGES for _ in range(2)] + [("late", "one"), ("sweep", ""), ("schema", "")]
-    with ProcessPoolExecutor(len(jobs), multiprocessing.get_context("spawn")) as pool:
+    forks = multiprocessing.get_context("forkserver")  # of a process without threads, which imports everything once
+    forks.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(len(jobs), forks) as pool:
         for trial in range(12):
             made = Root(tmp_path / str(trial))
             made.ingest([f"k{i}" for i in range(ROWS)])

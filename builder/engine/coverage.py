@@ -221,7 +221,7 @@ def check_columns(samples: Samples, work: Work) -> None:
     if condition := work.choice.where:
         samples.select(Sql(f"select (\n{condition}\n) from samples", "--where"))  # nothing that leaves its brackets
         samples.select(where_clause(condition))
-    returned = samples.names(work.sql, work.params)
+    returned = list(samples.columns(work.sql, work.params))
     wanted = [*ROW_KEYS, *(field.name for field in work.stage.inputs)]
     place = {"file": work.sql.origin, "returned": ", ".join(returned)}
     have = {schema.folded(name) for name in returned}

@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, TypeVar
 
 from builder import __version__, errors, exit_codes
@@ -177,11 +178,16 @@ def versions(more: Collection[str] = ()) -> dict[str, str]:
     Args:
         more: packages declared by a stage that is not built in.
     """
-    installed = {}
-    for name in sorted({*_CORE, *finding.packages(), *more}):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    return installed
+    found = {name: _version(name) for name in sorted({*_CORE, *finding.packages(), *more})}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 # --- the parent's side ---

@@ -90,9 +90,9 @@ def select(
     """
     state_of = state or partial(partitions.partition_state, layout)
     with Samples(layout, columns, shards, deciding=[sql]) as samples:
-        relation = samples.select(sql, params)
-        returned = [_known_name(name) for name in samples.names(sql, params)]
-        _check_columns(returned, [str(kind) for kind in relation.types], sql, boxes)
+        found = samples.columns(sql, params)
+        returned = [_known_name(name) for name in found]
+        _check_columns(returned, list(found.values()), sql, boxes)
         chosen = ", ".join(_cast(name) for name in returned)
         around = f"select {chosen} from {{}} w order by w.shard, w.row"
         more = _columns_of_table(columns, returned)

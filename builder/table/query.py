@@ -103,18 +103,18 @@ class Samples:
         except duckdb.Error as error:
             raise refused(sql, error, before.count("\n") + 1) from error
 
-    def names(self, sql: Sql, params: dict[str, Any] | None = None) -> list[str]:
-        """The names of an answer's columns, in the case of the SQL.
+    def columns(self, sql: Sql, params: dict[str, Any] | None = None) -> dict[str, str]:
+        """The names of an answer's columns, in the case of the SQL, with their types in DuckDB's words.
 
         Raises:
             ConfigError: as `select`, and if two names differ only in case.
         """
         self.select(sql, params)  # raises unless it is exactly one SELECT
         try:
-            found = list(self._connection.sql(checked(sql, params or {}), params=params or None).columns)
+            answer = self._connection.sql(checked(sql, params or {}), params=params or None)
         except duckdb.Error as error:
             raise refused(sql, error) from error
-        first: dict[str, str] = {}
+        found, first = list(answer.columns), dict[str, str]()
         for name in found:
             if first.setdefault(schema.folded(name), name) != name or found.count(name) > 1:
                 raise ConfigError(
@@ -122,7 +122,7 @@ class Samples:
                     where={"file": sql.origin, "returned": ", ".join(found)},
                     fix="give one of them another name, or leave it out",
                 )
-        return found
+        return dict(zip(found, map(str, answer.types), strict=True))
 
     def rows(
         self, sql: Sql, params: dict[str, Any] | None = None, *, around: str = "select * from {}"

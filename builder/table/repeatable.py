@@ -81,17 +81,26 @@ def examine(text: str, columns: frozenset[str] = frozenset()) -> Finding:
 
 
 def parsed(text: str) -> Any:
-    """DuckDB's parse tree of one SELECT; None for anything else."""
-    try:
-        found = _connection().execute("select json_serialize_sql(?)", [text]).fetchall()[0][0]
-    except duckdb.Error:
-        return None
-    return _parsed(found)
+    """DuckDB's parse tree of one SELECT, which the caller may change; None for anything else."""
+    serialized = _serialized(text)
+    return None if serialized is None else _parsed(serialized)
 
 
 def text_of(statement: dict[str, Any]) -> str:
     """The SQL of a statement's parse tree."""
-    tree = json.dumps({"error": False, "statements": [statement]})
+    return _deserialized(json.dumps({"error": False, "statements": [statement]}))
+
+
+@lru_cache(maxsize=64)
+def _serialized(text: str) -> str | None:
+    try:
+        return str(_connection().execute("select json_serialize_sql(?)", [text]).fetchall()[0][0])
+    except duckdb.Error:
+        return None
+
+
+@lru_cache(maxsize=256)
+def _deserialized(tree: str) -> str:
     return str(_connection().execute("select json_deserialize_sql(?)", [tree]).fetchall()[0][0])
 
 
