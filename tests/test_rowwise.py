@@ -24,7 +24,7 @@ from builder.table.rowwise import rowwise
 from builder.table.schema import IDENTITY, Column
 from builder.verbs import works as pipeline_works
 from builder.verbs.snapshot import Snapshot
-from conftest import Workspace, make_shard, replace_everywhere, samples
+from conftest import Workspace, make_shard, make_workspace, replace_everywhere, samples
 from support.planned import SQL, section, work_of
 from support.stages import Note, Options
 
@@ -92,13 +92,14 @@ def test_other_sql_has_no_condition(sql: str) -> None:
     assert rowwise(sql, COLUMNS, {}) is None
 
 
-@pytest.fixture
-def layout(workspace: Callable[..., Workspace], tmp_path: Path) -> Layout:
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Layout:
     """Two shards of eight samples: some have an answer, some have failed, some are open, and three changed since."""
-    sql = tmp_path / "note.sql"
+    folder = tmp_path_factory.mktemp("counted")
+    sql = folder / "note.sql"
     sql.write_text(SQL, "utf-8")
     bad = [sample.key for sample in samples(16)][1::8]
-    made = workspace(stages=section("Fails", str(sql), bad=json.dumps(bad)))
+    made = make_workspace(folder, stages=section("Fails", str(sql), bad=json.dumps(bad)))
     made.run("ingest")
     assert made.run("stage", "note", "--where", "row < 3 or row in (4, 5)", check=False).returncode == 3
     changed = samples(8)
