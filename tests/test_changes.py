@@ -33,13 +33,13 @@ from builder.verbs.write import plan_write, run_write
 from conftest import (
     STAGES,
     Workspace,
-    builder,
     ingest_here,
     make_workspace,
     read_tar,
     samples,
 )
 from support import planned
+from support.here import builder_here
 from support.stages import Note, Options
 
 Make = Callable[..., Workspace]
@@ -159,7 +159,7 @@ def test_a_question_only_says_how_many_partitions_are_behind(written: Workspace)
 
 
 def test_workers_run_the_package_and_nothing_of_the_working_directory(workspace: Make) -> None:
-    made = workspace()
+    made = workspace(stages="[stages.lang]\n")
     (made.folder / "re.py").write_text("raise SystemExit('not this one')")
     (made.folder / "builder").mkdir()
     (made.folder / "builder/__init__.py").write_text("raise SystemExit('not this one')")
@@ -181,7 +181,7 @@ def test_a_pipeline_with_fewer_fields_takes_none_away(workspace: Make) -> None:
     other = made.folder / "other.toml"
     other.write_text(f'[dataset]\nshards = "{made.folder}/source/*.tar"\nroot = "{made.root}"\n[stages.lang]\n')
     for file in (other, made.file, other):
-        result = builder("ingest", "--pipeline", str(file))
+        result = builder_here("ingest", "--pipeline", str(file))
         assert (result.returncode, result.stderr) == (0, "ingest: nothing to do (2 shards)\n")
     assert made.rows("select count(url), count(original_width) from samples") == [(16, 16)]
 

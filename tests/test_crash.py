@@ -27,7 +27,7 @@ from builder.store.layout import RunFiles
 from builder.table import column_files, partitions
 from builder.verbs.gc import collect_garbage
 from conftest import ingest_here
-from support.kills import NOBODY, check_proven, check_swept, make, run, seen, start, table_of, wait_for
+from support.kills import NOBODY, check_proven, check_swept, make, seen, start, table_of, wait_for
 from support.planned import described
 
 ALL = [f"{i:032x}" for i in range(3 * 24)]
@@ -74,7 +74,7 @@ def test_a_sweep_knows_a_run_from_what_a_person_keeps_beside_it(tmp_path: Path) 
 
 def test_two_stages_at_once_on_the_same_shards(tmp_path: Path) -> None:
     made = make(tmp_path, with_other=True)
-    run(made, "ingest")
+    ingest_here(made.load())
     both = [start(made, "stage", name) for name in ("note", "other")]
     for process in both:
         _, talk = process.communicate(timeout=120)
@@ -128,7 +128,8 @@ def test_a_live_copy_that_wakes_late_undoes_nothing(tmp_path: Path, copies: Any,
     assert other.wait(120) == 0
     assert made.rows("select count(*) from samples where note = 'seen: ' || caption") == [(72,)]
     if redo:
-        run(made, "stage", "note", "--redo", "--set", 'stages.note.word="again"', "--set", "stages.note.pause_s=0")
+        sets = ("--set", 'stages.note.word="again"', "--set", "stages.note.pause_s=0")
+        made.run("stage", "note", "--redo", *sets, cwd=made.folder)
     before = table_of(made), column_files.newest(layout, "00000001")
     late.send_signal(signal.SIGCONT)
     assert late.wait(120) == 0, late.communicate()
@@ -146,7 +147,7 @@ def test_a_copy_that_a_sweep_found_asleep_undoes_nothing(tmp_path: Path, copies:
     """It sleeps while it generates; the other copy ends, a sweep deletes what is not needed, then it wakes."""
     made = make(tmp_path)
     ingest_here(made.load())
-    run(made, "stage", "note", "--set", "stages.note.pause_s=0")
+    made.process("stage", "note", "--set", "stages.note.pause_s=0", cwd=made.folder)
     pipeline = made.load()
     layout = pipeline.layout
     planned = described(pipeline, "generate", Choice(), 1)
@@ -160,7 +161,7 @@ def test_a_copy_that_a_sweep_found_asleep_undoes_nothing(tmp_path: Path, copies:
     assert other.wait(120) == 0
     collect_garbage(made.load(), Talk(quiet=True), dry_run=False)
     assert list(layout.edits.rglob("*.tmp")) == temps
-    run(made, "write")
+    made.process("write", cwd=made.folder)
     before = table_of(made)
     late.send_signal(signal.SIGCONT)
     assert late.wait(120) == 0, late.communicate()

@@ -110,11 +110,6 @@ def start(made: Workspace, *arguments: str, **environment: str) -> subprocess.Po
     )  # fmt: skip
 
 
-def run(made: Workspace, *arguments: str) -> list[str]:
-    """`builder ARGUMENTS` to a good end; its talk."""
-    return made.process(*arguments, cwd=made.folder).stderr.splitlines()
-
-
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
