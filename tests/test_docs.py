@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -292,11 +292,10 @@ def test_readme_is_what_happens(tmp_path: Path) -> None:
     python_blocks = blocks("python")
     assert len(python_blocks) == 5
     for block in python_blocks:
-        done = subprocess.run(
-            [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{block}\n{done.stderr}"
-        assert done.stdout
+        out = io.StringIO()
+        with chdir(tmp_path), redirect_stdout(out):
+            exec(block, {"__name__": "__main__"})
+        assert out.getvalue(), block
 
 
 # --- examples ---
