@@ -281,7 +281,10 @@ def make_workspace(
 
 
 #: Files whose tests take long: first, so that no process is left alone with one at the end.
-LONG = ("test_real_models.py", "test_diffusion.py", "test_crash.py", "test_docs.py", "test_cli.py", "test_writer.py")
+LONG = (
+    "test_real_models.py", "test_crash.py", "test_faults.py", "test_cli.py", "test_diffusion.py", "test_docs.py",
+    "test_outdated.py", "test_hostile.py",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

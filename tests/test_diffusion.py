@@ -958,7 +958,7 @@ def test_an_image_that_comes_out_otherwise_is_told_with_what_is_not_as_it_was(
         3,
         f"sample {1:032x}: shard 00000000 row 1\n"
         f"another image: {pixels}\n"
-        f"  peft: not installed, now {versions['peft']}\n"
+        f"  peft: not recorded, now {versions['peft']}\n"
         f"  torch: 1.0, now {versions['torch']}\n"
         "  image_steps: 2, now 3\n"
         "  image_batch_size: 4, now 2\n"

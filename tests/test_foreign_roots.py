@@ -585,8 +585,7 @@ def _is_raw(call: ast.Call) -> bool:
 _KNOWN = [
     "table/edits.py: self._temp.open('xb')",  # a temp name in a folder that make_folder has just looked at
     "table/edits.py: self._temp.unlink(missing_ok=True)",
-    "verbs/stage.py: frozen.unlink(missing_ok=True)",  # a temp name in runs/, which check_folders has looked at
-    "verbs/write.py: frozen.unlink(missing_ok=True)",
+    "engine/workset.py: path.unlink(missing_ok=True)",  # a temp name in runs/, which check_folders has looked at
     "table/column_files.py: probe.touch()",  # behind check_no_link
     "table/column_files.py: probe.unlink(missing_ok=True)",
     "table/sweeps.py: shutil.rmtree(temp, ignore_errors=True)",  # behind check_no_link; follows no link itself

@@ -209,7 +209,7 @@ def test_a_device_that_is_none_is_refused(tmp_path: Path, device: str) -> None:
     with pytest.raises(StageError) as caught:
         Scrfd(str(write_toy(tmp_path / "toy.onnx")), device=device)
     assert str(caught.value) == (
-        f"detector 'scrfd' does not know the device '{device}'\n  fix: devices: cpu, cuda, cuda:0, cuda:1 ..."
+        f"detector 'scrfd' does not know the device '{device}'\n  fix: set devices to cpu, cuda, cuda:0, cuda:1 ..."
     )
 
 

@@ -614,7 +614,7 @@ def test_rows_that_are_none_of_the_batch_cannot_fail(layout: Layout, row: int) -
         do(layout, plan(layout, stage), stage, batch_rows=8)
     assert str(caught.value) == (
         f"stage 'note' says that row {row} of a batch of 8 failed\n"
-        "  fix: RowsFailed takes positions in the batch, from 0"
+        "  fix: raise RowsFailed with positions in the batch, from 0"
     )
 
 
