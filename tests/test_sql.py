@@ -562,17 +562,18 @@ def test_every_session_has_one_time_zone_and_one_calendar(
     monkeypatch.setattr(duckdb, "connect", elsewhere)
     try:
         with all_samples(dataset.load()) as asked:
-            [row] = asked.rows(
-                Sql(
-                    "select current_setting('timezone'), current_setting('calendar'), "
-                    "timestamptz '2020-06-01 12:00:00+00'::varchar, date_part('hour', timestamptz '2020-06-01 12:00Z')",
-                    "here",
-                )
+            sql = Sql(
+                "select current_setting('timezone'), current_setting('calendar'), "
+                "timestamptz '2020-06-01 12:00:00+00'::varchar, date_part('hour', timestamptz '2020-06-01 12:00Z')",
+                "here",
             )
+            [row] = asked.rows(sql)
+            [batch] = asked.stream(sql, rows=1)
     finally:
         monkeypatch.undo()
         time.tzset()
     assert row == ("UTC", "gregorian", "2020-06-01 12:00:00+00", 12)
+    assert tuple(batch.to_pylist()[0].values()) == row
 
 
 @starts_in_ascii

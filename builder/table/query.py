@@ -4,9 +4,6 @@ Owns every DuckDB connection of the package. Knows nothing about stages and runs
 
 from __future__ import annotations
 
-import os
-import secrets
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -16,9 +13,10 @@ import pyarrow as pa
 
 from builder.errors import ConfigError
 from builder.store.layout import Layout
-from builder.table import schema
-from builder.table.lookups import Lookup, literal_path, look_up
+from builder.table import schema, sessions
+from builder.table.lookups import Lookup, literal_path
 from builder.table.schema import Column
+from builder.table.sessions import Session
 from builder.table.sql_text import Sql, batches, check_repeatable, checked, guarded, refused, unread_table
 
 
@@ -49,32 +47,15 @@ class Samples:
         names = frozenset(column.name for column in columns)
         by_order = [check_repeatable(sql, names).by_order for sql in deciding]
         paths = layout.partition_files(shards)
-        self._connection = duckdb.connect()
+        self._session = Session(_view(columns, paths), tuple(paths), any(by_order))
+        self._is_kept = not lookups
         try:
-            if any(by_order):
-                self._connection.execute("set threads = 1")
-            self._open(columns, paths, lookups or {})
-        except BaseException as error:
-            self._connection.close()
-            if isinstance(error, duckdb.Error) and (unread := unread_table(error)) is not None:
+            self._instance = sessions.taken(self._session, lookups or {})
+        except duckdb.Error as error:
+            if (unread := unread_table(error)) is not None:
                 raise unread from error
             raise
-
-    def _open(self, columns: Sequence[Column], paths: Sequence[str], lookups: Mapping[str, Lookup]) -> None:
-        run = self._connection.execute
-        run("set autoinstall_known_extensions = false")
-        run("set autoload_known_extensions = false")
-        run("set timezone = 'UTC'")
-        run("set calendar = 'gregorian'")
-        run("set preserve_insertion_order = true")  # so that LIMIT alone takes the same rows every time
-        run(f"set temp_directory = {schema.literal(_spill_folder())}")
-        run(_view(columns, paths))
-        for name, lookup in lookups.items():
-            look_up(self._connection, name, lookup)
-        allowed = dict.fromkeys([*paths, *map(literal_path, paths)])  # DuckDB checks the name as given, too
-        run(f"set allowed_paths = [{', '.join(schema.literal(path) for path in allowed)}]")
-        run("set enable_external_access = false")
-        run("set lock_configuration = true")
+        self._connection = self._instance.cursor()
 
     def __enter__(self) -> Samples:
         return self
@@ -83,6 +64,10 @@ class Samples:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._connection.close()
+        if self._is_kept and error is None:
+            sessions.given_back(self._session, self._instance)
+        else:
+            self._instance.close()
 
     def select(
         self, sql: Sql, params: dict[str, Any] | None = None, *, around: str = "select * from {}"
@@ -148,7 +133,7 @@ class Samples:
         text = checked(sql, params or {})
         before, _, after = around.partition("{}")
         try:
-            relation = self._connection.cursor().sql(f"{before}(\n{text}\n){after}", params=params or None)
+            relation = self._instance.cursor().sql(f"{before}(\n{text}\n){after}", params=params or None)
             yield from batches(relation.to_arrow_reader(rows))
         except duckdb.Error as error:
             raise refused(sql, error, before.count("\n") + 1) from error
@@ -165,11 +150,6 @@ class Samples:
             if (unread := unread_table(error)) is not None:
                 raise unread from error
             raise
-
-
-def _spill_folder() -> str:
-    """A name that no other connection or user has; DuckDB creates the folder when it spills, and removes it."""
-    return f"{tempfile.gettempdir()}/builder-spill-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _view(columns: Sequence[Column], paths: Sequence[str]) -> str:
