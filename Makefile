@@ -9,8 +9,10 @@ STAMP   = $(VENV)/.installed
 demo: $(STAMP)-demo            ## everything on 200 real photos, into ./demo
 	$(BIN)/builder demo --out demo
 
+# Three processes on two cores: some tests wait for servers or processes.
+# Three processes on two cores: some tests wait for servers or processes.
 test: $(STAMP)-test            ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 torture: $(STAMP)-test         ## kills at every write, link and rename; HOSTILE=DIR: and a folder of broken files; vLLM
 	$(BIN)/python tests/torture.py $(if $(HOSTILE),--hostile $(HOSTILE))
@@ -20,7 +22,7 @@ check: $(STAMP)-dev            ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 format: $(STAMP)-dev           ## format the code
 	$(BIN)/ruff format .
