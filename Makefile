@@ -10,7 +10,6 @@ demo: $(STAMP)-demo            ## everything on 200 real photos, into ./demo
 	$(BIN)/builder demo --out demo
 
 # Three processes on two cores: some tests wait for servers or processes.
-# Three processes on two cores: some tests wait for servers or processes.
 test: $(STAMP)-test            ## all tests
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
