@@ -174,7 +174,7 @@ def explained(error: BaseException) -> TransientError:
         return cause
     number = _number_of(cause)
     text = strerror(cause) if isinstance(cause, OSError) else _said(cause)
-    what, fix = _IN_WORDS.get(number, (text, "look for the cause with dmesg and df, and remove it"))
+    what, fix = _IN_WORDS.get(number, (text, "look at the file that this message names, and with dmesg and df"))
     where: dict[str, object] = {}
     if isinstance(cause, OSError) and cause.filename is not None:
         where["file"] = cause.filename

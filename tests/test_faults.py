@@ -119,7 +119,7 @@ BROKEN = [
         (errno.ENFILE, "this machine has too many files open", "end other programs, or raise sysctl fs.file-max"),
         (errno.EFBIG, "a file is larger than this process may write", "raise its limit: ulimit -f unlimited"),
         (errno.EACCES, "permission denied", "chmod or chown it, or set dataset.root to one of your folders"),
-        (errno.EISDIR, "Is a directory", "look for the cause with dmesg and df, and remove it"),
+        (errno.EISDIR, "Is a directory", "look at the file that this message names, and with dmesg and df"),
     ],
 )
 def test_every_answer_of_the_system_has_words_and_a_fix(tmp_path: Path, number: int, what: str, fix: str) -> None:

@@ -884,7 +884,7 @@ def test_shards_named_like_patterns_are_those_shards_alone(workspace: Make, fold
     "path",
     ["/etc/passwd", "../secret.tar", "../../etc/passwd", "edits/../../secret.tar", "edits/a/../../../secret.tar",
      "edits/a/../secret.tar", "edits//secret.tar", "secret.tar", "columns/a/x.tar", "edits/a/b/c.tar", "edits/a/x.jpg",
-     "", "edits/..", "./edits/a/x.tar"],
+     "", "edits/..", "./edits/a/x.tar", "edits/a/x\0.tar", "edits/a\0b/x.tar", "edits/a/\ud800.tar"],
 )  # fmt: skip
 def test_pointers_that_leave_the_edits_folder_are_refused(tmp_path: Path, path: str) -> None:
     root = tmp_path / "root"

@@ -358,6 +358,7 @@ def test_a_stop_does_not_wait_for_a_server_that_is_silent_at_the_start(dataset: 
         with pytest.raises(StageError) as caught:
             do(layout, plan(layout, stage, sql=SQL), stage, stopping=lambda: True)
     assert caught.value.what == "the run was stopped before an endpoint answered"
+    assert caught.value.fix == "run the same command again to continue"
     assert "asking" not in {thread.name for thread in threading.enumerate()}
 
 

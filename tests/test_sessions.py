@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import duckdb
 import pyarrow.parquet as pq
@@ -122,3 +125,46 @@ def test_a_fork_opens_its_own(dataset: Workspace, opened: list[int]) -> None:
     assert process.exitcode == 0
     assert asked(layout) == [(8, 8)]
     assert opened == [2]
+
+
+def test_threads_may_ask_at_the_same_time(dataset: Workspace, opened: list[int]) -> None:
+    """Of the bookkeeping, with instances that open at once: every other line may be another thread's."""
+
+    class Counted(sessions.Instance):
+        def close(self) -> None:
+            closed.append(self)
+
+    closed: list[sessions.Instance] = []
+    made: list[sessions.Instance] = []
+    switch = sys.getswitchinterval()
+
+    def ask(thread: int) -> None:
+        for number in range(3000):
+            session = sessions.Session(str((number * 7 + thread) % 9), (), False)
+            instance = kept.pop(session)
+            if instance is None:
+                made.append(instance := Counted(None, Path()))  # type: ignore[arg-type]
+            for one in kept.push(session, instance):
+                one.close()
+
+    kept = sessions._Idle()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(ask, range(4)))
+    finally:
+        sys.setswitchinterval(switch)
+    assert len(kept) == sessions.KEPT
+    assert len(made) - len(closed) == sessions.KEPT
+    assert len({id(one) for one in closed}) == len(closed)
+
+
+def test_an_instance_that_has_spilled_is_closed(
+    dataset: Workspace, opened: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = dataset.load().layout
+    monkeypatch.setattr(sessions, "_spill_folder", lambda: tmp_path / "spill")
+    (tmp_path / "spill").mkdir()  # as DuckDB does
+    assert asked(layout) == asked(layout) == [(8, 8)]
+    assert opened == [2]
+    assert len(sessions._idle) == 0

@@ -20,7 +20,7 @@ from builder.stages.contract import columns_of
 from builder.stages.faces import Faces, FacesOptions
 from builder.stages.finding import built_in, find
 from builder.store import layout
-from builder.table import schema
+from builder.table import repeatable, schema
 from builder.table.query import Samples
 from builder.table.repeatable import examine
 from builder.table.sql_text import Sql, batches, checked, read_sql
@@ -616,3 +616,17 @@ def test_what_duckdb_says_within_an_answer_keeps_its_kind(words: str, kind: type
     rows = connection.sql("select if(i = 50000, error('late'), i) from range(100000) t(i)").to_arrow_reader(1000)
     with pytest.raises(duckdb.Error, match="Invalid Input Error: late"):
         list(batches(rows))
+
+
+def test_a_want_of_memory_while_sql_is_parsed_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, connection = "select random() as never_parsed_before", repeatable._connection
+    with monkeypatch.context() as patch:
+        patch.setattr(repeatable, "_connection", lambda: fails(duckdb.OutOfMemoryException("no block")))
+        with pytest.raises(duckdb.OutOfMemoryException):
+            repeatable.examine(text)
+    assert repeatable._connection is connection
+    assert "random" in (repeatable.examine(text).refused or "")
+
+
+def fails(error: Exception) -> Any:
+    raise error

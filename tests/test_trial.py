@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from PIL import Image
 from builder.engine import runs
 from builder.stages.generate import Generate
 from builder.store.layout import RunFiles
-from builder.verbs.regen import regenerate
+from builder.verbs.regen import _redo, regenerate
 from conftest import Workspace, make_workspace
 from support.planned import section
 
@@ -243,3 +244,8 @@ def test_what_makes_no_sense_is_refused(whole: Workspace, command: str, message:
     done = whole.run(*command.split(), check=False)
     where = f" (each builder command with --pipeline {whole.file})" if "fix: builder" in message else ""
     assert (done.returncode, done.stderr) == (2, f"error: {message}{where}\n")
+
+
+def test_the_command_for_a_new_image_can_be_given_to_a_shell() -> None:
+    words = shlex.split(_redo("generate", {"shard": "it's `x` $HOME", "row": 3}))
+    assert words == ["builder", "stage", "generate", "--redo", "--where", "shard = 'it''s `x` $HOME' and row = 3"]

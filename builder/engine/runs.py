@@ -168,7 +168,8 @@ def read(run: RunFiles) -> dict[str, Any]:
         raise errors.ConfigError(
             error.what,
             where=error.where,
-            fix="make its answers again, with the name of its stage: builder stage NAME --redo",
+            fix="make its answers again, with the name of its stage: builder stage NAME --redo; if it is a run of "
+            "ingest or write, run that command again",
         ) from None
 
 

@@ -157,7 +157,8 @@ class Layout:
             ShardError: no stage has made such a pointer. The table may come from anywhere and name any file.
         """
         parts = pointer.split("/")
-        if parts[0] != _EDITS or len(parts) != 3 or {"", ".", ".."} & set(parts) or not pointer.endswith(_TAR):
+        is_one = parts[0] == _EDITS and len(parts) == 3 and pointer.endswith(_TAR)
+        if not is_one or not all(map(_is_file_name, parts)):
             raise ShardError(
                 "an image pointer leads out of the edits folder of the root",
                 fix="leave that row out of the write SQL: it names a file that no stage has made",
@@ -304,13 +305,22 @@ def not_a_run(folder: Path) -> ConfigError:
     )
 
 
+def _is_file_name(name: str) -> bool:
+    """Whether a name out of the table can be that of a file in its folder."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return name not in ("", ".", "..") and b"/" not in encoded and b"\0" not in encoded
+
+
 def _plain(name: str) -> str:
     """Returns a name from the table that is safe to use as a file name.
 
     Raises:
         ShardError: the name would lead out of its folder.
     """
-    if "/" in name or "\0" in name or name in ("", ".", ".."):
+    if not _is_file_name(name):
         raise ShardError(
             f"the table contains a name that cannot be a file name: {name!r}",
             fix="another program changed the root: put it back from a copy, or set dataset.root to a new folder",

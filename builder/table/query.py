@@ -55,7 +55,7 @@ class Samples:
             if (unread := unread_table(error)) is not None:
                 raise unread from error
             raise
-        self._connection = self._instance.cursor()
+        self._connection = self._instance.connection.cursor()
 
     def __enter__(self) -> Samples:
         return self
@@ -133,7 +133,7 @@ class Samples:
         text = checked(sql, params or {})
         before, _, after = around.partition("{}")
         try:
-            relation = self._instance.cursor().sql(f"{before}(\n{text}\n){after}", params=params or None)
+            relation = self._instance.connection.cursor().sql(f"{before}(\n{text}\n){after}", params=params or None)
             yield from batches(relation.to_arrow_reader(rows))
         except duckdb.Error as error:
             raise refused(sql, error, before.count("\n") + 1) from error

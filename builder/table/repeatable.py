@@ -82,8 +82,12 @@ def examine(text: str, columns: frozenset[str] = frozenset()) -> Finding:
 
 def parsed(text: str) -> Any:
     """DuckDB's parse tree of one SELECT, which the caller may change; None for anything else."""
-    serialized = _serialized(text)
-    return None if serialized is None else _parsed(serialized)
+    try:
+        return _parsed(_serialized(text))
+    except (duckdb.OutOfMemoryException, duckdb.IOException):
+        raise
+    except duckdb.Error:
+        return None
 
 
 def text_of(statement: dict[str, Any]) -> str:
@@ -92,11 +96,8 @@ def text_of(statement: dict[str, Any]) -> str:
 
 
 @lru_cache(maxsize=64)
-def _serialized(text: str) -> str | None:
-    try:
-        return str(_connection().execute("select json_serialize_sql(?)", [text]).fetchall()[0][0])
-    except duckdb.Error:
-        return None
+def _serialized(text: str) -> str:
+    return str(_connection().execute("select json_serialize_sql(?)", [text]).fetchall()[0][0])
 
 
 @lru_cache(maxsize=256)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import duckdb
 
@@ -36,40 +38,92 @@ class Session:
     one_thread: bool
 
 
-_idle: dict[Session, duckdb.DuckDBPyConnection] = {}
+@dataclass(frozen=True)
+class Instance:
+    """A DuckDB instance; questions are asked on cursors of its connection.
+
+    Attributes:
+        spill: the folder that DuckDB creates when it spills, and removes when the instance is closed.
+    """
+
+    connection: duckdb.DuckDBPyConnection
+    spill: Path
+
+    def close(self) -> None:
+        self.connection.close()
 
 
-def taken(session: Session, lookups: Mapping[str, Lookup]) -> duckdb.DuckDBPyConnection:
-    """An instance on which `samples` can be read; its questions are asked on cursors.
+class _Idle:
+    """The instances that are kept, the one used longest ago first. Threads may ask at the same time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Session, Instance] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def pop(self, session: Session) -> Instance | None:
+        with self._lock:
+            return self._kept.pop(session, None)
+
+    def push(self, session: Session, instance: Instance) -> list[Instance]:
+        """Keeps an instance; returns those that are to be closed."""
+        with self._lock:
+            replaced = self._kept.pop(session, None)
+            self._kept[session] = instance
+            oldest = self._kept.pop(next(iter(self._kept))) if len(self._kept) > KEPT else None
+        return [one for one in (replaced, oldest) if one is not None]
+
+    def clear(self) -> list[Instance]:
+        """Keeps none; returns those that are to be closed."""
+        with self._lock:
+            kept, self._kept = list(self._kept.values()), {}
+        return kept
+
+
+_idle = _Idle()
+
+
+def taken(session: Session, lookups: Mapping[str, Lookup]) -> Instance:
+    """An instance on which `samples` can be read.
 
     Args:
         lookups: files that are read into views of their own; an instance with lookups is always a new one.
     """
-    kept = None if lookups else _idle.pop(session, None)
+    kept = None if lookups else _idle.pop(session)
     return kept or _opened(session, lookups)
 
 
-def given_back(session: Session, instance: duckdb.DuckDBPyConnection) -> None:
-    """Keeps an instance without lookups whose questions all ended well, and closes the one used longest ago."""
-    if (other := _idle.pop(session, None)) is not None:
-        other.close()
-    _idle[session] = instance
-    if len(_idle) > KEPT:
-        _idle.pop(next(iter(_idle))).close()
+def given_back(session: Session, instance: Instance) -> None:
+    """Keeps an instance without lookups for the next question.
+
+    One that has spilled is closed: its folder may be deleted under it, by whatever cleans temporary files.
+    """
+    for one in [instance] if instance.spill.exists() else _idle.push(session, instance):
+        one.close()
 
 
 def close_idle() -> None:
     """Closes the instances that are kept."""
-    while _idle:
-        _idle.popitem()[1].close()
+    for one in _idle.clear():
+        one.close()
 
 
-os.register_at_fork(before=close_idle)  # a fork does not have their threads
+def _after_fork() -> None:
+    """A fork has neither the threads of an instance that was given back meanwhile, nor who holds the lock."""
+    global _idle
+    _forgotten.append(_idle)  # closing them would wait for those threads
+    _idle = _Idle()
 
 
-def _opened(session: Session, lookups: Mapping[str, Lookup]) -> duckdb.DuckDBPyConnection:
-    instance = duckdb.connect()
-    run = instance.execute
+_forgotten: list[_Idle] = []
+os.register_at_fork(before=close_idle, after_in_child=_after_fork)
+
+
+def _opened(session: Session, lookups: Mapping[str, Lookup]) -> Instance:
+    instance = Instance(duckdb.connect(), _spill_folder())
+    run = instance.connection.execute
     try:
         if session.one_thread:
             run("set threads = 1")
@@ -78,10 +132,10 @@ def _opened(session: Session, lookups: Mapping[str, Lookup]) -> duckdb.DuckDBPyC
         run("set global timezone = 'UTC'")  # global: cursors have the machine's otherwise
         run("set global calendar = 'gregorian'")
         run("set preserve_insertion_order = true")  # so that LIMIT alone takes the same rows every time
-        run(f"set temp_directory = {schema.literal(_spill_folder())}")
+        run(f"set temp_directory = {schema.literal(str(instance.spill))}")
         run(session.view)
         for name, lookup in lookups.items():
-            look_up(instance, name, lookup)
+            look_up(instance.connection, name, lookup)
         allowed = dict.fromkeys([*session.paths, *map(literal_path, session.paths)])  # DuckDB checks both forms
         run(f"set allowed_paths = [{', '.join(schema.literal(path) for path in allowed)}]")
         run("set enable_external_access = false")
@@ -92,6 +146,6 @@ def _opened(session: Session, lookups: Mapping[str, Lookup]) -> duckdb.DuckDBPyC
     return instance
 
 
-def _spill_folder() -> str:
-    """A name that no other connection or user has; DuckDB creates the folder when it spills, and removes it."""
-    return f"{tempfile.gettempdir()}/builder-spill-{os.getpid()}-{secrets.token_hex(4)}"
+def _spill_folder() -> Path:
+    """A path that no other instance or user has."""
+    return Path(tempfile.gettempdir(), f"builder-spill-{os.getpid()}-{secrets.token_hex(4)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ from builder.stages.contract import Stage, formats_asked
 from builder.stages.finding import find, own_code
 from builder.stages.signature import options_hash
 from builder.store.layout import RunFiles
+from builder.table import schema
 from builder.table.sql_text import Sql
 from builder.verbs.pipeline import Pipeline
 from builder.verbs.show import find_samples
@@ -119,7 +121,7 @@ def regenerate(pipeline: Pipeline, uid: str, *, device: str | None = None) -> Ag
         raise StageError(
             f"the image cannot be made again: {found.error if isinstance(found, Failure) else 'it was stopped'}",
             where={"shard": row["shard"], "row": row["row"]},
-            fix=f"make a new one: builder stage {stage_name} --redo --where \"uid = '{row['uid']}'\"",
+            fix=f"make a new one: {_redo(stage_name, row)}",
         )
     values = found.to_pylist()[0]
     again = Again(row["shard"], row["row"], row["uid"], _stored(pipeline, row), values["image"])
@@ -168,6 +170,12 @@ def _code_of(pipeline: Pipeline, name: str) -> type[Stage]:
             where={"file": pipeline.config.path},
             fix=f'add [stages.{name}] with its code, for example: python = "my_stage.py:MyStage"',
         ) from error
+
+
+def _redo(stage: str, row: Mapping[str, Any]) -> str:
+    """The command that makes one sample's image anew."""
+    where = f"shard = {schema.literal(row['shard'])} and row = {row['row']}"
+    return f"builder stage {stage} --redo --where {shlex.quote(where)}"
 
 
 def _other_code(pipeline: Pipeline, name: str, run: _Run) -> list[str]:
@@ -226,7 +234,7 @@ def _inputs(pipeline: Pipeline, run: _Run, stage: Stage, options: BaseModel, row
         raise ConfigError(
             "the work SQL of the image's run no longer returns its sample",
             where={"shard": row["shard"], "row": row["row"], "sql": run.sql.origin, "needed": ", ".join(lacking)},
-            fix=f"make a new image: builder stage {stage.name} --redo --where \"uid = '{row['uid']}'\"",
+            fix=f"make a new image: {_redo(stage.name, row)}",
         )
     keys = [pa.field("shard", pa.string()), pa.field("row", pa.int64()), pa.field("uid", pa.string())]
     fields = [*keys, *stage.inputs, *asked]

@@ -139,7 +139,8 @@ def run_all(pipeline: Pipeline, talk: Talk) -> Iterator[tuple[str, Outcome]]:
         raise StageError(
             "no shard could be read",
             where=undone,
-            fix="for each shard that is refused above: take it out of dataset.shards, or download or make it again",
+            fix=f"for each shard that is refused above: take it out of {pipeline.asked.setting}, or download or make "
+            "it again",
         )
     done = _done_stages(snapshot)
     for name, use in pipeline.stages.items():
