@@ -297,7 +297,7 @@ def test_json_of_a_file_that_cannot_be_read(ask: Callable[..., Done], dataset: W
 
 def test_json_from_a_process_is_all_there_is(dataset: Workspace) -> None:
     """As a script runs it: no warning of a library slips onto either stream."""
-    for arguments in (("status",), ("plan",), ("sql", "select 1"), ("show", "00000000:0"), ("verify",)):
+    for arguments in (("plan",), ("sql", "select 1"), ("verify",)):
         done = dataset.process(*arguments, "--json", check=False)
         Done(done.returncode, done.stdout, done.stderr).json()
 
