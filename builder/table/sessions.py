@@ -100,7 +100,10 @@ def given_back(session: Session, instance: Instance) -> None:
 
     One that has spilled is closed: its folder may be deleted under it, by whatever cleans temporary files.
     """
-    for one in [instance] if instance.spill.exists() else _idle.push(session, instance):
+    if instance.spill.exists():
+        instance.close()
+        return
+    for one in _idle.push(session, instance):
         one.close()
 
 
@@ -111,7 +114,9 @@ def close_idle() -> None:
 
 
 def _after_fork() -> None:
-    """A fork has neither the threads of an instance that was given back meanwhile, nor who holds the lock."""
+    """Starts without instances: those that another thread gave back after `close_idle` lack their threads in the fork,
+    and the lock may be held by a thread that the fork does not have.
+    """
     global _idle
     _forgotten.append(_idle)  # closing them would wait for those threads
     _idle = _Idle()

@@ -89,7 +89,7 @@ def _name_in(source: Fields, name: str) -> str:
 
 
 def _lower(name: str) -> bytes:
-    """A name as SQL compares it: bytes know the case of ASCII letters alone."""
+    """A name as SQL compares it, which ignores the case of ASCII letters only, as `bytes.lower` does."""
     return name.encode("utf-8", "surrogatepass").lower()
 
 
